@@ -1,0 +1,105 @@
+"""Keep measured runs as JSON, and make README's table from them.
+
+    python benchmarks/results.py record RUN_DIRECTORY NAME "COMMAND" [--note TEXT]
+    python benchmarks/results.py table
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+def processor() -> str:
+    """Return the CPU's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def record(run: Path, name: str, command: str, note: str) -> Path:
+    """Write benchmarks/results/NAME.json from a finished run: its summary, and the spread of its speed."""
+    summary = json.loads((run / "summary.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rates = sorted(line["images_per_second"] for line in lines if line.get("images_per_second"))
+    evaluation = json.loads((run / "evaluation" / "test" / "metrics.json").read_text())
+    result: dict[str, Any] = {
+        "name": name,
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "hardware": {"device": summary["device"], "processor": processor(), "cpu_cores": os.cpu_count()},
+        "versions": summary["versions"],
+        "git_revision": summary["git_revision"],
+        "runs": 1,
+        "images_per_second": {
+            "median": round(statistics.median(rates), 1),
+            "lowest": round(rates[0], 1),
+            "highest": round(rates[-1], 1),
+            "windows": len(rates),
+        },
+        "test.top1_interval": evaluation["top1_interval"],
+        "test.ece": evaluation["ece"],
+        "note": note,
+    }
+    for key in ("model", "parameters", "epochs", "steps", "seed", "val.top1", "test.top1", "test.loss", "test.num_images", "train_seconds"):
+        result[key] = summary[key]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    return path
+
+
+def table() -> str:
+    """Return the table of README, one row per recorded training run, most accurate last."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    runs = sorted((result for result in results if "test.top1" in result), key=lambda result: result["test.top1"])
+    rows = [
+        "| what | command | hardware | epochs | training | images/s | test top1 (95 % interval) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in runs:
+        low, high = (100 * bound for bound in r["test.top1_interval"])
+        rows.append(
+            f"| {r['note']}, {r['parameters'] / 1e6:.2f} M parameters | `{r['command']}` | {r['hardware']['cpu_cores']}-core "
+            f"CPU | {r['epochs']:g} | {r['train_seconds'] / 60:.1f} min | {r['images_per_second']['median']:,.0f} | "
+            f"**{100 * r['test.top1']:.2f} %** ({low:.2f} to {high:.2f}) |"
+        )
+    return "\n".join(rows)
+
+
+def updated_readme() -> str:
+    """Return README.md with its table made anew."""
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="job", required=True)
+    recorder = commands.add_parser("record", help="keep a finished run")
+    recorder.add_argument("run", type=Path)
+    recorder.add_argument("name")
+    recorder.add_argument("command")
+    recorder.add_argument("--note", default="")
+    commands.add_parser("table", help="make README's table anew")
+    args = parser.parse_args()
+    if args.job == "record":
+        print(record(args.run, args.name, args.command, args.note))
+    else:
+        README.write_text(updated_readme())
+
+
+if __name__ == "__main__":
+    main()

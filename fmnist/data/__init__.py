@@ -1,0 +1,1 @@
+"""The data path: find, fetch and parse Fashion-MNIST; keep a split on the device; augment it there."""

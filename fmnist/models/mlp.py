@@ -1,0 +1,32 @@
+"""A plain two-hidden-layer perceptron: the baseline that sees no neighbourhoods."""
+
+from torch import Tensor, nn
+
+
+class Mlp(nn.Module):
+    def __init__(
+        self, num_classes: int, drop_rate: float = 0.0, *, image_size: int, width: int = 512
+    ) -> None:
+        """Build the network for one-channel images of one size.
+
+        Args:
+            num_classes: logits per image.
+            drop_rate: dropout probability after each hidden layer, in [0, 1).
+            image_size: height and width of the images, in pixels.
+            width: units of each hidden layer.
+        """
+        super().__init__()
+        self.hidden = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(image_size**2, width),
+            nn.SiLU(),
+            nn.Dropout(drop_rate),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Dropout(drop_rate),
+        )
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits [B, num_classes] of images [B, 1, image_size, image_size]."""
+        return self.head(self.hidden(images))

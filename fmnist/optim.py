@@ -1,0 +1,146 @@
+"""Parameter groups, the optimizer, and the schedule: everything that is a function of the step."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+
+from fmnist.config import Config, OptimConfig
+
+
+def is_due(step: int, every: int, total: int) -> bool:
+    """Say whether something that happens every so many steps, and at the end, happens at this step.
+
+    Args:
+        step: completed optimizer updates, from 1.
+        every: period in steps; 0 is never, not even at the end.
+        total: steps of the whole run.
+    """
+    return every > 0 and (step % every == 0 or step == total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Step counts of a run and its learning rate; each method is a pure function of the step.
+
+    Attributes:
+        shape: cosine, linear or constant, after the warm-up.
+        peak_lr, min_lr: learning rates after the warm-up and at the end.
+        steps_per_epoch, total_steps, warmup_steps, head_only_steps: optimizer updates.
+        evaluation_steps: updates between evaluations.
+    """
+
+    shape: str
+    peak_lr: float
+    min_lr: float
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    head_only_steps: int
+    evaluation_steps: int
+
+    @classmethod
+    def from_config(cls, cfg: Config, steps_per_epoch: int) -> "Schedule":
+        """Turn durations in epochs into steps.
+
+        Raises:
+            ValueError: the warm-up is as long as the run, or min_lr lies above lr.
+        """
+        schedule, evaluation = cfg.schedule, cfg.evaluation
+        total = schedule.steps or max(1, round(schedule.epochs * steps_per_epoch))
+        warmup = schedule.warmup_steps
+        if warmup is None:
+            warmup = round(schedule.warmup_epochs * steps_per_epoch)
+        if warmup and warmup >= total:
+            raise ValueError(f"schedule.warmup is {warmup} steps but the run has {total}: legal: fewer")
+        if schedule.min_lr > cfg.optim.lr:
+            raise ValueError(f"schedule.min_lr is {schedule.min_lr}; legal: up to optim.lr {cfg.optim.lr}")
+        return cls(
+            shape=schedule.name,
+            peak_lr=cfg.optim.lr,
+            min_lr=schedule.min_lr,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total,
+            warmup_steps=warmup,
+            head_only_steps=round(cfg.optim.head_only_epochs * steps_per_epoch),
+            evaluation_steps=evaluation.every_steps or max(1, round(evaluation.every_epochs * steps_per_epoch)),
+        )
+
+    def lr(self, step: int) -> float:
+        """Return the learning rate of the update that follows `step` completed ones."""
+        if step < self.warmup_steps:
+            return self.peak_lr * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        remaining = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[self.shape]
+        low = self.peak_lr if self.shape == "constant" else self.min_lr
+        return low + (self.peak_lr - low) * remaining
+
+    def epoch(self, step: int) -> float:
+        """Return the passes over the training images after `step` updates, with the fraction."""
+        return step / self.steps_per_epoch
+
+
+def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]:
+    """Split parameters by weight decay, layer and head.
+
+    Norms, biases, layer scales and what the model itself names have no weight decay. Each group has `lr_scale`, the
+    factor on the schedule's learning rate, and `is_head`.
+
+    Raises:
+        ValueError: layer decay is asked of a model without layers known to timm.
+
+    Source:
+        timm.optim.param_groups_weight_decay and param_groups_layer_decay.
+    """
+    excluded = tuple(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else ()
+    if cfg.layer_decay is None:
+        groups = param_groups_weight_decay(model, cfg.weight_decay, no_weight_decay_list=excluded)
+    elif hasattr(model, "group_matcher"):
+        groups = param_groups_layer_decay(model, cfg.weight_decay, excluded, layer_decay=cfg.layer_decay)
+    else:
+        raise ValueError(f"optim.layer_decay is {cfg.layer_decay} but this model has no layers known to timm")
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else model.head
+    head = {id(p) for p in classifier.parameters()}
+    split = []
+    for group in groups:
+        for is_head, scale in ((True, cfg.head_lr_scale), (False, 1.0)):
+            if params := [p for p in group["params"] if (id(p) in head) == is_head]:
+                split.append(
+                    {
+                        "params": params,
+                        "weight_decay": group["weight_decay"],
+                        "lr_scale": group.get("lr_scale", 1.0) * scale,
+                        "is_head": is_head,
+                    }
+                )
+    return split
+
+
+def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
+    """Build AdamW (fused) or SGD-Nesterov over `parameter_groups`; parameters must be on their device already."""
+    groups = parameter_groups(model, cfg)
+    if cfg.name == "sgd":
+        return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.beta1, nesterov=cfg.beta1 > 0, fused=True)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> float:
+    """Set every group's learning rate for the update that follows `step` completed ones, and return the schedule's.
+
+    While only the head is trained the others' learning rate is 0: their weights stand still (weight decay is
+    multiplied by the learning rate too) while their moments warm up.
+    """
+    lr = schedule.lr(step)
+    for group in optimizer.param_groups:
+        frozen = step < schedule.head_only_steps and not group["is_head"]
+        group["lr"] = 0.0 if frozen else lr * group["lr_scale"]
+    return lr
+
+
+def trainable(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
+    """Yield the parameters that the optimizer updates."""
+    return (p for group in optimizer.param_groups for p in group["params"])

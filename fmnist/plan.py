@@ -1,0 +1,111 @@
+"""What a run would do, before it does it: parameters, FLOPs, batches, steps and memory."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+from fmnist.config import Config
+from fmnist.data.fashion_mnist import locate
+from fmnist.run import Run
+from fmnist.training import Training
+
+
+def _convolution_backward_flops(
+    grad_shape: Sequence[int],
+    image_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    _bias: Any,
+    _stride: Any,
+    _padding: Any,
+    _dilation: Any,
+    transposed: bool,
+    _output_padding: Any,
+    _groups: int,
+    output_mask: Sequence[bool],
+    out_shape: Any = None,
+    **_: Any,
+) -> int:
+    # Both gradients take as many multiplications as the forward pass, grouped or not; torch counts grouped ones dense.
+    once = conv_flop_count(list(image_shape), list(weight_shape), list(grad_shape), transposed=transposed)
+    return once * (int(output_mask[0]) + int(output_mask[1]))
+
+
+def flops_per_image(model: nn.Module, channels: int, size: int) -> tuple[int, int]:
+    """Count floating-point operations (a multiply-add is two) of matrix products and convolutions.
+
+    Args:
+        model: from images [B, C, H, W] to logits; it is not changed.
+        channels: C.
+        size: H and W in pixels.
+
+    Returns:
+        Those of one image's forward, and of its forward and backward.
+    """
+    was_training = model.training
+    model.eval()  # BatchNorm accepts a single image, and keeps its statistics
+    image = torch.zeros(1, channels, size, size, device=next(model.parameters()).device)
+    custom = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
+    with FlopCounterMode(display=False, custom_mapping=custom) as counter:
+        logits: Tensor = model(image)
+        forward = counter.get_total_flops()
+        logits.sum().backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    model.train(was_training)
+    return forward, counter.get_total_flops()
+
+
+def memory_bytes(model: nn.Module, num_images: int, image_bytes: int, optimizer: str, *, ema: bool) -> dict[str, int]:
+    """Return the device memory of what stays for the whole run; activations come on top.
+
+    Args:
+        model: the network, fp32.
+        num_images: of all splits on the device.
+        image_bytes: of one uint8 image.
+        optimizer: adamw or sgd.
+        ema: a moving average of the weights is kept.
+    """
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    moments = {"adamw": 2, "sgd": 1}[optimizer]
+    label_bytes = 8
+    return {
+        "data": num_images * (image_bytes + label_bytes),
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": moments * weights,
+        "ema": weights if ema else 0,
+    }
+
+
+def print_plan(training: Training, cfg: Config, run: Run) -> None:
+    """Print on the main process what the run would do; nothing is trained or written."""
+    t, loader, schedule = training, training.loader, training.schedule
+    images = loader.split.images
+    forward, both = flops_per_image(t.model, len(t.augment.mean), t.augment.final_size)
+    parameters = sum(p.numel() for p in t.model.parameters())
+    memory = memory_bytes(
+        t.model, len(loader.split) + len(t.val_split), images[0].numel(), cfg.optim.name, ema=t.ema is not None
+    )
+    total = sum(memory.values())
+    rows = {
+        "data": f"{locate(cfg.data.root)}: {len(loader.split):,} train, {len(t.val_split):,} validation images",
+        "model": f"{cfg.model.name}, {parameters:,} parameters, {len(t.augment.mean)} input channel(s)",
+        "image size": f"{cfg.augment.size} px in training, {cfg.evaluation.size or t.augment.final_size} px in evaluation",
+        "FLOPs per image": f"{forward / 1e9:.4g} G forward, {both / 1e9:.4g} G forward and backward",
+        "batch": f"{loader.global_batch_size} = {loader.micro_batch_size} images x {loader.world_size} process(es) "
+        f"x {loader.accumulation_steps} accumulation step(s)",
+        "steps": f"{schedule.total_steps:,} = {schedule.epoch(schedule.total_steps):.4g} epochs x "
+        f"{schedule.steps_per_epoch:,}; {schedule.warmup_steps:,} of warm-up; "
+        f"evaluation every {schedule.evaluation_steps:,}",
+        "learning rate": f"{schedule.lr(0):.4g} first, {schedule.peak_lr:.4g} at most, "
+        f"{schedule.lr(schedule.total_steps - 1):.4g} last ({schedule.shape})",
+        "device": f"{run.device_name} x {run.world_size}, {run.precision}",
+        "memory": ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in memory.items() if size)
+        + f"; {total / 2**20:.1f} MiB in all, activations apart",
+        "run directory": f"{run.directory}, continuing from step {t.state.step}" if t.state.step else str(run.directory),
+    }
+    for name, text in rows.items():
+        run.on_main(print, f"{name:>16}  {text}")

@@ -1,0 +1,175 @@
+"""What the training loop works with: built from a config, put back from a checkpoint, saved, and concluded."""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from fmnist import checkpoint
+from fmnist.checkpoint import Checkpoints, TrainState, load_strict, read_tensors
+from fmnist.config import Config
+from fmnist.data.augment import Augment
+from fmnist.data.batches import Loader, Split
+from fmnist.data.fashion_mnist import CLASS_NAMES
+from fmnist.metrics import predict
+from fmnist.network import build_network
+from fmnist.optim import Schedule, build_optimizer
+from fmnist.report import plot_learning_curves, write_evaluation
+from fmnist.run import Clock, Run, git_revision, versions
+
+logger = logging.getLogger("fmnist")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What the loop works with; `evaluated` is the weights' moving average where there is one, else the model."""
+
+    model: nn.Module
+    ema: ModelEmaV3 | None
+    evaluated: nn.Module
+    optimizer: torch.optim.Optimizer
+    augment: Augment
+    loader: Loader
+    schedule: Schedule
+    val_split: Split
+    checkpoints: Checkpoints
+    state: TrainState
+    clock: Clock
+
+
+def build(cfg: Config, run: Run) -> Training:
+    """Build everything the loop needs and put back the newest good checkpoint, if there is one.
+
+    Raises:
+        ValueError: data, weights, options or checkpoints that cannot be used; one line each.
+    """
+    Split.load("test", cfg.data, run.device)  # not looked at, but a damaged file is said now, not after the training
+    loader = Loader(
+        Split.load("train", cfg.data, run.device),
+        global_batch_size=cfg.batch.global_batch_size,
+        micro_batch_size=cfg.batch.micro_batch_size,
+        seed=cfg.seed,
+        rank=run.rank,
+        world_size=run.world_size,
+    )
+    schedule = Schedule.from_config(cfg, loader.steps_per_epoch)
+    checkpoints = Checkpoints(
+        run.directory / "checkpoints",
+        cfg.checkpoint.keep_last,
+        {"model": cfg.model.name, "world_size": run.world_size, "versions": versions()},
+    )
+    newest = None if cfg.overwrite else checkpoints.newest_good()
+    model, augment = build_network(cfg, run.device, load_weights=newest is None)
+    optimizer = build_optimizer(model, cfg.optim)
+    ema = ModelEmaV3(model, decay=cfg.optim.ema_decay, use_warmup=True) if cfg.optim.ema_decay else None
+    state = TrainState() if newest is None else restore(newest, model, ema, optimizer)
+    if cfg.model.compile:
+        model.compile()  # in place: the names of its tensors stay as they are
+    return Training(
+        model=model,
+        ema=ema,
+        evaluated=ema.module if ema else model,
+        optimizer=optimizer,
+        augment=augment,
+        loader=loader,
+        schedule=schedule,
+        val_split=Split.load("val", cfg.data, run.device),
+        checkpoints=checkpoints,
+        state=state,
+        clock=Clock(cfg.batch.global_batch_size, state.train_seconds),
+    )
+
+
+def restore(
+    path: Path, model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer
+) -> TrainState:
+    """Put a verified checkpoint back, and return where training stood."""
+    load_strict(model, read_tensors(path / checkpoint.MODEL), path / checkpoint.MODEL)
+    checkpoint.load_optimizer_tensors(model, optimizer, read_tensors(path / checkpoint.OPTIMIZER))
+    if ema is not None:
+        load_strict(ema.module, read_tensors(path / checkpoint.EMA), path / checkpoint.EMA)
+    logger.info("continuing from %s", path)
+    return checkpoint.read_state(path)
+
+
+def save(training: Training, run: Run) -> None:
+    """Write a checkpoint, unless a value in it is not finite.
+
+    Raises:
+        FloatingPointError: on every process, naming the tensors; nothing is written.
+    """
+    t = training
+    groups: dict[str, Mapping[str, Tensor]] = {
+        checkpoint.MODEL: t.model.state_dict(),
+        checkpoint.OPTIMIZER: checkpoint.optimizer_tensors(t.model, t.optimizer),
+    }
+    if t.ema is not None:
+        groups[checkpoint.EMA] = t.ema.module.state_dict()
+    bad = [f"{file}: {name}" for file, tensors in groups.items() for name in checkpoint.non_finite(tensors)]
+    if run.mean({"bad": torch.tensor(len(bad), device=run.device)})["bad"]:
+        raise FloatingPointError(f"not finite at step {t.state.step}, not saved: {'; '.join(bad[:3])}")
+    t.state.train_seconds = t.clock.total_seconds
+    run.on_main(t.checkpoints.save, t.state, groups)
+
+
+def raise_if_not_finite(scalars: Mapping[str, float], step: int) -> None:
+    """Raise FloatingPointError if a mean over processes, the same on each of them, is a NaN or an infinity."""
+    if bad := [f"{name} is {value}" for name, value in scalars.items() if not math.isfinite(value)]:
+        raise FloatingPointError(f"{', '.join(bad)} at step {step}; the last checkpoint is from before it")
+
+
+def conclude(training: Training, cfg: Config, run: Run, *, finished: bool) -> None:
+    """Write the weights to use and the summary; after the last step also evaluate the test images, once."""
+    t, state = training, training.state
+    summary: dict[str, Any] = {
+        "model": cfg.model.name,
+        "parameters": sum(p.numel() for p in t.model.parameters()),
+        "epochs": round(t.schedule.epoch(state.step), 4),
+        "steps": state.step,
+        "world_size": run.world_size,
+        "seed": cfg.seed,
+        "val.top1": state.best_top1 if state.best_top1 >= 0 else None,
+        "images_per_second": round(t.clock.median_rate(), 1),
+        "train_seconds": round(state.train_seconds, 1),
+        "device": run.device_name,
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "status": "finished" if finished else "stopped",
+    }
+    if state.best_step:
+        run.on_main(t.checkpoints.export, state.best_step, run.directory / "model.safetensors")
+    if finished:
+        summary |= evaluate_test(t, cfg, run)
+    run.finish(summary)
+
+
+def evaluate_test(training: Training, cfg: Config, run: Run) -> dict[str, float]:
+    """Evaluate the weights to use on the test images; write `evaluation/test/` and the learning curves."""
+    t, weights = training, run.directory / "model.safetensors"
+    run.on_main(lambda: load_strict(t.model, read_tensors(weights), weights))
+    run.broadcast(t.model.state_dict().values())
+    split = Split.load("test", cfg.data, run.device)
+    logits = predict(t.model, split, t.augment, cfg.evaluation, run).cpu()
+    result = run.on_main(
+        write_evaluation,
+        run.directory / "evaluation" / "test",
+        logits,
+        split.labels.cpu(),
+        torch.arange(len(split)),
+        CLASS_NAMES,
+        title=f"{run.directory.name}: test images",
+    )
+    if result is None:
+        return {}
+    scores = {key: result[key] for key in ("top1", "loss", "num_images")}
+    run.log("test", scores, t.state.step, t.schedule.epoch(t.state.step))
+    plot_learning_curves(run.directory / "metrics.jsonl", run.directory / "learning_curves.png", run.directory.name)
+    logger.info((run.directory / "evaluation" / "test" / "report.txt").read_text())
+    logger.info("test top1 %.2f %%; everything is in %s", 100 * result["top1"], run.directory)
+    return {f"test.{key}": value for key, value in scores.items()}

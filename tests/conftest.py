@@ -1,0 +1,73 @@
+"""What several tests share: real images, and a way to run the two commands as a user does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fmnist.data.batches import Split
+from fmnist.data.fashion_mnist import load_split
+
+ROOT = Path(__file__).resolve().parent.parent
+# A run of 12 steps on real images that takes a few seconds, with everything on that could break exactness.
+SMALL_RUN = """
+data: {val_size: 1000}
+batch: {global_batch_size: 32}
+augment: {size: 28, flip: 0.5, rotation: 10, shift: 0.1, scale: 0.1, erase: 0.25, mixup_alpha: 0.2, cutmix_alpha: 1.0}
+model: {name: cnn, drop_rate: 0.2, options: {widths: [8, 16, 32]}}
+optim: {lr: 0.003, label_smoothing: 0.1, ema_decay: 0.9, grad_clip_norm: 1.0}
+schedule: {steps: 12, warmup_steps: 2}
+evaluation: {every_steps: 6}
+checkpoint: {every_steps: 1}
+log: {every_steps: 1, wandb: disabled}
+"""
+
+
+@pytest.fixture(scope="session")
+def train_images() -> Split:
+    """The first 2,000 training images on the CPU: uint8 [2000, 28, 28]."""
+    images, labels = load_split("train", None, 5000)
+    return Split(images=images[:2000], labels=labels[:2000])
+
+
+@pytest.fixture
+def small_config(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL_RUN)
+    return path
+
+
+def environment() -> dict[str, str]:
+    """The environment of a child: one thread a process, so that two of them on two cores keep their arithmetic."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_MODE": "", "ACCELERATE_USE_CPU": "true"}
+
+
+def train(*args: object, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run train.py with these flags, through torchrun where there are several processes."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "train.py"), *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=300,
+    )
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl, without what depends on the clock."""
+    timed = ("images_per_second", "step_time_s")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+
+
+torch.set_num_threads(2)

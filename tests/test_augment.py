@@ -1,0 +1,192 @@
+"""Augmentation against torchvision, against a float64 warp written out pixel by pixel, and against its own promises."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as tv
+
+from fmnist.config import AugmentConfig
+from fmnist.data import augment as room
+from fmnist.data.augment import NUM_UNIFORMS, Augment, inverse_affine, resample, sample_params, shift_and_flip
+from fmnist.data.batches import MicroBatch, Split
+
+OFF = AugmentConfig(flip=0.0)
+ALL = AugmentConfig(flip=0.5, rotation=10, shift=0.1, scale=0.1, erase=0.5, mixup_alpha=0.2, cutmix_alpha=1.0)
+
+
+def make(cfg: AugmentConfig, **kwargs: object) -> Augment:
+    return Augment(cfg, num_classes=10, mean=(0.0,), std=(1.0,), **kwargs)
+
+
+def uniforms(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, NUM_UNIFORMS, generator=torch.Generator().manual_seed(seed))
+
+
+def micro_batch(split: Split, indices: torch.Tensor, epoch: int = 0) -> MicroBatch:
+    return MicroBatch(
+        split=split,
+        indices=indices,
+        partners=indices.flip(0),
+        uniforms=uniforms(len(split), epoch),
+        epoch=epoch,
+        key=(0, 0, 0),
+    )
+
+
+def warp_float64(image: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
+    """The warp by its definition: one output pixel at a time, in float64."""
+    height, width = image.shape
+    out = np.zeros((size, size))
+    for i in range(size):
+        for j in range(size):
+            place = matrix @ np.array([(2 * j + 1) / size - 1, (2 * i + 1) / size - 1, 1.0])
+            x, y = (place[0] + 1) * width / 2 - 0.5, (place[1] + 1) * height / 2 - 0.5
+            beyond_x = max(-0.5 - x, x - (width - 0.5), 0.0)
+            beyond_y = max(-0.5 - y, y - (height - 0.5), 0.0)
+            fade = max(0.0, 1 - 2 * beyond_x) * max(0.0, 1 - 2 * beyond_y)
+            x, y = min(max(x, 0.0), width - 1.0), min(max(y, 0.0), height - 1.0)
+            x0, y0 = min(int(x), width - 2), min(int(y), height - 2)
+            top = image[y0, x0] * (x0 + 1 - x) + image[y0, x0 + 1] * (x - x0)
+            bottom = image[y0 + 1, x0] * (x0 + 1 - x) + image[y0 + 1, x0 + 1] * (x - x0)
+            out[i, j] = fade * (top * (y0 + 1 - y) + bottom * (y - y0)) / 255
+    return out
+
+
+@pytest.mark.parametrize("size", [28, 32, 64, 96, 224])
+def test_the_identity_is_torchvisions_bilinear_resize(train_images: Split, size: int) -> None:
+    images = train_images.images[:16]
+    # A size that is not the stored one interpolates; at 28 px a rotation of 0 degrees does too.
+    params = sample_params(OFF, uniforms(16), 28, whole_pixels=False)
+    ours = resample(images, inverse_affine(params), size)
+    theirs = tv.resize(images[:, None].float() / 255, [size, size], antialias=False)[:, 0]
+    assert (ours - theirs).abs().max() < 1 / 255
+    assert torch.equal(make(OFF).evaluation(images, size)[:, 0], theirs)
+
+
+@pytest.mark.parametrize("size", [28, 40, 64])
+def test_the_warp_equals_its_definition_in_float64(train_images: Split, size: int) -> None:
+    params = sample_params(ALL, uniforms(3, seed=size), 28, whole_pixels=False)
+    matrices = inverse_affine(params)
+    ours = resample(train_images.images[:3], matrices, size)
+    for i in range(3):
+        exact = warp_float64(train_images.images[i].double().numpy(), matrices[i].double().numpy(), size)
+        assert np.abs(ours[i].numpy() - exact).max() < 1e-4  # the bar is 2/255 = 7.8e-3
+
+
+def test_the_integer_path_is_the_warp_without_interpolation(train_images: Split) -> None:
+    cfg = AugmentConfig(flip=0.5, shift=0.15)
+    params = sample_params(cfg, uniforms(64), 28, whole_pixels=True)
+    exact = shift_and_flip(train_images.images[:64], params)
+    assert torch.equal((exact * 255).round(), exact * 255)  # only values of the original
+    assert (exact - resample(train_images.images[:64], inverse_affine(params), 28)).abs().max() < 1e-4
+    shifts = (params.shift_x * 14).round().unique().tolist()
+    assert shifts == [float(n) for n in range(-4, 5)]  # 0.15 * 28 = 4.2 pixels
+
+
+def test_a_flip_gives_the_image_or_its_mirror(train_images: Split) -> None:
+    images = train_images.images[:500]
+    out = make(AugmentConfig(flip=0.5)).geometry(images, uniforms(500), 28)
+    plain = images.float() / 255
+    same, mirrored = ((out == other).flatten(1).all(1) for other in (plain, plain.flip(-1)))
+    assert bool((same | mirrored).all())
+    assert 200 < int(mirrored.sum()) < 300  # 250 expected, deviation sqrt(500)/2 = 11
+
+
+def test_directions_are_those_people_expect(train_images: Split) -> None:
+    image = train_images.images[:1]
+    row = torch.full((1, NUM_UNIFORMS), 0.5)
+    right = row.clone()
+    right[0, room.SHIFT_X] = 1.0
+    moved = make(AugmentConfig(flip=0, shift=2 / 28)).geometry(image, right, 28)
+    assert torch.equal(moved[0, :, 2:], image[0, :, :-2].float() / 255)
+    assert moved[0, :, :2].sum() == 0
+    turned = row.clone()
+    turned[0, room.ANGLE] = 1.0  # +15 degrees
+    ours = make(AugmentConfig(flip=0, rotation=15)).geometry(image, turned, 28)[0]
+    theirs = tv.rotate(image.float() / 255, 15, interpolation=tv.InterpolationMode.BILINEAR)[0]  # counter-clockwise
+    assert (ours - theirs)[4:-4, 4:-4].abs().max() < 2 / 255
+    larger = row.clone()
+    larger[0, room.ZOOM] = 1.0
+    zoomed = make(AugmentConfig(flip=0, scale=1.0)).geometry(torch.ones(1, 28, 28, dtype=torch.uint8) * 255, larger, 28)
+    assert zoomed.min() > 0.999  # magnified twice: the border lies outside
+
+
+def test_erasing_takes_2_to_33_percent_of_half_the_images(train_images: Split) -> None:
+    cfg = AugmentConfig(flip=0, erase=0.5)
+    white = torch.full((1000, 28, 28), 255, dtype=torch.uint8)
+    erased = (make(cfg).geometry(white, uniforms(1000), 64) != 1).float().mean((1, 2))
+    hit = erased[erased > 0]
+    assert 430 < len(hit) < 570  # 500 expected, deviation 16
+    assert hit.min() > 0.01
+    assert hit.max() < 0.36  # 33 %, and a pixel row more where the box is cut by the grid
+    assert make(cfg).geometry(white, uniforms(1000), 28).unique().tolist() == pytest.approx([room.FILL, 1.0])
+
+
+@pytest.mark.parametrize(("alphas", "kind"), [((0.4, 0.0), "mixup"), ((0.0, 1.0), "cutmix"), ((0.4, 1.0), "both")])
+def test_mixed_images_and_targets_agree(train_images: Split, alphas: tuple[float, float], kind: str) -> None:
+    """A white image mixed with a black one shows how much of it is left; the target must say the same."""
+    images = torch.zeros(200, 28, 28, dtype=torch.uint8)
+    images[:100] = 255
+    split = Split(images=images, labels=(torch.arange(200) < 100).long())  # white is 1, black is 0
+    augment = make(AugmentConfig(flip=0, mixup_alpha=alphas[0], cutmix_alpha=alphas[1]))
+    out, targets = augment(micro_batch(split, torch.arange(200)))
+    assert torch.allclose(out.mean((1, 2, 3)), targets[:, 1], atol=1e-6)
+    assert torch.allclose(targets.sum(1), torch.ones(200))
+    assert targets[:100, 1].min() < 0.9  # something was mixed
+    values = out.unique()
+    assert kind != "cutmix" or values.tolist() == [0.0, 1.0]
+    assert kind != "mixup" or all(len(image.unique()) == 1 for image in out)
+
+
+def test_beta_weights_have_the_moments_of_beta() -> None:
+    augment = make(replace(OFF, mixup_alpha=0.4))
+    draws = augment._beta(torch.rand(200_000, generator=torch.Generator().manual_seed(0)), 0.4)
+    assert abs(draws.mean() - 0.5) < 0.005
+    assert abs(draws.var() - 1 / (4 * (2 * 0.4 + 1))) < 0.002  # variance of Beta(a, a): 1 / (4 (2a + 1))
+
+
+def test_a_sample_does_not_depend_on_its_neighbours(train_images: Split) -> None:
+    cfg = replace(ALL, mixup_alpha=0.0, cutmix_alpha=0.0, size=48)
+    rows = uniforms(16)
+    together = make(cfg).geometry(train_images.images[:16], rows, 48)
+    alone = torch.cat([make(cfg).geometry(train_images.images[i : i + 1], rows[i : i + 1], 48) for i in range(16)])
+    assert (together - alone).abs().max() < 1e-6
+
+
+def test_the_size_follows_the_epoch() -> None:
+    augment = make(AugmentConfig(size={0: 96, 4: 128, 8: 224}))
+    assert [augment.size(epoch) for epoch in (0, 3, 4, 7, 8, 100)] == [96, 96, 128, 128, 224, 224]
+    assert augment.final_size == 224
+
+
+def test_batches_have_the_shape_the_model_wants(train_images: Split) -> None:
+    cfg = replace(ALL, size=40)
+    one = Augment(cfg, num_classes=10, mean=(0.286,), std=(0.353,))
+    three = Augment(cfg, num_classes=10, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), channels_last=True)
+    batch = micro_batch(train_images, torch.arange(7))
+    images, targets = one(batch)
+    colour, _ = three(batch)
+    assert (images.shape, targets.shape, images.dtype) == ((7, 1, 40, 40), (7, 10), torch.float32)
+    assert colour.shape == (7, 3, 40, 40)
+    assert colour.is_contiguous(memory_format=torch.channels_last)
+    # The three channels are the one, with other statistics: channel 1 undone and redone is channel 0.
+    assert torch.allclose(colour[:, 1] * 0.224 + 0.456, images[:, 0] * 0.353 + 0.286, atol=1e-5)
+    plain, labels = Augment(OFF, num_classes=10, mean=(0.286,), std=(0.353,))(batch)
+    assert torch.equal(labels, train_images.labels[:7])
+    assert plain.mean().abs() < 0.5
+
+
+def test_normalisation_gives_mean_0_and_std_1_on_the_real_images(train_images: Split) -> None:
+    images = Augment(OFF, num_classes=10, mean=(0.286,), std=(0.353,)).evaluation(train_images.images, 28)
+    assert abs(float(images.mean())) < 0.02
+    assert abs(float(images.std()) - 1) < 0.02
+
+
+def test_rotation_is_uniform_within_its_bounds() -> None:
+    params = sample_params(AugmentConfig(rotation=30), uniforms(5000), 28, whole_pixels=False)
+    degrees = params.angle * 180 / math.pi
+    assert degrees.abs().max() <= 30
+    assert abs(float(degrees.std()) - 30 / math.sqrt(3)) < 0.5  # of a uniform on [-30, 30]

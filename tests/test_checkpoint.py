@@ -1,0 +1,156 @@
+"""Checkpoints: the same bits back, and never a damaged one in silence."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fmnist.checkpoint import (
+    MODEL,
+    OPTIMIZER,
+    Checkpoints,
+    TrainState,
+    load_optimizer_tensors,
+    load_strict,
+    non_finite,
+    optimizer_tensors,
+    read_state,
+    read_tensors,
+    verify,
+)
+from fmnist.config import OptimConfig
+from fmnist.models.cnn import Cnn
+from fmnist.optim import build_optimizer
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    return Checkpoints(tmp_path / "checkpoints", keep_last=2, meta={"model": "test"})
+
+
+def save(checkpoints: Checkpoints, step: int, best_step: int = 0) -> Path:
+    tensors = {"weight": torch.full((3,), float(step)), "count": torch.tensor(step)}
+    return checkpoints.save(TrainState(step=step, best_step=best_step), {MODEL: tensors})
+
+
+def learn(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    images = torch.randn(16, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
+    model(images).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_restored_optimizer_goes_on_with_the_same_bits(name: str, checkpoints: Checkpoints) -> None:
+    cfg = OptimConfig(name=name, lr=0.01)
+    torch.manual_seed(0)
+    model = Cnn(10, widths=(4, 8))
+    optimizer = build_optimizer(model, cfg)
+    for seed in range(3):
+        learn(model, optimizer, seed)
+    state = TrainState(step=3, best_top1=0.5, best_step=2, train_seconds=1.5)
+    path = checkpoints.save(
+        state, {MODEL: model.state_dict(), OPTIMIZER: optimizer_tensors(model, optimizer)}
+    )
+    other = Cnn(10, widths=(4, 8))
+    other_optimizer = build_optimizer(other, cfg)
+    load_strict(other, read_tensors(path / MODEL), path)
+    load_optimizer_tensors(other, other_optimizer, read_tensors(path / OPTIMIZER))
+    assert read_state(path) == state
+    learn(model, optimizer, 9)
+    learn(other, other_optimizer, 9)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[key]), key
+
+
+def test_nothing_in_it_is_a_pickle_and_the_manifest_lists_all(checkpoints: Checkpoints) -> None:
+    path = save(checkpoints, 7)
+    names = {file.name for file in path.iterdir()}
+    assert names == {"manifest.json", "state.json", MODEL}
+    assert set(json.loads((path / "manifest.json").read_text())["files"]) == names - {"manifest.json"}
+    verify(path)
+
+
+def test_the_last_k_and_the_best_are_kept(checkpoints: Checkpoints) -> None:
+    for step in range(1, 7):
+        save(checkpoints, step, best_step=min(step, 2))
+    assert checkpoints.steps() == [2, 5, 6]
+    assert not list(checkpoints.directory.glob(".part_*"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["truncate_0", "truncate_1", "truncate_half", "truncate_last", "flip", "missing", "extra", "no_manifest", "format"],
+)
+def test_a_damaged_newest_one_is_passed_over_with_a_warning(
+    damage: str, checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = save(checkpoints, 1), save(checkpoints, 2)
+    weights, manifest = bad / MODEL, bad / "manifest.json"
+    data = weights.read_bytes()
+    if damage.startswith("truncate"):
+        keep = {"0": 0, "1": 1, "half": len(data) // 2, "last": len(data) - 1}[damage.split("_")[1]]
+        weights.write_bytes(data[:keep])
+    elif damage == "flip":
+        weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif damage == "missing":
+        weights.unlink()
+    elif damage == "extra":
+        (bad / "planted.pkl").write_bytes(b"x")
+    elif damage == "no_manifest":
+        manifest.unlink()
+    else:
+        manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    monkeypatch.setattr(logging.getLogger("fmnist"), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="fmnist"):
+        assert checkpoints.newest_good() == good
+    assert len(caplog.records) == 1
+    assert "step_00000002" in caplog.text
+
+
+def test_only_damaged_ones_are_an_error_and_none_is_a_fresh_start(checkpoints: Checkpoints) -> None:
+    assert checkpoints.newest_good() is None
+    (save(checkpoints, 1) / MODEL).unlink()
+    with pytest.raises(ValueError, match="holds no valid checkpoint"):
+        checkpoints.newest_good()
+
+
+def test_a_save_that_dies_leaves_the_older_one(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = save(checkpoints, 1)
+    monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
+    with pytest.raises(OSError, match="no space"):
+        save(checkpoints, 2)
+    monkeypatch.undo()
+    assert checkpoints.newest_good() == good
+    save(checkpoints, 3)
+    assert not list(checkpoints.directory.glob(".part_*"))
+
+
+def test_tensors_that_do_not_fit_are_named() -> None:
+    model = Cnn(10, widths=(4, 8))
+    tensors = dict(model.state_dict())
+    tensors["head.weight"] = torch.zeros(7, 8)
+    tensors["stray"] = tensors.pop("head.bias")
+    with pytest.raises(ValueError) as caught:
+        load_strict(model, tensors, Path("some/file"))
+    for part in ("some/file", "head.bias missing", "stray unexpected", "head.weight is [7, 8] not [10, 8]", "3 tensors"):
+        assert part in str(caught.value)
+
+
+def test_non_finite_values_are_found_by_name() -> None:
+    tensors = {"a": torch.tensor([1.0, float("nan")]), "b": torch.ones(2), "c": torch.tensor([float("inf")])}
+    assert non_finite(tensors | {"n": torch.tensor(3)}) == ["a", "c"]
+
+
+def test_the_best_changes_only_for_a_better_top1() -> None:
+    state = TrainState()
+    for step, top1 in enumerate([0.5, 0.7, 0.7, 0.6], start=1):
+        state.step = step
+        state.update_best(top1)
+    assert (state.best_step, state.best_top1) == (2, 0.7)
+    without = TrainState(step=9)
+    without.update_best(None)
+    assert without.best_step == 9

@@ -1,0 +1,110 @@
+"""The schedule by hand, and parameter groups on real models."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from fmnist.config import Config, OptimConfig, ScheduleConfig
+from fmnist.models.cnn import Cnn
+from fmnist.optim import Schedule, build_optimizer, is_due, parameter_groups, set_lr
+
+
+def schedule(**kwargs: object) -> Schedule:
+    cfg = replace(Config(), optim=OptimConfig(lr=1.0, head_only_epochs=0.5), schedule=ScheduleConfig(**kwargs))
+    return Schedule.from_config(cfg, steps_per_epoch=10)
+
+
+def test_cosine_with_warm_up_at_hand_computed_steps() -> None:
+    s = schedule(epochs=12, warmup_epochs=2, min_lr=0.1)
+    assert (s.total_steps, s.warmup_steps, s.evaluation_steps, s.head_only_steps) == (120, 20, 10, 5)
+    assert s.lr(0) == pytest.approx(1 / 20)
+    assert s.lr(19) == pytest.approx(1.0)
+    assert s.lr(20) == pytest.approx(1.0)
+    assert s.lr(70) == pytest.approx(0.55)  # half of the 100 steps: 0.1 + 0.9 / 2
+    assert s.lr(45) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+    assert s.lr(119) == pytest.approx(0.1, abs=1e-3)
+
+
+def test_linear_constant_and_durations_in_steps() -> None:
+    assert schedule(epochs=10, name="linear").lr(25) == pytest.approx(0.75)
+    assert schedule(epochs=10, name="constant").lr(99) == 1.0
+    s = schedule(epochs=10, steps=7, warmup_epochs=9, warmup_steps=2)
+    assert (s.total_steps, s.warmup_steps) == (7, 2)
+    assert s.epoch(15) == 1.5
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [({"epochs": 1, "warmup_epochs": 1}, "warmup is 10 steps but the run has 10"), ({"min_lr": 2.0}, "min_lr is 2.0")],
+)
+def test_a_schedule_that_cannot_be_is_refused(kwargs: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        schedule(**kwargs)
+
+
+def test_is_due_at_the_period_and_at_the_end() -> None:
+    assert [step for step in range(1, 11) if is_due(step, 4, 10)] == [4, 8, 10]
+    assert not any(is_due(step, 0, 10) for step in range(1, 11))
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "vit_tiny_patch16_224", "tf_efficientnet_lite0", "cnn"])
+@pytest.mark.parametrize("layer_decay", [None, 0.75])
+def test_every_parameter_is_in_one_group_and_vectors_have_no_decay(name: str, layer_decay: float | None) -> None:
+    model = Cnn(10) if name == "cnn" else timm.create_model(name, num_classes=10)
+    cfg = OptimConfig(layer_decay=layer_decay, weight_decay=0.05, head_lr_scale=5.0)
+    if name == "cnn" and layer_decay:
+        with pytest.raises(ValueError, match=r"optim.layer_decay is 0.75"):
+            parameter_groups(model, cfg)
+        return
+    groups = parameter_groups(model, cfg)
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    for group in groups:
+        for p in group["params"]:
+            assert p.ndim > 1 or group["weight_decay"] == 0
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    names = dict(model.named_parameters())
+    classifier = next(n for n in names if n.endswith(("head.weight", "head.fc.weight", "classifier.weight")))
+    assert scales[id(names[classifier])] == 5.0  # the head has no layer below it: 1 * head_lr_scale
+    if layer_decay:
+        body = [scale for scale in scales.values() if scale != 5.0]
+        assert min(body) < 0.2
+        assert all(math.isclose(math.log(s, 0.75), round(math.log(s, 0.75)), abs_tol=1e-6) for s in body)
+
+
+def test_only_the_head_moves_in_head_only_steps() -> None:
+    torch.manual_seed(0)
+    model = Cnn(10, widths=(4, 8))
+    optimizer = build_optimizer(model, OptimConfig(lr=1.0, head_lr_scale=2.0))
+    s = schedule(epochs=2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert set_lr(optimizer, s, 4) == s.lr(4)
+    model(torch.randn(8, 1, 28, 28)).square().mean().backward()
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"head.weight", "head.bias"}
+    set_lr(optimizer, s, 5)
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == set(before)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_both_optimizers_are_fused_and_learn(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    model.head = nn.Identity()
+    optimizer = build_optimizer(model, OptimConfig(name=name, lr=0.1))
+    assert optimizer.defaults["fused"]
+    images, labels = torch.randn(64, 4), torch.arange(64) % 2
+    images[:, 0] += labels * 4.0
+    for _ in range(30):
+        loss = nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.3

@@ -1,0 +1,116 @@
+"""The step: accumulation, dropout keyed by the batch, and no host sync in the source."""
+
+import ast
+import inspect
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from timm.utils import ModelEmaV3
+
+import train as entry
+from fmnist.config import AugmentConfig, Config, OptimConfig
+from fmnist.data.augment import Augment
+from fmnist.data.batches import Loader, Split
+from fmnist.models.mlp import Mlp
+from fmnist.optim import build_optimizer
+from fmnist.run import Run
+from fmnist.step import train_step
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(replace(Config(), model=replace(Config().model, precision="fp32")), tmp_path)
+
+
+def one_step(run: Run, split: Split, micro: int, drop: float = 0.0, cfg: OptimConfig | None = None, step: int = 3):
+    cfg = cfg or OptimConfig(name="sgd", lr=0.1, beta1=0.0, weight_decay=0.0)
+    torch.manual_seed(0)
+    model = Mlp(10, drop_rate=drop, image_size=28).to(run.device)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    split = Split(images=split.images.to(run.device), labels=split.labels.to(run.device))
+    augment = Augment(
+        AugmentConfig(flip=0.5, rotation=10, shift=0.1, mixup_alpha=0.4), num_classes=10, mean=(0.286,), std=(0.353,)
+    )
+    loader = Loader(split, global_batch_size=64, micro_batch_size=micro, seed=0)
+    optimizer = build_optimizer(model, cfg)
+    ema = ModelEmaV3(model, decay=0.5) if cfg.ema_decay else None
+    metrics = train_step(model, optimizer, loader.micro_batches(step), augment, cfg, run, ema)
+    updates = {name: start[name] - p.detach() for name, p in model.named_parameters()}
+    return metrics, updates, model, start, ema
+
+
+def test_accumulation_k_times_b_equals_one_batch_of_kb(run: Run, train_images: Split) -> None:
+    whole, whole_updates, *_ = one_step(run, train_images, 64)
+    parts, parts_updates, *_ = one_step(run, train_images, 16)
+    assert abs(float(whole["loss"] - parts["loss"])) < 1e-6
+    for name, update in whole_updates.items():
+        assert (update / 0.1 - parts_updates[name] / 0.1).abs().max() < 1e-6  # the gradient: update / lr
+
+
+def test_dropout_depends_on_the_batch_and_not_on_what_ran_before(run: Run, train_images: Split) -> None:
+    first, *_ = one_step(run, train_images, 64, drop=0.5)
+    torch.rand(1234)
+    again, *_ = one_step(run, train_images, 64, drop=0.5)
+    other, *_ = one_step(run, train_images, 64, drop=0.5, step=4)
+    assert torch.equal(first["loss"], again["loss"])
+    assert not torch.equal(first["loss"], other["loss"])
+
+
+def test_grad_norm_is_before_clipping_and_the_update_after(run: Run, train_images: Split) -> None:
+    cfg = OptimConfig(name="sgd", lr=1.0, beta1=0.0, weight_decay=0.0, grad_clip_norm=0.01)
+    metrics, updates, *_ = one_step(run, train_images, 64, cfg=cfg)
+    assert metrics["grad_norm"] > 0.1
+    norm = torch.stack([update.square().sum() for update in updates.values()]).sum().sqrt()
+    assert abs(float(norm) - 0.01) < 1e-5  # lr 1: the update is the clipped gradient
+
+
+def test_the_moving_average_follows_the_weights(run: Run, train_images: Split) -> None:
+    _, _, model, start, ema = one_step(run, train_images, 64, cfg=OptimConfig(lr=0.01, ema_decay=0.5))
+    for name, average in ema.module.named_parameters():
+        expected = (start[name] + dict(model.named_parameters())[name].detach()) / 2  # decay 0.5
+        assert torch.allclose(average, expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("file", ["fmnist/step.py", "fmnist/data/augment.py", "fmnist/data/batches.py"])
+def test_the_source_never_waits_for_the_device(file: str) -> None:
+    tree = ast.parse((ROOT / file).read_text())
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    names = {func.attr if isinstance(func, ast.Attribute) else getattr(func, "id", "") for func in calls}
+    assert not names & {"item", "tolist", "cpu", "numpy", "nonzero", "print", "synchronize"} - {"numpy"}
+    # The one numpy() is of a table made on the host before anything runs.
+    assert "numpy" not in names or file.endswith("augment.py")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_runs_without_a_host_sync(run: Run, train_images: Split) -> None:
+    one_step(run, train_images, 16)  # tables and kernels are made here
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        metrics, *_ = one_step(run, train_images, 16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert metrics["loss"].isfinite()
+
+
+def test_the_loop_and_the_step_stay_short_enough_to_read() -> None:
+    assert len(inspect.getsource(entry.train).splitlines()) < 60
+    body = inspect.getsource(train_step)
+    signature, _, rest = body.partition('"""')
+    assert len(signature.splitlines()) + len(rest.partition('"""')[2].splitlines()) < 40
+    assert len(rest.partition('"""')[2].strip().splitlines()) < 30
+
+
+def test_only_run_and_batches_know_ranks() -> None:
+    files = [*ROOT.glob("*.py"), *ROOT.glob("fmnist/**/*.py")]
+    assert len(files) > 15
+    for path in files:
+        if path.name not in ("run.py", "batches.py"):
+            text = path.read_text()
+            assert "is_main_process" not in text
+            assert ".rank ==" not in text
+            assert '"cuda"' not in text, path
