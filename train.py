@@ -1,14 +1,17 @@
 """Train an image classifier: accelerate launch train.py [--config FILE] [--section.field VALUE ...]"""
 
-from fmnist.config import Config, parse_config
+from fmnist.config import Config
+from fmnist.options import parse_config
 
 if __name__ == "__main__":
     CONFIG = parse_config(prog="train.py")  # before torch is imported: a misspelt option is answered at once
 
+from fmnist.console import log_to_console, one_line_errors
+from fmnist.directory import is_finished, open_directory
 from fmnist.metrics import predict, score
 from fmnist.optim import is_due, set_lr
 from fmnist.plan import print_plan
-from fmnist.run import Run, is_finished, log_to_console, one_line_errors, open_directory
+from fmnist.run import Run
 from fmnist.step import train_step
 from fmnist.training import Training, build, conclude, raise_if_not_finite, save
 
@@ -16,7 +19,7 @@ from fmnist.training import Training, build, conclude, raise_if_not_finite, save
 def train(training: Training, cfg: Config, run: Run) -> bool:
     """Train to the schedule's end, or until a stop is asked for; return whether it reached the end."""
     t, state, schedule, total = training, training.state, training.schedule, training.schedule.total_steps
-    model = run.prepare(t.model, t.optimizer)
+    model = run.prepare(t.model)
     model.train()
     t.clock.start()
 

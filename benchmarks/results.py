@@ -1,7 +1,7 @@
 """Keep measured runs as JSON, and make README's table from them.
 
-    python benchmarks/results.py record RUN_DIRECTORY NAME "COMMAND" [--note TEXT]
-    python benchmarks/results.py table
+python benchmarks/results.py record RUN_DIRECTORY NAME "COMMAND" [--note TEXT]
+python benchmarks/results.py table
 """
 
 import argparse
@@ -52,7 +52,18 @@ def record(run: Path, name: str, command: str, note: str) -> Path:
         "test.ece": evaluation["ece"],
         "note": note,
     }
-    for key in ("model", "parameters", "epochs", "steps", "seed", "val.top1", "test.top1", "test.loss", "test.num_images", "train_seconds"):
+    for key in (
+        "model",
+        "parameters",
+        "epochs",
+        "steps",
+        "seed",
+        "val.top1",
+        "test.top1",
+        "test.loss",
+        "test.num_images",
+        "train_seconds",
+    ):
         result[key] = summary[key]
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
@@ -70,9 +81,10 @@ def table() -> str:
     ]
     for r in runs:
         low, high = (100 * bound for bound in r["test.top1_interval"])
+        cores = r["hardware"]["cpu_cores"]
         rows.append(
-            f"| {r['note']}, {r['parameters'] / 1e6:.2f} M parameters | `{r['command']}` | {r['hardware']['cpu_cores']}-core "
-            f"CPU | {r['epochs']:g} | {r['train_seconds'] / 60:.1f} min | {r['images_per_second']['median']:,.0f} | "
+            f"| {r['note']}, {r['parameters'] / 1e6:.2f} M parameters | `{r['command']}` | {cores}-core CPU | "
+            f"{r['epochs']:g} | {r['train_seconds'] / 60:.1f} min | {r['images_per_second']['median']:,.0f} | "
             f"**{100 * r['test.top1']:.2f} %** ({low:.2f} to {high:.2f}) |"
         )
     return "\n".join(rows)

@@ -203,7 +203,9 @@ class Checkpoints:
             else:
                 return self.path(step)
         if steps:
-            raise ValueError(f"{self.directory} holds no valid checkpoint; start again: --resume never --overwrite true")
+            raise ValueError(
+                f"{self.directory} holds no valid checkpoint; start again: --resume never --overwrite true"
+            )
         return None
 
     def export(self, step: int, target: Path) -> None:

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from fmnist.checkpoint import EMA, MODEL, Checkpoints, load_strict, non_finite, read_state, read_tensors, verify
-from fmnist.config import Config, load_config
+from fmnist.config import Config
 from fmnist.data.augment import Augment
 from fmnist.data.fashion_mnist import NUM_CLASSES
 from fmnist.models import build_model
+from fmnist.options import load_config
 
 
 def build_network(cfg: Config, device: torch.device, *, load_weights: bool) -> tuple[nn.Module, Augment]:
@@ -33,7 +34,7 @@ def build_network(cfg: Config, device: torch.device, *, load_weights: bool) -> t
         cfg.model, num_classes=NUM_CLASSES, image_size=final, image_sizes=sizes, load_weights=load_weights
     )
     memory_format = torch.channels_last if cfg.model.channels_last else torch.contiguous_format
-    model = model.to(device, memory_format=memory_format)
+    model = model.to(device).to(memory_format=memory_format)
     augment = Augment(
         cfg.augment,
         num_classes=NUM_CLASSES,

@@ -96,14 +96,15 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]
     Source:
         timm.optim.param_groups_weight_decay and param_groups_layer_decay.
     """
-    excluded = tuple(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else ()
+    network: Any = model  # timm's methods, where it has them
+    excluded = tuple(network.no_weight_decay()) if hasattr(model, "no_weight_decay") else ()
     if cfg.layer_decay is None:
         groups = param_groups_weight_decay(model, cfg.weight_decay, no_weight_decay_list=excluded)
     elif hasattr(model, "group_matcher"):
         groups = param_groups_layer_decay(model, cfg.weight_decay, excluded, layer_decay=cfg.layer_decay)
     else:
         raise ValueError(f"optim.layer_decay is {cfg.layer_decay} but this model has no layers known to timm")
-    classifier = model.get_classifier() if hasattr(model, "get_classifier") else model.head
+    classifier = network.get_classifier() if hasattr(model, "get_classifier") else network.head
     head = {id(p) for p in classifier.parameters()}
     split = []
     for group in groups:

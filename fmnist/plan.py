@@ -93,7 +93,8 @@ def print_plan(training: Training, cfg: Config, run: Run) -> None:
     rows = {
         "data": f"{locate(cfg.data.root)}: {len(loader.split):,} train, {len(t.val_split):,} validation images",
         "model": f"{cfg.model.name}, {parameters:,} parameters, {len(t.augment.mean)} input channel(s)",
-        "image size": f"{cfg.augment.size} px in training, {cfg.evaluation.size or t.augment.final_size} px in evaluation",
+        "image size": f"{cfg.augment.size} px in training, "
+        f"{cfg.evaluation.size or t.augment.final_size} px in evaluation",
         "FLOPs per image": f"{forward / 1e9:.4g} G forward, {both / 1e9:.4g} G forward and backward",
         "batch": f"{loader.global_batch_size} = {loader.micro_batch_size} images x {loader.world_size} process(es) "
         f"x {loader.accumulation_steps} accumulation step(s)",
@@ -105,7 +106,9 @@ def print_plan(training: Training, cfg: Config, run: Run) -> None:
         "device": f"{run.device_name} x {run.world_size}, {run.precision}",
         "memory": ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in memory.items() if size)
         + f"; {total / 2**20:.1f} MiB in all, activations apart",
-        "run directory": f"{run.directory}, continuing from step {t.state.step}" if t.state.step else str(run.directory),
+        "run directory": f"{run.directory}, continuing from step {t.state.step}"
+        if t.state.step
+        else str(run.directory),
     }
     for name, text in rows.items():
         run.on_main(print, f"{name:>16}  {text}")

@@ -5,47 +5,29 @@ This module and `data/batches.py` are the only ones that know rank or world size
 
 import json
 import logging
-import math
 import os
 import platform
-import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
-import accelerate
-import timm
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from fmnist.checkpoint import write_atomic
-from fmnist.config import Config, differences, flatten, load_config, to_yaml
+from fmnist.config import Config, flatten, to_yaml
+from fmnist.console import log_to_file
+from fmnist.directory import clear_directory
 from fmnist.tracking import NullTracker, Tracker
 
 logger = logging.getLogger("fmnist")
 T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# Everything a run writes into its directory; nothing else there is ever touched.
-RUN_FILES = (
-    "config.yaml",
-    "metrics.jsonl",
-    "checkpoints",
-    "model.safetensors",
-    "summary.json",
-    "train.log",
-    "learning_curves.png",
-    "evaluation",
-    "wandb",
-    "wandb_run_id",
-    "REQUEUE",
-)
 
 
 class Run:
@@ -65,21 +47,23 @@ class Run:
         )
         self.cfg, self.directory = cfg, directory
         self.device = self.accelerator.device
+        if self.device.type == "cpu":
+            use_all_cores(self.accelerator.state)
         self.device_name = describe_device(self.device)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
         self.tracker: NullTracker = NullTracker()
-        self.started, self._signal, self._agreement = time.monotonic(), 0, None
-        self._control = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        self.started, self._signal = time.monotonic(), 0
+        self._agreement: tuple[Tensor, Any] | None = None
+        self._control: Any = dist.new_group(backend="gloo") if self.world_size > 1 else None
         torch.backends.cudnn.deterministic = True  # a resumed run ends with the bits of an unbroken one
         torch.manual_seed(cfg.seed)
 
     # --- arithmetic over processes -------------------------------------------------------------------------------
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-        """Wrap the model for autocast and DDP; the optimizer keeps pointing at the same parameters."""
-        wrapped, _ = self.accelerator.prepare(model, optimizer)
-        return wrapped
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Wrap the model for autocast and DDP; its parameters stay the optimizer's."""
+        return self.accelerator.prepare_model(model)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """Return the model inside the DDP wrapper."""
@@ -170,9 +154,7 @@ class Run:
             (self.directory / "REQUEUE").unlink(missing_ok=True)
             write_atomic(self.directory / "config.yaml", to_yaml(self.cfg).encode())
             log_to_file(self.directory / "train.log")
-            self.tracker = Tracker(
-                self.directory, self.cfg.log, flatten(self.cfg), step=step, total_steps=total_steps
-            )
+            self.tracker = Tracker(self.directory, self.cfg.log, flatten(self.cfg), step=step, total_steps=total_steps)
         logger.info("%d process(es) on %s, %s", self.world_size, self.device_name, self.precision)
         self.watch_signals()
 
@@ -196,51 +178,6 @@ class Run:
         self.accelerator.end_training()
 
 
-def open_directory(cfg: Config) -> Path:
-    """Check that the run directory may be used, before anything is built or written.
-
-    Raises:
-        ValueError: it holds another run, or files that a run would overwrite.
-    """
-    directory = Path(cfg.output_dir or "runs/run")
-    present = [name for name in RUN_FILES if (directory / name).exists()]
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"output_dir {directory} is a file")
-    if cfg.resume == "never" and directory.is_dir() and any(directory.iterdir()) and not cfg.overwrite:
-        raise ValueError(f"output_dir {directory} is not empty; add --overwrite true to delete the run in it")
-    if cfg.resume == "auto" and present:
-        if "config.yaml" not in present:
-            raise ValueError(f"output_dir {directory} holds {present[0]} but no config.yaml: not a run to go on with")
-        if changed := differences(load_config(directory / "config.yaml"), cfg):
-            raise ValueError(
-                f"{directory} holds a run with another config: {'; '.join(changed[:3])}. "
-                "Give another --output_dir, or --resume never --overwrite true"
-            )
-    return directory
-
-
-def is_finished(directory: Path) -> bool:
-    """Say whether the run in this directory has reached its end, and tell people so."""
-    try:
-        summary = json.loads((directory / "summary.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    if summary.get("status") != "finished":
-        return False
-    logger.info("%s is finished: test top1 %.2f %%", directory, 100 * summary.get("test.top1", math.nan))
-    return True
-
-
-def clear_directory(directory: Path) -> None:
-    """Delete a run's files, and nothing else."""
-    for name in RUN_FILES:
-        path = directory / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
 def resolve_precision(precision: str) -> str:
     """Turn auto into bf16 where the GPU computes in it, else fp32."""
     if precision != "auto":
@@ -248,110 +185,16 @@ def resolve_precision(precision: str) -> str:
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
+def use_all_cores(state: Any) -> None:
+    """Share this node's cores among its processes where a launcher has set one thread each, which both do unasked."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if launched and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))
+
+
 def describe_device(device: torch.device) -> str:
     """Return the device's name as people know it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "accelerate": accelerate.__version__,
-    }
-
-
-def git_revision() -> str:
-    """Return the commit of the code, with -dirty where it was changed, or unknown."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def log_to_console() -> None:
-    """Send messages to stderr: from the main process all, from the others warnings; metrics where no bar is drawn."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
-    logger.propagate = False
-    metrics = logging.getLogger("fmnist.metrics")
-    metrics.propagate = not sys.stderr.isatty()
-
-
-def log_to_file(path: Path) -> None:
-    """Append messages and metrics to train.log."""
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
-    metrics = logging.getLogger("fmnist.metrics")
-    if not metrics.propagate:
-        metrics.addHandler(handler)
-
-
-@contextmanager
-def one_line_errors(program: str) -> Iterator[None]:
-    """Turn a user's mistake (ValueError: status 2) and a non-finite loss (status 1) into one line on stderr."""
-    try:
-        yield
-    except (ValueError, FloatingPointError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            sys.stderr.write(f"{program}: error: {' '.join(str(error).split())}\n")
-        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
-
-
-class Clock:
-    """Images per second of training alone.
-
-    Args:
-        global_batch_size: images of one step.
-        total_seconds: what earlier starts of the run have trained.
-    """
-
-    def __init__(self, global_batch_size: int, total_seconds: float = 0.0) -> None:
-        self.global_batch_size, self.total_seconds = global_batch_size, total_seconds
-        self._window_seconds, self._steps = 0.0, 0
-        self.rates: list[float] = []
-        self._since = time.perf_counter()
-
-    def start(self) -> None:
-        """Begin to count: what came before the loop is not training."""
-        self._since = time.perf_counter()
-
-    def tick(self) -> None:
-        """Count one step."""
-        self._steps += 1
-
-    def read(self) -> dict[str, float]:
-        """Return the speed since the last read; right after a device sync, so that all counted work is done."""
-        self._bank()
-        seconds, steps = self._window_seconds / max(1, self._steps), self._steps
-        self._window_seconds, self._steps = 0.0, 0
-        if steps == 0:
-            return {}
-        self.rates.append(self.global_batch_size / seconds)
-        return {"images_per_second": self.global_batch_size / seconds, "step_time_s": seconds}
-
-    def median_rate(self) -> float:
-        """Return the median images/s over the windows, the first (warm-up, compilation) apart where there are more."""
-        rates = sorted(self.rates[1:] or self.rates or [0.0])
-        return rates[len(rates) // 2]
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out what happens inside: evaluations and checkpoints."""
-        self._bank()
-        yield
-        self._since = time.perf_counter()
-
-    def _bank(self) -> None:
-        now = time.perf_counter()
-        self._window_seconds += now - self._since
-        self.total_seconds += now - self._since
-        self._since = now

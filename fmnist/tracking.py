@@ -55,7 +55,7 @@ class Tracker(NullTracker):
         self.bar = None
         if sys.stderr.isatty():
             self.bar = tqdm(initial=step, total=total_steps, unit="step", dynamic_ncols=True, smoothing=0.1)
-        self.wandb = None
+        self.wandb: Any = None
         if cfg.wandb != "disabled":
             self._try_wandb(lambda: self._start_wandb(directory, cfg, resolved))
 
@@ -113,7 +113,7 @@ class Tracker(NullTracker):
         id_file = directory / WANDB_ID_FILE
         run_id = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
         id_file.write_text(run_id + "\n")
-        options = {
+        options: dict[str, Any] = {
             "project": cfg.project,
             "name": directory.resolve().name,
             "id": run_id,
@@ -154,7 +154,7 @@ def has_api_key() -> bool:
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines after `step`, and a line cut short by a crash: the run goes on from there and writes them again."""
+    """Drop the lines after `step`, which the run writes again, and a line cut short by a crash."""
     if not path.is_file():
         return
     kept = []

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 
 from fmnist import checkpoint
 from fmnist.checkpoint import Checkpoints, TrainState, load_strict, read_tensors
+from fmnist.clock import Clock
 from fmnist.config import Config
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader, Split
 from fmnist.data.fashion_mnist import CLASS_NAMES
+from fmnist.directory import git_revision, versions
 from fmnist.metrics import predict
 from fmnist.network import build_network
 from fmnist.optim import Schedule, build_optimizer
 from fmnist.report import plot_learning_curves, write_evaluation
-from fmnist.run import Clock, Run, git_revision, versions
+from fmnist.run import Run
 
 logger = logging.getLogger("fmnist")
 
@@ -86,9 +88,7 @@ def build(cfg: Config, run: Run) -> Training:
     )
 
 
-def restore(
-    path: Path, model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer
-) -> TrainState:
+def restore(path: Path, model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer) -> TrainState:
     """Put a verified checkpoint back, and return where training stood."""
     load_strict(model, read_tensors(path / checkpoint.MODEL), path / checkpoint.MODEL)
     checkpoint.load_optimizer_tensors(model, optimizer, read_tensors(path / checkpoint.OPTIMIZER))

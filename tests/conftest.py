@@ -44,7 +44,12 @@ def small_config(tmp_path: Path) -> Path:
 
 def environment() -> dict[str, str]:
     """The environment of a child: one thread a process, so that two of them on two cores keep their arithmetic."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_MODE": "", "ACCELERATE_USE_CPU": "true"}
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "WANDB_MODE": "",
+        "ACCELERATE_USE_CPU": "true",
+    }
 
 
 def train(*args: object, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -84,7 +84,9 @@ def test_evaluation_shares_cover_every_image_once(num_images: int, world_size: i
 
 
 def test_keys_that_differ_in_one_bit_give_unrelated_seeds() -> None:
-    # Two random 63-bit numbers differ in 31.5 bits; the mean over 300 pairs has a deviation of sqrt(63)/2/sqrt(300) = 0.23.
-    flips = [bin(mix_key(s, e, p) ^ mix_key(s, e, p ^ 1)).count("1") for s in range(10) for e in range(10) for p in range(3)]
+    # Random 63-bit numbers differ in 31.5 bits; the mean of 300 pairs deviates by sqrt(63) / 2 / sqrt(300) = 0.23.
+    flips = [
+        bin(mix_key(s, e, p) ^ mix_key(s, e, p ^ 1)).count("1") for s in range(10) for e in range(10) for p in range(3)
+    ]
     assert abs(sum(flips) / len(flips) - 31.5) < 1.2
     assert len({mix_key(a, b) for a in range(100) for b in range(100)}) == 10_000

@@ -52,9 +52,7 @@ def test_a_restored_optimizer_goes_on_with_the_same_bits(name: str, checkpoints:
     for seed in range(3):
         learn(model, optimizer, seed)
     state = TrainState(step=3, best_top1=0.5, best_step=2, train_seconds=1.5)
-    path = checkpoints.save(
-        state, {MODEL: model.state_dict(), OPTIMIZER: optimizer_tensors(model, optimizer)}
-    )
+    path = checkpoints.save(state, {MODEL: model.state_dict(), OPTIMIZER: optimizer_tensors(model, optimizer)})
     other = Cnn(10, widths=(4, 8))
     other_optimizer = build_optimizer(other, cfg)
     load_strict(other, read_tensors(path / MODEL), path)
@@ -136,7 +134,13 @@ def test_tensors_that_do_not_fit_are_named() -> None:
     tensors["stray"] = tensors.pop("head.bias")
     with pytest.raises(ValueError) as caught:
         load_strict(model, tensors, Path("some/file"))
-    for part in ("some/file", "head.bias missing", "stray unexpected", "head.weight is [7, 8] not [10, 8]", "3 tensors"):
+    for part in (
+        "some/file",
+        "head.bias missing",
+        "stray unexpected",
+        "head.weight is [7, 8] not [10, 8]",
+        "3 tensors",
+    ):
         assert part in str(caught.value)
 
 

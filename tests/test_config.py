@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fmnist.config import Config, differences, flatten, load_config, parse_config, to_yaml
+from fmnist.config import Config, differences, flatten, to_yaml
+from fmnist.options import load_config, parse_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -33,7 +34,7 @@ def refuse(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["--augment.flip", "1.01"], "augment.flip is 1.01; legal: 0 to 1"),
         (["--augment.size", "4"], "augment.size is 4; legal: 8 to 1024"),
         (["--augment.size", '{"1": 32}'], "augment.size"),
-        (["--augment.mix_probability", "0.5"], "it has no effect"),
+        (["--augment.mix_probability", "0.5"], "has no effect"),
         (["--optim.name", "adamm"], "optim.name"),
         (["--config", "no_such_file.yaml"], "no_such_file.yaml"),
         (["--overwrite", "true"], "give --resume never"),
@@ -101,7 +102,9 @@ def test_every_shipped_config_reads_and_says_how_it_was_run(path: Path) -> None:
 
 
 def test_a_resolved_config_reads_back_equal(tmp_path: Path) -> None:
-    cfg = parse_config(["--augment.size", '{"0": 96, "4": 128}', "--model.options", '{"widths": [8, 16]}', "--seed", "7"])
+    cfg = parse_config(
+        ["--augment.size", '{"0": 96, "4": 128}', "--model.options", '{"widths": [8, 16]}', "--seed", "7"]
+    )
     (tmp_path / "config.yaml").write_text(to_yaml(cfg))
     assert load_config(tmp_path / "config.yaml") == cfg
 

@@ -85,9 +85,7 @@ def write_small(folder: Path, num_train: int = 20, num_test: int = 10, size: int
     for prefix, count in (("train", num_train), ("t10k", num_test)):
         pixels = b"".join(bytes([i % 256]) * size * size for i in range(count))
         (folder / f"{prefix}-images-idx3-ubyte").write_bytes(to_idx((count, size, size), pixels))
-        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(
-            to_idx((count,), bytes(i % 10 for i in range(count)))
-        )
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(to_idx((count,), bytes(i % 10 for i in range(count))))
     return folder
 
 
@@ -173,9 +171,7 @@ def start_child(url: str, root: Path, processes: int) -> subprocess.Popen[str]:
     """Start processes that locate the data; forked from one, because the imports cost seconds."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CHILD, url, str(root), str(processes)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def assert_one_line(error: pytest.ExceptionInfo[ValueError], *words: str) -> None:
@@ -285,9 +281,7 @@ def test_split_refuses_sizes_out_of_range(val_size: int) -> None:
 def test_load_split(tmp_path: Path) -> None:
     root = str(write_small(tmp_path / "small"))
     images, labels = load_split("val", root, 10)
-    assert images.shape == (10, 28, 28) and labels.tolist() == sorted(
-        labels.tolist(), key=labels.tolist().index
-    )
+    assert images.shape == (10, 28, 28) and labels.tolist() == sorted(labels.tolist(), key=labels.tolist().index)
     assert labels.bincount().tolist() == [1] * 10  # 10 x 2 / 20
     assert (images[:, 0, 0] % 10 == labels).all(), "images and labels must stay together"
     assert len(load_split("train", root, 10)[0]) == 10
@@ -315,9 +309,7 @@ def check_parse(data: bytes) -> None:
 
 
 headers = st.builds(
-    lambda zeros, kind, dims, tail: (
-        zeros + bytes((kind, len(dims))) + struct.pack(f">{len(dims)}I", *dims) + tail
-    ),
+    lambda zeros, kind, dims, tail: zeros + bytes((kind, len(dims))) + struct.pack(f">{len(dims)}I", *dims) + tail,
     st.sampled_from([b"\0\0", b"\0\1"]),
     st.sampled_from([8, 8, 8, 9, 0x0B, 0x0D]),
     st.lists(st.sampled_from([0, 1, 2, 3, 28, 60_000, 2**16, 2**31, 2**32 - 1]), max_size=12),
@@ -482,9 +474,7 @@ def test_bad_files(kind: str, tmp_path: Path) -> None:
 def test_published_files_under_the_wrong_names(tmp_path: Path, packed: dict[str, bytes]) -> None:
     folder = write_small(tmp_path / "swapped", num_train=10_000, size=1)
     (folder / TRAIN_LABELS).unlink()
-    (folder / f"{TRAIN_LABELS}.gz").write_bytes(
-        packed[TEST_LABELS]
-    )  # 10,000 labels, as many as there are images
+    (folder / f"{TRAIN_LABELS}.gz").write_bytes(packed[TEST_LABELS])  # 10,000 labels, as many as there are images
     with pytest.raises(ValueError) as error:
         load("train", str(folder))
     assert_one_line(error, TRAIN_LABELS, f"holds the published {TEST_LABELS}")
@@ -534,9 +524,7 @@ def test_each_file_may_be_plain_or_gz(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("source", ["data.root", "$FMNIST_DATA"])
-def test_partial_folder_is_an_error(
-    name: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_partial_folder_is_an_error(name: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_small(tmp_path / "partial")
     (folder / name).unlink()
     monkeypatch.setenv("FMNIST_DATA", str(folder))
@@ -554,9 +542,7 @@ def test_root_that_cannot_be_filled(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError) as error:
             locate(str(root))
-        assert_one_line(
-            error, "data.root", str(root), words if root.name == "file" else "nor can it be put there"
-        )
+        assert_one_line(error, "data.root", str(root), words if root.name == "file" else "nor can it be put there")
     with pytest.raises(ValueError) as error:
         load("dev", str(tmp_path))  # type: ignore[arg-type]
     assert_one_line(error, "dev", "train or test")
@@ -575,9 +561,7 @@ def test_mirror_fills_a_given_root(
     assert mirror.requests == [f"{name}.gz" for name in NAMES]
     assert locate(str(tmp_path / "new")) == folder and len(mirror.requests) == 4, "found, not fetched again"
     # torchvision reads what was put there.
-    assert (
-        len(torchvision.datasets.FashionMNIST(str(tmp_path / "new"), train=False, download=False)) == 10_000
-    )
+    assert len(torchvision.datasets.FashionMNIST(str(tmp_path / "new"), train=False, download=False)) == 10_000
 
 
 def test_without_a_root_the_data_folder_is_filled(
@@ -698,9 +682,7 @@ def test_four_processes_fetch_once(tmp_path: Path, packed: dict[str, bytes]) -> 
     folder = tmp_path / "new" / "FashionMNIST" / "raw"
     assert child.returncode == 0, errors
     assert output.split() == [str(folder)] * 4
-    assert sorted(mirror.requests) == sorted(f"{name}.gz" for name in NAMES), (
-        "one process fetched, three found"
-    )
+    assert sorted(mirror.requests) == sorted(f"{name}.gz" for name in NAMES), "one process fetched, three found"
     assert names_in(folder) == set(NAMES)
     mirror.shutdown()
     mirror.server_close()
@@ -823,9 +805,7 @@ def test_package_lists_are_fetched_once_and_only_by_root(
             locate(str(tmp_path / "new"))
         assert_one_line(error, "Unable to locate package", "--data.root FOLDER")
     calls = [line.split()[-2:] for line in log.read_text().splitlines()]
-    assert [call[-1] for call in calls] == [fetch.DEBIAN_PACKAGE, "update", fetch.DEBIAN_PACKAGE][
-        : 3 if is_root else 1
-    ]
+    assert [call[-1] for call in calls] == [fetch.DEBIAN_PACKAGE, "update", fetch.DEBIAN_PACKAGE][: 3 if is_root else 1]
 
 
 def test_nothing_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,9 +28,7 @@ def build(name: str, size: int = 32, **settings):
     load_weights = settings.pop("load_weights", True)
     image_sizes = settings.pop("image_sizes", ())
     cfg = ModelConfig(name=name, **settings)
-    return build_model(
-        cfg, num_classes=10, image_size=size, image_sizes=image_sizes, load_weights=load_weights
-    )
+    return build_model(cfg, num_classes=10, image_size=size, image_sizes=image_sizes, load_weights=load_weights)
 
 
 def error_of(name: str, size: int = 32, **settings) -> str:
@@ -156,9 +154,7 @@ def test_normalization_is_that_of_the_training_images():
 # --- timm from scratch
 
 
-@pytest.mark.parametrize(
-    "name, size", [("convnext_atto", 32), ("vit_tiny_patch16_224", 32), ("resnet18", 32)]
-)
+@pytest.mark.parametrize(("name", "size"), [("convnext_atto", 32), ("vit_tiny_patch16_224", 32), ("resnet18", 32)])
 def test_timm_from_scratch_reads_one_channel(name, size):
     model, normalization = build(name, size, drop_rate=0.1, drop_path_rate=0.1)
     assert model(torch.rand(2, 1, size, size)).shape == (2, 10)
@@ -166,9 +162,7 @@ def test_timm_from_scratch_reads_one_channel(name, size):
 
 
 def test_small_convnext():
-    model, _ = build(
-        "convnext_atto", options={"patch_size": 2, "depths": [1, 1, 2, 1], "dims": [24, 48, 96, 192]}
-    )
+    model, _ = build("convnext_atto", options={"patch_size": 2, "depths": [1, 1, 2, 1], "dims": [24, 48, 96, 192]})
     assert count(model) < 1_000_000
 
 
@@ -202,7 +196,7 @@ FAMILIES = [
 ]
 
 
-@pytest.mark.parametrize("name, size, options, expected", FAMILIES)
+@pytest.mark.parametrize(("name", "size", "options", "expected"), FAMILIES)
 def test_folded_model_equals_the_rgb_model(name, size, options, expected, images, tmp_path, caplog):
     rgb = realistic(name, size, **options)
     safetensors.torch.save_file(rgb.state_dict(), tmp_path / "rgb.safetensors")
@@ -225,9 +219,7 @@ def test_position_embeddings_are_resampled_as_timm_does(images, tmp_path):
     model, normalization = build("vit_tiny_patch16_224", 96, weights=str(tmp_path / "rgb.safetensors"))
     assert model.pos_embed.shape == (1, 1 + 6 * 6, 192)
     overlay = {"state_dict": rgb.state_dict()}
-    timms = timm.create_model(
-        "vit_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay, img_size=96
-    )
+    timms = timm.create_model("vit_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay, img_size=96)
     assert max_differences(model, normalization, timms, images, 96)[0] < 1e-5
 
 
@@ -243,9 +235,7 @@ def test_padded_patches_keep_three_channels(tmp_path):
 def test_standardised_kernels_keep_three_channels():
     # StdConv2dSame standardises its kernel in each forward, over the input channels too.
     model, kept = build("vit_tiny_r_s16_p8_224", 64, pretrained=True, load_weights=False)
-    assert (
-        kept == Normalization((0.5,) * 3, (0.5,) * 3) and model.patch_embed.backbone.conv.weight.shape[1] == 3
-    )
+    assert kept == Normalization((0.5,) * 3, (0.5,) * 3) and model.patch_embed.backbone.conv.weight.shape[1] == 3
 
 
 def test_names_of_the_authors_repository(images, tmp_path):
@@ -255,11 +245,7 @@ def test_names_of_the_authors_repository(images, tmp_path):
     for key, value in rgb.state_dict().items():
         key = re.sub(r"stages\.(\d)\.blocks", r"stages.\1", key)
         key = re.sub(r"stages\.(\d)\.downsample", r"downsample_layers.\1", key)
-        key = (
-            key.replace("stem.", "downsample_layers.0.")
-            .replace("conv_dw", "dwconv")
-            .replace("mlp.fc", "pwconv")
-        )
+        key = key.replace("stem.", "downsample_layers.0.").replace("conv_dw", "dwconv").replace("mlp.fc", "pwconv")
         renamed[key.replace("head.norm", "norm").replace("head.fc", "head")] = value
     torch.save({"model": renamed}, tmp_path / "w.pth")
     model, normalization = build("convnext_atto", 64, weights=str(tmp_path / "w.pth"))
@@ -335,10 +321,7 @@ def test_tensors_that_do_not_fit(tensors, tmp_path):
     path = tmp_path / "w.safetensors"
     keys = [f"layer4.1.{part}" for part in ("conv1.weight", "conv2.weight", "bn1.weight", "bn2.bias")]
     message = weights_error({k: v for k, v in tensors.items() if k not in keys}, path)
-    assert (
-        "4 tensors (layer4.1.conv1.weight, layer4.1.bn1.weight, layer4.1.conv2.weight, ...) missing"
-        in message
-    )
+    assert "4 tensors (layer4.1.conv1.weight, layer4.1.bn1.weight, layer4.1.conv2.weight, ...) missing" in message
     message = weights_error(tensors | {"surplus": torch.zeros(1)}, path)
     assert "1 tensors (surplus) unexpected" in message
     message = weights_error(tensors | {"conv1.weight": torch.zeros(64, 3, 5, 5)}, path)

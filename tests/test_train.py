@@ -46,8 +46,19 @@ def test_a_run_leaves_what_the_contract_names(finished: tuple[Path, Path]) -> No
     assert (summary["model"], summary["steps"], summary["world_size"], summary["seed"]) == ("cnn", 12, 1, 0)
     assert summary["test.num_images"] == 10_000
     assert 0.1 < summary["test.top1"] <= 1
-    assert summary["parameters"] == sum(t.numel() for n, t in load_file(run / "model.safetensors").items() if "running" not in n and "num_" not in n)
-    assert {"epochs", "val.top1", "test.loss", "images_per_second", "train_seconds", "device", "versions", "git_revision"} <= set(summary)
+    assert summary["parameters"] == sum(
+        t.numel() for n, t in load_file(run / "model.safetensors").items() if "running" not in n and "num_" not in n
+    )
+    assert {
+        "epochs",
+        "val.top1",
+        "test.loss",
+        "images_per_second",
+        "train_seconds",
+        "device",
+        "versions",
+        "git_revision",
+    } <= set(summary)
     names = {path.name for path in run.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "checkpoints", "train.log", "learning_curves.png", "evaluation"} <= names
     steps = [line["step"] for line in metrics(run) if line["prefix"] == "train"]
@@ -128,7 +139,16 @@ def test_sigterm_saves_and_stops_and_the_same_command_continues(finished: tuple[
 
 
 def test_two_processes_give_the_losses_of_one_with_accumulation(tmp_path: Path, small_config: Path) -> None:
-    more = ("--batch.micro_batch_size", 16, "--model.name", "mlp", "--model.options", "{}", "--evaluation.batch_size", 77)
+    more = (
+        "--batch.micro_batch_size",
+        16,
+        "--model.name",
+        "mlp",
+        "--model.options",
+        "{}",
+        "--evaluation.batch_size",
+        77,
+    )
     train(*flags(small_config, tmp_path / "one", *more))
     train(*flags(small_config, tmp_path / "two", *more), processes=2)
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
@@ -191,7 +211,9 @@ def test_damaged_data_is_one_line_and_nothing_is_written(
         (["--model.name", "cnnn"], "cnn"),
     ],
 )
-def test_mistakes_are_one_line_with_status_2(more: list[str], expected: str, tmp_path: Path, small_config: Path) -> None:
+def test_mistakes_are_one_line_with_status_2(
+    more: list[str], expected: str, tmp_path: Path, small_config: Path
+) -> None:
     done = train(*flags(small_config, tmp_path / "run", *more), check=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1, done.stderr

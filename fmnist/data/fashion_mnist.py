@@ -93,14 +93,10 @@ def load(split: Literal["train", "test"], root: str | None = None) -> tuple[Tens
     images, images_path, images_known = _load_file(folder, f"{prefix}-images-idx3-ubyte", "images", 3)
     labels, labels_path, labels_known = _load_file(folder, f"{prefix}-labels-idx1-ubyte", "labels", 1)
     if len(images) != len(labels):
-        raise ValueError(
-            f"{images_path}: {len(images):,} images, but {labels_path.name} has {len(labels):,} labels"
-        )
+        raise ValueError(f"{images_path}: {len(images):,} images, but {labels_path.name} has {len(labels):,} labels")
     if (wrong := torch.nonzero(labels >= NUM_CLASSES)).numel():
         position = int(wrong[0])
-        raise ValueError(
-            f"{labels_path}: label {int(labels[position])} at position {position}, expected 0 to 9"
-        )
+        raise ValueError(f"{labels_path}: label {int(labels[position])} at position {position}, expected 0 to 9")
     if not (images_known and labels_known):
         path = labels_path if images_known else images_path
         logger.warning("%s: not the published Fashion-MNIST (its sha256 differs); used as it is", path)
@@ -114,9 +110,7 @@ def _load_file(folder: Path, name: str, kind: str, dimensions: int) -> tuple[Ten
         raise ValueError(f"{folder / name}: no such file, plain or .gz")
     tensor, sha256 = read_idx(path)
     if tensor.dim() != dimensions:
-        raise ValueError(
-            f"{path}: {tensor.dim()} dimensions, expected {dimensions} for {kind}; are files swapped?"
-        )
+        raise ValueError(f"{path}: {tensor.dim()} dimensions, expected {dimensions} for {kind}; are files swapped?")
     for other, (_, published) in PUBLISHED.items():
         if sha256 == published and other != name:
             raise ValueError(f"{path}: holds the published {other}; are files swapped?")
@@ -156,9 +150,7 @@ def stratified_split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
     return torch.nonzero(~in_val).flatten(), torch.nonzero(in_val).flatten()
 
 
-def load_split(
-    name: Literal["train", "val", "test"], root: str | None, val_size: int
-) -> tuple[Tensor, Tensor]:
+def load_split(name: Literal["train", "val", "test"], root: str | None, val_size: int) -> tuple[Tensor, Tensor]:
     """Load one of the three splits; train and val are the two parts of the 60,000.
 
     Args:

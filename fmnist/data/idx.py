@@ -38,9 +38,7 @@ def parse_idx(data: bytes, name: str) -> Tensor:
     expected = header_bytes + math.prod(shape)
     if len(data) != expected:
         found = "more" if len(data) > expected else f"{len(data):,} bytes"
-        raise ValueError(
-            f"{name}: {found}, expected {expected:,} bytes: a header of {header_bytes} + {_times(shape)}"
-        )
+        raise ValueError(f"{name}: {found}, expected {expected:,} bytes: a header of {header_bytes} + {_times(shape)}")
     # A bytearray, because torch wants memory that it may write.
     return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=header_bytes).view(shape)
 
@@ -93,9 +91,7 @@ def _parse_header(data: bytes, name: str) -> tuple[tuple[int, ...], int]:
         )
     header_bytes = 4 + 4 * data[3]
     if len(data) < header_bytes:
-        raise ValueError(
-            f"{name}: {len(data)} bytes, expected a header of {header_bytes} for {data[3]} dimensions"
-        )
+        raise ValueError(f"{name}: {len(data)} bytes, expected a header of {header_bytes} for {data[3]} dimensions")
     shape = struct.unpack(f">{data[3]}I", data[4:header_bytes])
     if not 1 <= math.prod(shape) <= MAX_FILE_BYTES:
         raise ValueError(f"{name}: dimensions {_times(shape)}, expected 1 to {MAX_FILE_BYTES:,} bytes in all")

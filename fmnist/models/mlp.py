@@ -4,9 +4,7 @@ from torch import Tensor, nn
 
 
 class Mlp(nn.Module):
-    def __init__(
-        self, num_classes: int, drop_rate: float = 0.0, *, image_size: int, width: int = 512
-    ) -> None:
+    def __init__(self, num_classes: int, drop_rate: float = 0.0, *, image_size: int, width: int = 512) -> None:
         """Build the network for one-channel images of one size.
 
         Args:

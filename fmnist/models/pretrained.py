@@ -20,9 +20,7 @@ RESERVED = {
 }
 
 
-def build_timm(
-    cfg: Any, num_classes: int, sizes: list[int], load_weights: bool
-) -> tuple[nn.Module, Normalization]:
+def build_timm(cfg: Any, num_classes: int, sizes: list[int], load_weights: bool) -> tuple[nn.Module, Normalization]:
     """Build a timm model as build_model promises.
 
     Args:

@@ -104,9 +104,7 @@ def differences(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
         "missing": [key for key in wanted if key not in tensors],
         "unexpected": [str(key) for key in tensors if key not in wanted],
         "of another shape": [f"{key} {a}, not {b}" for key, (a, b) in shapes.items() if a != b],
-        "of another type": [
-            key for key in both if tensors[key].is_floating_point() != wanted[key].is_floating_point()
-        ],
+        "of another type": [key for key in both if tensors[key].is_floating_point() != wanted[key].is_floating_point()],
     }
     return {kind: f"{_few(keys)} {kind}" for kind, keys in kinds.items() if keys}
 

@@ -1,0 +1,56 @@
+"""Images per second of training alone."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Clock:
+    """Images per second of training alone.
+
+    Args:
+        global_batch_size: images of one step.
+        total_seconds: what earlier starts of the run have trained.
+    """
+
+    def __init__(self, global_batch_size: int, total_seconds: float = 0.0) -> None:
+        self.global_batch_size, self.total_seconds = global_batch_size, total_seconds
+        self._window_seconds, self._steps = 0.0, 0
+        self.rates: list[float] = []
+        self._since = time.perf_counter()
+
+    def start(self) -> None:
+        """Begin to count: what came before the loop is not training."""
+        self._since = time.perf_counter()
+
+    def tick(self) -> None:
+        """Count one step."""
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Return the speed since the last read; right after a device sync, so that all counted work is done."""
+        self._bank()
+        seconds, steps = self._window_seconds / max(1, self._steps), self._steps
+        self._window_seconds, self._steps = 0.0, 0
+        if steps == 0:
+            return {}
+        self.rates.append(self.global_batch_size / seconds)
+        return {"images_per_second": self.global_batch_size / seconds, "step_time_s": seconds}
+
+    def median_rate(self) -> float:
+        """Return the median images/s over the windows, the first (warm-up, compilation) apart where there are more."""
+        rates = sorted(self.rates[1:] or self.rates or [0.0])
+        return rates[len(rates) // 2]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what happens inside: evaluations and checkpoints."""
+        self._bank()
+        yield
+        self._since = time.perf_counter()
+
+    def _bank(self) -> None:
+        now = time.perf_counter()
+        self._window_seconds += now - self._since
+        self.total_seconds += now - self._since
+        self._since = now

@@ -1,0 +1,42 @@
+"""Messages to people: on the terminal, in train.log, and a mistake in one line."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+logger = logging.getLogger("fmnist")
+
+
+def log_to_console() -> None:
+    """Send messages to stderr: from the main process all, from the others warnings; metrics where no bar is drawn."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    logger.propagate = False
+    metrics = logging.getLogger("fmnist.metrics")
+    metrics.propagate = not sys.stderr.isatty()
+
+
+def log_to_file(path: Path) -> None:
+    """Append messages and metrics to train.log."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    metrics = logging.getLogger("fmnist.metrics")
+    if not metrics.propagate:
+        metrics.addHandler(handler)
+
+
+@contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Turn a user's mistake (ValueError: status 2) and a non-finite loss (status 1) into one line on stderr."""
+    try:
+        yield
+    except (ValueError, FloatingPointError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            sys.stderr.write(f"{program}: error: {' '.join(str(error).split())}\n")
+        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None

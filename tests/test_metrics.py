@@ -1,0 +1,87 @@
+"""Evaluation counts every image once, for any process count and batch size."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import accuracy_score, log_loss
+
+from fmnist.config import AugmentConfig, Config, EvaluationConfig
+from fmnist.data.augment import Augment
+from fmnist.data.batches import Split
+from fmnist.metrics import predict, score
+from fmnist.models.cnn import Cnn
+from fmnist.run import Run
+
+
+class Share(Run):
+    """A run that plays one of several ranks: the sum over them is left to the test."""
+
+    def __init__(self, cfg: Config, rank: int, world_size: int) -> None:
+        super().__init__(cfg, Path("unused"))
+        self.rank, self.world_size = rank, world_size
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def broadcast(self, tensors: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def model() -> Cnn:
+    torch.manual_seed(0)
+    return Cnn(10, widths=(8, 16)).train()
+
+
+def run_share(model: Cnn, split: Split, rank: int, world_size: int, **kwargs: object) -> torch.Tensor:
+    cfg = Config()
+    run = Share(replace(cfg, model=replace(cfg.model, precision="fp32")), rank, world_size)
+    augment = Augment(AugmentConfig(), num_classes=10, mean=(0.286,), std=(0.353,))
+    on_device = Split(images=split.images.to(run.device), labels=split.labels.to(run.device))
+    return predict(model.to(run.device), on_device, augment, EvaluationConfig(**kwargs), run).cpu()
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 999])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch_size", [1, 7, 256])
+def test_shares_add_up_to_the_logits_of_one_process(
+    count: int, world_size: int, batch_size: int, model: Cnn, train_images: Split
+) -> None:
+    if count == 999 and batch_size == 1:
+        pytest.skip("999 forwards say no more than 5 do")
+    split = Split(images=train_images.images[:count], labels=train_images.labels[:count])
+    whole = run_share(model, split, 0, 1, batch_size=max(count, 1))
+    summed = torch.stack(
+        [run_share(model, split, rank, world_size, batch_size=batch_size) for rank in range(world_size)]
+    )
+    assert torch.allclose(summed.sum(0), whole, atol=1e-5)
+    assert torch.equal(summed.sum(0).argmax(1), whole.argmax(1))  # so the integer confusion matrix is the same
+    assert model.training
+
+
+def test_score_equals_scikit_learn(model: Cnn, train_images: Split) -> None:
+    logits = run_share(model, train_images, 0, 1)
+    scores = score(logits, train_images.labels)
+    probabilities = logits.double().softmax(1)
+    assert float(scores["top1"]) == accuracy_score(train_images.labels, probabilities.argmax(1))
+    expected = log_loss(train_images.labels, probabilities.numpy(), labels=list(range(10)))
+    assert float(scores["loss"]) == pytest.approx(expected, abs=1e-9)
+
+
+def test_flip_averaging_is_the_mean_probability_of_image_and_mirror(model: Cnn, train_images: Split) -> None:
+    split = Split(images=train_images.images[:50], labels=train_images.labels[:50])
+    mirrored = Split(images=split.images.flip(-1), labels=split.labels)
+    expected = (F.softmax(run_share(model, split, 0, 1), 1) + F.softmax(run_share(model, mirrored, 0, 1), 1)) / 2
+    averaged = run_share(model, split, 0, 1, tta="flip")
+    assert torch.allclose(averaged.softmax(1), expected, atol=1e-6)
+
+
+def test_evaluation_may_use_another_size_and_changes_no_statistic(model: Cnn, train_images: Split) -> None:
+    split = Split(images=train_images.images[:50], labels=train_images.labels[:50])
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    small, large = run_share(model, split, 0, 1, size=28), run_share(model, split, 0, 1, size=40)
+    assert not torch.equal(small, large)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())

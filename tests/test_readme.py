@@ -1,0 +1,50 @@
+"""What README says is so: its commands, its options, its table."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from fmnist.config import Config, flatten
+from fmnist.directory import RUN_FILES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_each_of_the_two_commands_is_one_line(name: str) -> None:
+    block = re.search(rf"<!-- command: {name} -->\n```bash\n(.*?)```", README, re.S)
+    assert block is not None
+    assert block[1].count("\n") == 1
+    assert "requirements" in block[1]
+
+
+def test_every_option_and_file_that_it_names_exists() -> None:
+    options = set(flatten(Config()))
+    named = set(re.findall(r"--((?:data|batch|augment|model|optim|schedule|evaluation|checkpoint|log)\.\w+)", README))
+    assert named
+    assert named <= options
+    for path in re.findall(r"\]\(([\w/]+\.png)\)", README):
+        assert (ROOT / path).stat().st_size > 10_000
+    for config in re.findall(r"^\| `(\w+\.yaml)`", README, re.M):
+        assert (ROOT / "configs" / config).is_file()
+    assert {path.name for path in (ROOT / "configs").glob("*.yaml")} == set(
+        re.findall(r"^\| `(\w+\.yaml)`", README, re.M)
+    )
+    for name in ("config.yaml", "metrics.jsonl", "model.safetensors", "summary.json", "learning_curves.png"):
+        assert name in RUN_FILES
+        assert f"`{name}`" in README
+
+
+def test_the_tables_are_those_of_the_recorded_results() -> None:
+    import results
+
+    assert results.updated_readme() == README
+    assert "| **" in results.table() or "**" in results.table()
+    for path in results.RESULTS.glob("*.json"):
+        text = path.read_text()
+        for key in ("command", "date", "hardware", "versions", "git_revision"):
+            assert f'"{key}"' in text, path
