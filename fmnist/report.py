@@ -324,7 +324,7 @@ def plot_learning_curves(metrics_path: Path, path: Path, title: str) -> None:
     if has_lr:
         panels[-1].plot(lr_steps, lr, color=BLUE, linewidth=1.8)
         panels[-1].set_ylabel("learning rate")
-        panels[-1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        panels[-1].yaxis.set_major_formatter("{x:.3g}")  # an offset text would sit on the epoch axis
 
     steps, epochs = _series(train + val, "epoch")
     steps_per_epoch = steps[epochs.argmax()] / epochs.max() if len(epochs) and epochs.max() > 0 else 0.0

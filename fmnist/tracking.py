@@ -16,7 +16,7 @@ from fmnist.config import LogConfig
 
 logger = logging.getLogger("fmnist")
 METRICS_FILE, WANDB_ID_FILE = "metrics.jsonl", "wandb_run_id"
-INIT_TIMEOUT_S = 10
+INIT_TIMEOUT_S, FINISH_TIMEOUT_S = 10, 60
 PERF_KEYS = ("images_per_second", "step_time_s")
 
 
@@ -121,7 +121,9 @@ class Tracker(NullTracker):
             "dir": str(directory),
             "config": dict(resolved),
         }
-        settings = wandb.Settings(init_timeout=INIT_TIMEOUT_S, login_timeout=INIT_TIMEOUT_S, silent=True)
+        settings = wandb.Settings(
+            init_timeout=INIT_TIMEOUT_S, login_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S, silent=True
+        )
         try:
             self.wandb = wandb.init(mode=mode, settings=settings, **options)
         except Exception as error:  # noqa: BLE001 - server away, key refused: the numbers are kept on disk instead
@@ -138,7 +140,7 @@ class Tracker(NullTracker):
     def _finish_wandb(self, summary: Mapping[str, Any]) -> None:
         if self.wandb is not None:
             self.wandb.summary.update({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
-            self.wandb.finish(quiet=True)
+            self.wandb.finish()
 
 
 def has_api_key() -> bool:
@@ -160,7 +162,8 @@ def truncate_metrics(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            entry = json.loads(line)
+            if entry["step"] <= step and entry.get("prefix") != "test":  # the test images are evaluated again
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue

@@ -22,7 +22,6 @@ from fmnist.directory import git_revision, versions
 from fmnist.metrics import predict
 from fmnist.network import build_network
 from fmnist.optim import Schedule, build_optimizer
-from fmnist.report import plot_learning_curves, write_evaluation
 from fmnist.run import Run
 
 logger = logging.getLogger("fmnist")
@@ -151,6 +150,8 @@ def conclude(training: Training, cfg: Config, run: Run, *, finished: bool) -> No
 
 def evaluate_test(training: Training, cfg: Config, run: Run) -> dict[str, float]:
     """Evaluate the weights to use on the test images; write `evaluation/test/` and the learning curves."""
+    from fmnist.report import plot_learning_curves, write_evaluation  # three seconds of libraries, needed only here
+
     t, weights = training, run.directory / "model.safetensors"
     run.on_main(lambda: load_strict(t.model, read_tensors(weights), weights))
     run.broadcast(t.model.state_dict().values())

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import torch
 from timm.utils import ModelEmaV3
 
 import train as entry
-from fmnist.config import AugmentConfig, Config, OptimConfig
+from fmnist.config import AugmentConfig, Config, ModelConfig, OptimConfig
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader, Split
+from fmnist.data.fashion_mnist import load_split
+from fmnist.models import build_model
 from fmnist.models.mlp import Mlp
 from fmnist.optim import build_optimizer
 from fmnist.run import Run
@@ -83,6 +86,28 @@ def test_the_source_never_waits_for_the_device(file: str) -> None:
     assert not names & {"item", "tolist", "cpu", "numpy", "nonzero", "print", "synchronize"} - {"numpy"}
     # The one numpy() is of a table made on the host before anything runs.
     assert "numpy" not in names or file.endswith("augment.py")
+
+
+@pytest.mark.slow
+def test_ten_real_steps_of_convnext_tiny_at_224_px(run: Run) -> None:
+    """Ten updates on one batch of eight real images: enough to learn it by heart."""
+    images, labels = load_split("train", None, 5000)
+    split = Split(images=images[:8].to(run.device), labels=labels[:8].to(run.device))
+    cfg = ModelConfig(name="convnext_tiny")
+    torch.manual_seed(0)
+    model, normalization = build_model(cfg, num_classes=10, image_size=224)
+    model = model.to(run.device)
+    augment = Augment(AugmentConfig(size=224), num_classes=10, mean=normalization.mean, std=normalization.std)
+    loader = Loader(split, global_batch_size=8, micro_batch_size=4, seed=0)
+    optim = OptimConfig(lr=3e-4, grad_clip_norm=1.0)
+    optimizer = build_optimizer(model, optim)
+    losses = [
+        float(train_step(model, optimizer, loader.micro_batches(step), augment, optim, run)["loss"])
+        for step in range(10)
+    ]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[0] > 2.0  # ten classes, nothing learnt: ln 10 = 2.30
+    assert losses[-1] < 0.8 * losses[0]
 
 
 @pytest.mark.gpu

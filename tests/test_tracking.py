@@ -37,7 +37,8 @@ def test_metrics_are_one_json_object_a_line(tmp_path: Path) -> None:
 
 def test_a_restart_drops_the_lines_after_its_checkpoint_and_a_torn_one(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4)) + '{"step": 5, "lo')
+    lines = [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 3, "prefix": "test"}, {"step": 4}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "lo')
     truncate_metrics(path, 3)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 

@@ -162,6 +162,20 @@ def test_two_processes_give_the_losses_of_one_with_accumulation(tmp_path: Path, 
     assert max((weights[0][key] - weights[1][key]).abs().max() for key in weights[0]) < 1e-5
 
 
+def test_two_processes_stop_at_the_same_step_and_one_goes_on_alone(tmp_path: Path, small_config: Path) -> None:
+    more = ("--batch.micro_batch_size", 16, "--model.name", "mlp", "--model.options", "{}")
+    train(*flags(small_config, tmp_path / "whole", *more))
+    train(*flags(small_config, tmp_path / "parts", *more, "--max_minutes", 0.001), processes=2)
+    summary = json.loads((tmp_path / "parts/summary.json").read_text())
+    assert (summary["status"], summary["world_size"]) == ("stopped", 2)
+    assert summary["steps"] == 2  # the limit is over at the first step; all processes agree at the second
+    assert (tmp_path / "parts/REQUEUE").exists()
+    train(*flags(small_config, tmp_path / "parts", *more))
+    assert json.loads((tmp_path / "parts/summary.json").read_text())["status"] == "finished"
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts")]
+    assert max((weights[0][key] - weights[1][key]).abs().max() for key in weights[0]) < 1e-5
+
+
 def copy_data(folder: Path) -> Path:
     folder.mkdir()
     source = locate()

@@ -127,7 +127,7 @@ class Loader:
             device = self.split.labels.device
             order = torch.randperm(len(self.split), generator=epoch_generator(self.seed, epoch, 0))
             uniforms = torch.rand(len(self.split), NUM_UNIFORMS, generator=epoch_generator(self.seed, epoch, 1))
-            self._tables = (epoch, order.to(device), uniforms.to(device))
+            self._tables = (epoch, to_device(order, device), to_device(uniforms, device))
         return self._tables[1:]
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
@@ -159,6 +159,11 @@ class Loader:
                 )
             )
         return parts
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a host tensor without making the host wait for the device's queue."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def rank_slice(num_images: int, rank: int, world_size: int) -> slice:

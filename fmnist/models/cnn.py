@@ -1,32 +1,27 @@
-"""A small convolutional network for 28 px: half a minute per epoch on two CPU cores, 0.26 M parameters."""
+"""A small convolutional network for 28 px: seconds per epoch on a CPU, 0.28 M parameters."""
 
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 
-def _conv(in_channels: int, out_channels: int, size: int = 3, stride: int = 1) -> nn.Sequential:
+def _conv(in_channels: int, out_channels: int) -> nn.Sequential:
     # No bias: BatchNorm subtracts it again.
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, size, stride=stride, padding=1, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.SiLU(),
-    )
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.SiLU())
 
 
 class Cnn(nn.Module):
-    def __init__(self, num_classes: int, drop_rate: float = 0.0, widths: Sequence[int] = (64, 128)) -> None:
+    def __init__(self, num_classes: int, drop_rate: float = 0.0, widths: Sequence[int] = (32, 64, 128)) -> None:
         """Build the network; it takes one-channel images of any size from 8 px.
-
-        The first convolution halves the resolution: at 28 px, activations cost more time on a CPU than products.
 
         Args:
             num_classes: logits per image.
             drop_rate: dropout probability before the head, in [0, 1).
-            widths: channels at half, quarter ... resolution.
+            widths: channels at full, half, quarter ... resolution.
         """
         super().__init__()
-        self.stem = nn.Sequential(_conv(1, widths[0], size=4, stride=2), _conv(widths[0], widths[0]))
+        self.stem = _conv(1, widths[0])
         self.stages = nn.Sequential(
             *(
                 nn.Sequential(nn.MaxPool2d(2), _conv(width_in, width), _conv(width, width))
