@@ -197,4 +197,4 @@ def describe_device(device: torch.device) -> str:
     """Return the device's name as people know it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+    return f"CPU ({platform.machine()}), {torch.get_num_threads()} thread(s)"
