@@ -14,7 +14,7 @@ from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.metrics import predict
 from fmnist.network import Trained, open_trained
 from fmnist.report import comparison_table, plot_comparison, plot_learning_curves, write_evaluation
-from fmnist.run import Run
+from fmnist.run import Run, resolve_precision
 
 
 def parse_args() -> argparse.Namespace:
@@ -31,9 +31,9 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def evaluate(trained: Trained, args: argparse.Namespace) -> dict[str, Any] | None:
+def evaluate(trained: Trained, run: Run, args: argparse.Namespace) -> dict[str, Any] | None:
     """Evaluate one model on one split; write its files, and return its row of the comparison on the main process."""
-    run = Run(trained.cfg, trained.directory)
+    run.precision = resolve_precision(trained.cfg.model.precision)  # that of its training: the same numbers
     model, augment = trained.load(run.device)
     data = replace(trained.cfg.data, root=args.root or trained.cfg.data.root)
     split = Split.load(args.split, data, run.device)
@@ -69,7 +69,8 @@ def main() -> None:
     log_to_console()
     with one_line_errors("evaluate.py"):
         opened = [open_trained(path) for path in args.paths]
-        rows = [evaluate(trained, args) for trained in opened]
+        run = Run(opened[0].cfg, opened[0].directory)
+        rows = [evaluate(trained, run, args) for trained in opened]
     compared = [row for row in rows if row is not None]
     if len(compared) > 1:
         args.comparison.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Keep measured runs as JSON, and make README's table from them.
+"""Keep measured runs as JSON, and make README's table (and its report, from docs/report.txt) from them.
 
 python benchmarks/results.py record RUN_DIRECTORY NAME "COMMAND" [--note TEXT]
 python benchmarks/results.py table
@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+REPORT = ROOT / "docs" / "report.txt"
 
 
 def processor() -> str:
@@ -91,10 +91,13 @@ def table() -> str:
 
 
 def updated_readme() -> str:
-    """Return README.md with its table made anew."""
+    """Return README.md with its table and its report made anew."""
     text = README.read_text()
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+    for mark, content in (("results", table()), ("report", f"```text\n{REPORT.read_text().strip()}\n```")):
+        before, rest = text.split(f"<!-- {mark}: begin -->")
+        after = rest.split(f"<!-- {mark}: end -->")[1]
+        text = f"{before}<!-- {mark}: begin -->\n{content}\n<!-- {mark}: end -->{after}"
+    return text
 
 
 def main() -> None:

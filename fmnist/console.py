@@ -7,12 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tqdm import tqdm
+
 logger = logging.getLogger("fmnist")
+
+
+class _AboveTheBar(logging.StreamHandler):
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message so that a progress bar on the same terminal stays whole."""
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def log_to_console() -> None:
     """Send messages to stderr: from the main process all, from the others warnings; metrics where no bar is drawn."""
-    handler = logging.StreamHandler()
+    handler = _AboveTheBar()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)

@@ -62,7 +62,9 @@ class Run:
     # --- arithmetic over processes -------------------------------------------------------------------------------
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Wrap the model for autocast and DDP; its parameters stay the optimizer's."""
+        """Compile the model if asked to, and wrap it for autocast and DDP; its parameters stay the optimizer's."""
+        if self.cfg.model.compile:
+            model.compile()  # in place: the names of its tensors stay as they are
         return self.accelerator.prepare_model(model)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
@@ -78,8 +80,8 @@ class Run:
         self.accelerator.backward(loss)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context of the run's precision."""
-        return self.accelerator.autocast()
+        """Return the context of the run's precision, for a model that was not prepared."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over processes, in place."""

@@ -70,8 +70,6 @@ def build(cfg: Config, run: Run) -> Training:
     optimizer = build_optimizer(model, cfg.optim)
     ema = ModelEmaV3(model, decay=cfg.optim.ema_decay, use_warmup=True) if cfg.optim.ema_decay else None
     state = TrainState() if newest is None else restore(newest, model, ema, optimizer)
-    if cfg.model.compile:
-        model.compile()  # in place: the names of its tensors stay as they are
     return Training(
         model=model,
         ema=ema,

@@ -10,8 +10,8 @@ from torchvision.transforms.v2 import functional as tv
 
 from fmnist.config import AugmentConfig
 from fmnist.data import augment as room
-from fmnist.data.augment import NUM_UNIFORMS, Augment, inverse_affine, resample, sample_params, shift_and_flip
-from fmnist.data.batches import MicroBatch, Split
+from fmnist.data.augment import Augment, inverse_affine, resample, sample_params, shift_and_flip
+from fmnist.data.batches import NUM_UNIFORMS, MicroBatch, Split
 
 OFF = AugmentConfig(flip=0.0)
 ALL = AugmentConfig(flip=0.5, rotation=10, shift=0.1, scale=0.1, erase=0.5, mixup_alpha=0.2, cutmix_alpha=1.0)

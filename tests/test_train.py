@@ -176,6 +176,15 @@ def test_two_processes_stop_at_the_same_step_and_one_goes_on_alone(tmp_path: Pat
     assert max((weights[0][key] - weights[1][key]).abs().max() for key in weights[0]) < 1e-5
 
 
+@pytest.mark.slow
+def test_a_compiled_model_learns_the_same(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    config, run = finished
+    train(*flags(config, tmp_path / "compiled", "--model.compile", "true"))
+    for a, b in zip(metrics(run), metrics(tmp_path / "compiled"), strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-2, (a, b)  # other rounding, twelve steps long
+    assert set(load_file(run / "model.safetensors")) == set(load_file(tmp_path / "compiled/model.safetensors"))
+
+
 def copy_data(folder: Path) -> Path:
     folder.mkdir()
     source = locate()
@@ -269,7 +278,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     done = train("--output_dir", tmp_path / "run", "--dry_run", *more, "--optim.ema_decay", 0)
     assert not (tmp_path / "run").exists()
     # ConvNeXt-Tiny: 28.6 M parameters with 1000 classes and three channels: 990 x 769 fewer in the head (27.83 M);
-    # 8.89 GF forward (4.45 G multiply-adds) and three times that with the backward pass, less the stem's image gradient.
+    # 8.89 GF forward (4.45 G multiply-adds) and three times that with backward, less the stem's image gradient.
     for part in (
         "27,8",
         "8.89 G",

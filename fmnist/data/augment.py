@@ -8,7 +8,6 @@ torchvision's bilinear resize, and a shift by whole pixels fills with exact zero
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +15,11 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from fmnist.config import AugmentConfig
+from fmnist.data.batches import NUM_UNIFORMS, MicroBatch
 
-if TYPE_CHECKING:
-    from fmnist.data.batches import MicroBatch
-
-# Columns of the table of uniforms.
+# What each column of the table of uniforms decides.
 FLIP, ANGLE, SHIFT_X, SHIFT_Y, ZOOM, ERASE, ERASE_AREA, ERASE_ASPECT, ERASE_X, ERASE_Y = range(10)
-MIX, MIX_KIND, MIX_LAMBDA, CUT_X, CUT_Y = range(10, 15)
-NUM_UNIFORMS = 15
+MIX, MIX_KIND, MIX_LAMBDA, CUT_X, CUT_Y = range(10, NUM_UNIFORMS)
 ERASE_AREAS, ERASE_ASPECTS = (0.02, 0.33), (0.3, 3.3)
 FILL = 0.2860  # what an erased pixel becomes, as a fraction of 255: the mean of Fashion-MNIST
 BETA_TABLE_SIZE = 4096
@@ -204,7 +200,7 @@ class Augment:
             scaled = F.interpolate(scaled, (size, size), mode="bilinear", align_corners=False)
         return self.normalize(scaled[:, 0])
 
-    def __call__(self, batch: "MicroBatch") -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Return float32 images [B, C, S, S] and targets: int64 [B], or float32 [B, num_classes] where mixing is on."""
         split, uniforms = batch.split, batch.uniforms[batch.indices]
         size = self.size(batch.epoch)

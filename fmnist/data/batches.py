@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fmnist.config import DataConfig
-from fmnist.data.augment import NUM_UNIFORMS
 from fmnist.data.fashion_mnist import load_split
+
+NUM_UNIFORMS = 15  # random numbers of one sample and epoch; augment.py says what each decides
 
 
 @dataclass(frozen=True, kw_only=True)
