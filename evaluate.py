@@ -11,9 +11,10 @@ import torch
 from fmnist.console import log_to_console, one_line_errors
 from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import CLASS_NAMES
+from fmnist.figures import plot_comparison, plot_learning_curves
 from fmnist.metrics import predict
 from fmnist.network import Trained, open_trained
-from fmnist.report import comparison_table, plot_comparison, plot_learning_curves, write_evaluation
+from fmnist.report import comparison_table, write_evaluation
 from fmnist.run import Run, resolve_precision
 
 

@@ -1,130 +1,261 @@
-"""Reports: the numbers by hand and by scikit-learn, and files that can be read."""
+"""The numbers, tables and figures of an evaluation."""
+
+from __future__ import annotations
 
 import csv
 import json
 import math
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
+from torch import Tensor
 
-from fmnist.report import (
-    comparison_table,
-    plot_comparison,
-    plot_learning_curves,
-    summarize,
-    write_evaluation,
-)
+from fmnist import figures, report
 
-NAMES = ("shirt", "dress", "bag")
+NAMES = [
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+]
+TINY_NAMES = ["a", "b", "c"]
+# Logits are logarithms, so softmax gives back exactly these probabilities.
+TINY_PROBABILITIES = [[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.125, 0.75, 0.125], [0.125, 0.125, 0.75]]
+TINY_LABELS = torch.tensor([0, 0, 1, 2])
 
 
-def case(num_images: int = 500, num_classes: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, num_classes, (num_images,), generator=generator)
-    logits = torch.randn(num_images, num_classes, generator=generator)
-    logits[torch.arange(num_images), labels] += 1.0
+def tiny_logits() -> Tensor:
+    return torch.tensor(TINY_PROBABILITIES).log()
+
+
+def random_evaluation(num_images: int = 2000) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    labels = torch.randint(10, (num_images,), generator=generator)
+    logits = torch.randn(num_images, 10, generator=generator)
+    logits[torch.arange(num_images), labels] += 2.0
     return logits, labels
 
 
-def assert_is_a_picture(path: Path) -> None:
-    image = np.asarray(Image.open(path).convert("L"))
+def check_png(path: Path, min_width: int, min_height: int) -> tuple[int, int]:
+    """A real PNG, of a sensible size, with something drawn on it; gives back (width, height)."""
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert min(image.shape) > 300
-    assert image.std() > 5
+    pixels = matplotlib.image.imread(path)
+    height, width = pixels.shape[:2]
+    assert min_width <= width <= 4000 and min_height <= height <= 4000
+    assert pixels[..., :3].std() > 0.02
+    return width, height
 
 
-def test_four_images_by_hand() -> None:
-    # Confidences 0.8, 0.8, 0.6, 0.6; predictions 0, 1, 2, 0; labels 0, 1, 2, 2: three of four are right.
-    rows = [[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6], [0.6, 0.2, 0.2]]
-    result = summarize(torch.tensor(rows).log(), torch.tensor([0, 1, 2, 2]), NAMES)
-    assert result["top1"] == 0.75
-    assert result["confusion_matrix"] == [[1, 0, 0], [0, 1, 0], [1, 0, 1]]
-    assert result["loss"] == pytest.approx(-(math.log(0.8) * 2 + math.log(0.6) + math.log(0.2)) / 4, abs=1e-6)
-    # Bin of 0.8: accuracy 1, gap 0.2, weight 1/2. Bin of 0.6: accuracy 1/2, gap 0.1, weight 1/2. Sum 0.15.
-    assert result["ece"] == pytest.approx(0.15, abs=1e-6)
-    # Wilson, z = 1.95996, n = 4, p = 3/4: centre (p + z^2/8) / (1 + z^2/4) = 0.6275, half width 0.3267.
-    assert result["top1_interval"] == pytest.approx([0.3006, 0.9544], abs=2e-4)
-    assert result["per_class"]["bag"] == pytest.approx({"precision": 1.0, "recall": 0.5, "f1": 2 / 3, "support": 2})
+def test_tiny_case_by_hand() -> None:
+    summary = report.summarize(tiny_logits(), TINY_LABELS, TINY_NAMES)
+    # Predictions a, b, b, c against labels a, a, b, c: 3 of 4.
+    assert summary["top1"] == 0.75
+    assert summary["num_images"] == 4
+    assert summary["confusion_matrix"] == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
+    # -(ln 1/2 + ln 1/4 + ln 3/4 + ln 3/4) / 4 = (ln 2 + 2 ln 2 + 2 ln 4/3) / 4
+    assert summary["loss"] == pytest.approx((3 * math.log(2) + 2 * math.log(4 / 3)) / 4, abs=1e-7)
+    # a: predicted once, rightly (1/1), found 1 of 2: f1 = 2 * 1 * 0.5 / 1.5 = 2/3.  b: 1 of 2 predicted, 1 of 1 found.
+    per_class = summary["per_class"]
+    assert per_class["a"] == pytest.approx({"precision": 1.0, "recall": 0.5, "f1": 2 / 3, "support": 2})
+    assert per_class["b"] == pytest.approx({"precision": 0.5, "recall": 1.0, "f1": 2 / 3, "support": 1})
+    assert per_class["c"] == pytest.approx({"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 1})
+    # Bin [7/15, 8/15) holds two images of confidence 0.5, one right: gap 0.
+    # Bin [11/15, 12/15) holds two of confidence 0.75, both right: gap 0.25, weight 2/4.
+    assert summary["ece"] == pytest.approx(0.5 * 0.25, abs=1e-6)
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
 
-def test_a_large_case_equals_scikit_learn() -> None:
-    logits, labels = case()
-    result = summarize(logits, labels, NAMES)
-    predictions = logits.argmax(1)
-    assert result["top1"] == accuracy_score(labels, predictions)
-    assert result["confusion_matrix"] == confusion_matrix(labels, predictions).tolist()
-    ours = [result["per_class"][name]["f1"] for name in NAMES]
-    assert ours == pytest.approx(f1_score(labels, predictions, average=None).tolist())
+def test_wilson_interval_by_formula() -> None:
+    low, high = report.summarize(tiny_logits(), TINY_LABELS, TINY_NAMES)["top1_interval"]
+    # n = 4, p = 0.75, z = 1.959964, z^2 = 3.841459:
+    # center = (p + z^2 / 2n) / (1 + z^2 / n) = (0.75 + 0.480182) / 1.960365 = 0.627527
+    # half = z sqrt(p (1 - p) / n + z^2 / 4n^2) / 1.960365
+    #      = 1.959964 * sqrt(0.046875 + 0.060023) / 1.960365 = 0.326885
+    assert low == pytest.approx(0.627527 - 0.326885, abs=2e-6)
+    assert high == pytest.approx(0.627527 + 0.326885, abs=2e-6)
 
 
-@pytest.mark.parametrize(("confidence", "expected"), [(1.0, 0.5), (0.5 + 1e-4, 0.0)])
-def test_calibration_error_of_a_coin_that_is_sure_or_honest(confidence: float, expected: float) -> None:
-    # Half of 1,000 answers are right. Claimed with certainty the gap is 0.5; claimed at one half it is 0.
-    other = (1 - confidence) / 2
-    probabilities = torch.tensor([[confidence, other, other]]).clamp(min=1e-30).expand(1000, 3)
-    labels = (torch.arange(1000) % 2).long()
-    assert summarize(probabilities.log(), labels, NAMES)["ece"] == pytest.approx(expected, abs=1e-3)
+def test_agrees_with_scikit_learn() -> None:
+    logits, labels = random_evaluation()
+    summary = report.summarize(logits, labels, NAMES)
+    predictions = logits.argmax(dim=1)
+    assert summary["confusion_matrix"] == confusion_matrix(labels, predictions).tolist()
+    assert summary["top1"] == accuracy_score(labels, predictions)
+    assert summary["loss"] == pytest.approx(log_loss(labels, logits.double().softmax(dim=1)), rel=1e-9)
+    expected = precision_recall_fscore_support(labels, predictions)
+    for row, key in zip(expected, ("precision", "recall", "f1", "support"), strict=True):
+        assert [figures[key] for figures in summary["per_class"].values()] == row.tolist()
 
 
-def test_the_files_of_an_evaluation(tmp_path: Path) -> None:
-    logits, labels = case()
-    indices = torch.arange(500) + 100
-    result = write_evaluation(tmp_path / "test", logits, labels, indices, NAMES, title="a run")
-    assert json.loads((tmp_path / "test/metrics.json").read_text()) == result
-    report = (tmp_path / "test/report.txt").read_text()
-    assert report.startswith(f"a run: top1 {100 * result['top1']:.2f} %")
-    assert "weighted avg" in report
-    with (tmp_path / "test/predictions.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [int(row["index"]) for row in rows] == indices.tolist()
-    assert [int(row["prediction"]) for row in rows] == logits.argmax(1).tolist()
-    stored = torch.tensor([[float(row[f"p_{name}"]) for name in NAMES] for row in rows])
-    assert torch.allclose(stored, logits.softmax(1), atol=1e-6)
-    for name in ("confusion_matrix.png", "reliability.png"):
-        assert_is_a_picture(tmp_path / "test" / name)
-    assert not list((tmp_path / "test").glob(".*"))
+def test_a_class_without_images_keeps_its_row() -> None:
+    summary = report.summarize(tiny_logits()[:1], TINY_LABELS[:1], TINY_NAMES)
+    assert summary["confusion_matrix"] == [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
+    assert summary["per_class"]["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
+
+
+@pytest.mark.parametrize(("num_correct", "expected"), [(8, 0.0), (10, 0.2), (0, 0.8)])
+def test_ece_of_one_confidence(num_correct: int, expected: float) -> None:
+    # Ten images, each predicted as class 0 with confidence 0.8: the error is |num_correct / 10 - 0.8|.
+    logits = torch.tensor([[0.8, 0.2]]).log().expand(10, 2)
+    labels = (torch.arange(10) >= num_correct).long()
+    assert report.summarize(logits, labels, ["a", "b"])["ece"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_ece_shares_the_last_bin_with_confidence_one() -> None:
+    # Image 1: confidence 1, wrong. Image 2: confidence 0.95, right. Both in bin [14/15, 1]:
+    # |0.5 - 0.975| = 0.475. With a bin of its own for 1: 0.5 * 1 + 0.5 * 0.05 = 0.525.
+    logits = torch.tensor([[200.0, 0.0], [math.log(0.95), math.log(0.05)]])
+    ece = report.summarize(logits, torch.tensor([1, 0]), ["a", "b"])["ece"]
+    assert ece == pytest.approx(0.475, abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("logits", "labels", "names", "message"),
     [
-        (lambda logits, labels: (logits[:-1], labels), "logits must be"),
-        (lambda logits, labels: (logits, labels + 1), "labels must lie in 0..2"),
-        (lambda logits, labels: (logits * float("nan"), labels), "must be finite"),
-        (lambda logits, labels: (logits[:0], labels[:0]), "at least one image"),
+        (torch.zeros(2, 3), torch.tensor([0, 3]), TINY_NAMES, r"labels must lie in 0\.\.2, got 0\.\.3"),
+        (torch.zeros(2, 4), torch.tensor([0, 1]), TINY_NAMES, r"logits must be \[2, 3\].*got \[2, 4\]"),
+        (torch.zeros(0, 3), torch.zeros(0).long(), TINY_NAMES, "at least one image"),
+        (torch.full((1, 3), math.nan), torch.tensor([0]), TINY_NAMES, "finite, got 3"),
+        (torch.zeros(1, 3), torch.tensor([0]), ["a", "b", "a"], "class_names must differ"),
     ],
 )
-def test_what_is_not_an_evaluation_is_refused(change, message: str) -> None:
+def test_mistakes_are_named(logits: Tensor, labels: Tensor, names: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        summarize(*change(*case()), NAMES)
+        report.summarize(logits, labels, names)
+
+
+def test_write_evaluation(tmp_path: Path) -> None:
+    logits, labels = random_evaluation(500)
+    indices = torch.arange(500).flip(0) + 1000
+    directory = tmp_path / "evaluation" / "test"
+    summary = report.write_evaluation(directory, logits, labels, indices, NAMES, title="cnn")
+    # Five files, and no temporary one left behind.
+    files = {"metrics.json", "report.txt", "predictions.csv", "confusion_matrix.png", "reliability.png"}
+    assert {path.name for path in directory.iterdir()} == files
+    assert json.loads((directory / "metrics.json").read_text()) == summary
+
+    text = (directory / "report.txt").read_text()
+    low, high = summary["top1_interval"]
+    assert text.startswith(
+        f"cnn: top1 {100 * summary['top1']:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f}), "
+        f"loss {summary['loss']:.4f}, ECE {summary['ece']:.4f}, 500 images\n"
+    )
+    assert all(name in text for name in NAMES) and "macro avg" in text
+
+    width, height = check_png(directory / "confusion_matrix.png", 1200, 1200)
+    assert width == height
+    check_png(directory / "reliability.png", 800, 800)
+
+
+def test_predictions_round_trip(tmp_path: Path) -> None:
+    logits, labels = random_evaluation(200)
+    indices = torch.arange(200) * 3
+    report.write_evaluation(tmp_path, logits, labels, indices, NAMES, title="cnn")
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["index", "label", "prediction", "confidence", *(f"p_{name}" for name in NAMES)]
+    table = np.asarray(rows, dtype=np.float64)
+    probabilities = logits.double().softmax(dim=1).numpy()
+    assert table[:, 0].tolist() == indices.tolist()
+    assert table[:, 1].tolist() == labels.tolist()
+    assert table[:, 2].tolist() == logits.argmax(dim=1).tolist()
+    assert table[:, 3].tolist() == table[:, 4:].max(axis=1).tolist()
+    np.testing.assert_array_equal(table[:, 4:].astype(np.float32), probabilities.astype(np.float32))
+
+
+def test_indices_must_fit_and_nothing_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"indices must be \[4\]"):
+        report.write_evaluation(tmp_path / "out", tiny_logits(), TINY_LABELS, torch.arange(3), TINY_NAMES, title="t")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "report.txt"
+    target.write_text("old")
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figures.os, "replace", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        figures.write_file(target, "new")
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.txt"]
+
+
+def metrics_lines(with_val: bool) -> list[str]:
+    lines = []
+    for step in range(10, 401, 10):
+        scalars = {"loss": 2.3 * math.exp(-step / 100), "lr": 1e-3 * (1 - step / 400), "grad_norm": 1.0}
+        lines.append(json.dumps({"step": step, "epoch": step / 100, "prefix": "train", **scalars}))
+        if with_val and step % 100 == 0:
+            val = {"top1": 0.8 + step / 4000, "loss": 0.5}
+            lines.append(json.dumps({"step": step, "epoch": step / 100, "prefix": "val", **val}))
+    return lines
 
 
 @pytest.mark.parametrize("with_val", [True, False])
-def test_learning_curves_bear_a_torn_line_and_no_validation(with_val: bool, tmp_path: Path) -> None:
-    lines = [
-        {"step": step, "epoch": step / 100, "prefix": "train", "loss": 2 / step, "lr": 1e-3} for step in range(1, 300)
-    ]
-    if with_val:
-        lines += [{"step": s, "epoch": s / 100, "prefix": "val", "top1": 0.9, "loss": 0.3} for s in (100, 200)]
+def test_learning_curves_tolerate_broken_lines(tmp_path: Path, with_val: bool) -> None:
+    lines = metrics_lines(with_val)
+    lines.insert(5, '{"step": 51, "epo')  # a kill, then the run went on
+    lines.append('{"step": 410, "prefix": "tr')
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 300, "lo')
-    plot_learning_curves(path, tmp_path / "curves.png", "a run")
-    assert_is_a_picture(tmp_path / "curves.png")
+    path.write_text("\n".join(lines))
+    figures.plot_learning_curves(path, tmp_path / "curves.png", "cnn")
+    width, height = check_png(tmp_path / "curves.png", 1000, 500)
+    # 5.2 inches at 150 dpi for each panel: loss, top1 where there is validation, learning rate.
+    assert (width, height) == (780 * (3 if with_val else 2), 660)
 
 
-def test_runs_side_by_side(tmp_path: Path) -> None:
-    rows = [
-        {"run": "one", "model": "cnn", "parameters": 278890, "top1": 0.93, "top1_interval": [0.925, 0.935]},
-        {"run": "two", "model": "mlp", "top1": 0.9, "top1_interval": [0.894, 0.906], "loss": 0.3},
-    ]
-    table = comparison_table(rows).splitlines()
-    assert "278,890" in table[2]
-    assert "93.00 %" in table[2]
-    assert " - " in table[3]
-    assert len({len(line) for line in table}) == 1
-    plot_comparison(rows, tmp_path / "comparison.png")
-    assert_is_a_picture(tmp_path / "comparison.png")
+def test_a_step_logged_twice_counts_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    pairs = [(10, 1.0), (20, 0.8), (20, 0.7), (30, math.nan)]
+    lines = [json.dumps({"step": step, "epoch": 0.1, "prefix": "train", "loss": loss}) for step, loss in pairs]
+    path.write_text("\n".join(lines))
+    steps, loss = figures._series(figures._read_metrics(path)["train"], "loss")
+    # The later of the two lines of step 20; the NaN of step 30 cannot be drawn.
+    assert steps.tolist() == [10.0, 20.0] and loss.tolist() == [1.0, 0.7]
+
+
+def test_learning_curves_of_an_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    figures.plot_learning_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", "cnn")
+    assert check_png(tmp_path / "curves.png", 500, 500) == (780, 660)
+
+
+ROWS = [
+    {"run": "mlp", "model": "mlp", "parameters": 535818, "top1": 0.9, "top1_interval": [0.894, 0.9057]},
+    {
+        "run": "cnn",
+        "model": "cnn",
+        "parameters": 1234,
+        "top1": 0.93125,
+        "loss": 0.2,
+        "images_per_second": 91234.5,
+    },
+]
+
+
+def test_comparison_table() -> None:
+    header, rule, mlp, cnn = report.comparison_table(ROWS).split("\n")
+    assert len(header) == len(rule) == len(mlp) == len(cnn)
+    assert mlp.split() == ["mlp", "mlp", "535,818", "90.00", "%", "89.40-90.57", "-", "-", "-"]
+    # Round half to even of the binary value: 91234.5 -> 91,234.
+    assert cnn.split() == ["cnn", "cnn", "1,234", "93.12", "%", "-", "0.2000", "-", "91,234"]
+
+
+def test_plot_comparison(tmp_path: Path) -> None:
+    figures.plot_comparison([*ROWS, {"run": "unfinished"}], tmp_path / "comparison.png")
+    check_png(tmp_path / "comparison.png", 1000, 300)
+    with pytest.raises(ValueError, match="top1"):
+        figures.plot_comparison([{"run": "unfinished"}], tmp_path / "comparison.png")
