@@ -26,9 +26,7 @@ def train_step(
 ) -> dict[str, Tensor]:
     """Update the weights once from this process's micro-batches; nothing here waits for the device.
 
-    Returns:
-        `loss`, the mean over this process's images, and `grad_norm`, the global L2 norm before clipping: float32
-        scalars on the device.
+    Returns float32 scalars on the device: `loss`, this process's mean, and `grad_norm`, the L2 norm before clipping.
     """
     loss_sum = torch.zeros((), device=run.device)
     for i, batch in enumerate(micro_batches):

@@ -124,10 +124,7 @@ def test_a_step_runs_without_a_host_sync(run: Run, train_images: Split) -> None:
 
 def test_the_loop_and_the_step_stay_short_enough_to_read() -> None:
     assert len(inspect.getsource(entry.train).splitlines()) < 60
-    body = inspect.getsource(train_step)
-    signature, _, rest = body.partition('"""')
-    assert len(signature.splitlines()) + len(rest.partition('"""')[2].splitlines()) < 40
-    assert len(rest.partition('"""')[2].strip().splitlines()) < 30
+    assert len(inspect.getsource(train_step).splitlines()) < 30
 
 
 def test_only_run_and_batches_know_ranks() -> None:
