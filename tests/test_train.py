@@ -177,12 +177,14 @@ def test_two_processes_stop_at_the_same_step_and_one_goes_on_alone(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_compiled_model_learns_the_same(finished: tuple[Path, Path], tmp_path: Path) -> None:
-    config, run = finished
-    train(*flags(config, tmp_path / "compiled", "--model.compile", "true"))
-    for a, b in zip(metrics(run), metrics(tmp_path / "compiled"), strict=True):
+def test_a_compiled_model_learns_the_same(tmp_path: Path, small_config: Path) -> None:
+    plain = ("--model.drop_rate", 0)  # the compiler draws dropout's masks in its own way
+    train(*flags(small_config, tmp_path / "plain", *plain))
+    train(*flags(small_config, tmp_path / "compiled", *plain, "--model.compile", "true"))
+    for a, b in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "compiled"), strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-2, (a, b)  # other rounding, twelve steps long
-    assert set(load_file(run / "model.safetensors")) == set(load_file(tmp_path / "compiled/model.safetensors"))
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("plain", "compiled")]
+    assert {key: t.shape for key, t in weights[0].items()} == {key: t.shape for key, t in weights[1].items()}
 
 
 def copy_data(folder: Path) -> Path:
