@@ -66,7 +66,7 @@ def main(cfg: Config) -> None:
         if cfg.dry_run:
             print_plan(training, cfg, run)
             return run.close()
-        run.start(training.state.step, training.schedule.total_steps)
+        run.start(training.state.step, training.schedule.total_steps, training.augment.backend)
     with one_line_errors("train.py"):
         finished = train(training, cfg, run)
     conclude(training, cfg, run, finished=finished)

@@ -20,7 +20,13 @@ MAY_CHANGE = (
     "checkpoint.",
 )
 # These change the arithmetic's order or its hardware, not the recipe: batches stay the same, results to rounding.
-MAY_CHANGE_ROUNDING = ("batch.micro_batch_size", "evaluation.batch_size", "model.compile", "model.channels_last")
+MAY_CHANGE_ROUNDING = (
+    "batch.micro_batch_size",
+    "augment.backend",
+    "evaluation.batch_size",
+    "model.compile",
+    "model.channels_last",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +65,8 @@ class AugmentConfig:
     """Beta parameter of CutMix; 0 is off. With both on, each sample takes one of them, half and half."""
     mix_probability: float = 1.0
     """Probability that a sample is mixed, where mixup or CutMix is on."""
+    backend: Literal["auto", "triton", "compiled", "eager"] = "auto"
+    """What makes the images: one fused Triton kernel, torch.compile, or plain torch; auto: the kernel on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from fmnist.data.augment import Augment
 from fmnist.data.fashion_mnist import NUM_CLASSES
 from fmnist.models import build_model
 from fmnist.options import load_config
+from fmnist.run import resolve_precision
 
 
 def build_network(cfg: Config, device: torch.device, *, load_weights: bool) -> tuple[nn.Module, Augment]:
@@ -41,6 +42,8 @@ def build_network(cfg: Config, device: torch.device, *, load_weights: bool) -> t
         mean=normalization.mean,
         std=normalization.std,
         channels_last=cfg.model.channels_last,
+        dtype=torch.bfloat16 if resolve_precision(cfg.model.precision) == "bf16" else torch.float32,
+        device=device,
     )
     return model, augment
 

@@ -146,7 +146,7 @@ class Run:
 
     # --- the run directory ---------------------------------------------------------------------------------------
 
-    def start(self, step: int, total_steps: int) -> None:
+    def start(self, step: int, total_steps: int, backend: str) -> None:
         """Write config.yaml and open train.log and the trackers, on the main process."""
         self.join()  # every process has read the directory as it was
         if self.rank == 0:
@@ -157,7 +157,9 @@ class Run:
             write_atomic(self.directory / "config.yaml", to_yaml(self.cfg).encode())
             log_to_file(self.directory / "train.log")
             self.tracker = Tracker(self.directory, self.cfg.log, flatten(self.cfg), step=step, total_steps=total_steps)
-        logger.info("%d process(es) on %s, %s", self.world_size, self.device_name, self.precision)
+        logger.info(
+            "%d process(es) on %s, %s, images made by: %s", self.world_size, self.device_name, self.precision, backend
+        )
         self.watch_signals()
 
     def log(self, prefix: str, scalars: Mapping[str, float], step: int, epoch: float) -> None:

@@ -9,9 +9,11 @@ import torch
 from torchvision.transforms.v2 import functional as tv
 
 from fmnist.config import AugmentConfig
-from fmnist.data import augment as room
-from fmnist.data.augment import Augment, inverse_affine, resample, sample_params, shift_and_flip
+from fmnist.data import params
+from fmnist.data.augment import Augment, choose_backend
 from fmnist.data.batches import NUM_UNIFORMS, MicroBatch, Split
+from fmnist.data.params import CUT_BOX, ERASE_BOX, MATRIX, OWN_SHARE, OWN_WEIGHT, augmentation_table, beta_quantile
+from fmnist.data.reference import FILL, in_box, resample, resample_by_gather, shift_and_flip
 
 OFF = AugmentConfig(flip=0.0)
 ALL = AugmentConfig(flip=0.5, rotation=10, shift=0.1, scale=0.1, erase=0.5, mixup_alpha=0.2, cutmix_alpha=1.0)
@@ -19,6 +21,18 @@ ALL = AugmentConfig(flip=0.5, rotation=10, shift=0.1, scale=0.1, erase=0.5, mixu
 
 def make(cfg: AugmentConfig, **kwargs: object) -> Augment:
     return Augment(cfg, num_classes=10, mean=(0.0,), std=(1.0,), **kwargs)
+
+
+def table(cfg: AugmentConfig, rows: torch.Tensor, size: int = 28, *, whole_pixels: bool = False) -> torch.Tensor:
+    return augmentation_table(cfg, rows, (28, 28), size, whole_pixels=whole_pixels)
+
+
+def augmented(cfg: AugmentConfig, images: torch.Tensor, rows: torch.Tensor, size: int = 28) -> torch.Tensor:
+    """The images as augmented by these rows, in [0, 1]: float32 [B, size, size]."""
+    split = Split(images=images, labels=torch.zeros(len(images), dtype=torch.int64))
+    every = torch.arange(len(images))
+    batch = MicroBatch(split=split, indices=every, partners=every, uniforms=rows, epoch=0, key=(0, 0, 0))
+    return make(replace(cfg, size=size))(batch)[0][:, 0]
 
 
 def uniforms(count: int, seed: int = 0) -> torch.Tensor:
@@ -59,8 +73,7 @@ def warp_float64(image: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray
 def test_the_identity_is_torchvisions_bilinear_resize(train_images: Split, size: int) -> None:
     images = train_images.images[:16]
     # A size that is not the stored one interpolates; at 28 px a rotation of 0 degrees does too.
-    params = sample_params(OFF, uniforms(16), 28, whole_pixels=False)
-    ours = resample(images, inverse_affine(params), size)
+    ours = resample(images[:, None], table(OFF, uniforms(16), size)[:, MATRIX], size)[:, 0]
     theirs = tv.resize(images[:, None].float() / 255, [size, size], antialias=False)[:, 0]
     assert (ours - theirs).abs().max() < 1 / 255
     assert torch.equal(make(OFF).evaluation(images, size)[:, 0], theirs)
@@ -68,27 +81,28 @@ def test_the_identity_is_torchvisions_bilinear_resize(train_images: Split, size:
 
 @pytest.mark.parametrize("size", [28, 40, 64])
 def test_the_warp_equals_its_definition_in_float64(train_images: Split, size: int) -> None:
-    params = sample_params(ALL, uniforms(3, seed=size), 28, whole_pixels=False)
-    matrices = inverse_affine(params)
-    ours = resample(train_images.images[:3], matrices, size)
-    for i in range(3):
-        exact = warp_float64(train_images.images[i].double().numpy(), matrices[i].double().numpy(), size)
-        assert np.abs(ours[i].numpy() - exact).max() < 1e-4  # the bar is 2/255 = 7.8e-3
+    matrices = table(ALL, uniforms(3, seed=size), size)[:, MATRIX]
+    for warp in (resample, resample_by_gather):
+        ours = warp(train_images.images[:3, None], matrices, size)[:, 0]
+        for i in range(3):
+            matrix = matrices[i].double().numpy().reshape(2, 3)
+            exact = warp_float64(train_images.images[i].double().numpy(), matrix, size)
+            assert np.abs(ours[i].numpy() - exact).max() < 1e-4  # the bar is 2/255 = 7.8e-3
 
 
 def test_the_integer_path_is_the_warp_without_interpolation(train_images: Split) -> None:
     cfg = AugmentConfig(flip=0.5, shift=0.15)
-    params = sample_params(cfg, uniforms(64), 28, whole_pixels=True)
-    exact = shift_and_flip(train_images.images[:64], params)
+    matrices = table(cfg, uniforms(64), whole_pixels=True)[:, MATRIX]
+    exact = shift_and_flip(train_images.images[:64, None], matrices, 28)
     assert torch.equal((exact * 255).round(), exact * 255)  # only values of the original
-    assert (exact - resample(train_images.images[:64], inverse_affine(params), 28)).abs().max() < 1e-4
-    shifts = (params.shift_x * 14).round().unique().tolist()
+    assert (exact - resample(train_images.images[:64, None], matrices, 28)).abs().max() < 1e-4
+    shifts = (matrices[:, 5] * 14).round().unique().tolist()
     assert shifts == [float(n) for n in range(-4, 5)]  # 0.15 * 28 = 4.2 pixels
 
 
 def test_a_flip_gives_the_image_or_its_mirror(train_images: Split) -> None:
     images = train_images.images[:500]
-    out = make(AugmentConfig(flip=0.5)).geometry(images, uniforms(500), 28)
+    out = augmented(AugmentConfig(flip=0.5), images, uniforms(500))
     plain = images.float() / 255
     same, mirrored = ((out == other).flatten(1).all(1) for other in (plain, plain.flip(-1)))
     assert bool((same | mirrored).all())
@@ -99,30 +113,30 @@ def test_directions_are_those_people_expect(train_images: Split) -> None:
     image = train_images.images[:1]
     row = torch.full((1, NUM_UNIFORMS), 0.5)
     right = row.clone()
-    right[0, room.SHIFT_X] = 1.0
-    moved = make(AugmentConfig(flip=0, shift=2 / 28)).geometry(image, right, 28)
+    right[0, params.SHIFT_X] = 1.0
+    moved = augmented(AugmentConfig(flip=0, shift=2 / 28), image, right)
     assert torch.equal(moved[0, :, 2:], image[0, :, :-2].float() / 255)
     assert moved[0, :, :2].sum() == 0
     turned = row.clone()
-    turned[0, room.ANGLE] = 1.0  # +15 degrees
-    ours = make(AugmentConfig(flip=0, rotation=15)).geometry(image, turned, 28)[0]
+    turned[0, params.ANGLE] = 1.0  # +15 degrees
+    ours = augmented(AugmentConfig(flip=0, rotation=15), image, turned)[0]
     theirs = tv.rotate(image.float() / 255, 15, interpolation=tv.InterpolationMode.BILINEAR)[0]  # counter-clockwise
     assert (ours - theirs)[4:-4, 4:-4].abs().max() < 2 / 255
     larger = row.clone()
-    larger[0, room.ZOOM] = 1.0
-    zoomed = make(AugmentConfig(flip=0, scale=1.0)).geometry(torch.ones(1, 28, 28, dtype=torch.uint8) * 255, larger, 28)
+    larger[0, params.ZOOM] = 1.0
+    zoomed = augmented(AugmentConfig(flip=0, scale=1.0), torch.full((1, 28, 28), 255, dtype=torch.uint8), larger)
     assert zoomed.min() > 0.999  # magnified twice: the border lies outside
 
 
 def test_erasing_takes_2_to_33_percent_of_half_the_images(train_images: Split) -> None:
     cfg = AugmentConfig(flip=0, erase=0.5)
     white = torch.full((1000, 28, 28), 255, dtype=torch.uint8)
-    erased = (make(cfg).geometry(white, uniforms(1000), 64) != 1).float().mean((1, 2))
+    erased = (augmented(cfg, white, uniforms(1000), 64) != 1).float().mean((1, 2))
     hit = erased[erased > 0]
     assert 430 < len(hit) < 570  # 500 expected, deviation 16
     assert hit.min() > 0.01
     assert hit.max() < 0.36  # 33 %, and a pixel row more where the box is cut by the grid
-    assert make(cfg).geometry(white, uniforms(1000), 28).unique().tolist() == pytest.approx([room.FILL, 1.0])
+    assert augmented(cfg, white, uniforms(1000)).unique().tolist() == pytest.approx([FILL, 1.0])
 
 
 @pytest.mark.parametrize(("alphas", "kind"), [((0.4, 0.0), "mixup"), ((0.0, 1.0), "cutmix"), ((0.4, 1.0), "both")])
@@ -141,19 +155,56 @@ def test_mixed_images_and_targets_agree(train_images: Split, alphas: tuple[float
     assert kind != "mixup" or all(len(image.unique()) == 1 for image in out)
 
 
+def test_the_share_of_a_label_is_the_share_of_its_pixels() -> None:
+    rows = table(replace(ALL, mix_probability=0.8), uniforms(500), 40)
+    cut = in_box(rows[:, CUT_BOX], 40)[:, 0]
+    weight = torch.where(cut, 0.0, rows[:, OWN_WEIGHT, None, None])
+    assert torch.allclose(weight.mean((1, 2)), rows[:, OWN_SHARE], atol=1e-6)
+    assert torch.equal(rows[:, ERASE_BOX].round(), rows[:, ERASE_BOX])
+    untouched = float((rows[:, OWN_SHARE] == 1).float().mean())
+    assert 0.15 < untouched < 0.3  # 0.2 are not mixed, and a few boxes or lambdas round to nothing
+
+
 def test_beta_weights_have_the_moments_of_beta() -> None:
-    augment = make(replace(OFF, mixup_alpha=0.4))
-    draws = augment._beta(torch.rand(200_000, generator=torch.Generator().manual_seed(0)), 0.4)
+    draws = beta_quantile(torch.rand(200_000, generator=torch.Generator().manual_seed(0)), 0.4)
     assert abs(draws.mean() - 0.5) < 0.005
     assert abs(draws.var() - 1 / (4 * (2 * 0.4 + 1))) < 0.002  # variance of Beta(a, a): 1 / (4 (2a + 1))
 
 
 def test_a_sample_does_not_depend_on_its_neighbours(train_images: Split) -> None:
-    cfg = replace(ALL, mixup_alpha=0.0, cutmix_alpha=0.0, size=48)
+    cfg = replace(ALL, mixup_alpha=0.0, cutmix_alpha=0.0)
     rows = uniforms(16)
-    together = make(cfg).geometry(train_images.images[:16], rows, 48)
-    alone = torch.cat([make(cfg).geometry(train_images.images[i : i + 1], rows[i : i + 1], 48) for i in range(16)])
+    together = augmented(cfg, train_images.images[:16], rows, 48)
+    alone = torch.cat([augmented(cfg, train_images.images[i : i + 1], rows[i : i + 1], 48) for i in range(16)])
     assert (together - alone).abs().max() < 1e-6
+
+
+def test_colour_images_keep_their_channels(train_images: Split) -> None:
+    """Three-channel sources, such as CIFAR's, go through the same code: each channel as if it were alone."""
+    grey = train_images.images[:24].view(8, 3, 28, 28)
+    statistics = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
+    augment = Augment(replace(ALL, size=40), num_classes=10, **statistics)
+    split = Split(images=grey, labels=train_images.labels[:8])
+    colour, _ = augment(micro_batch(split, torch.arange(8)))
+    for channel in range(3):
+        alone = Augment(replace(ALL, size=40), num_classes=10, mean=(0.0,), std=(1.0,))
+        one = Split(images=grey[:, channel], labels=split.labels)
+        expected, _ = alone(micro_batch(one, torch.arange(8)))
+        mean, std = statistics["mean"][channel], statistics["std"][channel]
+        assert torch.allclose(colour[:, channel], (expected[:, 0] - mean) / std, atol=1e-6)
+
+
+def test_the_backend_is_chosen_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    host, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [choose_backend("auto", device) for device in (host, gpu)] == ["eager", "triton"]
+    assert [choose_backend(wish, host) for wish in ("compiled", "eager")] == ["compiled", "eager"]
+    with pytest.raises(ValueError, match="augment.backend is triton, which needs a GPU; legal here: auto"):
+        choose_backend("triton", host)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert choose_backend("auto", gpu) == "eager"
+    with pytest.raises(ValueError, match="needs the package triton"):
+        choose_backend("triton", gpu)
 
 
 def test_the_size_follows_the_epoch() -> None:
@@ -186,7 +237,7 @@ def test_normalisation_gives_mean_0_and_std_1_on_the_real_images(train_images: S
 
 
 def test_rotation_is_uniform_within_its_bounds() -> None:
-    params = sample_params(AugmentConfig(rotation=30), uniforms(5000), 28, whole_pixels=False)
-    degrees = params.angle * 180 / math.pi
-    assert degrees.abs().max() <= 30
+    matrices = table(AugmentConfig(flip=0, rotation=30), uniforms(5000))[:, MATRIX]
+    degrees = torch.atan2(matrices[:, 3], matrices[:, 4]) * 180 / math.pi
+    assert degrees.abs().max() <= 30.001
     assert abs(float(degrees.std()) - 30 / math.sqrt(3)) < 0.5  # of a uniform on [-30, 30]

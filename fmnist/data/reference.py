@@ -1,0 +1,146 @@
+"""The data path in plain torch: gather, warp, erase, mix and normalise a micro-batch.
+
+This is the definition that the kernel of `resample.py` is held to. Coordinates are those of
+`torch.nn.functional.grid_sample` with align_corners=False: [-1, 1] spans the image's area. Outside that area the image
+continues its edge pixel and fades to 0 within half a source pixel: the identity is then torchvision's bilinear resize,
+and a shift by whole pixels fills with exact zeros.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fmnist.data.params import CUT_BOX, ERASE_BOX, MATRIX, OWN_WEIGHT
+
+FILL = 0.2860  # what an erased pixel becomes, as a fraction of 255: the mean of Fashion-MNIST
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is the same for every sample of an epoch.
+
+    Attributes:
+        size: pixels per side of the output.
+        mean: per channel of the output, in [0, 1] units; its length is the number of channels.
+        std: likewise.
+        fill: what an erased pixel becomes, in [0, 1] units.
+        dtype: of the output, float32 or bfloat16.
+        channels_last: memory format of the output.
+        erases: some rows have a box to erase.
+        mixes: some rows mix a partner in.
+        whole_pixels: nothing is rotated, scaled or resized, and shifts are whole: no interpolation is needed.
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fill: float = FILL
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+    erases: bool = False
+    mixes: bool = False
+    whole_pixels: bool = False
+
+
+def resample(images: Tensor, matrices: Tensor, size: int) -> Tensor:
+    """Warp images by one bilinear interpolation: the definition, in torch's own operations.
+
+    Args:
+        images: uint8 [B, C, H, W].
+        matrices: float [B, 6], the table's columns MATRIX; its dtype is the arithmetic's.
+        size: pixels per side of the result.
+
+    Returns:
+        [B, C, size, size] in [0, 1], in the dtype of matrices.
+    """
+    height, width = images.shape[-2:]
+    grid = F.affine_grid(matrices.view(-1, 2, 3), [len(images), 1, size, size], align_corners=False)
+    scaled = images.to(matrices.dtype) / 255
+    warped = F.grid_sample(scaled, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    # Distance outside the image's area, in source pixels; grid units are half an image long.
+    outside_x, outside_y = ((grid[..., i].abs() - 1) * (side / 2) for i, side in ((0, width), (1, height)))
+    fade_x, fade_y = ((1 - 2 * outside).clamp(0, 1) for outside in (outside_x, outside_y))
+    return warped * (fade_x * fade_y)[:, None]
+
+
+def resample_by_gather(images: Tensor, matrices: Tensor, size: int) -> Tensor:
+    """Do what `resample` does, written so that a compiler can fuse it: each pixel gathers its four neighbours."""
+    height, width = images.shape[-2:]
+    centre = (2 * torch.arange(size, device=images.device) + 1) / size - 1
+    u, v = centre[None, None, :], centre[None, :, None]
+    a, b, c, d, e, f = matrices[:, :, None, None].unbind(1)
+    x = (a * u + b * v + c + 1) * (width / 2) - 0.5
+    y = (d * u + e * v + f + 1) * (height / 2) - 0.5
+    fade_x = (width + 1 - 2 * (x - (width - 1) / 2).abs()).clamp(0, 1)
+    fade_y = (height + 1 - 2 * (y - (height - 1) / 2).abs()).clamp(0, 1)
+    x, y = x.clamp(0, width - 1), y.clamp(0, height - 1)
+    left, top = x.long().clamp(max=width - 2), y.long().clamp(max=height - 2)
+    dx, dy = (x - left)[:, None], (y - top)[:, None]
+    sample = torch.arange(len(images), device=images.device)[:, None, None, None]
+    channel = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
+    left, top = left[:, None], top[:, None]
+    v00, v01 = images[sample, channel, top, left].float(), images[sample, channel, top, left + 1].float()
+    v10, v11 = images[sample, channel, top + 1, left].float(), images[sample, channel, top + 1, left + 1].float()
+    upper, lower = v00 + dx * (v01 - v00), v10 + dx * (v11 - v10)
+    return (upper + dy * (lower - upper)) * (fade_x * fade_y)[:, None] / 255
+
+
+def shift_and_flip(images: Tensor, matrices: Tensor, size: int) -> Tensor:
+    """Flip and shift by whole pixels without interpolation: what `resample` gives at the stored size, exactly."""
+    sample = torch.arange(len(images), device=images.device)[:, None, None]
+    place = torch.arange(size, device=images.device) - (size - 1) / 2  # from the centre, pixels
+    flip, move_x, move_y = matrices[:, 0, None], matrices[:, 2, None], matrices[:, 5, None]
+    columns = (flip * place + move_x * (size / 2) + (size - 1) / 2).round().long()
+    rows = (place + move_y * (size / 2) + (size - 1) / 2).round().long()
+    inside = ((rows >= 0) & (rows < size))[:, :, None] & ((columns >= 0) & (columns < size))[:, None, :]
+    columns, rows = columns.clamp(0, size - 1), rows.clamp(0, size - 1)
+    moved = images.movedim(1, -1)[sample, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+    return (moved * inside[:, None]).float() / 255
+
+
+def in_box(box: Tensor, size: int) -> Tensor:
+    """Return bool [B, 1, size, size]: the pixels in boxes float32 [B, 4] (x0, y0, x1, y1, whole pixels)."""
+    pixel = torch.arange(size, device=box.device)
+    x0, y0, x1, y1 = box[:, :, None].unbind(1)
+    return (((pixel >= y0) & (pixel < y1))[:, :, None] & ((pixel >= x0) & (pixel < x1))[:, None, :])[:, None]
+
+
+def normalize(images: Tensor, plan: Plan) -> Tensor:
+    """Give the output's channels: float32 [B, 1 or C, S, S] in [0, 1] to plan.dtype [B, C, S, S]."""
+    source = images.expand(-1, len(plan.mean), -1, -1).unbind(1)
+    channels = [(image - mean) / std for image, mean, std in zip(source, plan.mean, plan.std, strict=True)]
+    memory_format = torch.channels_last if plan.channels_last else torch.contiguous_format
+    return torch.stack(channels, dim=1).to(plan.dtype).contiguous(memory_format=memory_format)
+
+
+def augment_reference(
+    images: Tensor, indices: Tensor, partners: Tensor, table: Tensor, plan: Plan, warp: Callable[..., Tensor] = resample
+) -> Tensor:
+    """Gather, warp, erase, mix and normalise one micro-batch.
+
+    Args:
+        images: uint8 [N, C, H, W], the whole split.
+        indices: int64 [B], the samples.
+        partners: int64 [B], what is mixed into each.
+        table: float32 [N, NUM_COLUMNS], from `augmentation_table`.
+        plan: what is the same for all samples.
+        warp: how to interpolate, `resample` or `resample_by_gather`.
+
+    Returns:
+        plan.dtype [B, len(plan.mean), S, S].
+    """
+
+    def warped(samples: Tensor) -> Tensor:
+        rows = table[samples]
+        result = (shift_and_flip if plan.whole_pixels else warp)(images[samples], rows[:, MATRIX], plan.size)
+        return torch.where(in_box(rows[:, ERASE_BOX], plan.size), plan.fill, result) if plan.erases else result
+
+    result = warped(indices)
+    if plan.mixes:
+        own = table[indices]
+        weight = own[:, OWN_WEIGHT, None, None, None] * ~in_box(own[:, CUT_BOX], plan.size)
+        result = weight * result + (1 - weight) * warped(partners)
+    return normalize(result, plan)

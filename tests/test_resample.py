@@ -1,0 +1,160 @@
+"""The kernel against the reference in float64: by Triton's interpreter everywhere, on a GPU where there is one."""
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from fmnist.config import AugmentConfig
+from fmnist.data.augment import Augment
+from fmnist.data.batches import NUM_UNIFORMS, MicroBatch, Split, to_device
+from fmnist.data.params import NUM_COLUMNS, augmentation_table
+from fmnist.data.reference import Plan, augment_reference
+
+pytest.importorskip("triton")
+
+OFF = AugmentConfig(flip=0.0)
+GEOMETRY = AugmentConfig(flip=0.5, rotation=10, shift=0.1, scale=0.1)
+ERASING = replace(GEOMETRY, erase=0.6)
+ALL = replace(ERASING, mixup_alpha=0.4, cutmix_alpha=1.0, mix_probability=0.8)
+HARD = replace(ALL, rotation=180, shift=0.5, scale=1.0)  # most of it outside the image
+BAR = 2 / 255
+GREY = {"mean": (0.286,), "std": (0.353,)}
+COLOUR = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+@pytest.fixture
+def interpreted() -> Iterator[ModuleType]:
+    """The kernel's module, its kernels run by Triton's interpreter: which one is decided where they are defined."""
+    from fmnist.data import resample
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        yield importlib.reload(resample)
+    importlib.reload(resample)
+
+
+def uniforms(count: int, seed: int = 0) -> Tensor:
+    return torch.rand(count, NUM_UNIFORMS, generator=torch.Generator().manual_seed(seed))
+
+
+def make_plan(cfg: AugmentConfig, size: int, **more: object) -> Plan:
+    return Plan(size=size, erases=cfg.erase > 0, mixes=cfg.mixup_alpha + cfg.cutmix_alpha > 0, **{**GREY, **more})
+
+
+def largest_difference(
+    module: ModuleType, images: Tensor, cfg: AugmentConfig, plan: Plan, count: int, device: str = "cpu"
+) -> float:
+    """Return the largest difference of kernel and float64 reference in [0, 1] units, over a batch of odd indices."""
+    table = augmentation_table(cfg, uniforms(len(images), plan.size), images.shape[-2:], plan.size, whole_pixels=False)
+    generator = torch.Generator().manual_seed(plan.size)
+    indices, partners = (torch.randint(0, len(images), (count,), generator=generator) for _ in range(2))
+    exact = augment_reference(images, indices, partners, table.double(), replace(plan, dtype=torch.float64))
+    there = [to_device(t, torch.device(device)) for t in (images, indices, partners, table)]
+    ours = module.augment_fused(*there, plan).cpu()
+    assert ours.shape == (count, len(plan.mean), plan.size, plan.size)
+    assert ours.dtype == plan.dtype
+    memory_format = torch.channels_last if plan.channels_last else torch.contiguous_format
+    assert ours.is_contiguous(memory_format=memory_format)
+    std = torch.tensor(plan.std, dtype=torch.float64)[:, None, None]
+    return float(((ours.double() - exact) * std).abs().max())
+
+
+@pytest.mark.parametrize("cfg", [OFF, GEOMETRY, ERASING, ALL, HARD], ids=["off", "geometry", "erasing", "all", "hard"])
+@pytest.mark.parametrize("size", [28, 32, 64, 96, 128, 224])
+def test_the_kernel_is_the_reference(
+    interpreted: ModuleType, train_images: Split, size: int, cfg: AugmentConfig
+) -> None:
+    count = {28: 7, 32: 7, 64: 5, 96: 3, 128: 3, 224: 1}[size]
+    images = train_images.images[:50, None]
+    assert largest_difference(interpreted, images, cfg, make_plan(cfg, size), count) < 1e-4  # the bar is 7.8e-3
+    rounded = make_plan(cfg, size, dtype=torch.bfloat16)
+    assert largest_difference(interpreted, images, cfg, rounded, count) < BAR
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("source", [(1, 28, 28), (3, 32, 32), (3, 20, 31), (1, 17, 40)], ids=str)
+def test_shapes_are_arguments(interpreted: ModuleType, source: tuple[int, int, int], channels_last: bool) -> None:
+    """MNIST's relatives, CIFAR-like colour, and images that are not square; three channels in the model."""
+    images = torch.randint(0, 256, (11, *source), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    plan = make_plan(ALL, 40, channels_last=channels_last, **COLOUR)
+    assert largest_difference(interpreted, images, ALL, plan, 3) < 1e-4
+
+
+def test_a_batch_through_the_kernel_is_a_batch_through_the_reference(
+    interpreted: ModuleType, train_images: Split
+) -> None:
+    indices = torch.tensor([3, 1999, 0, 77, 500])
+    batch = MicroBatch(
+        split=train_images,
+        indices=indices,
+        partners=indices.flip(0),
+        uniforms=uniforms(2000),
+        epoch=4,
+        key=(0, 0, 0),
+    )
+    cfg = replace(ALL, size={0: 28, 4: 48})
+    kernel = Augment(replace(cfg, backend="triton"), num_classes=10, **GREY)
+    assert kernel.backend == "triton"
+    images, targets = kernel(batch)
+    expected_images, expected_targets = Augment(replace(cfg, backend="eager"), num_classes=10, **GREY)(batch)
+    assert ((images - expected_images) * 0.353).abs().max() < 1e-4
+    assert torch.equal(targets, expected_targets)
+
+
+def test_the_compiled_reference_gives_the_same_numbers(train_images: Split) -> None:
+    every = torch.arange(33)
+    batch = MicroBatch(
+        split=train_images, indices=every, partners=every.flip(0), uniforms=uniforms(2000), epoch=0, key=(0, 0, 0)
+    )
+    made = [
+        Augment(replace(ALL, size=36, backend=backend), num_classes=10, **GREY)(batch)[0]
+        for backend in ("compiled", "eager")
+    ]
+    assert ((made[0] - made[1]) * 0.353).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("cfg", [GEOMETRY, ALL], ids=["geometry", "all"])
+def test_the_kernel_compiles_for_a_gpu(cfg: AugmentConfig) -> None:
+    """Triton's whole compiler, for the Hopper generation, on a machine that may have no GPU."""
+    from triton import compile as compile_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fmnist.data import resample
+
+    kernel = resample._augment_kernel
+    constants = {"SOURCE_CHANNELS": 1, "HEIGHT": 28, "WIDTH": 28, "CHANNELS": 1, "SIZE": 224, "CHANNELS_LAST": False}
+    constants |= {"ERASES": cfg.erase > 0, "MIXES": cfg.mixup_alpha > 0, "COLUMNS": NUM_COLUMNS, "TILE": resample.TILE}
+    pointers = {"images": "*u8", "indices": "*i64", "partners": "*i64", "table": "*fp32", "statistics": "*fp32"}
+    signature = pointers | {"out": "*bf16", "fill": "fp32"} | dict.fromkeys(constants, "constexpr")
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    compiled = compile_kernel(
+        ASTSource(fn=kernel, signature=signature, constexprs=places),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": resample.NUM_WARPS},
+    )
+    assert len(compiled.asm["cubin"]) > 1000
+    assert ".local" not in compiled.asm["ptx"]  # no array lives in local memory
+    samples = 2 if cfg.mixup_alpha else 1
+    neighbours, branches = 4, 2  # both branches, between source pixels and at the edge, are in the code
+    pixels = resample.TILE**2 // (32 * resample.NUM_WARPS)
+    assert compiled.asm["ptx"].count("ld.global.b8") == samples * branches * neighbours * pixels
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("cfg", [OFF, GEOMETRY, ERASING, ALL, HARD], ids=["off", "geometry", "erasing", "all", "hard"])
+@pytest.mark.parametrize("size", [28, 32, 64, 96, 128, 224])
+def test_the_kernel_is_the_reference_on_a_gpu(train_images: Split, size: int, cfg: AugmentConfig) -> None:
+    from fmnist.data import resample
+
+    images = train_images.images[:, None]
+    for dtype, bar in ((torch.float32, 1e-4), (torch.bfloat16, BAR)):
+        assert largest_difference(resample, images, cfg, make_plan(cfg, size, dtype=dtype), 257, "cuda") < bar
+    colour = make_plan(cfg, size, channels_last=True, **COLOUR)
+    assert largest_difference(resample, images, cfg, colour, 31, "cuda") < 1e-4
