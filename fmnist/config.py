@@ -197,6 +197,8 @@ class Config:
     """With --resume never: delete the run in output_dir and start again."""
     max_minutes: float | None = None
     """Stop with a checkpoint after this many minutes; the same command goes on."""
+    exact: int | None = None
+    """V: cut each global batch into V shards and get the same bits on any process count that divides V; none is off."""
     dry_run: bool = False
     """Build everything, print the plan, train nothing."""
 
@@ -240,6 +242,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("log.every_steps", 1, 10**9),
     ("seed", 0, 2**31 - 1),
     ("max_minutes", 0.001, 10**7),
+    ("exact", 1, 4096),
 )
 
 
@@ -275,10 +278,23 @@ def validate(cfg: Config) -> None:
         raise ValueError(
             f"augment.mix_probability {augment.mix_probability} has no effect: mixup_alpha and cutmix_alpha are 0"
         )
+    if cfg.exact:
+        _validate_exact(cfg.exact, cfg.batch)
     if cfg.overwrite and cfg.resume != "never":
         raise ValueError("overwrite is true but resume is auto: give --resume never to start again")
     if cfg.output_dir is not None and not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", Path(cfg.output_dir).resolve().name):
         raise ValueError(f"output_dir is {cfg.output_dir!r}; its last part must match [A-Za-z0-9._-]{{1,64}}")
+
+
+def _validate_exact(exact: int, batch: BatchConfig) -> None:
+    shard, rest = divmod(batch.global_batch_size, exact)
+    if rest:
+        raise ValueError(f"exact is {exact}; legal: a divisor of batch.global_batch_size {batch.global_batch_size}")
+    if batch.micro_batch_size not in (None, shard):
+        raise ValueError(
+            f"batch.micro_batch_size is {batch.micro_batch_size}, but exact {exact} makes it "
+            f"{batch.global_batch_size} / {exact} = {shard}: leave it out"
+        )
 
 
 def to_yaml(cfg: Config) -> str:

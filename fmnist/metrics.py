@@ -29,10 +29,11 @@ def predict(model: nn.Module, split: Split, augment: Augment, cfg: EvaluationCon
     model.eval()
     run.broadcast(model.buffers())  # BatchNorm's running statistics differ between processes
     size = cfg.size or augment.final_size
-    share = rank_slice(len(split), run.rank, run.world_size)
     logits = torch.zeros(len(split), augment.num_classes, device=run.device)
-    for start in range(share.start, share.stop, cfg.batch_size):
-        part = slice(start, min(start + cfg.batch_size, share.stop))
+    # Whole batches are shared out: an image meets the same neighbours, and gets the same bits, on any process count.
+    starts = range(0, len(split), cfg.batch_size)
+    for start in starts[rank_slice(len(starts), run.rank, run.world_size)]:
+        part = slice(start, start + cfg.batch_size)
         images = augment.evaluation(split.images[part], size)
         with run.autocast():
             logits[part] = model(images).float()

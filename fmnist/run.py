@@ -23,6 +23,7 @@ from fmnist.checkpoint import write_atomic
 from fmnist.config import Config, flatten, to_yaml
 from fmnist.console import log_to_file
 from fmnist.directory import clear_directory
+from fmnist.exact import ShardSum
 from fmnist.tracking import NullTracker, Tracker
 
 logger = logging.getLogger("fmnist")
@@ -47,7 +48,9 @@ class Run:
         )
         self.cfg, self.directory = cfg, directory
         self.device = self.accelerator.device
-        if self.device.type == "cpu":
+        if cfg.exact:
+            make_deterministic(self.device)
+        elif self.device.type == "cpu":
             use_all_cores(self.accelerator.state)
         self.device_name = describe_device(self.device)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -55,6 +58,7 @@ class Run:
         self.tracker: NullTracker = NullTracker()
         self.started, self._signal = time.monotonic(), 0
         self._agreement: tuple[Tensor, Any] | None = None
+        self._shards: ShardSum | None = None
         self._control: Any = dist.new_group(backend="gloo") if self.world_size > 1 else None
         torch.backends.cudnn.deterministic = True  # a resumed run ends with the bits of an unbroken one
         torch.manual_seed(cfg.seed)
@@ -65,7 +69,10 @@ class Run:
         """Compile the model if asked to, and wrap it for autocast and DDP; its parameters stay the optimizer's."""
         if self.cfg.model.compile:
             model.compile()  # in place: the names of its tensors stay as they are
-        return self.accelerator.prepare_model(model)
+        if self.cfg.exact:
+            self.broadcast(model.state_dict().values())  # what DDP does when it wraps
+            self._shards = ShardSum(model, self.cfg.exact, self._gather_shards)
+        return self.accelerator.prepare_model(model, evaluation_mode=self._shards is not None)  # true leaves DDP out
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """Return the model inside the DDP wrapper."""
@@ -73,11 +80,29 @@ class Run:
 
     def gradient_sync(self, model: nn.Module, *, enabled: bool) -> AbstractContextManager[Any]:
         """Return a context in which backward sums gradients over processes, or does not."""
-        return nullcontext() if enabled else self.accelerator.no_sync(model)
+        return nullcontext() if enabled or self._shards else self.accelerator.no_sync(model)
+
+    def loss_divisor(self, micro_batches: int) -> int:
+        """Return what a micro-batch's mean loss is divided by; DDP divides by the process count besides."""
+        return self._shards.shards if self._shards else micro_batches
 
     def backward(self, loss: Tensor) -> None:
-        """Compute gradients."""
+        """Compute gradients; with `exact`, set them aside."""
         self.accelerator.backward(loss)
+        if self._shards:
+            self._shards.keep(loss)
+
+    def sum_shards(self, loss: Tensor) -> Tensor:
+        """With `exact`, sum what was set aside over all processes and return the summed loss; else return loss."""
+        return self._shards.reduce() if self._shards else loss
+
+    def _gather_shards(self, rows: Tensor) -> Tensor:
+        """Gather [A, P] from W processes into [A x W, P]; micro-batch a of rank r is shard a x W + r."""
+        if self.world_size == 1:
+            return rows
+        gathered = [torch.empty_like(rows) for _ in range(self.world_size)]
+        dist.all_gather(gathered, rows)
+        return torch.stack(gathered, dim=1).flatten(0, 1)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context of the run's precision, for a model that was not prepared."""
@@ -187,6 +212,14 @@ def resolve_precision(precision: str) -> str:
     if precision != "auto":
         return precision
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Let only kernels run whose result depends on nothing but their operands."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # how a sum is cut among threads would be part of the result
 
 
 def use_all_cores(state: Any) -> None:

@@ -34,9 +34,11 @@ def train_step(
         torch.manual_seed(mix_key(*batch.key))  # dropout and drop path depend on the batch, not on what ran before
         with run.gradient_sync(model, enabled=i + 1 == len(micro_batches)):
             logits = model(images)
-            loss = F.cross_entropy(logits, targets, label_smoothing=cfg.label_smoothing) / len(micro_batches)
+            loss = F.cross_entropy(logits, targets, label_smoothing=cfg.label_smoothing)
+            loss = loss / run.loss_divisor(len(micro_batches))
             run.backward(loss)
         loss_sum += loss.detach()
+    loss_sum = run.sum_shards(loss_sum)
     grad_norm = clip_grad_norm_(trainable(optimizer), cfg.grad_clip_norm or float("inf"))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -50,11 +50,14 @@ def build(cfg: Config, run: Run) -> Training:
     Raises:
         ValueError: data, weights, options or checkpoints that cannot be used; one line each.
     """
+    if cfg.exact and cfg.exact % run.world_size:
+        raise ValueError(f"exact is {cfg.exact}; legal with {run.world_size} processes: a multiple of that")
+    micro_batch_size = cfg.batch.global_batch_size // cfg.exact if cfg.exact else cfg.batch.micro_batch_size
     Split.load("test", cfg.data, run.device)  # not looked at, but a damaged file is said now, not after the training
     loader = Loader(
         Split.load("train", cfg.data, run.device),
         global_batch_size=cfg.batch.global_batch_size,
-        micro_batch_size=cfg.batch.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         seed=cfg.seed,
         rank=run.rank,
         world_size=run.world_size,
