@@ -32,7 +32,7 @@ class Predictor:
         """Pixels per side that the model sees."""
         return self.trained.cfg.evaluation.size or self.augment.final_size
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, images: Tensor, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
         """Run the model over images.
 
@@ -62,7 +62,9 @@ class Predictor:
 
 def classifier(model: nn.Module) -> nn.Linear:
     """Return the layer that makes the logits."""
-    layer = model.get_classifier() if hasattr(model, "get_classifier") else model.head
+    layer: object = model.head
+    if callable(get_classifier := getattr(model, "get_classifier", None)):  # timm's name for it
+        layer = get_classifier()
     if not isinstance(layer, nn.Linear):
         raise ValueError(f"the classifier of {type(model).__name__} is a {type(layer).__name__}, not a linear layer")
     return layer
