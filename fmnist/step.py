@@ -35,8 +35,7 @@ def train_step(
         with run.gradient_sync(model, enabled=i + 1 == len(micro_batches)):
             logits = model(images)
             loss = F.cross_entropy(logits, targets, label_smoothing=cfg.label_smoothing)
-            loss = loss / run.loss_divisor(len(micro_batches))
-            run.backward(loss)
+            run.backward(loss := loss / run.loss_divisor(len(micro_batches)))
         loss_sum += loss.detach()
     loss_sum = run.sum_shards(loss_sum)
     grad_norm = clip_grad_norm_(trainable(optimizer), cfg.grad_clip_norm or float("inf"))
