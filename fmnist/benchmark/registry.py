@@ -1,0 +1,43 @@
+"""All loaders by name, in the order of the tables."""
+
+from fmnist.benchmark import competitors
+from fmnist.benchmark.pipelines import (
+    OursCompiled,
+    OursEager,
+    OursTriton,
+    Pipeline,
+    Setting,
+    Synthetic,
+    UnavailableError,
+)
+
+PIPELINES: dict[str, type[Pipeline]] = {
+    kind.name: kind
+    for kind in (
+        Synthetic,
+        OursTriton,
+        OursCompiled,
+        OursEager,
+        competitors.PilAllCores,
+        competitors.PilTwoWorkers,
+        competitors.V2Batch,
+        competitors.V2Image,
+        competitors.Kornia,
+    )
+}
+OURS = ("ours-triton", "ours-compiled", "ours-eager")
+
+
+def build(names: tuple[str, ...], setting: Setting) -> tuple[list[Pipeline], dict[str, str]]:
+    """Build the loaders that can run here.
+
+    Returns:
+        Them, and for each of the others the reason why not.
+    """
+    built, skipped = [], {}
+    for name in names:
+        try:
+            built.append(PIPELINES[name](setting))
+        except (UnavailableError, ImportError) as error:
+            skipped[name] = str(error)
+    return built, skipped
