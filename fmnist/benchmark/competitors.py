@@ -231,7 +231,8 @@ class Kornia(OnDevice):
         x0, y0, x1, y1 = box_pixels(fixed, self.setting.size)
         values: dict[str, dict[str, Any]] = {
             "RandomHorizontalFlip": {"batch_prob": fixed.flip},
-            "RandomAffine": {"angle": fixed.angle, "translations": torch.tensor([fixed.shift_x, fixed.shift_y])},
+            # Like torchvision, it turns clockwise for a positive angle.
+            "RandomAffine": {"angle": -fixed.angle, "translations": torch.tensor([fixed.shift_x, fixed.shift_y])},
             "RandomErasing": {
                 "batch_prob": fixed.box is not None,
                 **{"xs": x0, "ys": y0, "widths": x1 - x0, "heights": y1 - y0},
