@@ -102,7 +102,9 @@ class Benchmark:
         plans = [(names, size, self.options.batch) for size in self.options.sizes]
         plans += [(ours, size, self.options.large_batch) for size in self.options.sizes if self.options.large_batch]
         for loaders, size, batch in plans:
-            title = f"loaders alone, 28 to {size} px, batch {batch}"
+            stored = self.split.images.shape[-1]
+            resize = f"{size} px" if size == stored else f"{stored} to {size} px"
+            title = f"loaders alone, {resize}, batch {batch}"
             try:
                 if pipelines := self.admitted(loaders, size, batch):
                     self.finish(races.race_loaders(pipelines, self.pace, self.run, self.ceilings, title))
