@@ -66,7 +66,7 @@ def describe(run: Run, argv: Sequence[str], options: Mapping[str, Any]) -> dict[
         "git_revision": git_revision(),
         "world_size": run.world_size,
         "precision": run.precision,
-        "options": {key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
+        "options": {key: value.name if isinstance(value, Path) else value for key, value in options.items()},
     }
 
 

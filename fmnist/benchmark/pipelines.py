@@ -1,23 +1,22 @@
 """The loaders that race: their common interface, one synthetic batch for ever, and ours."""
 
-import importlib
-import importlib.util
-import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from fmnist.benchmark.exact import Chain, Fixed
+from fmnist.benchmark.judge import Chain, Fixed
 from fmnist.config import AugmentConfig
+from fmnist.data import params
 from fmnist.data.augment import Augment
 from fmnist.data.batches import NUM_UNIFORMS, Loader, MicroBatch, Split
 from fmnist.data.fashion_mnist import MEAN, NUM_CLASSES, STD
 
 FLIP, ROTATION, SHIFT, ERASE = 0.5, 10.0, 0.1, 0.25  # probability, degrees, fraction of the side, probability
+Backend = Literal["triton", "compiled", "eager"]
 ERASE_AREA, ERASE_ASPECT = (0.02, 0.33), (0.3, 3.3)  # torchvision's defaults, and ours
 
 
@@ -145,82 +144,73 @@ class Synthetic(Pipeline):
         return self.images, self.labels
 
 
-def make_augment(setting: Setting, backend: str) -> Augment:
+def make_augment(setting: Setting, backend: Backend) -> Augment:
     """Build our augmentation with the race's parameters: the one place that knows its constructor.
 
     Raises:
         UnavailableError: this backend cannot run here.
     """
-    options: dict[str, Any] = {"flip": FLIP, "rotation": ROTATION, "shift": SHIFT, "erase": ERASE, "size": setting.size}
-    given: dict[str, Any] = {"dtype": setting.dtype, "device": setting.device}
-    if "backend" in AugmentConfig.__dataclass_fields__:
-        options["backend"] = backend
-    elif backend != "eager":
-        raise UnavailableError(f"this version has no {backend} data path")
     if backend == "triton" and setting.device.type == "cpu":
         raise UnavailableError("the Triton kernel needs a GPU (its interpreter is for tests)")
-    legal = inspect.signature(Augment).parameters
-    given = {key: value for key, value in given.items() if key in legal}
+    cfg = AugmentConfig(size=setting.size, flip=FLIP, rotation=ROTATION, shift=SHIFT, erase=ERASE, backend=backend)
+    dtype, device = setting.dtype, setting.device
     try:
-        augment = Augment(AugmentConfig(**options), num_classes=NUM_CLASSES, mean=(MEAN,), std=(STD,), **given)
+        return Augment(cfg, num_classes=NUM_CLASSES, mean=(MEAN,), std=(STD,), dtype=dtype, device=device)
     except ValueError as error:
         raise UnavailableError(str(error)) from None
-    if (taken := getattr(augment, "backend", "eager")) != backend:
-        raise UnavailableError(f"it falls back to {taken} here")
-    return augment
 
 
 class Ours(Pipeline):
     """The project's data path: the split as one uint8 tensor on the device, everything else done there."""
 
-    backend: str
+    backend: Backend
     chain: Chain = "one warp"
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self._augment, self._loader = make_augment(setting, self.backend), setting.loader()
-        self._tables: list[Tensor] = []
 
     def micro_batches(self) -> Sequence[MicroBatch]:
         self.position += 1
         return self._loader.micro_batches(self.position - 1)
 
     def augment(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        images, labels = self._augment(batch)
-        return images.to(self.setting.dtype), labels  # no copy where it has the dtype already
+        return self._augment(batch)
 
     def pinned(self, indices: Tensor, fixed: Fixed) -> Tensor:
         split, count = self.setting.split, len(indices)
         # A whole batch, so that the gate sees the very code, compiled for its shape, that is timed.
         indices = indices.repeat(math.ceil(self.setting.batch_size / count))[: max(count, self.setting.batch_size)]
         uniforms = torch.tensor([pinned_uniforms(fixed, split.images.shape[-1])]).repeat(len(split), 1)
-        self._tables.append(uniforms.to(self.setting.device))  # kept: a table may be cached by its identity
         batch = MicroBatch(
-            split=split, indices=indices, partners=indices, uniforms=self._tables[-1], epoch=0, key=(0, 0, 0)
+            split=split,
+            indices=indices,
+            partners=indices,
+            uniforms=uniforms.to(self.setting.device),
+            epoch=0,
+            key=(0, 0, 0),
         )
         return self.augment(batch)[0][:count]
 
 
 def pinned_uniforms(fixed: Fixed, side: int) -> list[float]:
     """Return the row of uniforms from which our augmentation makes just these parameters."""
-    rooms = ("fmnist.data.params", "fmnist.data.augment")  # whichever of them says what each column decides
-    columns = importlib.import_module(next(room for room in rooms if importlib.util.find_spec(room)))
     row = [0.99] * NUM_UNIFORMS  # 0.99 is above the probabilities of flipping and erasing
-    row[columns.ZOOM] = 0.5
-    row[columns.ANGLE] = (fixed.angle / ROTATION + 1) / 2
-    row[columns.SHIFT_X] = (fixed.shift_x / side / SHIFT + 1) / 2
-    row[columns.SHIFT_Y] = (fixed.shift_y / side / SHIFT + 1) / 2
+    row[params.ZOOM] = 0.5
+    row[params.ANGLE] = (fixed.angle / ROTATION + 1) / 2
+    row[params.SHIFT_X] = (fixed.shift_x / side / SHIFT + 1) / 2
+    row[params.SHIFT_Y] = (fixed.shift_y / side / SHIFT + 1) / 2
     if fixed.flip:
-        row[columns.FLIP] = 0.0
+        row[params.FLIP] = 0.0
     if fixed.box:
         x0, y0, x1, y1 = fixed.box
         width, height = x1 - x0, y1 - y0
-        low, high = (math.log(aspect) for aspect in columns.ERASE_ASPECTS)
-        least, most = columns.ERASE_AREAS
-        row[columns.ERASE] = 0.0
-        row[columns.ERASE_AREA] = (width * height - least) / (most - least)
-        row[columns.ERASE_ASPECT] = (math.log(width / height) - low) / (high - low)
-        row[columns.ERASE_X], row[columns.ERASE_Y] = x0 / (1 - width), y0 / (1 - height)
+        low, high = (math.log(aspect) for aspect in params.ERASE_ASPECTS)
+        least, most = params.ERASE_AREAS
+        row[params.ERASE] = 0.0
+        row[params.ERASE_AREA] = (width * height - least) / (most - least)
+        row[params.ERASE_ASPECT] = (math.log(width / height) - low) / (high - low)
+        row[params.ERASE_X], row[params.ERASE_Y] = x0 / (1 - width), y0 / (1 - height)
     return row
 
 
