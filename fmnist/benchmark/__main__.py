@@ -68,7 +68,9 @@ class Benchmark:
             world_size=self.run.world_size,
             workers=max(1, len(os.sched_getaffinity(0)) // local),
         )
-        pipelines, skipped, verdicts = races.admit(names, setting, lambda verdict: self.announce(verdict, size))
+        pipelines, skipped, verdicts = races.admit(
+            names, setting, self.run, lambda verdict: self.announce(verdict, size)
+        )
         for name, reason in skipped.items():
             if self.result["skipped"].get(name) != reason:
                 self.say(f"skipped  {name}: {reason}")
@@ -187,10 +189,11 @@ def main(argv: list[str]) -> int:
         if options.mode in ("train", "all"):
             benchmark.train()
         benchmark.save()
-        path = with_suffix(options.output, "png")
-        if benchmark.result["tables"]:
-            run.on_main(plot, benchmark.result, path, benchmark.say)
         refused = sorted({item["name"] for item in benchmark.result["gate"] if not item["passed"]})
+        if benchmark.result["tables"]:
+            run.on_main(plot, benchmark.result, with_suffix(options.output, "png"), benchmark.say)
+        elif not refused:
+            raise ValueError(f"nothing to race: none of {', '.join(options.loaders)} runs here in {options.mode}")
         run.close()
     if refused:
         line = f"fmnist.benchmark: error: the gate refused {', '.join(refused)}: wrong images or labels\n"

@@ -19,7 +19,7 @@ GATHERS = ("index.Tensor", "index_select.default", "gather.default", "select.int
 def copy_bytes_per_second(device: torch.device) -> float:
     """Measure a large copy within the device's memory: bytes read and written per second, the best of ten."""
     size = 1 << (28 if device.type == "cpu" else 31)  # far larger than any cache
-    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
+    source = torch.randint(256, (1 << 20,), dtype=torch.uint8, device=device).repeat(size >> 20)
     target = torch.empty_like(source)
     return 2 * size / _fastest(lambda: target.copy_(source), device, 10)
 

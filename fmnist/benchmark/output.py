@@ -46,7 +46,7 @@ def all_versions() -> dict[str, str]:
             found[name] = __import__(name).__version__
         except ImportError:
             found[name] = "absent"
-    return found | {"cuda": torch.version.cuda or "none"}
+    return found | {"cuda_toolkit": torch.version.cuda or "none"}
 
 
 def describe(run: Run, argv: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,14 +93,18 @@ class Training:
 
 
 def admit(
-    names: tuple[str, ...], setting: Setting, on_verdict: Callable[[gate.Verdict], None]
+    names: tuple[str, ...], setting: Setting, run: Run, on_verdict: Callable[[gate.Verdict], None]
 ) -> tuple[list[Pipeline], dict[str, str], list[gate.Verdict]]:
-    """Build the loaders and send each through the gate; only those that pass are returned."""
+    """Build the loaders and send each through the gate; only those that pass, on every process, are returned."""
     pipelines, skipped = build(names, setting)
     verdicts = {}
     for pipeline in pipelines:
         if pipeline.checked:
-            verdicts[pipeline.name] = gate.check(pipeline)
+            verdict = gate.check(pipeline)
+            failures = int(run.sum(torch.tensor(int(not verdict.passed), device=run.device)))
+            if failures and verdict.passed:
+                verdict = replace(verdict, passed=False, reason="refused on another process")
+            verdicts[pipeline.name] = verdict
             on_verdict(verdicts[pipeline.name])
     passed = [p for p in pipelines if p.name not in verdicts or verdicts[p.name].passed]
     return passed, skipped, list(verdicts.values())

@@ -1,28 +1,20 @@
 """All loaders by name, in the order of the tables."""
 
-from fmnist.benchmark import competitors
-from fmnist.benchmark.pipelines import (
-    OursCompiled,
-    OursEager,
-    OursTriton,
-    Pipeline,
-    Setting,
-    Synthetic,
-    UnavailableError,
-)
+from fmnist.benchmark import on_device, ours, pil_loader
+from fmnist.benchmark.pipelines import Pipeline, Setting, Synthetic, UnavailableError
 
 PIPELINES: dict[str, type[Pipeline]] = {
     kind.name: kind
     for kind in (
         Synthetic,
-        OursTriton,
-        OursCompiled,
-        OursEager,
-        competitors.PilAllCores,
-        competitors.PilTwoWorkers,
-        competitors.V2Batch,
-        competitors.V2Image,
-        competitors.Kornia,
+        ours.OursTriton,
+        ours.OursCompiled,
+        ours.OursEager,
+        pil_loader.PilAllCores,
+        pil_loader.PilTwoWorkers,
+        on_device.V2Batch,
+        on_device.V2Image,
+        on_device.Kornia,
     )
 }
 OURS = ("ours-triton", "ours-compiled", "ours-eager")
