@@ -77,9 +77,8 @@ class Kornia(OnDevice):
         size, (mean, std) = setting.size, (torch.tensor([MEAN]), torch.tensor([STD]))
         self.transform = room.AugmentationSequential(
             room.RandomHorizontalFlip(p=FLIP),
-            # Its pixel coordinates are those of align_corners=True; its default scales the image a little.
-            room.RandomAffine(ROTATION, translate=(SHIFT, SHIFT), p=1.0, align_corners=True),
-            room.Resize((size, size), align_corners=False),
+            room.RandomAffine(ROTATION, translate=(SHIFT, SHIFT), p=1.0),
+            room.Resize((size, size), align_corners=False),  # its default, True, is another geometry
             room.Normalize(mean, std),
             room.RandomErasing(scale=ERASE_AREA, ratio=ERASE_ASPECT, p=ERASE),
             data_keys=["input"],
