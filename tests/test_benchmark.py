@@ -1,0 +1,386 @@
+"""The benchmark: its gate, what it counts, what it writes. No test here depends on how fast anything is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, environment
+from torch import Tensor
+
+from fmnist import step as step_module
+from fmnist.benchmark import __main__ as entry
+from fmnist.benchmark import gate, output, races
+from fmnist.benchmark.ceilings import ByteCounter, bytes_per_image
+from fmnist.benchmark.chart import draw
+from fmnist.benchmark.judge import CASES, Fixed, expected
+from fmnist.benchmark.on_device import V2Batch
+from fmnist.benchmark.options import parse
+from fmnist.benchmark.ours import OursEager
+from fmnist.benchmark.pipelines import Setting, Synthetic
+from fmnist.benchmark.registry import PIPELINES, build
+from fmnist.benchmark.timing import Pace, Sample, race, round_up, summarize
+from fmnist.config import Config
+from fmnist.data.batches import Split
+from fmnist.run import Run
+
+
+@pytest.fixture
+def setting(train_images: Split) -> Setting:
+    return Setting(split=train_images, size=56, batch_size=32, dtype=torch.float32)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(Config(), tmp_path)
+
+
+# --- the judge ----------------------------------------------------------------------------------------------------
+
+
+def test_the_judge_knows_flips_shifts_turns_and_boxes() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+    exact = images / 255
+    same, inside = expected(images, Fixed(), 28, "one warp")
+    assert np.allclose(same, exact) and inside.all()
+    assert np.allclose(expected(images, Fixed(flip=True), 28, "one warp")[0], exact[:, :, ::-1])
+    # A quarter turn counter-clockwise; rot90 turns the first given axis towards the second: rows towards columns.
+    assert np.allclose(expected(images, Fixed(angle=90), 28, "one warp")[0], np.rot90(exact, axes=(1, 2)))
+    shifted, inside = expected(images, Fixed(shift_x=2, shift_y=-1), 28, "one warp")
+    assert np.allclose(shifted[:, :27, 2:], exact[:, 1:, :26])  # right by 2, up by 1
+    assert inside[:27, 2:].all() and inside.sum() == 27 * 26
+    erased, inside = expected(images, Fixed(box=(0.25, 0.5, 0.75, 0.75)), 28, "one warp")
+    assert (erased[:, 14:21, 7:21] == 0.2860).all() and (erased == 0.2860).sum() == 3 * 7 * 14
+
+
+def test_the_judge_resizes_as_torch_does() -> None:
+    images = np.random.default_rng(1).integers(0, 256, (2, 28, 28), dtype=np.uint8)
+    right = torch.nn.functional.interpolate(torch.tensor(images)[:, None].double() / 255, (56, 56), mode="bilinear")
+    for chain in ("one warp", "warp, then resize"):
+        result, inside = expected(images, Fixed(), 56, chain)
+        assert np.abs(result - right[:, 0].numpy())[:, inside].max() < 1e-12
+        assert inside[1:-1, 1:-1].all()  # at twice the size only the outermost ring reads beyond the image
+
+
+# --- the gate -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name not in ("synthetic", "ours-triton")])
+@pytest.mark.parametrize("size", [28, 56])
+def test_the_gate_passes_what_is_right(name: str, size: int, train_images: Split) -> None:
+    if name == "ours-compiled" and size != 28:
+        pytest.skip("one compilation is enough")
+    setting = Setting(split=train_images, size=size, batch_size=32, dtype=torch.float32, workers=3)
+    built, skipped = build((name,), setting)
+    if skipped:
+        pytest.skip(skipped[name])
+    verdict = gate.check(built[0])
+    assert verdict.passed, verdict
+    assert verdict.largest_error <= 2.0
+    assert verdict.pixels_compared > 0.85
+    if "pil" not in name:  # PIL rounds to whole grey levels after each step
+        assert verdict.largest_error < 0.05
+
+
+def test_the_gate_allows_bfloat16_its_rounding_and_no_more(train_images: Split) -> None:
+    setting = Setting(split=train_images, size=28, batch_size=32, dtype=torch.bfloat16)
+    verdict = gate.check(OursEager(setting))
+    # 8 significant bits: half a step is 2^-7 at normalised values from 2 on; times std 0.353 that is 0.703/255.
+    assert verdict.passed
+    assert 0.1 < verdict.largest_error <= 0.72
+
+
+class TurnedTheOtherWay(V2Batch):
+    def pinned(self, indices: Tensor, fixed: Fixed) -> Tensor:
+        return super().pinned(indices, Fixed(**vars(fixed) | {"angle": -fixed.angle}))
+
+
+class HalfAPixelOff(V2Batch):
+    def gather(self, indices: Tensor) -> Tensor:
+        images = super().gather(indices)
+        return (images + images.roll(1, -1)) / 2
+
+
+class NeverErases(V2Batch):
+    def pinned(self, indices: Tensor, fixed: Fixed) -> Tensor:
+        return super().pinned(indices, Fixed(**vars(fixed) | {"box": None}))
+
+
+class ShuffledLabels(V2Batch):
+    def fetch(self) -> tuple[Tensor, Tensor]:
+        images, labels = super().fetch()
+        return images, labels.roll(1)
+
+
+class ShuffledImages(V2Batch):
+    def fetch(self) -> tuple[Tensor, Tensor]:
+        images, labels = super().fetch()
+        return images.roll(1, 0), labels
+
+
+class ShortBatches(V2Batch):
+    def fetch(self) -> tuple[Tensor, Tensor]:
+        images, labels = super().fetch()
+        return images[:-1], labels[:-1]
+
+
+class WrongType(V2Batch):
+    def fetch(self) -> tuple[Tensor, Tensor]:
+        images, labels = super().fetch()
+        return images.half(), labels
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (TurnedTheOtherWay, "float64"),
+        (HalfAPixelOff, "float64"),
+        (NeverErases, "float64"),
+        (ShuffledLabels, "labels in another order"),
+        (ShuffledImages, "do not belong"),
+        (ShortBatches, "delivers (31, 1, 56, 56)"),
+        (WrongType, "torch.float16"),
+    ],
+)
+def test_the_gate_refuses_what_is_wrong(wrong: type[V2Batch], reason: str, setting: Setting) -> None:
+    verdict = gate.check(wrong(setting))
+    assert not verdict.passed
+    assert reason in verdict.reason
+
+
+def test_the_cases_lie_within_what_the_race_draws() -> None:
+    assert {case.flip for case in CASES} == {False, True}
+    for case in CASES:
+        assert abs(case.angle) <= 10 and max(abs(case.shift_x), abs(case.shift_y)) <= 2.8  # 10 % of 28
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gate_passes_all_of_ours_on_a_gpu(train_images: Split, run: Run, dtype: torch.dtype) -> None:
+    split = Split(images=train_images.images.to(run.device), labels=train_images.labels.to(run.device))
+    setting = Setting(split=split, size=224, batch_size=64, dtype=dtype, workers=4)
+    built, _ = build(tuple(PIPELINES), setting)
+    assert "ours-triton" in [pipeline.name for pipeline in built]
+    for pipeline in built:
+        verdict = gate.check(pipeline) if pipeline.checked else None
+        assert verdict is None or verdict.passed, verdict
+
+
+# --- what is counted and when -------------------------------------------------------------------------------------
+
+
+class Fake:
+    multiple = 1
+
+    def __init__(self, name: str, diary: list[str], counts: list[int]) -> None:
+        self.name, self.diary, self.counts, self.steps = name, diary, counts, 0
+
+    def start(self) -> None:
+        self.diary.append(f"{self.name} starts")
+
+    def stop(self) -> None:
+        self.diary.append(f"{self.name} stops")
+
+    def step(self) -> int:
+        self.steps += 1
+        return self.counts[self.steps % len(self.counts)]
+
+
+def test_rounds_are_interleaved_and_only_timed_images_are_counted(run: Run) -> None:
+    diary: list[str] = []
+    entrants = [Fake("a", diary, [8]), Fake("b", diary, [8, 5])]  # b's every other batch is short
+    samples = race(entrants, Pace(rounds=3, steps=4, warmup=2, seconds=1e9), run)
+    assert diary == [f"{name} {what}" for _ in range(4) for name in "ab" for what in ("starts", "stops")]
+    assert [sample.images for sample in samples["a"]] == [4 * 8] * 3
+    assert [sample.images for sample in samples["b"]] == [2 * 8 + 2 * 5] * 3
+    assert entrants[0].steps == 2 * 3 + 3 * (2 + 4)  # the round that finds the pace, then warm-up and timed steps
+
+
+def test_a_loader_with_workers_takes_whole_bursts() -> None:
+    assert [round_up(steps, 16) for steps in (1, 16, 17)] == [16, 16, 32]
+
+
+def test_the_step_timed_is_the_step_of_training_and_counts_what_it_trained(setting: Setting) -> None:
+    assert races.train_step is step_module.train_step
+    setting = Setting(**vars(setting) | {"size": 28})
+    cfg = races.training_config("mlp", "eager", 28, "fp32", 0)
+    trainer = races.Trainer(cfg, Run(cfg, Path("runs")), 28)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    for pipeline in (Synthetic(setting), OursEager(setting), V2Batch(setting)):
+        entrant = races.Training(pipeline, trainer)
+        entrant.start()
+        assert [entrant.step() for _ in range(2)] == [32, 32]
+        entrant.stop()
+    assert trainer.loss.isfinite()
+    assert all(not torch.equal(old, new) for old, new in zip(before, trainer.model.parameters(), strict=True))
+    # The MLP is three matrix products, 6 operations per weight forward and backward; the first layer's input needs no
+    # gradient: 784 x first width x 2 fewer.
+    weights = [p for p in trainer.model.parameters() if p.ndim == 2]
+    assert trainer.flops == 6 * sum(w.numel() for w in weights) - 2 * weights[0].numel()
+
+
+def test_median_extremes_and_spread() -> None:
+    rates = [100, 80, 120]
+    samples = [
+        Sample(images=rate, seconds=1.0, wall_seconds=2.0, steps=1, peak_memory_bytes=rate * 7) for rate in rates
+    ]
+    result = summarize(samples)
+    assert result["images_per_second"] == {"median": 100, "min": 80, "max": 120, "spread": 0.4, "wall_median": 50}
+    assert (result["images"], result["peak_memory_bytes"], len(result["rounds"])) == (300, 840, 3)
+
+
+def test_bytes_are_counted_as_read_and_written(setting: Setting) -> None:
+    numbers, wide = torch.zeros(10), torch.zeros(1000, 4)
+    with ByteCounter(torch.device("cpu")) as counter:
+        numbers.view(2, 5)
+        assert counter.total == 0
+        numbers + 1
+        assert counter.total == 40 + 40
+        numbers.add_(1)
+        assert counter.total == 80 + 80
+        wide[torch.tensor([1, 2, 3])]
+        assert counter.total >= 160 + 2 * 48 and counter.total < 160 + 2 * 48 + 100  # the rows, and the indices
+    # The fused kernel: 784 pixels, 16 parameters, an index; 56 x 56 float32 written.
+    fused = Synthetic(setting)
+    fused.bytes_rule = "formula"
+    assert bytes_per_image(fused) == 784 + 64 + 8 + 4 * 56 * 56
+    eager = bytes_per_image(OursEager(setting))
+    assert eager is not None and eager > 8 * 4 * 56 * 56
+    assert bytes_per_image(Synthetic(setting)) is None
+
+
+# --- the command line and what it writes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["data", "--sizes", "29"], "multiples of 4"),
+        (["data", "--batch", "many"], "4 to 8192"),
+        (["data", "--loaders", "dali"], "invalid choice"),
+        (["train", "--models", "cnn"], "NAME@PIXELS"),
+        (["data", "--scaling"], "goes with train"),
+        (["train", "--baseline", "x.json"], "goes with --scaling"),
+        (["plot"], "JSON file"),
+        (["plot", "absent.json"], "no such file"),
+        ([], "required"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(argv: list[str], words: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(argv, tuple(PIPELINES))
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    assert len(lines) == 1 and words in lines[0]
+
+
+def test_help_names_every_loader(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(["--help"], tuple(PIPELINES))
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in PIPELINES)
+
+
+def benchmark(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fmnist.benchmark", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, cwd=ROOT)
+
+
+def test_a_whole_run_writes_the_table_the_json_and_the_chart(tmp_path: Path) -> None:
+    stem = tmp_path / "small"
+    loaders = ["synthetic", "ours-eager", "torchvision-pil-2", "torchvision-v2-batch"]
+    quick = ["--batch", 16, "--rounds", 2, "--steps", 4, "--warmup", 1, "--seconds", 0.01]
+    done = benchmark("all", "--sizes", 32, "--models", "mlp@28", "--loaders", *loaders, *quick, "--output", stem)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "torchvision DataLoader, PIL, 2 workers" in done.stdout and "passed   ours-eager at 32 px" in done.stdout
+
+    result = json.loads((tmp_path / "small.json").read_text())
+    assert {"name", "command", "date", "hardware", "versions", "git_revision", "world_size", "options"} <= set(result)
+    assert {"device", "processor", "cpu_cores", "clocks_before", "clocks_after"} <= set(result["hardware"])
+    assert {"torch", "torchvision", "kornia", "triton"} <= set(result["versions"])
+    assert min(result["ceilings"].values()) > 0
+    assert all(item["passed"] and item["chain"] for item in result["gate"])
+    loading, training = result["tables"]
+    assert [row["name"] for row in loading["rows"]] == loaders[1:]  # alone, a synthetic batch is no loader
+    assert [row["name"] for row in training["rows"]] == loaders
+    assert (loading["ratio_to"], training["ratio_to"]) == ("torchvision-pil-2", "synthetic")
+    for row in loading["rows"] + training["rows"]:
+        rate = row["images_per_second"]
+        assert 0 < rate["min"] <= rate["median"] <= rate["max"]
+        assert len(row["rounds"]) == 2
+        assert row["images"] == sum(16 * item["steps"] for item in row["rounds"])
+    for raced in (loading, training):
+        base = next(row for row in raced["rows"] if row["name"] == raced["ratio_to"])["images_per_second"]["median"]
+        assert all(row["ratio"] == row["images_per_second"]["median"] / base for row in raced["rows"])
+    assert all(row["mfu"] > 0 and row["roofline_images_per_second"] > 0 for row in training["rows"])
+    assert loading["rows"][0]["share_of_copy_ceiling"] > 0
+    assert (tmp_path / "small.png").stat().st_size > 10_000
+
+    again = benchmark("plot", stem.with_suffix(".json"))
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_refused_loader_is_not_timed_and_the_status_is_1(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setitem(PIPELINES, "torchvision-v2-batch", TurnedTheOtherWay)
+    monkeypatch.setattr(entry, "log_to_console", lambda: None)
+    argv = ["data", "--sizes", "28", "--batch", "16", "--rounds", "1", "--steps", "3", "--seconds", "0.01"]
+    argv += ["--loaders", "ours-eager", "torchvision-v2-batch", "--output", str(tmp_path / "wrong")]
+    assert entry.main(argv) == 1
+    captured = capsys.readouterr()
+    assert "refused torchvision-v2-batch" in captured.err
+    result = json.loads((tmp_path / "wrong.json").read_text())
+    assert [row["name"] for row in result["tables"][0]["rows"]] == ["ours-eager"]
+    assert [item["name"] for item in result["gate"] if not item["passed"]] == ["torchvision-v2-batch"]
+
+
+def row(name: str, median: float, **more: Any) -> dict[str, Any]:
+    rate = {"median": median, "min": 0.9 * median, "max": 1.1 * median, "spread": 0.2}
+    return {"name": name, "description": f"the {name} loader", "images_per_second": rate} | more
+
+
+def table(rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    shared = {"mode": "train", "title": "training cnn", "dtype": "bfloat16", "ratio_to": "synthetic"}
+    return shared | {"rows": rows} | more
+
+
+def test_the_efficiency_is_per_process() -> None:
+    single = {"world_size": 1, "tables": [table([row("synthetic", 1000), row("ours-triton", 900)])]}
+    four = table([row("synthetic", 3600), row("ours-triton", 3600)])
+    entry.add_efficiency(four, single, 4)
+    assert [item["efficiency"] for item in four["rows"]] == [0.9, 1.0]  # 3600 / (4 x 1000), 3600 / (4 x 900)
+    with pytest.raises(ValueError, match="2 processes"):
+        entry.add_efficiency(four, single | {"world_size": 2}, 4)
+    with pytest.raises(ValueError, match="no race"):
+        entry.add_efficiency(four | {"title": "another"}, single, 4)
+
+
+def test_the_table_leaves_out_columns_that_hold_nothing() -> None:
+    text = output.render_table(table([row("synthetic", 12345.6, ratio=1.0, mfu=0.25, peak_memory_bytes=3_210_000_000)]))
+    assert "12,346" in text and "25.0 %" in text and "3.21 GB" in text and "1.000" in text
+    assert "efficiency" not in text and "bytes/s" not in text
+
+
+def test_the_chart_draws_any_number_of_races(tmp_path: Path) -> None:
+    result: dict[str, Any] = {
+        "hardware": {"device": "a GPU", "cpu_cores": 16},
+        "versions": {"torch": "2"},
+        "date": "today",
+        "world_size": 2,
+    }
+    roof = {"roofline_images_per_second": 20000.0}
+    races_drawn = [
+        table([row("synthetic", 5000.0, ratio=1.0, **roof)]),
+        table([row("ours-triton", 9e3, **roof), row("kornia", 1e2)], mode="data", ratio_to=None),
+        table([row("synthetic", 5.0, **roof)]),
+    ]
+    for count in (1, 2, 3):
+        draw(result | {"tables": races_drawn[:count]}, tmp_path / "chart.png")
+        assert (tmp_path / "chart.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="no table"):
+        draw(result | {"tables": []}, tmp_path / "none.png")
