@@ -1,5 +1,6 @@
 """Weights & Biases at its worst, with the real client and real processes: the training result never changes."""
 
+import gzip
 import http.server
 import json
 import logging
@@ -40,7 +41,7 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, kind: str) -> None:
-        self.kind, self.paths = kind, list[str]()
+        self.kind, self.paths, self.bodies = kind, list[str](), list[bytes]()
         self.streamed = threading.Event()
         self.over = threading.Event()
         server = self
@@ -52,6 +53,7 @@ class Server(http.server.ThreadingHTTPServer):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 server.paths.append(self.path)
+                server.bodies.append(gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body)
                 if server.kind == "hangs":
                     server.over.wait(60)
                 elif server.kind == "bad key":
