@@ -609,7 +609,7 @@ BAD_ANSWERS: dict[str, tuple[Callable[[bytes, http.server.BaseHTTPRequestHandler
         "not the published",
     ),
     "endless": (lambda data, handler: send(handler, bytes(60 << 20)), "more than 47,040,016 bytes"),
-    "elsewhere: a local file": (lambda data, handler: redirect(handler, "file:///etc/hostname"), "redirect"),
+    "elsewhere: a local file": (lambda data, handler: redirect(handler, "file:///etc/hostname"), "is not allowed"),
     "elsewhere: in a circle": (lambda data, handler: redirect(handler, handler.path), "redirect"),
     "not http": (lambda data, handler: not_http(handler), "SSH-2.0"),
 }

@@ -65,8 +65,18 @@ class Server(http.server.ThreadingHTTPServer):
                     self.reply(200, {})
                 elif b"UpsertBucket" in body:
                     self.reply(200, {"data": {"upsertBucket": {"bucket": RUN, "inserted": True}}})
+                elif b"CreateRunFiles" in body:
+                    names = json.loads(body)["variables"]["files"]
+                    host = f"http://127.0.0.1:{server.server_address[1]}"
+                    files = [{"name": name, "uploadUrl": f"{host}/upload/{name}"} for name in names]
+                    self.reply(200, {"data": {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}})
                 else:
                     self.reply(200, {"data": {"model": {"bucket": None}, "viewer": {"id": "dg==", "entity": "nobody"}}})
+
+            def do_PUT(self) -> None:
+                server.paths.append(self.path)
+                server.bodies.append(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+                self.reply(200, {})
 
             def reply(self, status: int, content: object) -> None:
                 body = json.dumps(content).encode()
