@@ -115,13 +115,13 @@ def check(name: str, kind: str, value: Any, how: str, folder: Path, capsys: pyte
 
 
 def test_there_are_three_hundred() -> None:
-    assert len(cases()) >= 300
+    assert len(cases()[::2]) + len(BAD_YAML) >= 350
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_a_bad_option_is_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every case once, in a file and as a flag by turns."""
-    for i, case in enumerate(case for case in cases() if case[0] == name):
+    """Every second case, in a file and as a flag by turns; the others are in the slow form."""
+    for i, case in enumerate(case for case in cases()[::2] if case[0] == name):
         check(*case, "file" if i % 2 else "flag", tmp_path, capsys)
 
 
