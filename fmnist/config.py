@@ -1,11 +1,12 @@
 """Every option of a run, typed: one frozen dataclass per concern, and what is legal."""
 
+import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from fmnist import strict_yaml
 
 # What may differ between a run's two starts: nothing here changes which weights come out.
 MAY_CHANGE = (
@@ -264,6 +265,9 @@ def validate(cfg: Config) -> None:
         ValueError: one line with the option, its value and what would be legal.
     """
     flat = flatten(cfg)
+    for key, value in flat.items():
+        if isinstance(value, str) and not (value.isprintable() and 0 < len(value) <= 4096 and value.strip()):
+            raise ValueError(f"{key} is {value[:100]!r}; legal: 1 to 4096 printable characters")
     for key, low, high in RANGES:
         value = flat[key]
         if value is not None and not low <= value <= high:  # a NaN fails both comparisons
@@ -282,8 +286,19 @@ def validate(cfg: Config) -> None:
         _validate_exact(cfg.exact, cfg.batch)
     if cfg.overwrite and cfg.resume != "never":
         raise ValueError("overwrite is true but resume is auto: give --resume never to start again")
-    if cfg.output_dir is not None and not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", Path(cfg.output_dir).resolve().name):
-        raise ValueError(f"output_dir is {cfg.output_dir!r}; its last part must match [A-Za-z0-9._-]{{1,64}}")
+    try:  # nothing that JSON lacks: NaN would not equal itself at the next start
+        json.dumps(cfg.model.options, allow_nan=False)
+    except (ValueError, TypeError):
+        raise ValueError(
+            "model.options holds a number that is not finite; legal: numbers, text, lists, names"
+        ) from None
+    names = {"log.project": cfg.log.project}
+    if cfg.output_dir is not None:
+        names["output_dir"] = Path(cfg.output_dir).resolve().name  # the name of the run
+    for key, name in names.items():
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
+            last = "its last part" if key == "output_dir" else "it"
+            raise ValueError(f"{key} is {flat[key]!r}; {last} must match [A-Za-z0-9._-]{{1,64}}")
 
 
 def _validate_exact(exact: int, batch: BatchConfig) -> None:
@@ -299,7 +314,7 @@ def _validate_exact(exact: int, batch: BatchConfig) -> None:
 
 def to_yaml(cfg: Config) -> str:
     """Return the resolved config as YAML that --config reads back to an equal Config."""
-    return yaml.safe_dump(asdict(cfg), sort_keys=False)
+    return strict_yaml.dump(asdict(cfg))
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -127,6 +127,8 @@ def plot_reliability(logits: Tensor, labels: Tensor, ece: float, title: str, pat
 def _read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
     """Lines by prefix, in step order, one per step."""
     lines: dict[str, dict[int, dict[str, Any]]] = {}
+    if not path.is_file():  # it could not be written: a figure without curves must not end a run
+        return {}
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
@@ -181,9 +183,6 @@ def plot_learning_curves(metrics_path: Path, path: Path, title: str) -> None:
             be read are passed over; a panel with no data (top1, lr) is left out.
         path: The PNG to write.
         title: Heading.
-
-    Raises:
-        FileNotFoundError: If there is no metrics_path.
     """
     lines = _read_metrics(metrics_path)
     train, val = lines.get("train", []), lines.get("val", [])

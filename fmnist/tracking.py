@@ -3,12 +3,19 @@
 import json
 import logging
 import math
+import netrc
 import os
+import queue
+import re
 import secrets
 import sys
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -16,7 +23,9 @@ from fmnist.config import LogConfig
 
 logger = logging.getLogger("fmnist")
 METRICS_FILE, WANDB_ID_FILE = "metrics.jsonl", "wandb_run_id"
-INIT_TIMEOUT_S, FINISH_TIMEOUT_S = 10, 60
+# Together below 10 s: what a server that is away, or answers with nothing useful, may cost a start.
+PROBE_TIMEOUT_S, INIT_TIMEOUT_S = 2, 5
+FINISH_TIMEOUT_S = 30  # what is not sent by then is on disk, for `wandb sync`
 PERF_KEYS = ("images_per_second", "step_time_s")
 
 
@@ -50,8 +59,13 @@ class Tracker(NullTracker):
         self, directory: Path, cfg: LogConfig, resolved: Mapping[str, Any], *, step: int, total_steps: int
     ) -> None:
         self.path = directory / METRICS_FILE
-        truncate_metrics(self.path, step)
-        self.file = self.path.open("a", encoding="utf-8")
+        self.file: Any = None
+        self._warned = False
+        try:
+            truncate_metrics(self.path, step)
+            self.file = self.path.open("ab", buffering=0)  # no buffer: nothing is left in it when the disk is full
+        except OSError as error:
+            self._warn(error)
         self.bar = None
         if sys.stderr.isatty():
             self.bar = tqdm(initial=step, total=total_steps, unit="step", dynamic_ncols=True, smoothing=0.1)
@@ -82,37 +96,54 @@ class Tracker(NullTracker):
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Close everything; the summary goes to Weights & Biases too."""
-        self.file.close()
+        if self.file is not None:
+            try:
+                self.file.close()
+            except OSError as error:  # where a network disk tells that it was full
+                self._warn(error)
         if self.bar is not None:
             self.bar.close()
         self._try_wandb(lambda: self._finish_wandb(summary))
 
     def _write(self, line: str) -> None:
+        if self.file is None:
+            return
+        data = line.encode() + b"\n"
         try:
-            self.file.write(line + "\n")
-            self.file.flush()
+            size = os.fstat(self.file.fileno()).st_size
+            if self.file.write(data) != len(data):
+                os.ftruncate(self.file.fileno(), size)  # no half line for the next one to go on with
+                raise OSError("the disk is full")
         except OSError as error:  # a full disk must not end the training that may yet save elsewhere
-            logger.warning("%s cannot be written: %s", self.path, error)
+            self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            logger.warning("%s: numbers are missing from here: %s", self.path, error.strerror or error)
+        self._warned = True
 
     def _try_wandb(self, call: Callable[[], Any]) -> None:
         """Call Weights & Biases; at its first failure say so once and go on without it."""
         try:
             call()
         except Exception as error:  # noqa: BLE001 - whatever a tracker raises, training goes on
-            logger.warning("Weights & Biases is off from here: %s", " ".join(str(error).split())[:200])
+            logger.warning("Weights & Biases is off from here: %s", without_secrets(error))
             self.wandb = None
 
     def _start_wandb(self, directory: Path, cfg: LogConfig, resolved: Mapping[str, Any]) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        if not os.environ.get("WANDB_MODE"):
+            os.environ.pop("WANDB_MODE", None)  # set but empty, which the client refuses
         import wandb  # half a second, and absent on some machines: only where it is used
 
         mode = cfg.wandb
         if mode == "auto":
             mode = "online" if has_api_key() else "offline"
-        id_file = directory / WANDB_ID_FILE
-        run_id = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
-        id_file.write_text(run_id + "\n")
+        if mode == "online" and not answers(wandb.setup().settings.base_url):
+            logger.warning("Weights & Biases does not answer: offline")
+            mode = "offline"
+        run_id = _run_id(directory / WANDB_ID_FILE)
         options: dict[str, Any] = {
             "project": cfg.project,
             "name": directory.resolve().name,
@@ -122,14 +153,24 @@ class Tracker(NullTracker):
             "config": dict(resolved),
         }
         settings = wandb.Settings(
-            init_timeout=INIT_TIMEOUT_S, login_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S, silent=True
+            init_timeout=INIT_TIMEOUT_S,
+            login_timeout=INIT_TIMEOUT_S,
+            finish_timeout=FINISH_TIMEOUT_S,
+            silent=True,
+            # What may hold a password and is no number: source, the remote's URL, argv, what libraries print.
+            save_code=False,
+            disable_code=True,
+            disable_git=True,
+            x_disable_meta=True,
+            console="off",
         )
         try:
             self.wandb = wandb.init(mode=mode, settings=settings, **options)
         except Exception as error:  # noqa: BLE001 - server away, key refused: the numbers are kept on disk instead
             if mode != "online":
                 raise
-            logger.warning("Weights & Biases is unreachable (%s): offline", " ".join(str(error).split())[:120])
+            logger.warning("Weights & Biases cannot be used (%s): offline", without_secrets(error))
+            wandb.teardown()  # else the client still holds the run id of the attempt that failed
             mode, self.wandb = "offline", wandb.init(mode="offline", settings=settings, **options)
         self.wandb.define_metric("step")
         self.wandb.define_metric("*", step_metric="step")
@@ -143,16 +184,53 @@ class Tracker(NullTracker):
             self.wandb.finish()
 
 
+def _run_id(path: Path) -> str:
+    """Return the run's id at Weights & Biases, the one of its first start."""
+    try:
+        run_id = path.read_text().strip()
+    except (OSError, ValueError):
+        run_id = ""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run_id):
+        run_id = secrets.token_hex(4)
+        path.write_text(run_id + "\n")
+    return run_id
+
+
+def answers(url: str) -> bool:
+    """Say whether a server answers at all, with whatever HTTP status, within PROBE_TIMEOUT_S."""
+    replies: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(url, timeout=PROBE_TIMEOUT_S).close()
+            replies.put(True)
+        except Exception as error:  # noqa: BLE001 - refused, unreachable, no such name, not HTTP
+            replies.put(isinstance(error, urllib.error.HTTPError))
+
+    threading.Thread(target=ask, daemon=True).start()  # a thread: a name look-up obeys no timeout
+    try:
+        return replies.get(timeout=PROBE_TIMEOUT_S)
+    except queue.Empty:
+        return False
+
+
+def without_secrets(error: Exception) -> str:
+    """Put an error on one line of at most 200 characters, without the key and without passwords of URLs."""
+    line = re.sub(r"//[^/@\s]+@", "//***@", " ".join(str(error).split()))
+    key = os.environ.get("WANDB_API_KEY")
+    return (line.replace(key, "***") if key else line)[:200]
+
+
 def has_api_key() -> bool:
     """Say whether Weights & Biases would find a key: in the environment or in netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
+    own_server = urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname
     try:
-        import netrc
-
-        return any("wandb" in host for host in netrc.netrc().hosts)
-    except (OSError, SyntaxError):
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, ValueError, netrc.NetrcParseError):
         return False
+    return any("wandb" in host or host == own_server for host in hosts)
 
 
 def truncate_metrics(path: Path, step: int) -> None:

@@ -397,6 +397,17 @@ def folder_instead(folder: Path) -> None:
     (folder / TRAIN_IMAGES).mkdir()
 
 
+def link_loop(folder: Path) -> None:
+    (folder / TRAIN_IMAGES).unlink()
+    (folder / TRAIN_IMAGES).symlink_to(f"{TRAIN_IMAGES}.gz")
+    (folder / f"{TRAIN_IMAGES}.gz").symlink_to(TRAIN_IMAGES)
+
+
+def device_instead(folder: Path) -> None:
+    (folder / TRAIN_IMAGES).unlink()
+    (folder / TRAIN_IMAGES).symlink_to("/dev/zero")
+
+
 def fifo_instead(folder: Path) -> None:
     (folder / TRAIN_IMAGES).unlink()
     os.mkfifo(folder / TRAIN_IMAGES)
@@ -450,6 +461,8 @@ BAD_FILES = {
     "missing": (lambda folder: (folder / TRAIN_IMAGES).unlink(), "lacks train-images-idx3-ubyte"),
     "dangling link": (replace(TRAIN_IMAGES, b"", ".gone"), "lacks train-images-idx3-ubyte"),
     "a folder": (folder_instead, "lacks train-images-idx3-ubyte"),
+    "links in a circle": (link_loop, "lacks train-images-idx3-ubyte"),
+    "an endless device": (device_instead, "lacks train-images-idx3-ubyte"),
     "a fifo": (fifo_instead, "lacks train-images-idx3-ubyte"),
     "unreadable": (unreadable, "cannot be read: [Errno 5]"),
 }
@@ -579,6 +592,13 @@ def not_http(handler: http.server.BaseHTTPRequestHandler) -> None:
     handler.wfile.write(b"SSH-2.0-x\r\n")
 
 
+def redirect(handler: http.server.BaseHTTPRequestHandler, to: str) -> None:
+    handler.send_response(302)
+    handler.send_header("Location", to)
+    handler.send_header("Content-Length", "0")
+    handler.end_headers()
+
+
 BAD_ANSWERS: dict[str, tuple[Callable[[bytes, http.server.BaseHTTPRequestHandler], None], str]] = {
     "404": (lambda data, handler: handler.send_error(404), "404"),
     "HTML": (lambda data, handler: send(handler, HTML), "Not a gzipped file"),
@@ -589,6 +609,8 @@ BAD_ANSWERS: dict[str, tuple[Callable[[bytes, http.server.BaseHTTPRequestHandler
         "not the published",
     ),
     "endless": (lambda data, handler: send(handler, bytes(60 << 20)), "more than 47,040,016 bytes"),
+    "elsewhere: a local file": (lambda data, handler: redirect(handler, "file:///etc/hostname"), "is not allowed"),
+    "elsewhere: in a circle": (lambda data, handler: redirect(handler, handler.path), "redirect"),
     "not http": (lambda data, handler: not_http(handler), "SSH-2.0"),
 }
 
