@@ -24,6 +24,7 @@ from fmnist.config import Config, flatten, to_yaml
 from fmnist.console import log_to_file
 from fmnist.directory import clear_directory
 from fmnist.exact import ShardSum
+from fmnist.launch import check_launch
 from fmnist.tracking import NullTracker, Tracker
 
 logger = logging.getLogger("fmnist")
@@ -54,6 +55,7 @@ class Run:
             use_all_cores(self.accelerator.state)
         self.device_name = describe_device(self.device)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+        check_launch(self.world_size)
         self.precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
         self.tracker: NullTracker = NullTracker()
         self.started, self._signal = time.monotonic(), 0

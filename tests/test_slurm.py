@@ -1,0 +1,204 @@
+"""The scripts of slurm/ on a real SLURM of two nodes: to the end, preempted, out of time, as an array, cancelled."""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, SMALL_RUN, metrics, train
+from slurm_cluster import Cluster, missing_programs
+
+from fmnist.options import parse_config
+
+pytestmark = pytest.mark.skipif(
+    bool(missing_programs()) and not os.environ.get("CI"), reason=f"SLURM is not installed: {missing_programs()}"
+)
+STEPS = 400  # long enough to be caught in the middle
+SCRIPT = "slurm/train.sbatch"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    assert not missing_programs(), f"CI needs SLURM; missing: {missing_programs()}"
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options = yaml.safe_load(SMALL_RUN)
+    options["schedule"] = {"steps": STEPS, "warmup_steps": 2}
+    options["evaluation"] = {"every_steps": STEPS}
+    options["checkpoint"] = {"every_steps": 100}
+    options["log"]["every_steps"] = 5
+    options["exact"] = 1  # one thread, however it is launched: the same bits in a job and outside
+    path = tmp_path_factory.mktemp("config") / "small.yaml"
+    path.write_text(yaml.safe_dump(options))
+    return path
+
+
+@pytest.fixture(scope="module")
+def unbroken(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    train("--config", config, "--output_dir", run)
+    return run
+
+
+def summary(run: Path) -> dict[str, object]:
+    return json.loads((run / "summary.json").read_text())
+
+
+def steps(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines()[:-1] if path.exists() else []  # the last may be half written
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def same_run(one: Path, other: Path) -> bool:
+    assert metrics(one) == metrics(other)
+    return (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+def processes_of(run: Path) -> list[str]:
+    found = subprocess.run(["pgrep", "-af", str(run)], capture_output=True, text=True).stdout.splitlines()
+    return [line for line in found if "pgrep" not in line]
+
+
+def test_two_nodes_train_together_to_the_end(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = cluster.submit("--nodes=2", SCRIPT, config, "--output_dir", run, "--schedule.steps", 12, "--exact", 2)
+    record = cluster.wait_for(job)
+    assert (record["JobState"], record["NumNodes"]) == ("COMPLETED", "2"), cluster.log(job)
+    assert (summary(run)["status"], summary(run)["world_size"], summary(run)["steps"]) == ("finished", 2, 12)
+    assert "2 node(s) x 1 process(es)" in cluster.log(job)
+    assert "will not pass SLURM's signals on" not in cluster.log(job)
+
+
+@pytest.mark.parametrize("how", ["preempted", "out of time"])
+def test_a_broken_job_goes_on_by_itself_and_ends_as_if_unbroken(
+    cluster: Cluster, config: Path, unbroken: Path, tmp_path: Path, how: str
+) -> None:
+    run = tmp_path / "run"
+    job = cluster.submit(SCRIPT, config, "--output_dir", run)
+    cluster.wait_until(lambda: steps(run) >= 20, f"step 20 {cluster.log(job)}", 120)
+    if how == "preempted":
+        cluster.call("scontrol", "requeue", job)
+    else:  # what --signal=B:USR1@120 sends two minutes before the limit
+        cluster.call("scancel", "--batch", "--signal=USR1", job)
+    record = cluster.wait_for(job)
+    assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
+    assert "continuing from" in cluster.log(job)
+    assert summary(run)["status"] == "finished"
+    assert not (run / "REQUEUE").exists()
+    assert same_run(run, unbroken)
+
+
+def test_restarts_are_capped(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = cluster.submit(SCRIPT, config, "--output_dir", run, "--max_minutes", 0.001, FMNIST_MAX_RESTARTS="1")
+    record = cluster.wait_for(job)
+    assert (record["JobState"], record["Restarts"]) == ("FAILED", "1"), cluster.log(job)
+    assert "has been restarted 1 times: not again" in cluster.log(job)
+    assert summary(run)["status"] == "stopped"
+
+
+def test_an_array_of_three_seeds_gives_three_runs(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    names = [f"small_seed{seed}" for seed in range(3)]
+    grid = tmp_path / "grid.txt"
+    grid.write_text("".join(f"--seed {seed} --output_dir {tmp_path / name}\n" for seed, name in enumerate(names)))
+    job = cluster.submit(
+        "--array=1-3",
+        "slurm/array.sbatch",
+        config,
+        "--schedule.steps",
+        12,
+        "--log.every_steps",
+        1,
+        FMNIST_GRID=str(grid),
+    )
+    cluster.wait_until(lambda: job_is_over(cluster, job), f"array {cluster.log(job)}", 240)
+    runs = [tmp_path / name for name in names]
+    assert [(summary(run)["status"], summary(run)["seed"]) for run in runs] == [("finished", s) for s in range(3)]
+    assert len({(run / "model.safetensors").read_bytes() for run in runs}) == 3
+
+
+def job_is_over(cluster: Cluster, job: int) -> bool:
+    states = [line for line in cluster.call("squeue", "-h", "-j", job, "-o", "%T").splitlines() if line]
+    return not [state for state in states if state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")]
+
+
+def test_an_array_task_without_a_grid_is_a_seed(cluster: Cluster, config: Path) -> None:
+    job = cluster.submit("--array=5", "slurm/array.sbatch", config, "--optim.lr", "fast")
+    cluster.wait_until(lambda: job_is_over(cluster, job), f"array {cluster.log(job)}", 60)
+    assert "optim.lr" in cluster.log(job)  # the flags arrive, and the seed's run directory is not made
+    assert not (ROOT / "runs" / "small_seed5").exists()
+
+
+def test_a_bad_config_fails_once_and_fast_with_its_line(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    start = time.monotonic()
+    job = cluster.submit(SCRIPT, config, "--optim.lrr", 1, "--output_dir", tmp_path / "run")
+    record = cluster.wait_for(job)
+    assert (record["JobState"], record["Restarts"], record["ExitCode"]) == ("FAILED", "0", "2:0")
+    assert time.monotonic() - start < 30
+    assert "train.py: error: " in cluster.log(job)
+    assert "optim.lrr" in cluster.log(job)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fault_is_not_requeued(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    job = cluster.submit(SCRIPT, config, "--data.root", empty, "--output_dir", tmp_path / "run")
+    record = cluster.wait_for(job)
+    assert (record["JobState"], record["Restarts"]) == ("FAILED", "0"), cluster.log(job)
+    assert "train.py: error: " in cluster.log(job)
+
+
+def test_a_wrong_number_of_processes_is_one_line(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FMNIST_EXPECTED_WORLD_SIZE", "2")
+    done = train("--config", config, "--output_dir", tmp_path / "run", check=False)
+    assert done.returncode == 2
+    assert "1 process(es) found each other, but FMNIST_EXPECTED_WORLD_SIZE is 2" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_scancel_leaves_no_orphan(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = cluster.submit("--nodes=2", SCRIPT, config, "--output_dir", run, "--exact", 2)
+    cluster.wait_until(lambda: steps(run) >= 10, f"step 10 {cluster.log(job)}", 120)
+    assert len(processes_of(run)) >= 4  # two launchers, two workers
+    cluster.call("scancel", job)
+    record = cluster.wait_for(job)
+    assert (record["JobState"], record["Restarts"]) == ("CANCELLED", "0")
+    cluster.wait_until(lambda: not processes_of(run), "the end of all processes", 40)
+
+
+@pytest.mark.slow
+def test_a_real_time_limit_is_survived(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    """One minute, the least that SLURM grants: the signal comes 30 s before it ends."""
+    run = tmp_path / "run"
+    job = cluster.submit(
+        "--time=1", "--signal=B:USR1@30", SCRIPT, config, "--output_dir", run, "--schedule.steps", 6000,
+        "--log.every_steps", 100,
+    )  # fmt: skip
+    record = cluster.wait_for(job, 580)
+    assert record["JobState"] == "COMPLETED", cluster.log(job)
+    assert int(record["Restarts"]) >= 1
+    assert (summary(run)["status"], summary(run)["steps"]) == ("finished", 6000)
+
+
+def test_the_sweep_calls_options_that_exist() -> None:
+    sweep = yaml.safe_load((ROOT / "slurm" / "sweep.yaml").read_text())
+    command = sweep["command"]
+    flags = command[command.index("${program}") + 1 : command.index("${args}")]
+    chosen = [f"--{name}={(p.get('values') or [p['min']])[0]}" for name, p in sweep["parameters"].items()]
+    cfg = parse_config([*flags, *chosen])
+    assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.overwrite) == (0.0005, 0.0, True)
