@@ -1,6 +1,7 @@
 """Every option of a run, typed: one frozen dataclass per concern, and what is legal."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ MAY_CHANGE = (
     "overwrite",
     "max_minutes",
     "dry_run",
+    "timeout_s",
     "data.root",
     "model.weights",
     "log.",
@@ -189,6 +191,8 @@ class Config:
     """With --resume never: delete the run in output_dir and start again."""
     max_minutes: float | None = None
     """Stop with a checkpoint after this many minutes; the same command goes on."""
+    timeout_s: float = 45.0
+    """Seconds a process waits for the others in a step, then it ends with the name of the one that hangs."""
     dry_run: bool = False
     """Build everything, print the plan, train nothing."""
 
@@ -232,6 +236,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("log.every_steps", 1, 10**9),
     ("seed", 0, 2**31 - 1),
     ("max_minutes", 0.001, 10**7),
+    ("timeout_s", 1, 86_400),
 )
 
 
@@ -278,9 +283,17 @@ def to_yaml(cfg: Config) -> str:
     return yaml.safe_dump(asdict(cfg), sort_keys=False)
 
 
+def recipe(cfg: Config) -> dict[str, Any]:
+    """Return the options that decide the result, under their dotted names."""
+    return {key: value for key, value in flatten(cfg).items() if not key.startswith(MAY_CHANGE + MAY_CHANGE_ROUNDING)}
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Name the options of both that differ, with both values."""
+    differ = [key for key in before if key in after and before[key] != after[key]]
+    return [f"{key} was {before[key]}, now {after[key]}" for key in differ]
+
+
 def differences(old: Config, new: Config) -> list[str]:
     """Name the options that differ and would change the result, with both values."""
-    before, after = flatten(old), flatten(new)
-    free = MAY_CHANGE + MAY_CHANGE_ROUNDING
-    changed = [key for key in before if before[key] != after[key] and not key.startswith(free)]
-    return [f"{key} was {before[key]}, now {after[key]}" for key in changed]
+    return changes(recipe(old), recipe(new))
