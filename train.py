@@ -6,6 +6,8 @@ from fmnist.options import parse_config
 if __name__ == "__main__":
     CONFIG = parse_config(prog="train.py")  # before torch is imported: a misspelt option is answered at once
 
+from torch.distributed.elastic.multiprocessing.errors import record
+
 from fmnist.console import log_to_console, one_line_errors
 from fmnist.directory import is_finished, open_directory
 from fmnist.metrics import predict, score
@@ -28,11 +30,12 @@ def train(training: Training, cfg: Config, run: Run) -> bool:
         micro_batches = t.loader.micro_batches(state.step)
         metrics = train_step(model, t.optimizer, micro_batches, t.augment, cfg.optim, run, t.ema)
         state.step += 1
+        t.watch.note(metrics, state.step)
         t.clock.tick()
 
         if is_due(state.step, cfg.log.every_steps, total):
             scalars = run.mean(metrics)  # the loop's one device sync
-            raise_if_not_finite(scalars, state.step)
+            raise_if_not_finite(scalars, t, run)
             run.log("train", scalars | {"lr": lr} | t.clock.read(), state.step, schedule.epoch(state.step))
 
         evaluation_due = is_due(state.step, schedule.evaluation_steps, total)
@@ -56,20 +59,23 @@ def train(training: Training, cfg: Config, run: Run) -> bool:
     return state.step == total
 
 
+@record  # torchrun's summary then shows this process' traceback and rank
 def main(cfg: Config) -> None:
     log_to_console()
     with one_line_errors("train.py"):
         run = Run(cfg, open_directory(cfg))
+    with one_line_errors("train.py"), run.watch_peers():
         if is_finished(run.directory) and not cfg.overwrite:
             return run.close()
+        if not cfg.dry_run:
+            run.claim()
         training = build(cfg, run)
         if cfg.dry_run:
             print_plan(training, cfg, run)
             return run.close()
         run.start(training.state.step, training.schedule.total_steps, training.augment.backend)
-    with one_line_errors("train.py"):
         finished = train(training, cfg, run)
-    conclude(training, cfg, run, finished=finished)
+        conclude(training, cfg, run, finished=finished)
 
 
 if __name__ == "__main__":

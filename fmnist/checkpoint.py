@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fmnist.files import sync_path, write_atomic
 
 logger = logging.getLogger("fmnist")
 FORMAT = 1
@@ -52,89 +53,33 @@ class TrainState:
             self.best_top1, self.best_step = -1.0 if top1 is None else top1, self.step
 
 
-def sync_path(path: Path) -> None:
-    """Force a file or directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(data)
-    sync_path(part)
-    part.replace(path)
-    sync_path(path.parent)
-
-
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state by parameter name, e.g. {"exp_avg/head.weight": ...}."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    return {f"{key}/{names[id(p)]}": value for p, state in optimizer.state.items() for key, value in state.items()}
-
-
-def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` returned; the optimizer casts and moves it as it needs."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    states: dict[str, dict[str, Tensor]] = {}
-    for full, tensor in tensors.items():
-        key, _, name = full.partition("/")
-        states.setdefault(name, {})[key] = tensor
-    payload = optimizer.state_dict()
-    ordered = [p for group in optimizer.param_groups for p in group["params"]]
-    payload["state"] = {i: states[names[id(p)]] for i, p in enumerate(ordered) if names[id(p)] in states}
-    optimizer.load_state_dict(payload)
-
-
-def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Load tensors whose names and shapes are exactly the module's.
-
-    Raises:
-        ValueError: one line naming the tensors that are missing, unexpected or of another shape, and the file.
-    """
-    own = module.state_dict()
-    wrong = [f"{name} missing" for name in own if name not in tensors]
-    wrong += [f"{name} unexpected" for name in tensors if name not in own]
-    wrong += [
-        f"{name} is {list(tensors[name].shape)} not {list(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
-    ]
-    if wrong:
-        raise ValueError(f"{source} does not fit the model: {'; '.join(wrong[:3])} ({len(wrong)} tensors in all)")
-    module.load_state_dict(dict(tensors))
-
-
-def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Name the tensors that hold a NaN or an infinity."""
-    floats = {name: t for name, t in tensors.items() if t.is_floating_point()}
-    verdicts = torch.stack([t.isfinite().all() for t in floats.values()]).tolist()  # one device sync for all
-    return [name for name, fine in zip(floats, verdicts, strict=True) if not fine]
-
-
-def verify(directory: Path) -> None:
-    """Check a checkpoint against its manifest.
+def verify(directory: Path) -> dict[str, str]:
+    """Check a checkpoint against its manifest, and return the sha256 of each of its files.
 
     Raises:
         ValueError: one line naming the file that is missing, unexpected, or not as it was written.
     """
     try:
         manifest = json.loads((directory / MANIFEST).read_bytes())
-        version, files = manifest["format"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        version = manifest["format"]
+        files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{directory / MANIFEST} is missing or not readable") from None
     if version != FORMAT:
         raise ValueError(f"{directory / MANIFEST} has format {version}; this version reads {FORMAT}")
     present = {path.name for path in directory.iterdir()} - {MANIFEST}
     if present != set(files):
         raise ValueError(f"{directory} holds {sorted(present)}; its manifest lists {sorted(files)}")
-    for name, entry in files.items():
-        data = (directory / name).read_bytes()
-        if len(data) != entry["bytes"] or hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            raise ValueError(f"{directory / name} is not what was written: {len(data)} bytes, wrong sha256")
+    for name, (size, digest) in files.items():
+        path = directory / name
+        try:
+            with path.open("rb") as file:
+                found = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:  # a dangling link, a directory, a disk that cannot be read
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        if found != (size, digest):
+            raise ValueError(f"{path} is not what was written: {found[0]} bytes for {size}, sha256 differs")
+    return {name: digest for name, (_, digest) in files.items()}
 
 
 class Checkpoints:
@@ -166,12 +111,31 @@ class Checkpoints:
             groups: file name -> tensors by name.
         """
         final = self.path(state.step)
-        for leftover in self.directory.glob(".part_*"):  # of a save or a removal that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
+        self._clear_leftovers()
+        if not self.directory.is_dir():
+            self.directory.mkdir(parents=True)
+            sync_path(self.directory.parent)
         part = self.directory / f".part_{final.name}"
-        part.mkdir(parents=True)
+        try:
+            self._write(part, state, groups)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)  # on a full disk it would take the room that is left
+            raise
+        if final.is_symlink() or final.exists():  # a damaged one that a restart stepped over
+            final.rename(self._trash(final))
+        part.rename(final)
+        sync_path(self.directory)  # the new one is on the disk before an older one goes
+        self._prune(state)
+        return final
+
+    def _write(self, part: Path, state: TrainState, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Fill a directory and force it to the disk: each file, then the manifest, then the names."""
+        part.mkdir()
         for name, tensors in groups.items():
-            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, part / name)
+            try:
+                save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, part / name)
+            except SafetensorError as error:  # the library's name for a full disk
+                raise OSError(f"{part / name} cannot be written: {' '.join(str(error).split())[:200]}") from None
         (part / STATE).write_text(json.dumps(asdict(state) | {"meta": self.meta}, indent=2), encoding="utf-8")
         files = {}
         for path in sorted(part.iterdir()):
@@ -181,12 +145,6 @@ class Checkpoints:
             }
             sync_path(path)
         write_atomic(part / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=2).encode())
-        if final.exists():  # a corrupt one of the same step that a restart stepped over
-            self._remove(final)
-        part.rename(final)
-        sync_path(self.directory)
-        self._prune(state.best_step)
-        return final
 
     def newest_good(self) -> Path | None:
         """Return the newest checkpoint that verifies, warning about each newer one that does not.
@@ -209,37 +167,71 @@ class Checkpoints:
         return None
 
     def export(self, step: int, target: Path) -> None:
-        """Copy the weights to use of one checkpoint (the moving average where there is one) to a file."""
-        source = self.path(step)
-        weights = source / EMA if (source / EMA).is_file() else source / MODEL
-        write_atomic(target, weights.read_bytes())
+        """Copy the weights to use of one checkpoint (the moving average where there is one) to a file.
 
-    def _prune(self, best_step: int) -> None:
+        A damaged or lost one is said, and the newest good one taken.
+
+        Raises:
+            ValueError: no checkpoint verifies.
+        """
+        source: Path | None = self.path(step)
+        try:
+            verify(self.path(step))
+        except ValueError as error:
+            source = self.newest_good()
+            logger.warning("the best checkpoint cannot be used: %s; %s takes its place", error, source)
+        if source is None:
+            raise ValueError(f"{self.directory} holds no checkpoint")
+        write_atomic(target, weights_to_use(source).read_bytes())
+
+    def _prune(self, state: TrainState) -> None:
+        """Drop what is not kept: older ones, and later ones, which are damaged: the run went on from before them."""
         steps = self.steps()
-        for step in steps[: -self.keep_last]:
-            if step != best_step:
-                self._remove(self.path(step))
+        kept = {step for step in steps if step <= state.step}
+        kept = set(sorted(kept)[-self.keep_last :]) | {state.best_step}
+        for step in steps:
+            if step not in kept:
+                self.path(step).rename(self._trash(self.path(step)))
+        self._clear_leftovers()
 
-    def _remove(self, path: Path) -> None:
-        trash = path.with_name(f".part_{path.name}")  # renamed first: a half-deleted one must not look like one
-        path.rename(trash)
-        shutil.rmtree(trash)
+    def _trash(self, path: Path) -> Path:
+        return path.with_name(f".part_old_{path.name}")  # renamed first: a half-deleted one must not look like one
+
+    def _clear_leftovers(self) -> None:
+        """Remove what a save or a removal left that was killed."""
+        for leftover in self.directory.glob(".part_*"):
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+
+
+def weights_to_use(directory: Path) -> Path:
+    """Return a checkpoint's file of weights to use: the moving average where there is one, else the model's."""
+    return directory / (EMA if (directory / EMA).is_file() else MODEL)
 
 
 def read_state(directory: Path) -> TrainState:
-    """Read the state of a verified checkpoint."""
-    values = json.loads((directory / STATE).read_bytes())
-    values.pop("meta", None)
-    return TrainState(**values)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
+    """Read the state of a verified checkpoint.
 
     Raises:
-        ValueError: one line, for a file that is missing or not safetensors.
+        ValueError: one line, for a file that does not hold a state, or that of another step.
     """
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:120]}") from None
+        values = json.loads((directory / STATE).read_bytes())
+        values.pop("meta", None)
+        state = TrainState(**values)
+        legal = state.step > 0 and 0 <= state.best_step <= state.step and -1 <= state.best_top1 <= 1
+        if not (legal and isinstance(state.step, int) and 0 <= state.train_seconds < float("inf")):
+            raise ValueError
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{directory / STATE} does not hold the state of a run") from None
+    if directory.name != f"step_{state.step:08d}":
+        raise ValueError(f"{directory} holds step {state.step}: it is another checkpoint under this name")
+    return state
+
+
+def read_meta(directory: Path) -> dict[str, Any]:
+    """Return what a verified checkpoint says about itself: model, config, world size, versions."""
+    meta = json.loads((directory / STATE).read_bytes()).get("meta")
+    return meta if isinstance(meta, dict) else {}

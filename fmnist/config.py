@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ MAY_CHANGE = (
     "overwrite",
     "max_minutes",
     "dry_run",
+    "timeout_s",
     "data.root",
     "model.weights",
     "log.",
@@ -200,6 +202,8 @@ class Config:
     """Stop with a checkpoint after this many minutes; the same command goes on."""
     exact: int | None = None
     """V: cut each global batch into V shards and get the same bits on any process count that divides V; none is off."""
+    timeout_s: float = 45.0
+    """Seconds a process waits for the others in a step, then it ends with the name of the one that hangs."""
     dry_run: bool = False
     """Build everything, print the plan, train nothing."""
 
@@ -244,6 +248,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("seed", 0, 2**31 - 1),
     ("max_minutes", 0.001, 10**7),
     ("exact", 1, 4096),
+    ("timeout_s", 1, 86_400),
 )
 
 
@@ -317,9 +322,17 @@ def to_yaml(cfg: Config) -> str:
     return strict_yaml.dump(asdict(cfg))
 
 
+def recipe(cfg: Config) -> dict[str, Any]:
+    """Return the options that decide the result, under their dotted names."""
+    return {key: value for key, value in flatten(cfg).items() if not key.startswith(MAY_CHANGE + MAY_CHANGE_ROUNDING)}
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Name the options of both that differ, with both values."""
+    differ = [key for key in before if key in after and before[key] != after[key]]
+    return [f"{key} was {before[key]}, now {after[key]}" for key in differ]
+
+
 def differences(old: Config, new: Config) -> list[str]:
     """Name the options that differ and would change the result, with both values."""
-    before, after = flatten(old), flatten(new)
-    free = MAY_CHANGE + MAY_CHANGE_ROUNDING
-    changed = [key for key in before if before[key] != after[key] and not key.startswith(free)]
-    return [f"{key} was {before[key]}, now {after[key]}" for key in changed]
+    return changes(recipe(old), recipe(new))

@@ -41,10 +41,17 @@ def log_to_file(path: Path) -> None:
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Turn a user's mistake (ValueError: status 2) and a non-finite loss (status 1) into one line on stderr."""
+    """Turn what is no fault of the program into one line on stderr.
+
+    Status 2 for a user's mistake (ValueError), 1 for a non-finite value and for the system's refusals (OSError: disk
+    full, read-only, lost files).
+    """
     try:
         yield
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError) as error:  # the same on all processes: one of them says it
         if os.environ.get("LOCAL_RANK", "0") == "0":
             sys.stderr.write(f"{program}: error: {' '.join(str(error).split())}\n")
         raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
+    except OSError as error:  # one process' own
+        sys.stderr.write(f"{program}: error: {' '.join(str(error).split())}\n")
+        raise SystemExit(1) from None

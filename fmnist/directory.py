@@ -1,11 +1,14 @@
 """The run directory: may it be used, is it finished, what made it."""
 
+import fcntl
 import json
 import logging
 import math
+import os
 import platform
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import accelerate
@@ -29,7 +32,9 @@ RUN_FILES = (
     "wandb",
     "wandb_run_id",
     "REQUEUE",
+    "non_finite_step_*.png",
 )
+LOCK, LOCK_WAIT_S = ".lock", 5.0
 
 
 def open_directory(cfg: Config) -> Path:
@@ -39,10 +44,10 @@ def open_directory(cfg: Config) -> Path:
         ValueError: it holds another run, or files that a run would overwrite.
     """
     directory = Path(cfg.output_dir or "runs/run")
-    present = [name for name in RUN_FILES if (directory / name).exists()]
+    present = [path.name for name in RUN_FILES for path in directory.glob(name)]
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"output_dir {directory} is a file")
-    if cfg.resume == "never" and directory.is_dir() and any(directory.iterdir()) and not cfg.overwrite:
+    if cfg.resume == "never" and not cfg.overwrite and any(path.name != LOCK for path in directory.glob("*")):
         raise ValueError(f"output_dir {directory} is not empty; add --overwrite true to delete the run in it")
     if cfg.resume == "auto" and present:
         if "config.yaml" not in present:
@@ -53,6 +58,49 @@ def open_directory(cfg: Config) -> Path:
                 "Give another --output_dir, or --resume never --overwrite true"
             )
     return directory
+
+
+def has_run(directory: Path) -> bool:
+    """Say whether a run has begun in this directory."""
+    return (directory / "config.yaml").exists()
+
+
+def lock_directory(directory: Path) -> int:
+    """Lock a run directory until this process ends, however it ends: the kernel lets go of an flock.
+
+    It holds between the machines of a network file system too where that passes flock on, as NFS on Linux does; after a
+    machine's crash until the server gives its lock up (NFSv4: about 90 s). Where there is no flock, it is said. Where a
+    mount keeps it to one machine (Lustre's localflock), two machines do not see each other.
+
+    Returns:
+        The file descriptor that holds the lock.
+
+    Raises:
+        ValueError: another process holds it after a few seconds, or the directory cannot be written.
+    """
+    path = directory / LOCK
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise ValueError(f"output_dir {directory} cannot be written: {error.strerror}") from None
+    deadline = time.monotonic() + LOCK_WAIT_S  # one that was just killed may not be gone yet
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.1)
+                continue
+            holder = os.read(descriptor, 200).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise ValueError(f"output_dir {directory} is in use by another process ({holder})") from None
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): see to it that no second run writes here", path, error.strerror)
+            break
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"host {platform.node()}, process {os.getpid()}\n".encode())
+    return descriptor
 
 
 def is_finished(directory: Path) -> bool:
@@ -69,8 +117,7 @@ def is_finished(directory: Path) -> bool:
 
 def clear_directory(directory: Path) -> None:
     """Delete a run's files, and nothing else."""
-    for name in RUN_FILES:
-        path = directory / name
+    for path in [path for name in RUN_FILES for path in directory.glob(name)]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

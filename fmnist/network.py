@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fmnist.checkpoint import EMA, MODEL, Checkpoints, load_strict, non_finite, read_state, read_tensors, verify
+from fmnist.checkpoint import MODEL, Checkpoints, read_state, verify, weights_to_use
 from fmnist.config import Config
 from fmnist.data.augment import Augment
 from fmnist.data.fashion_mnist import NUM_CLASSES
 from fmnist.models import build_model
 from fmnist.options import load_config
 from fmnist.run import resolve_precision
+from fmnist.tensors import load_strict, non_finite, read_tensors
 
 
 def build_network(cfg: Config, device: torch.device, *, load_weights: bool) -> tuple[nn.Module, Augment]:
@@ -108,7 +109,7 @@ def _open(directory: Path, checkpoint: Path | None) -> Trained:
     if checkpoint is not None:
         name += f" step {read_state(checkpoint).step}"
         output = output / checkpoint.name
-        weights = checkpoint / (EMA if (checkpoint / EMA).is_file() else MODEL)
+        weights = weights_to_use(checkpoint)
     try:
         summary = json.loads((directory / "summary.json").read_bytes())
     except (OSError, ValueError):

@@ -8,23 +8,26 @@ import logging
 import os
 import platform
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from fmnist.checkpoint import write_atomic
 from fmnist.config import Config, flatten, to_yaml
 from fmnist.console import log_to_file
-from fmnist.directory import clear_directory
+from fmnist.directory import clear_directory, has_run, lock_directory
 from fmnist.exact import ShardSum
+from fmnist.files import write_atomic
 from fmnist.launch import check_launch
+from fmnist.peers import PATIENCE, describe_loss, is_lost_peer, limit_waits, share_status
 from fmnist.tracking import NullTracker, Tracker
 
 logger = logging.getLogger("fmnist")
@@ -45,7 +48,10 @@ class Run:
     def __init__(self, cfg: Config, directory: Path) -> None:
         self.accelerator = Accelerator(
             mixed_precision={"fp32": "no", "bf16": "bf16"}[resolve_precision(cfg.model.precision)],
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=PATIENCE),
+            ],
         )
         self.cfg, self.directory = cfg, directory
         self.device = self.accelerator.device
@@ -61,7 +67,8 @@ class Run:
         self.started, self._signal = time.monotonic(), 0
         self._agreement: tuple[Tensor, Any] | None = None
         self._shards: ShardSum | None = None
-        self._control: Any = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        self._control: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if self.world_size > 1 else None
+        self._lock: int | None = None
         torch.backends.cudnn.deterministic = True  # a resumed run ends with the bits of an unbroken one
         torch.manual_seed(cfg.seed)
 
@@ -128,12 +135,51 @@ class Run:
                 dist.broadcast(tensor, 0)
 
     def on_main(self, action: Callable[..., T], *args: Any, **kwargs: Any) -> T | None:
-        """Call something on the main process only, and return its result there."""
-        return action(*args, **kwargs) if self.rank == 0 else None
+        """Call something on the main process while the others wait, and return its result there.
+
+        Raises:
+            SystemExit: on the other processes, where it failed on the main one, which says why: none is left waiting.
+        """
+        if self._control is None:
+            return action(*args, **kwargs)
+        if self.rank:
+            if status := share_status(0, self._control):
+                raise SystemExit(status)
+            return None
+        try:
+            result = action(*args, **kwargs)
+        except Exception as error:
+            share_status(2 if isinstance(error, ValueError) else 1, self._control)
+            raise
+        share_status(0, self._control)
+        return result
+
+    def gather(self, value: T) -> list[T]:
+        """Return every process' value, by rank; for small things that are not tensors, and not in every step."""
+        values = [value] * self.world_size
+        if self._control is not None:
+            dist.all_gather_object(values, value, group=self._control)
+        return values
 
     def join(self) -> None:
         """Wait for all processes."""
-        self.accelerator.wait_for_everyone()
+        if self._control is not None:
+            dist.barrier(group=self._control)
+
+    @contextmanager
+    def watch_peers(self) -> Iterator[None]:
+        """End this process with one line and status 1 where a collective fails because another one died or hangs."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self._control is None or not is_lost_peer(error):
+                raise
+            others = [rank for rank in range(self.world_size) if rank != self.rank]
+            loss = describe_loss(error, self._control, others)
+            logger.error("rank %d ends: %s (the last checkpoint is whole)", self.rank, loss)
+            logging.shutdown()
+            sys.stderr.flush()
+            os._exit(1)  # an orderly exit waits for the lost one
 
     # --- stopping ------------------------------------------------------------------------------------------------
 
@@ -158,6 +204,8 @@ class Run:
         mine = bool(self._signal) or (self.cfg.max_minutes is not None and minutes >= self.cfg.max_minutes)
         if self._control is None:
             return mine
+        if self._agreement is None:  # the first step is done, with all its compiling
+            limit_waits(self.cfg.timeout_s)
         stop = self._agreed()
         flag = torch.tensor(int(mine))
         self._agreement = (flag, dist.all_reduce(flag, group=self._control, async_op=True))
@@ -167,27 +215,45 @@ class Run:
         if self._agreement is None:
             return False
         flag, work = self._agreement
-        work.wait()
+        work.wait(timedelta(seconds=self.cfg.timeout_s))
         self._agreement = None
         return bool(flag)
 
     # --- the run directory ---------------------------------------------------------------------------------------
 
+    def claim(self) -> None:
+        """Lock the run directory, before anything in it is read, against a second process that would write it too.
+
+        Raises:
+            ValueError: another process holds it.
+        """
+        self.on_main(self._claim)
+
+    def _claim(self) -> None:
+        if self._lock is None and self.directory.is_dir():
+            self._lock = lock_directory(self.directory)
+
     def start(self, step: int, total_steps: int, backend: str) -> None:
         """Write config.yaml and open train.log and the trackers, on the main process."""
         self.join()  # every process has read the directory as it was
-        if self.rank == 0:
-            if self.cfg.overwrite:
-                clear_directory(self.directory)
-            self.directory.mkdir(parents=True, exist_ok=True)
-            (self.directory / "REQUEUE").unlink(missing_ok=True)
-            write_atomic(self.directory / "config.yaml", to_yaml(self.cfg).encode())
-            log_to_file(self.directory / "train.log")
-            self.tracker = Tracker(self.directory, self.cfg.log, flatten(self.cfg), step=step, total_steps=total_steps)
+        self.on_main(self._open, step, total_steps)
         logger.info(
             "%d process(es) on %s, %s, images made by: %s", self.world_size, self.device_name, self.precision, backend
         )
         self.watch_signals()
+
+    def _open(self, step: int, total_steps: int) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if self._lock is None:
+            self._claim()
+            if has_run(self.directory):
+                raise ValueError(f"output_dir {self.directory}: another process began a run here; start again")
+        if self.cfg.overwrite:
+            clear_directory(self.directory)
+        (self.directory / "REQUEUE").unlink(missing_ok=True)
+        write_atomic(self.directory / "config.yaml", to_yaml(self.cfg).encode())
+        log_to_file(self.directory / "train.log")
+        self.tracker = Tracker(self.directory, self.cfg.log, flatten(self.cfg), step=step, total_steps=total_steps)
 
     def log(self, prefix: str, scalars: Mapping[str, float], step: int, epoch: float) -> None:
         """Hand scalars to the tracker; silent on all processes but the main one."""
@@ -196,12 +262,14 @@ class Run:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json (and REQUEUE after a stop), close the trackers, join, and leave the process group."""
         self._agreed()
-        if self.rank == 0:
-            write_atomic(self.directory / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-            if summary["status"] == "stopped":
-                (self.directory / "REQUEUE").write_text("continue with the same command\n")
-        self.tracker.finish(summary)
+        self.on_main(self._conclude, summary)
         self.close()
+
+    def _conclude(self, summary: Mapping[str, Any]) -> None:
+        write_atomic(self.directory / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        if summary["status"] == "stopped":
+            (self.directory / "REQUEUE").write_text("continue with the same command\n")
+        self.tracker.finish(summary)
 
     def close(self) -> None:
         """Join all processes, then end the process group: without the join a fast one can abort a slow one."""

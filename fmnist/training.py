@@ -1,28 +1,31 @@
 """What the training loop works with: built from a config, put back from a checkpoint, saved, and concluded."""
 
+import json
 import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from fmnist import checkpoint
-from fmnist.checkpoint import Checkpoints, TrainState, load_strict, read_tensors
+from fmnist.checkpoint import Checkpoints, TrainState
 from fmnist.clock import Clock
-from fmnist.config import Config
+from fmnist.config import Config, changes, recipe
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader, Split
 from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.directory import git_revision, versions
 from fmnist.metrics import predict
 from fmnist.network import build_network
+from fmnist.non_finite import Watch, write_batch
 from fmnist.optim import Schedule, build_optimizer
 from fmnist.run import Run
+from fmnist.tensors import load_optimizer_tensors, load_strict, non_finite, optimizer_tensors, read_tensors
 
 logger = logging.getLogger("fmnist")
 
@@ -42,6 +45,7 @@ class Training:
     checkpoints: Checkpoints
     state: TrainState
     clock: Clock
+    watch: Watch
 
 
 def build(cfg: Config, run: Run) -> Training:
@@ -66,13 +70,13 @@ def build(cfg: Config, run: Run) -> Training:
     checkpoints = Checkpoints(
         run.directory / "checkpoints",
         cfg.checkpoint.keep_last,
-        {"model": cfg.model.name, "world_size": run.world_size, "versions": versions()},
+        {"model": cfg.model.name, "world_size": run.world_size, "versions": versions(), "config": recipe(cfg)},
     )
     newest = None if cfg.overwrite else checkpoints.newest_good()
     model, augment = build_network(cfg, run.device, load_weights=newest is None)
     optimizer = build_optimizer(model, cfg.optim)
     ema = ModelEmaV3(model, decay=cfg.optim.ema_decay, use_warmup=True) if cfg.optim.ema_decay else None
-    state = TrainState() if newest is None else restore(newest, model, ema, optimizer)
+    state = TrainState() if newest is None else restore(newest, cfg, model, ema, optimizer)
     return Training(
         model=model,
         ema=ema,
@@ -85,17 +89,32 @@ def build(cfg: Config, run: Run) -> Training:
         checkpoints=checkpoints,
         state=state,
         clock=Clock(cfg.batch.global_batch_size, state.train_seconds),
+        watch=Watch(cfg.log.every_steps, run.device),
     )
 
 
-def restore(path: Path, model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Put a verified checkpoint back, and return where training stood."""
+def restore(
+    path: Path, cfg: Config, model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer
+) -> TrainState:
+    """Put a verified checkpoint back, and return where training stood.
+
+    Raises:
+        ValueError: it is of another config or model; one line naming the file and what differs.
+    """
+    state, meta = checkpoint.read_state(path), checkpoint.read_meta(path)
+    if changed := changes(meta.get("config", {}), json.loads(json.dumps(recipe(cfg)))):
+        raise ValueError(f"{path / checkpoint.STATE} is of another config: {'; '.join(changed[:3])}")
     load_strict(model, read_tensors(path / checkpoint.MODEL), path / checkpoint.MODEL)
-    checkpoint.load_optimizer_tensors(model, optimizer, read_tensors(path / checkpoint.OPTIMIZER))
+    moments = path / checkpoint.OPTIMIZER
+    load_optimizer_tensors(model, optimizer, read_tensors(moments), moments)
     if ema is not None:
         load_strict(ema.module, read_tensors(path / checkpoint.EMA), path / checkpoint.EMA)
     logger.info("continuing from %s", path)
-    return checkpoint.read_state(path)
+    if (made_with := meta.get("versions", {}).get("torch", torch.__version__)) != torch.__version__:
+        logger.warning(
+            "it was written with torch %s, this is %s: the last bits may differ", made_with, torch.__version__
+        )
+    return state
 
 
 def save(training: Training, run: Run) -> None:
@@ -103,25 +122,41 @@ def save(training: Training, run: Run) -> None:
 
     Raises:
         FloatingPointError: on every process, naming the tensors; nothing is written.
+        OSError: on the main process, which cannot write; the others end with it.
     """
     t = training
     groups: dict[str, Mapping[str, Tensor]] = {
         checkpoint.MODEL: t.model.state_dict(),
-        checkpoint.OPTIMIZER: checkpoint.optimizer_tensors(t.model, t.optimizer),
+        checkpoint.OPTIMIZER: optimizer_tensors(t.model, t.optimizer),
     }
     if t.ema is not None:
         groups[checkpoint.EMA] = t.ema.module.state_dict()
-    bad = [f"{file}: {name}" for file, tensors in groups.items() for name in checkpoint.non_finite(tensors)]
+    bad = [f"{file}: {name}" for file, tensors in groups.items() for name in non_finite(tensors)]
     if run.mean({"bad": torch.tensor(len(bad), device=run.device)})["bad"]:
-        raise FloatingPointError(f"not finite at step {t.state.step}, not saved: {'; '.join(bad[:3])}")
+        stop_not_finite(f"{'; '.join(next(filter(None, run.gather(bad)))[:3])} not finite, not saved,", t, run)
     t.state.train_seconds = t.clock.total_seconds
     run.on_main(t.checkpoints.save, t.state, groups)
 
 
-def raise_if_not_finite(scalars: Mapping[str, float], step: int) -> None:
+def raise_if_not_finite(scalars: Mapping[str, float], training: Training, run: Run) -> None:
     """Raise FloatingPointError if a mean over processes, the same on each of them, is a NaN or an infinity."""
     if bad := [f"{name} is {value}" for name, value in scalars.items() if not math.isfinite(value)]:
-        raise FloatingPointError(f"{', '.join(bad)} at step {step}; the last checkpoint is from before it")
+        stop_not_finite(", ".join(bad), training, run)
+
+
+def stop_not_finite(what: str, training: Training, run: Run) -> NoReturn:
+    """Draw the batch of the first step that was not finite, and end all processes with one line."""
+    t, noticed = training, training.state.step
+    firsts = run.gather(t.watch.first(noticed))
+    first = min((found[0] for found in firsts if found), default=noticed)
+    ranks = [rank for rank, found in enumerate(firsts) if found == (first, True)]
+    where = f" (the loss of rank {', '.join(map(str, ranks))})" if 0 < len(ranks) < len(firsts) else ""
+    began = "" if first == noticed else f", begun at step {first}"
+    picture = run.directory / f"non_finite_step_{first:08d}.png"
+    run.on_main(write_batch, picture, t.loader, t.augment, first, CLASS_NAMES)
+    raise FloatingPointError(
+        f"{what} at step {noticed}{began}{where}; the batch is drawn in {picture}; the last checkpoint is from before"
+    )
 
 
 def conclude(training: Training, cfg: Config, run: Run, *, finished: bool) -> None:

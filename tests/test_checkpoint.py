@@ -8,22 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from fmnist.checkpoint import (
-    MODEL,
-    OPTIMIZER,
-    Checkpoints,
-    TrainState,
-    load_optimizer_tensors,
-    load_strict,
-    non_finite,
-    optimizer_tensors,
-    read_state,
-    read_tensors,
-    verify,
-)
+from fmnist.checkpoint import MODEL, OPTIMIZER, Checkpoints, TrainState, read_state, verify
 from fmnist.config import OptimConfig
 from fmnist.models.cnn import Cnn
 from fmnist.optim import build_optimizer
+from fmnist.tensors import load_optimizer_tensors, load_strict, non_finite, optimizer_tensors, read_tensors
 
 
 @pytest.fixture
@@ -56,7 +45,7 @@ def test_a_restored_optimizer_goes_on_with_the_same_bits(name: str, checkpoints:
     other = Cnn(10, widths=(4, 8))
     other_optimizer = build_optimizer(other, cfg)
     load_strict(other, read_tensors(path / MODEL), path)
-    load_optimizer_tensors(other, other_optimizer, read_tensors(path / OPTIMIZER))
+    load_optimizer_tensors(other, other_optimizer, read_tensors(path / OPTIMIZER), path)
     assert read_state(path) == state
     learn(model, optimizer, 9)
     learn(other, other_optimizer, 9)

@@ -1,0 +1,54 @@
+"""Several processes and one that fails: all of them end soon, with one line that names it."""
+
+import re
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# What rank 0 does alone may take this long while the others wait: a save, figures, Weights & Biases' farewell. So may
+# the start: processes that import, read and compile at different speeds.
+PATIENCE = timedelta(minutes=10)
+PROBE = timedelta(seconds=5)
+# How the libraries say that a collective failed for another process' sake; any other RuntimeError is our own fault.
+SIGNS = ("gloo", "NCCL", "imed out", "onnection closed", "onnection reset", "onnection refused", "Broken pipe")
+
+
+def limit_waits(seconds: float) -> None:
+    """Let a collective of the default group wait this long for the slowest process, then fail."""
+    if dist.group.WORLD is not None:
+        dist.group.WORLD.set_timeout(timedelta(seconds=seconds))
+
+
+def share_status(status: int, group: Any) -> int:
+    """Give every process rank 0's status; they wait for it for up to `PATIENCE`."""
+    flag = torch.tensor(status)
+    dist.broadcast(flag, 0, group=group)
+    return int(flag)
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Say whether a collective failed because another process died or hangs."""
+    return any(sign in str(error) for sign in SIGNS)
+
+
+def describe_loss(error: RuntimeError, group: Any, others: list[int]) -> str:
+    """Find out which process is lost, and say it in a few words.
+
+    Args:
+        error: what the collective raised.
+        group: a gloo group of all processes, used for nothing else at this moment.
+        others: the other processes' ranks.
+    """
+    hangs = "imed out" in str(error)
+    found = None
+    try:
+        dist.monitored_barrier(group=group, timeout=PROBE, wait_all_ranks=True)
+    except RuntimeError as failure:
+        found = re.search(r"[Rr]anks? ([\d, ]+) failed to pass|send/recv from rank (\d+)", str(failure))
+    ranks = next((part for part in found.groups() if part), "") if found else ""
+    if not ranks and len(others) == 1:
+        ranks = str(others[0])
+    who = f"rank {ranks}" if ranks else "another rank"
+    return f"{who} {'does not answer: it hangs or is gone' if hangs else 'is gone'}"

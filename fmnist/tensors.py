@@ -1,0 +1,79 @@
+"""Named tensors: out of a model and its optimizer, back into them, and looked at before they are used."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's state by parameter name, e.g. {"exp_avg/head.weight": ...}."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {f"{key}/{names[id(p)]}": value for p, state in optimizer.state.items() for key, value in state.items()}
+
+
+def load_optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], source: Path
+) -> None:
+    """Put back what `optimizer_tensors` returned; the optimizer casts and moves it as it needs.
+
+    Raises:
+        ValueError: one line naming a tensor that belongs to no parameter or has another shape, and the file.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    states: dict[str, dict[str, Tensor]] = {}
+    for full, tensor in tensors.items():
+        key, _, name = full.partition("/")
+        if name not in shapes or (tensor.dim() > 0 and tensor.shape != shapes[name]):  # a step count has no dimension
+            raise ValueError(f"{source} does not fit the model: {full} {list(tensor.shape)}")
+        states.setdefault(name, {})[key] = tensor
+    if len({frozenset(state) for state in states.values()}) > 1:
+        raise ValueError(f"{source} does not fit the optimizer: its parameters hold different tensors")
+    payload = optimizer.state_dict()
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    payload["state"] = {i: states[names[id(p)]] for i, p in enumerate(ordered) if names[id(p)] in states}
+    optimizer.load_state_dict(payload)
+
+
+def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Load tensors whose names and shapes are exactly the module's.
+
+    Raises:
+        ValueError: one line naming the tensors that are missing, unexpected or of another shape, and the file.
+    """
+    own = module.state_dict()
+    wrong = [f"{name} missing" for name in own if name not in tensors]
+    wrong += [f"{name} unexpected" for name in tensors if name not in own]
+    wrong += [
+        f"{name} is {list(tensors[name].shape)} not {list(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"{source} does not fit the model: {'; '.join(wrong[:3])} ({len(wrong)} tensors in all)")
+    module.load_state_dict(dict(tensors))
+
+
+def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Name the tensors that hold a NaN or an infinity."""
+    floats = {name: t for name, t in tensors.items() if t.is_floating_point()}
+    if not floats:  # an optimizer without momentum has no state
+        return []
+    verdicts = torch.stack([t.isfinite().all() for t in floats.values()]).tolist()  # one device sync for all
+    return [name for name, fine in zip(floats, verdicts, strict=True) if not fine]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        ValueError: one line, for a file that is missing or not safetensors.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:120]}") from None
