@@ -1,40 +1,85 @@
-"""What a launcher must have done right: the number of processes, and signals that arrive.
+"""How a run was launched: by torchrun, accelerate or SLURM. No torch here: a batch script asks it before it starts one.
 
-`python -m fmnist.launch [flags of train.py]` prints the run directory that train.py would use, or its one-line error.
+`python -m fmnist.launch [flags of train.py]` prints the run directory that train.py would use, or the one line that it
+would refuse the flags with (status 2).
 """
 
+import ctypes
 import logging
 import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
 
 from fmnist.options import parse_config
 
 logger = logging.getLogger("fmnist")
-STOP_SIGNALS_BY_NAME = ("SIGTERM", "SIGUSR1")
+EXPECTED_WORLD_SIZE = "FMNIST_EXPECTED_WORLD_SIZE"
+MIN_SHUTDOWN_TIMEOUT_S = 60
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
-def check_launch(world_size: int) -> None:
-    """Compare the process count with the one a script promised, and look for signals that would never arrive.
-
-    Args:
-        world_size: processes that found each other.
+def check_world_size(world_size: int, environ: Mapping[str, str] = os.environ) -> None:
+    """Compare the number of processes with the one that the batch script expects, where it does.
 
     Raises:
-        ValueError: $FMNIST_EXPECTED_WORLD_SIZE is set to another number.
+        ValueError: one line with both numbers.
     """
-    expected = os.environ.get("FMNIST_EXPECTED_WORLD_SIZE", "")
-    if expected and expected != str(world_size):
+    expected = environ.get(EXPECTED_WORLD_SIZE, "")
+    if expected and not (expected.isascii() and expected.isdigit() and int(expected) > 0):
+        raise ValueError(f"{EXPECTED_WORLD_SIZE} is {expected!r}; legal: a number of processes, 1 or more")
+    if expected and int(expected) != world_size:
         raise ValueError(
-            f"{world_size} process(es) found each other, but FMNIST_EXPECTED_WORLD_SIZE is {expected}: "
-            "look at the launcher's options"
+            f"{world_size} process(es) are running and {EXPECTED_WORLD_SIZE} is {expected}: "
+            "the launcher did not start what the job asked for"
         )
-    launched = "TORCHELASTIC_RUN_ID" in os.environ
-    handled = os.environ.get("PET_SIGNALS_TO_HANDLE", "").split(",")
-    if "SLURM_JOB_ID" in os.environ and launched and not set(STOP_SIGNALS_BY_NAME) <= set(handled):
-        logger.warning(
-            "the launcher will not pass SLURM's signals on: set PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 and "
-            "PET_SHUTDOWN_TIMEOUT=60, as slurm/train.sbatch does, or the time limit ends the job without a checkpoint"
-        )
+
+
+def signal_warning(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Say what keeps SLURM's signals from stopping this run with a checkpoint; none where nothing does.
+
+    Args:
+        environ: the environment of this process, as its launcher has left it.
+    """
+    if "SLURM_JOB_ID" not in environ:
+        return None
+    if "TORCHELASTIC_RUN_ID" not in environ:
+        if "ACCELERATE_MIXED_PRECISION" not in environ:
+            return None  # no launcher: the signals arrive here
+        return "accelerate launch passes no signal on to a single process: start it as slurm/train.sbatch does"
+    missing = []
+    handled = {name.strip() for name in environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "").split(",")}
+    if not {"SIGTERM", "SIGUSR1"} <= handled:
+        missing.append("PET_SIGNALS_TO_HANDLE=SIGTERM,SIGUSR1 (else the time limit's warning ends the launcher)")
+    timeout = environ.get("PET_SHUTDOWN_TIMEOUT") or environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT") or "30"
+    if timeout.isdigit() and int(timeout) < MIN_SHUTDOWN_TIMEOUT_S:
+        missing.append(f"PET_SHUTDOWN_TIMEOUT={MIN_SHUTDOWN_TIMEOUT_S} (else a save that takes {timeout} s is killed)")
+    if not missing:
+        return None
+    return f"set in the job's environment, as slurm/train.sbatch does: {'; '.join(missing)}"
+
+
+def announce(environ: Mapping[str, str] = os.environ) -> None:
+    """Log the SLURM job and what its signals would miss; call it once, on the main process."""
+    if "SLURM_JOB_ID" in environ:
+        nodes, restarts = environ.get("SLURM_JOB_NUM_NODES", "1"), environ.get("SLURM_RESTART_COUNT", "0")
+        logger.info("SLURM job %s, %s node(s), restart %s", environ["SLURM_JOB_ID"], nodes, restarts)
+    if warning := signal_warning(environ):
+        logger.warning("%s", warning)
+
+
+def stop_with_launcher(environ: Mapping[str, str] = os.environ) -> None:
+    """Get SIGTERM when the launcher dies, so that a killed one leaves no orphan but a checkpoint (Linux)."""
+    launched = "TORCHELASTIC_RUN_ID" in environ or "ACCELERATE_MIXED_PRECISION" in environ
+    if launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+def main() -> None:
+    cfg = parse_config(prog="train.py")
+    print(Path(cfg.output_dir or "runs/run").resolve())
 
 
 if __name__ == "__main__":
-    print(parse_config(prog="train.py").output_dir)
+    main()

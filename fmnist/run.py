@@ -26,7 +26,7 @@ from fmnist.console import log_to_file
 from fmnist.directory import clear_directory, has_run, lock_directory
 from fmnist.exact import ShardSum
 from fmnist.files import write_atomic
-from fmnist.launch import check_launch
+from fmnist.launch import announce, check_world_size, stop_with_launcher
 from fmnist.peers import PATIENCE, describe_loss, is_lost_peer, limit_waits, share_status
 from fmnist.tracking import NullTracker, Tracker
 
@@ -46,6 +46,7 @@ class Run:
     """
 
     def __init__(self, cfg: Config, directory: Path) -> None:
+        stop_with_launcher()
         self.accelerator = Accelerator(
             mixed_precision={"fp32": "no", "bf16": "bf16"}[resolve_precision(cfg.model.precision)],
             kwargs_handlers=[
@@ -61,7 +62,7 @@ class Run:
             use_all_cores(self.accelerator.state)
         self.device_name = describe_device(self.device)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
-        check_launch(self.world_size)
+        check_world_size(self.world_size)
         self.precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
         self.tracker: NullTracker = NullTracker()
         self.started, self._signal = time.monotonic(), 0
@@ -253,6 +254,7 @@ class Run:
         (self.directory / "REQUEUE").unlink(missing_ok=True)
         write_atomic(self.directory / "config.yaml", to_yaml(self.cfg).encode())
         log_to_file(self.directory / "train.log")
+        announce()
         self.tracker = Tracker(self.directory, self.cfg.log, flatten(self.cfg), step=step, total_steps=total_steps)
 
     def log(self, prefix: str, scalars: Mapping[str, float], step: int, epoch: float) -> None:

@@ -189,7 +189,7 @@ def _run_id(path: Path) -> str:
     try:
         run_id = path.read_text().strip()
     except (OSError, ValueError):
-        run_id = ""
+        run_id = os.environ.get("WANDB_RUN_ID", "")  # a sweep's agent has chosen one
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run_id):
         run_id = secrets.token_hex(4)
         path.write_text(run_id + "\n")

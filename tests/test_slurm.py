@@ -12,6 +12,7 @@ import yaml
 from conftest import ROOT, SMALL_RUN, metrics, train
 from slurm_cluster import Cluster, missing_programs
 
+from fmnist.launch import signal_warning
 from fmnist.options import parse_config
 
 pytestmark = pytest.mark.skipif(
@@ -79,7 +80,7 @@ def test_two_nodes_train_together_to_the_end(cluster: Cluster, config: Path, tmp
     assert (record["JobState"], record["NumNodes"]) == ("COMPLETED", "2"), cluster.log(job)
     assert (summary(run)["status"], summary(run)["world_size"], summary(run)["steps"]) == ("finished", 2, 12)
     assert "2 node(s) x 1 process(es)" in cluster.log(job)
-    assert "will not pass SLURM's signals on" not in cluster.log(job)
+    assert "set in the job's environment" not in cluster.log(job)
 
 
 @pytest.mark.parametrize("how", ["preempted", "out of time"])
@@ -166,8 +167,33 @@ def test_a_wrong_number_of_processes_is_one_line(config: Path, tmp_path: Path, m
     monkeypatch.setenv("FMNIST_EXPECTED_WORLD_SIZE", "2")
     done = train("--config", config, "--output_dir", tmp_path / "run", check=False)
     assert done.returncode == 2
-    assert "1 process(es) found each other, but FMNIST_EXPECTED_WORLD_SIZE is 2" in done.stderr
+    assert "1 process(es) are running and FMNIST_EXPECTED_WORLD_SIZE is 2" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+READY = {
+    "SLURM_JOB_ID": "17",
+    "TORCHELASTIC_RUN_ID": "none",
+    "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1",
+    "PET_SHUTDOWN_TIMEOUT": "60",
+}
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "none"}, []),  # no SLURM
+        ({"SLURM_JOB_ID": "17"}, []),  # no launcher
+        (READY, []),
+        ({"SLURM_JOB_ID": "17", "TORCHELASTIC_RUN_ID": "none"}, ["PET_SIGNALS_TO_HANDLE", "PET_SHUTDOWN_TIMEOUT=60"]),
+        (READY | {"PET_SHUTDOWN_TIMEOUT": "10"}, ["PET_SHUTDOWN_TIMEOUT=60", "10 s"]),
+        ({"SLURM_JOB_ID": "17", "ACCELERATE_MIXED_PRECISION": "no"}, ["accelerate launch", "single process"]),
+    ],
+)
+def test_missing_signal_settings_are_named(environ: dict[str, str], words: list[str]) -> None:
+    warning = signal_warning(environ)
+    assert (warning is not None) == bool(words)
+    assert all(word in (warning or "") for word in words)
 
 
 def test_scancel_leaves_no_orphan(cluster: Cluster, config: Path, tmp_path: Path) -> None:
