@@ -14,8 +14,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import metrics, train
-from forks import MOMENTS, Forks, difference
+from forks import MOMENTS, NUM_IMAGES, Forks, difference
 from safetensors.torch import load_file, save_file
+
+from fmnist.data.batches import Split
+from fmnist.data.fashion_mnist import load_split
+from fmnist.metrics import predict, score
+from fmnist.network import build_network
+from fmnist.options import load_config
+from fmnist.run import Run
 
 STEPS = 24  # three epoch edges (7, 14, 21) and evaluations at 5, 10, 15, 20, 24
 MODELS: dict[str, dict[str, Any]] = {
@@ -289,6 +296,51 @@ def test_exact_through_real_launchers_with_4_2_1_and_4_processes(tmp_path: Path,
     assert steps == [2, 4, 5, 8]  # over at the first step; several processes agree on it at the second
     found = [name for name in difference(tmp_path / "moved", tmp_path / "whole") if name != "summary.json"]
     assert found == []
+
+
+def first_gradient(forks: Forks, run: Path, choice: Choice, processes: int) -> torch.Tensor:
+    """The gradient of the first step, all parameters in one: AdamW's first moment, where beta1 is 0."""
+    config = make_config(choice | {"mixing": "both"})
+    config["optim"] = {"lr": 0.001, "beta1": 0.0}
+    config["schedule"] = {"steps": 1}
+    forks.start(run, config, processes)
+    state = load_file(run / "checkpoints/step_00000001/optimizer.safetensors")
+    return torch.cat([state[key].flatten().double() for key in sorted(state) if key.startswith("exp_avg/")])
+
+
+@pytest.mark.parametrize("model", ["mlp", "convnext"])
+def test_the_first_gradient_of_ddp_is_that_of_one_process(forks: Forks, tmp_path: Path, model: str) -> None:
+    choice = PLAIN | {"model": model}
+    whole = first_gradient(forks, tmp_path / "whole", choice, 1)
+    assert whole.abs().max() > 0.01
+    for parts, processes in (("whole", 2), ("whole", 4), ("accumulated", 1), ("accumulated", 2), ("exact", 1)):
+        found = first_gradient(forks, tmp_path / f"{parts}_{processes}", choice | {"parts": parts}, processes)
+        assert (found - whole).norm() < 1e-6 * whole.norm(), (parts, processes)
+
+
+def test_two_processes_evaluate_the_weights_and_statistics_that_are_saved(forks: Forks, tmp_path: Path) -> None:
+    """Each process has BatchNorm statistics of its own; the main one's are those of the checkpoint."""
+    config = make_config(PLAIN | {"model": "cnn"})
+    forks.start(tmp_path / "run", config, 2)
+    (val,) = (line for line in metrics(tmp_path / "run") if line["prefix"] == "val" and line["step"] == STEPS)
+    cfg = load_config(tmp_path / "run/config.yaml")
+    run = Run(cfg, tmp_path / "run")
+    model, augment = build_network(cfg, run.device, load_weights=False)
+    model.load_state_dict(load_file(tmp_path / f"run/checkpoints/step_{STEPS:08d}/model.safetensors"))
+    images, labels = (tensor[: NUM_IMAGES["val"]].to(run.device) for tensor in load_split("val", None, 5000))
+    scores = score(predict(model, Split(images=images, labels=labels), augment, cfg.evaluation, run), labels)
+    assert float(scores["loss"]) == pytest.approx(val["loss"], abs=1e-6)
+    assert float(scores["top1"]) == val["top1"]
+
+
+def test_training_time_adds_up_over_starts(forks: Forks, tmp_path: Path) -> None:
+    config = make_config(PLAIN | {"saved_every": 1})
+    forks.start(tmp_path / "run", config, strike=[20, "update"], signal=int(signal.SIGTERM))
+    (state,) = (tmp_path / "run").glob("checkpoints/step_00000020/state.json")
+    spent = json.loads(state.read_text())["train_seconds"]
+    forks.start(tmp_path / "run", config, strike=[22, "saved"])
+    continued = json.loads((tmp_path / "run/checkpoints/step_00000021/state.json").read_text())["train_seconds"]
+    assert 0 < spent < continued  # one step alone takes less than the twenty-one
 
 
 def test_the_relative_difference_by_hand(tmp_path: Path) -> None:
