@@ -183,6 +183,7 @@ def test_the_cover_holds_every_pair_of_options() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # 28 kills and as many restarts: half a minute on a quiet machine
 @pytest.mark.parametrize("number", range(len(COVER)))
 def test_killed_at_every_step_with_every_pair_of_options(forks: Forks, tmp_path: Path, number: int) -> None:
     choice = COVER[number]
