@@ -104,7 +104,7 @@ BUGS = (
         old="mix_key(*batch.key)",
         new="mix_key(batch.key[0], batch.key[2])",
         test="test_step.py",
-        select="dropout_depends",
+        select="dropout_masks_differ",
     ),
     Bug(
         name="mixup's partner comes from another batch",

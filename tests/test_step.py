@@ -63,6 +63,20 @@ def test_dropout_depends_on_the_batch_and_not_on_what_ran_before(run: Run, train
     assert not torch.equal(first["loss"], other["loss"])
 
 
+def test_dropout_masks_differ_from_step_to_step_for_the_same_images(run: Run, train_images: Split) -> None:
+    torch.manual_seed(0)
+    model = Mlp(10, drop_rate=0.5, image_size=28, width=16).to(run.device)
+    split = Split(images=train_images.images.to(run.device), labels=train_images.labels.to(run.device))
+    augment = Augment(AugmentConfig(), num_classes=10, mean=(0.286,), std=(0.353,))
+    cfg = OptimConfig(name="sgd", lr=0.0, beta1=0.0)  # the weights stay: only the masks can change the loss
+    optimizer = build_optimizer(model, cfg)
+    (batch,) = Loader(split, global_batch_size=64, seed=0).micro_batches(3)
+    keys = [(0, 3, 0), (0, 4, 0), (0, 3, 64), (1, 3, 0), (0, 3, 0)]  # seed, step, first sample
+    losses = [float(train_step(model, optimizer, [replace(batch, key=key)], augment, cfg, run)["loss"]) for key in keys]
+    assert len(set(losses)) == 4
+    assert losses[0] == losses[-1]
+
+
 def test_grad_norm_is_before_clipping_and_the_update_after(run: Run, train_images: Split) -> None:
     cfg = OptimConfig(name="sgd", lr=1.0, beta1=0.0, weight_decay=0.0, grad_clip_norm=0.01)
     metrics, updates, *_ = one_step(run, train_images, 64, cfg=cfg)
