@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,29 @@ def test_the_last_k_and_the_best_are_kept(checkpoints: Checkpoints) -> None:
         save(checkpoints, step, best_step=min(step, 2))
     assert checkpoints.steps() == [2, 5, 6]
     assert not list(checkpoints.directory.glob(".part_*"))
+
+
+def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def note_fsync(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def note_rename(self: Path, target: Path) -> Path:
+        events.append(f"renamed to {Path(target).name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    save(checkpoints, 7)
+    named = events.index("renamed to step_00000007")
+    assert {MODEL, "state.json", ".part_step_00000007"} <= set(events[:named])
+    assert any("manifest.json" in event for event in events[:named])
+    assert "checkpoints" in events[named:]  # the new name itself
 
 
 @pytest.mark.parametrize(

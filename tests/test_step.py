@@ -63,6 +63,20 @@ def test_dropout_depends_on_the_batch_and_not_on_what_ran_before(run: Run, train
     assert not torch.equal(first["loss"], other["loss"])
 
 
+def test_dropout_masks_differ_from_step_to_step_for_the_same_images(run: Run, train_images: Split) -> None:
+    torch.manual_seed(0)
+    model = Mlp(10, drop_rate=0.5, image_size=28, width=16).to(run.device)
+    split = Split(images=train_images.images.to(run.device), labels=train_images.labels.to(run.device))
+    augment = Augment(AugmentConfig(), num_classes=10, mean=(0.286,), std=(0.353,))
+    cfg = OptimConfig(name="sgd", lr=0.0, beta1=0.0)  # the weights stay: only the masks can change the loss
+    optimizer = build_optimizer(model, cfg)
+    (batch,) = Loader(split, global_batch_size=64, seed=0).micro_batches(3)
+    keys = [(0, 3, 0), (0, 4, 0), (0, 3, 64), (1, 3, 0), (0, 3, 0)]  # seed, step, first sample
+    losses = [float(train_step(model, optimizer, [replace(batch, key=key)], augment, cfg, run)["loss"]) for key in keys]
+    assert len(set(losses)) == 4
+    assert losses[0] == losses[-1]
+
+
 def test_grad_norm_is_before_clipping_and_the_update_after(run: Run, train_images: Split) -> None:
     cfg = OptimConfig(name="sgd", lr=1.0, beta1=0.0, weight_decay=0.0, grad_clip_norm=0.01)
     metrics, updates, *_ = one_step(run, train_images, 64, cfg=cfg)
@@ -76,6 +90,33 @@ def test_the_moving_average_follows_the_weights(run: Run, train_images: Split) -
     for name, average in ema.module.named_parameters():
         expected = (start[name] + dict(model.named_parameters())[name].detach()) / 2  # decay 0.5
         assert torch.allclose(average, expected, atol=1e-7)
+
+
+def test_the_moving_average_warms_up_by_the_steps_of_the_run_not_of_this_start(run: Run, train_images: Split) -> None:
+    torch.manual_seed(0)
+    model = Mlp(10, image_size=28, width=16).to(run.device)
+    ema = ModelEmaV3(model, decay=0.99, use_warmup=True)
+    cfg = OptimConfig(name="sgd", lr=0.1, beta1=0.0, ema_decay=0.99)
+    optimizer = build_optimizer(model, cfg)
+    split = Split(images=train_images.images.to(run.device), labels=train_images.labels.to(run.device))
+    augment = Augment(AugmentConfig(), num_classes=10, mean=(0.286,), std=(0.353,))
+    before = model.head.weight.detach().clone()
+    train_step(model, optimizer, Loader(split, global_batch_size=64, seed=0).micro_batches(9), augment, cfg, run, ema)
+    # timm's warm-up at step 9: decay 1 - (1 + (9 - 1)) ** (-2 / 3) = 0.7689; a start that counts anew has 0.
+    expected = 0.768880 * before + 0.231120 * model.head.weight.detach()
+    assert torch.allclose(ema.module.head.weight, expected, atol=1e-6)
+    assert not torch.allclose(ema.module.head.weight, model.head.weight, atol=1e-5)
+
+
+def test_label_smoothing_spreads_its_mass_evenly(run: Run, train_images: Split) -> None:
+    plain = OptimConfig(name="sgd", lr=0.1, beta1=0.0, weight_decay=0.0)
+    losses = [
+        float(one_step(run, train_images, 64, cfg=replace(plain, label_smoothing=mass))[0]["loss"])
+        for mass in (0.0, 0.5, 0.9)
+    ]
+    # The loss is (1 - s) * own + s * even, linear in s: at 0.9 it lies 0.9 / 0.5 as far from the plain one as at 0.5.
+    assert abs(losses[1] - losses[0]) > 1e-3
+    assert (losses[2] - losses[0]) / (losses[1] - losses[0]) == pytest.approx(1.8, abs=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,260 @@
+"""Twenty bugs, planted one at a time in a copy of the source: the test named beside each must fail there.
+
+Row R16 of the table in README.md. What is looked for occurs exactly once in its file, so the list cannot rot.
+"""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, environment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bug:
+    """A text that is replaced in a file of fmnist/, and the tests that must notice (file and -k expression)."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+    select: str
+
+
+BUGS = (
+    Bug(
+        name="the moving average's count is lost at a restart",
+        file="step.py",
+        old="step=micro_batches[0].key[1])",
+        new="step=1)",
+        test="test_step.py",
+        select="warms_up_by_the_steps",
+    ),
+    Bug(
+        name="no fsync",
+        file="checkpoint.py",
+        old="        os.fsync(descriptor)\n",
+        new="        pass\n",
+        test="test_checkpoint.py",
+        select="on_the_disk_before",
+    ),
+    Bug(
+        name="a wrong divisor in accumulation",
+        file="run.py",
+        old="if self._shards else micro_batches",
+        new="if self._shards else 1",
+        test="test_step.py",
+        select="accumulation_k_times_b",
+    ),
+    Bug(
+        name="the epoch is not in the seed",
+        file="data/batches.py",
+        old="mix_key(seed, epoch, purpose)",
+        new="mix_key(seed, purpose)",
+        test="test_batches.py",
+        select="epochs_and_seeds_differ",
+    ),
+    Bug(
+        name="evaluation leaves out the last, incomplete batch",
+        file="metrics.py",
+        old="range(0, len(split), cfg.batch_size)",
+        new="range(0, len(split) - cfg.batch_size + 1, cfg.batch_size)",
+        test="test_metrics.py",
+        select="shares_add_up and 7-1-5",
+    ),
+    Bug(
+        name="processes' shares of an evaluation overlap, as padding makes them",
+        file="data/batches.py",
+        old="num_images * (rank + 1) // world_size)",
+        new="-(-num_images * (rank + 1) // world_size))",
+        test="test_batches.py",
+        select="evaluation_shares",
+    ),
+    Bug(
+        name="the best step is not kept with the best value",
+        file="checkpoint.py",
+        old="self.best_top1, self.best_step = -1.0 if top1 is None else top1, self.step",
+        new="self.best_top1 = -1.0 if top1 is None else top1",
+        test="test_checkpoint.py",
+        select="best_changes_only",
+    ),
+    Bug(
+        name="the learning rate is one step late",
+        file="optim.py",
+        old="self.peak_lr * (step + 1) / self.warmup_steps",
+        new="self.peak_lr * step / self.warmup_steps",
+        test="test_optim.py",
+        select="cosine_with_warm_up",
+    ),
+    Bug(
+        name="weight decay on biases and norms",
+        file="optim.py",
+        old='"weight_decay": group["weight_decay"],',
+        new='"weight_decay": cfg.weight_decay,',
+        test="test_optim.py",
+        select="vectors_have_no_decay and cnn",
+    ),
+    Bug(
+        name="the same dropout masks in every step",
+        file="step.py",
+        old="mix_key(*batch.key)",
+        new="mix_key(batch.key[0], batch.key[2])",
+        test="test_step.py",
+        select="dropout_masks_differ",
+    ),
+    Bug(
+        name="mixup's partner comes from another batch",
+        file="data/batches.py",
+        old="partners=mirrored[part]",
+        new="partners=order.flip(0)[part]",
+        test="test_batches.py",
+        select="partners_mirror",
+    ),
+    Bug(
+        name="label smoothing is dropped",
+        file="step.py",
+        old=", label_smoothing=cfg.label_smoothing)",
+        new=")",
+        test="test_step.py",
+        select="label_smoothing",
+    ),
+    Bug(
+        name="a restart loses the optimizer's moments",
+        file="training.py",
+        old="    checkpoint.load_optimizer_tensors(model, optimizer, read_tensors(path / checkpoint.OPTIMIZER))\n",
+        new="",
+        test="test_exactness.py",
+        select="thirty_preemptions and mlp",
+    ),
+    Bug(
+        name="a restart forgets the training time",
+        file="training.py",
+        old="Clock(cfg.batch.global_batch_size, state.train_seconds)",
+        new="Clock(cfg.batch.global_batch_size)",
+        test="test_exactness.py",
+        select="training_time_adds_up",
+    ),
+    Bug(
+        name="the processes' slices of a global batch overlap",
+        file="data/batches.py",
+        old="(accumulation * self.world_size + self.rank) * self.micro_batch_size",
+        new="(accumulation + self.rank) * self.micro_batch_size",
+        test="test_batches.py",
+        select="same_micro_batches",
+    ),
+    Bug(
+        name="mean and deviation are swapped",
+        file="data/reference.py",
+        old="(image - mean) / std for image, mean, std in",
+        new="(image - mean) / std for image, std, mean in",
+        test="test_augment.py",
+        select="normalisation_gives_mean_0",
+    ),
+    Bug(
+        name="no image is ever flipped",
+        file="data/params.py",
+        old="u[FLIP] < cfg.flip",
+        new="u[FLIP] < 0 * cfg.flip",
+        test="test_augment.py",
+        select="image_or_its_mirror",
+    ),
+    Bug(
+        name="each process evaluates with its own BatchNorm statistics",
+        file="metrics.py",
+        old="    run.broadcast(model.buffers())",
+        new="    # run.broadcast(model.buffers())",
+        test="test_exactness.py",
+        select="weights_and_statistics_that_are_saved",
+    ),
+    Bug(
+        name="old checkpoints are dropped before the new one has its name",
+        file="checkpoint.py",
+        old="        part.rename(final)\n        sync_path(self.directory)\n        self._prune(state.best_step)\n",
+        new="        self._prune(state.best_step)\n        part.rename(final)\n        sync_path(self.directory)\n",
+        test="test_checkpoint.py",
+        select="last_k_and_the_best",
+    ),
+    Bug(
+        name="accuracy is the mean of batches, the short one too",
+        file="metrics.py",
+        old='"top1": (logits.argmax(-1) == labels).double().mean(),',
+        new='"top1": torch.stack([b.double().mean() for b in (logits.argmax(-1) == labels).split(300)]).mean(),',
+        test="test_metrics.py",
+        select="equals_scikit_learn",
+    ),
+    Bug(
+        name="exact sums shards in the order of the processes",
+        file="run.py",
+        old="torch.stack(gathered, dim=1).flatten(0, 1)",
+        new="torch.stack(gathered).flatten(0, 1)",
+        test="test_exactness.py",
+        select="through_4_2_1_and_4_processes and mlp",
+    ),
+    Bug(
+        name="metrics of steps that are made again stay in the file",
+        file="tracking.py",
+        old='if entry["step"] <= step and',
+        new='if entry["step"] <= step + 1 and',
+        test="test_exactness.py",
+        select="thirty_preemptions and mlp",
+    ),
+)
+
+
+def copy_of_the_source(folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("fmnist", "tests", "configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("train.py", "evaluate.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def run_tests(source: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # The loop with one process is tested through forks in the copy, never with this tree's modules.
+    env = environment() | {"PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-m", "not gpu", *arguments],
+        cwd=source,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_what_a_bug_replaces_is_there_once(bug: Bug) -> None:
+    assert (ROOT / "fmnist" / bug.file).read_text().count(bug.old) == 1
+    assert bug.old != bug.new
+    assert (ROOT / "tests" / bug.test).is_file()
+
+
+def test_there_are_twenty_of_them_and_their_names_differ() -> None:
+    assert len({bug.name for bug in BUGS}) == len(BUGS) >= 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("test", sorted({bug.test for bug in BUGS}))
+def test_without_a_bug_the_named_tests_pass(test: str, tmp_path: Path) -> None:
+    select = " or ".join(f"({bug.select})" for bug in BUGS if bug.test == test)
+    done = run_tests(copy_of_the_source(tmp_path / "source"), f"tests/{test}", "-k", select)
+    assert done.returncode == 0, done.stdout[-3000:]
+    passed = int(done.stdout.rpartition(" passed")[0].split()[-1])
+    assert passed >= len({bug.select for bug in BUGS if bug.test == test})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_a_planted_bug_is_caught(bug: Bug, tmp_path: Path) -> None:
+    source = copy_of_the_source(tmp_path / "source")
+    path = source / "fmnist" / bug.file
+    path.write_text(path.read_text().replace(bug.old, bug.new))
+    done = run_tests(source, f"tests/{bug.test}", "-k", bug.select)
+    # 1: tests failed; not 2 to 5, which say that none could be run.
+    assert done.returncode == 1, f"not caught: {bug.name}\n{done.stdout[-3000:]}{done.stderr[-1000:]}"
+    assert "1 failed" in done.stdout
