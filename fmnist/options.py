@@ -83,6 +83,6 @@ def load_config(path: Path) -> Config:
         built = parser.instantiate(namespace)
         cfg = Config(**{name: getattr(built, name) for name in Config.__dataclass_fields__})
         validate(cfg)
-    except SystemExit:
+    except (SystemExit, UnicodeDecodeError):
         raise ValueError(f"{path} does not hold a config of this version") from None
     return cfg
