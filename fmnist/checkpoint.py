@@ -235,3 +235,9 @@ def read_meta(directory: Path) -> dict[str, Any]:
     """Return what a verified checkpoint says about itself: model, config, world size, versions."""
     meta = json.loads((directory / STATE).read_bytes()).get("meta")
     return meta if isinstance(meta, dict) else {}
+
+
+if __name__ == "__main__":
+    from fmnist.inspect_checkpoints import main
+
+    raise SystemExit(main())

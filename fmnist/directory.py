@@ -1,5 +1,6 @@
 """The run directory: may it be used, is it finished, what made it."""
 
+import errno
 import fcntl
 import json
 import logging
@@ -82,7 +83,9 @@ def lock_directory(directory: Path) -> int:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
-        raise ValueError(f"output_dir {directory} cannot be written: {error.strerror}") from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ValueError(f"output_dir {directory} cannot be written: {error.strerror}") from None
+        raise
     deadline = time.monotonic() + LOCK_WAIT_S  # one that was just killed may not be gone yet
     while True:
         try:

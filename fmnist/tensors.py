@@ -15,13 +15,20 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return {f"{key}/{names[id(p)]}": value for p, state in optimizer.state.items() for key, value in state.items()}
 
 
+def expected_state(optimizer: torch.optim.Optimizer) -> set[str]:
+    """Return what the optimizer keeps for each parameter once it has made a step."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return {"momentum_buffer"} if optimizer.defaults["momentum"] else set()
+    return {"step", "exp_avg", "exp_avg_sq"}
+
+
 def load_optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], source: Path
 ) -> None:
     """Put back what `optimizer_tensors` returned; the optimizer casts and moves it as it needs.
 
     Raises:
-        ValueError: one line naming a tensor that belongs to no parameter or has another shape, and the file.
+        ValueError: one line naming the file, and a tensor of no parameter or of another shape, or what is missing.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -31,8 +38,9 @@ def load_optimizer_tensors(
         if name not in shapes or (tensor.dim() > 0 and tensor.shape != shapes[name]):  # a step count has no dimension
             raise ValueError(f"{source} does not fit the model: {full} {list(tensor.shape)}")
         states.setdefault(name, {})[key] = tensor
-    if len({frozenset(state) for state in states.values()}) > 1:
-        raise ValueError(f"{source} does not fit the optimizer: its parameters hold different tensors")
+    found = {key for state in states.values() for key in state}
+    if found != expected_state(optimizer) or any(len(state) != len(found) for state in states.values()):
+        raise ValueError(f"{source} does not fit the optimizer: it holds {sorted(found) or 'nothing'}")
     payload = optimizer.state_dict()
     ordered = [p for group in optimizer.param_groups for p in group["params"]]
     payload["state"] = {i: states[names[id(p)]] for i, p in enumerate(ordered) if names[id(p)] in states}

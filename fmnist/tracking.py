@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from fmnist.config import LogConfig
+from fmnist.files import write_atomic
 
 logger = logging.getLogger("fmnist")
 METRICS_FILE, WANDB_ID_FILE = "metrics.jsonl", "wandb_run_id"
@@ -245,6 +246,4 @@ def truncate_metrics(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    part = path.with_suffix(".part")
-    part.write_text("".join(kept), encoding="utf-8")
-    part.replace(path)
+    write_atomic(path, "".join(kept).encode())

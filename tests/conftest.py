@@ -52,17 +52,20 @@ def environment() -> dict[str, str]:
     }
 
 
-def train(*args: object, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run train.py with these flags, through torchrun where there are several processes."""
+def train(
+    *args: object, processes: int = 1, check: bool = True, script: Path = ROOT / "train.py", **kwargs: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run train.py, or a script like it, with these flags, through torchrun where there are several processes."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     done = subprocess.run(
-        [*launcher, str(ROOT / "train.py"), *map(str, args)],
+        [*launcher, str(script), *map(str, args)],
         capture_output=True,
         text=True,
         env=environment(),
         timeout=300,
+        **kwargs,
     )
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
