@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/exact_cost.py [--rounds 7] [--shards 1 2 4 8]
 
 One process with one thread, interleaved: each round times every variant once, and the minimum over the rounds counts.
-Processor time, which other work on the machine distorts less than the wall clock's. What is left out is the exchange between processes: `exact` gathers
-V copies of the gradients where DDP sums one.
+Processor time, which other work on the machine distorts less than the wall clock's. What is left out is the exchange
+between processes: `exact` gathers V copies of the gradients where DDP sums one.
 """
 
 import argparse

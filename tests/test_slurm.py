@@ -155,9 +155,8 @@ def test_a_bad_config_fails_once_and_fast_with_its_line(cluster: Cluster, config
 
 
 def test_a_fault_is_not_requeued(cluster: Cluster, config: Path, tmp_path: Path) -> None:
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    job = cluster.submit(SCRIPT, config, "--data.root", empty, "--output_dir", tmp_path / "run")
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"")  # a damaged file, found when the data is read
+    job = cluster.submit(SCRIPT, config, "--data.root", tmp_path, "--output_dir", tmp_path / "run")
     record = cluster.wait_for(job)
     assert (record["JobState"], record["Restarts"]) == ("FAILED", "0"), cluster.log(job)
     assert "train.py: error: " in cluster.log(job)
