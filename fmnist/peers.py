@@ -12,7 +12,16 @@ import torch.distributed as dist
 PATIENCE = timedelta(minutes=10)
 PROBE = timedelta(seconds=5)
 # How the libraries say that a collective failed for another process' sake; any other RuntimeError is our own fault.
-SIGNS = ("gloo", "NCCL", "imed out", "onnection closed", "onnection reset", "onnection refused", "Broken pipe")
+SIGNS = (
+    "gloo",
+    "NCCL",
+    "imed out",
+    "timeout",
+    "onnection closed",
+    "onnection reset",
+    "onnection refused",
+    "Broken pipe",
+)
 
 
 def limit_waits(seconds: float) -> None:
@@ -41,7 +50,7 @@ def describe_loss(error: RuntimeError, group: Any, others: list[int]) -> str:
         group: a gloo group of all processes, used for nothing else at this moment.
         others: the other processes' ranks.
     """
-    hangs = "imed out" in str(error)
+    hangs = "imed out" in str(error) or "timeout" in str(error)
     found = None
     try:
         dist.monitored_barrier(group=group, timeout=PROBE, wait_all_ranks=True)

@@ -1,0 +1,77 @@
+"""One process of two dies or hangs: the other ends soon and names it, and the last checkpoint loads."""
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, train
+
+from fmnist.checkpoint import Checkpoints, read_state
+from fmnist.peers import describe_loss, is_lost_peer
+
+
+def lose_rank_1(kind: str, tmp_path: Path, config: Path, *more: object) -> None:
+    flags = ["--config", config, "--output_dir", tmp_path, "--batch.micro_batch_size", 16, *more]
+    done = train(kind, *flags, processes=2, script=ROOT / "tests/inject.py", check=False)
+    ended = time.time()
+    assert done.returncode != 0
+    assert re.search(r"rank 0 ends: rank 1 (is gone|does not answer)", done.stderr) or kind in ("killed", "exception")
+    root_cause = done.stderr.partition("Root Cause")[2]  # torchrun's own summary
+    if kind in ("killed", "exception"):
+        assert re.search(r"rank\s*: 1 ", root_cause), done.stderr
+    if kind == "exception":
+        assert "KeyError: 'planted'" in done.stderr
+    newest = Checkpoints(tmp_path / kind / "checkpoints", 2, {}).newest_good()
+    assert newest is not None
+    assert read_state(newest).step == 6  # the last one before step 7
+    assert ended - newest.stat().st_mtime < 60  # from the last save to the end of all processes
+
+
+@pytest.mark.parametrize("kind", ["killed", "exception"])
+def test_a_dead_rank_ends_the_other_at_once(kind: str, tmp_path: Path, small_config: Path) -> None:
+    lose_rank_1(kind, tmp_path, small_config)
+
+
+def test_a_hanging_rank_ends_the_other_after_the_timeout(tmp_path: Path, small_config: Path) -> None:
+    lose_rank_1("hang", tmp_path, small_config, "--timeout_s", 3)
+
+
+@pytest.mark.slow
+def test_a_frozen_rank_ends_the_other_after_the_timeout(tmp_path: Path, small_config: Path) -> None:
+    lose_rank_1("frozen", tmp_path, small_config, "--timeout_s", 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("[../gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:3457", True),
+        ("[../gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation to complete", True),
+        ("Operation timed out!", True),
+        ("Application timeout caused pair closure", True),
+        ("NCCL error in: ../ProcessGroupNCCL.cpp, unhandled system error", True),
+        ("CUDA out of memory. Tried to allocate 2 GiB", False),
+        ("mat1 and mat2 shapes cannot be multiplied (8x3 and 4x10)", False),
+    ],
+)
+def test_only_a_failed_collective_is_laid_to_another_process(text: str, lost: bool) -> None:
+    assert is_lost_peer(RuntimeError(text)) == lost
+
+
+def test_the_lost_rank_is_named_where_it_can_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {
+        "[Rank 0]: Ranks 1, 3 failed to pass monitoredBarrier in 5000 ms": "rank 1, 3 does not answer",
+        "Rank 2 successfully reached monitoredBarrier, but received errors while waiting for send/recv from rank 0.": (
+            "rank 0 does not answer"
+        ),
+        "Connection reset by peer": "another rank does not answer",
+    }
+    for answer, expected in answers.items():
+
+        def barrier(answer: str = answer, **_: object) -> None:
+            raise RuntimeError(answer)
+
+        monkeypatch.setattr(torch.distributed, "monitored_barrier", barrier)
+        assert describe_loss(RuntimeError("Application timeout"), None, [1, 2, 3]).startswith(expected)
+    assert describe_loss(RuntimeError("Connection closed by peer"), None, [1]) == "rank 1 is gone"
