@@ -177,7 +177,10 @@ class Run:
                 raise
             others = [rank for rank in range(self.world_size) if rank != self.rank]
             loss = describe_loss(error, self._control, others)
-            logger.error("rank %d ends: %s (the last checkpoint is whole)", self.rank, loss)
+            said = " ".join(str(error).split())[:160]
+            logger.error(
+                "rank %d ends: %s; the same command goes on from the last checkpoint (%s)", self.rank, loss, said
+            )
             logging.shutdown()
             sys.stderr.flush()
             os._exit(1)  # an orderly exit waits for the lost one
