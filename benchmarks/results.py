@@ -90,10 +90,32 @@ def table() -> str:
     return "\n".join(rows)
 
 
+def loaders_table() -> str:
+    """Return the benchmark's table of loaders alone, a part per recorded machine and image size."""
+    lines = ["| loaders alone | images/s, median (lowest to highest) | ratio |", "|---|---|---|"]
+    for path in sorted(RESULTS.glob("benchmark_*_data.json")):
+        result = json.loads(path.read_text())
+        for part in result["tables"]:
+            lines.append(f"| **{part['title'].removeprefix('loaders alone, ')}, {machine(result)}** | | |")
+            for row in part["rows"]:
+                rate = row["images_per_second"]
+                spread = f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})"
+                lines.append(f"| {row['description']} | {spread} | {row['ratio']:.2f} |")
+    return "\n".join(lines)
+
+
+def machine(result: dict[str, Any]) -> str:
+    """Return what a benchmark ran on, in a few words."""
+    hardware = result["hardware"]
+    device = str(hardware["device"])
+    return f"{hardware['cpu_cores']}-core CPU" if device.startswith("CPU") else device
+
+
 def updated_readme() -> str:
     """Return README.md with its table and its report made anew."""
     text = README.read_text()
-    for mark, content in (("results", table()), ("report", f"```text\n{REPORT.read_text().strip()}\n```")):
+    report = f"```text\n{REPORT.read_text().strip()}\n```"
+    for mark, content in (("results", table()), ("report", report), ("loaders", loaders_table())):
         before, rest = text.split(f"<!-- {mark}: begin -->")
         after = rest.split(f"<!-- {mark}: end -->")[1]
         text = f"{before}<!-- {mark}: begin -->\n{content}\n<!-- {mark}: end -->{after}"
