@@ -36,7 +36,7 @@ BUGS = (
     ),
     Bug(
         name="no fsync",
-        file="checkpoint.py",
+        file="files.py",
         old="        os.fsync(descriptor)\n",
         new="        pass\n",
         test="test_checkpoint.py",
@@ -125,7 +125,7 @@ BUGS = (
     Bug(
         name="a restart loses the optimizer's moments",
         file="training.py",
-        old="    checkpoint.load_optimizer_tensors(model, optimizer, read_tensors(path / checkpoint.OPTIMIZER))\n",
+        old="    load_optimizer_tensors(model, optimizer, read_tensors(moments), moments)\n",
         new="",
         test="test_exactness.py",
         select="thirty_preemptions and mlp",
@@ -173,8 +173,8 @@ BUGS = (
     Bug(
         name="old checkpoints are dropped before the new one has its name",
         file="checkpoint.py",
-        old="        part.rename(final)\n        sync_path(self.directory)\n        self._prune(state.best_step)\n",
-        new="        self._prune(state.best_step)\n        part.rename(final)\n        sync_path(self.directory)\n",
+        old="        part.rename(final)\n        sync_path(self.directory)  #",
+        new="        self._prune(state)\n        part.rename(final)\n        sync_path(self.directory)  #",
         test="test_checkpoint.py",
         select="last_k_and_the_best",
     ),
