@@ -109,15 +109,15 @@ def normalization() -> None:
 
 def pixel() -> None:
     augment = fault.training.augment
-    real = augment.normalize
+    real = augment._make
 
-    def one_bad_pixel(images: torch.Tensor) -> torch.Tensor:
-        images = real(images)
+    def one_bad_pixel(*args: Any) -> torch.Tensor:
+        images = real(*args)
         if fault.now():
             images[0, 0, 14, 14] = NAN
         return images
 
-    augment.normalize = one_bad_pixel
+    augment._make = one_bad_pixel
 
 
 def learning_rate() -> None:

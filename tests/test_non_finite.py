@@ -130,14 +130,14 @@ def test_pixels_that_are_not_finite_are_red_and_shown_first(
 ) -> None:
     augment = Augment(AugmentConfig(flip=0.0), num_classes=10, mean=(0.286,), std=(0.353,))
     loader = Loader(train_images, global_batch_size=512, seed=0)
-    real = augment.normalize
+    real = augment._make
 
-    def broken(images: torch.Tensor) -> torch.Tensor:
-        images = real(images)
+    def broken(*args: Any) -> torch.Tensor:
+        images = real(*args)
         images[500, 0, 3, 4] = float("inf")
         return images
 
-    augment.normalize = broken  # type: ignore[method-assign]
+    augment._make = broken
     drawn: list[Any] = []
     monkeypatch.setattr("fmnist.non_finite.draw", lambda path, images, titles, heading: drawn.append((images, titles)))
     write_batch(tmp_path / "x.png", loader, augment, 1, CLASS_NAMES)

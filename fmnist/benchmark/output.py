@@ -1,6 +1,7 @@
 """The benchmark's tables on the terminal and its JSON file."""
 
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -41,10 +42,10 @@ def gpu_clocks() -> list[dict[str, str]]:
 def all_versions() -> dict[str, str]:
     """Return the versions of everything raced."""
     found = versions()
-    for name in ("torchvision", "kornia", "triton", "PIL", "numpy"):
+    for name in ("torchvision", "kornia", "triton", "pillow", "numpy"):
         try:
-            found[name] = __import__(name).__version__
-        except ImportError:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
             found[name] = "absent"
     return found | {"cuda_toolkit": torch.version.cuda or "none"}
 
