@@ -23,6 +23,7 @@ from fmnist.config import LogConfig
 from fmnist.files import write_atomic
 
 logger = logging.getLogger("fmnist")
+RUN_ID = r"[A-Za-z0-9_-]{1,64}"
 METRICS_FILE, WANDB_ID_FILE = "metrics.jsonl", "wandb_run_id"
 # Together below 10 s: what a server that is away, or answers with nothing useful, may cost a start.
 PROBE_TIMEOUT_S, INIT_TIMEOUT_S = 2, 5
@@ -190,9 +191,11 @@ def _run_id(path: Path) -> str:
     try:
         run_id = path.read_text().strip()
     except (OSError, ValueError):
+        run_id = ""
+    if not re.fullmatch(RUN_ID, run_id):
         run_id = os.environ.get("WANDB_RUN_ID", "")  # a sweep's agent has chosen one
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run_id):
-        run_id = secrets.token_hex(4)
+        if not re.fullmatch(RUN_ID, run_id):
+            run_id = secrets.token_hex(4)
         path.write_text(run_id + "\n")
     return run_id
 

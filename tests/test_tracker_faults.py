@@ -20,7 +20,7 @@ from conftest import SMALL_RUN, metrics, train
 
 from fmnist import tracking
 from fmnist.config import LogConfig
-from fmnist.tracking import Tracker, answers, has_api_key, without_secrets
+from fmnist.tracking import Tracker, _run_id, answers, has_api_key, without_secrets
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 RUN = {
@@ -328,3 +328,10 @@ def test_a_damaged_run_id_is_replaced(content: str, tmp_path: Path) -> None:
     tracker.finish({})
     assert re.fullmatch(r"[0-9a-f]{8}\n", (tmp_path / "wandb_run_id").read_text())
     shutil.rmtree(tmp_path / "wandb")
+
+
+def test_a_sweeps_run_id_is_taken_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "sweep-17")
+    assert _run_id(tmp_path / "wandb_run_id") == "sweep-17"
+    monkeypatch.delenv("WANDB_RUN_ID")
+    assert _run_id(tmp_path / "wandb_run_id") == "sweep-17"  # a restart outside the sweep goes on with it
