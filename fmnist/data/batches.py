@@ -21,7 +21,7 @@ class Split:
     """Images and labels that stay on the device.
 
     Attributes:
-        images: uint8 [N, H, W], 0 to 255.
+        images: uint8 [N, H, W], or [N, C, H, W] where there are colours; 0 to 255.
         labels: int64 [N].
     """
 
