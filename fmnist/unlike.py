@@ -131,7 +131,8 @@ def _read(path: Path, key: dict[str, str], width: int) -> Reference | None:
         with safe_open(path, framework="pt") as file:
             if file.metadata() != key:
                 return None
-            reference = Reference(*(file.get_tensor(name) for name in ("train", "val", "val_logits")))
+            # Copied: a mapped file that shrinks would end the process.
+            reference = Reference(*(file.get_tensor(name).clone() for name in ("train", "val", "val_logits")))
     except (OSError, SafetensorError, ValueError):
         return None
     shapes = reference.train.ndim == reference.val.ndim == reference.val_logits.ndim == 2

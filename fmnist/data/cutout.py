@@ -97,9 +97,11 @@ def find_object(rgb: Floats) -> tuple[Floats, NDArray[np.bool_]] | None:
         The background's grey under every pixel, float32 [H, W], and the object's mask, bool [H, W]; None where the
         border is not of one colour (up to a gradient of light), or nothing, or nearly all, differs from it.
     """
-    smooth = ndimage.gaussian_filter(rgb, (1, 1, 0))  # a camera's noise, not an edge 18 times as wide
-    surface, spread = _background(smooth)
-    distance = np.abs(smooth - surface).max(axis=2)
+    surface, spread = _background(rgb)
+    if 4 * spread > TOLERANCE:  # a camera's noise; where there is none the edge stays where it is, to the pixel
+        rgb = ndimage.gaussian_filter(rgb, (1, 1, 0))
+        surface, spread = _background(rgb)
+    distance = np.abs(rgb - surface).max(axis=2)
     limit = max(TOLERANCE, 4 * spread)
     ring = _ring(distance.shape)
     if (distance[ring] < limit).mean() < 0.6:
@@ -119,13 +121,13 @@ def _ring(shape: tuple[int, ...]) -> NDArray[np.bool_]:
     return ring
 
 
-def _background(smooth: Floats) -> tuple[Floats, float]:
+def _background(rgb: Floats) -> tuple[Floats, float]:
     """Fit each channel's background as a plane to the border; return it [H, W, 3] and the spread around it."""
-    height, width = smooth.shape[:2]
+    height, width = rgb.shape[:2]
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j].astype(np.float32)
     planes = np.stack([np.ones_like(x), x, y], axis=-1)
     ring = _ring((height, width))
-    points, colours = planes[ring], smooth[ring]
+    points, colours = planes[ring], rgb[ring]
     fit_points = np.median(colours, axis=0, keepdims=True)  # where the object touches the border, the rest decides
     weights = np.zeros((3, 3), dtype=np.float32)
     for _ in range(4):

@@ -47,7 +47,7 @@ def find_pictures(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
     Yields:
         The path of a picture and an empty error, or what the user named and why nothing can be read from it.
     """
-    seen = set()
+    seen = set()  # real paths: a link back to a folder above makes `**` find each file many times
     for name in paths:
         # A file may be called "shirt[1].jpg": what exists is not a pattern.
         matches = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
@@ -57,8 +57,8 @@ def find_pictures(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
             number = 0
             for found, error in _expand(match):
                 number += 1
-                if found not in seen:
-                    seen.add(found)
+                if (real := os.path.realpath(found)) not in seen:
+                    seen.add(real)
                     yield found, error
             if not number:
                 yield match, f"a folder without pictures ({', '.join(SUFFIXES)})"
