@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from conftest import train
@@ -21,10 +22,13 @@ log: {every_steps: 50, wandb: disabled}
 """
 
 
-def learned_run(folder: Path) -> Path:
-    """Train a small CNN for 150 steps on real images, seconds of one core; return its run directory."""
-    (folder / "learned.yaml").write_text(LEARNED_RUN)
-    train("--config", folder / "learned.yaml", "--output_dir", folder / "run")
+def learned_run(factory: pytest.TempPathFactory) -> Path:
+    """Train a small CNN for 150 steps on real images, once for all tests; return its run directory."""
+    folder = factory.getbasetemp() / "learned"
+    if not (folder / "run" / "summary.json").is_file():
+        folder.mkdir(exist_ok=True)
+        (folder / "learned.yaml").write_text(LEARNED_RUN)
+        train("--config", folder / "learned.yaml", "--output_dir", folder / "run")
     return folder / "run"
 
 

@@ -14,14 +14,14 @@ from PIL import Image
 
 from fmnist.data.fashion_mnist import load_split
 from fmnist.drift import BatchSums, describe, judge
-from fmnist.monitor import parse_args, read_batch
+from fmnist.monitor import main, parse_args, read_batch
 from fmnist.predictor import Predictor, open_predictor
 from fmnist.unlike import Reference, open_reference
 
 
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
-    return open_predictor(learned_run(tmp_path_factory.mktemp("monitor")), "cpu")
+    return open_predictor(learned_run(tmp_path_factory), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -123,24 +123,32 @@ def test_bad_batches_are_one_line(tmp_path: Path) -> None:
         parse_args(["run", "batch", "--false_alarms", "0.0001"])
 
 
-def test_the_command_says_it_in_a_line_a_json_and_a_status(predictor: Predictor, tmp_path: Path) -> None:
+def test_the_command_says_it_in_a_line_a_json_and_a_status(
+    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     images = load_split("test", None, 2000)[0][:400]
     np.save(tmp_path / "usual.npy", images.numpy())
     np.save(tmp_path / "digits.npy", digits()[:50].numpy())
     np.save(tmp_path / "few.npy", images[:4].numpy())
-    run = predictor.trained.directory
+    run = str(predictor.trained.directory)
+    command = [sys.executable, "-m", "fmnist.monitor", run, str(tmp_path / "digits.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, cwd=ROOT)
+    assert done.returncode == 1, done.stderr
     for name, verdict, status in (("usual", "fine", 0), ("digits", "worry", 1), ("few", "too few", 2)):
-        command = [sys.executable, "-m", "fmnist.monitor", run, tmp_path / f"{name}.npy", "--json", tmp_path / "m.json"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, cwd=ROOT)
-        assert done.returncode == status, done.stderr
-        assert done.stdout.startswith(f"{verdict}: ") and done.stdout.count("\n") == 1
-        result = json.loads((tmp_path / "m.json").read_text())
-        assert result["verdict"] == verdict and result["line"] == done.stdout.strip()
+        batch, path = str(tmp_path / f"{name}.npy"), tmp_path / "m.json"
+        monkeypatch.setattr(sys, "argv", ["monitor", run, batch, "--json", str(path)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        said = capsys.readouterr().out
+        assert exit_.value.code == status and said.startswith(f"{verdict}: ") and said.count("\n") == 1
+        result = json.loads(path.read_text())
+        assert result["verdict"] == verdict and result["line"] == said.strip()
         if verdict == "too few":
             assert "at least 5" in result["line"]
         else:
             assert any(signal["alarm"] for signal in result["signals"].values()) == (verdict == "worry")
-    done = subprocess.run(
-        [*command[:3], run, tmp_path / "absent"], capture_output=True, text=True, env=environment(), cwd=ROOT
-    )
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert verdict != "worry" or said.split(": ", 1)[1] == done.stdout.split(": ", 1)[1]
+    monkeypatch.setattr(sys, "argv", ["monitor", run, str(tmp_path / "absent")])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -15,7 +15,7 @@ from test_photos import drawn
 from fmnist.data.cutout import Cutout
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
 from fmnist.data.photos import Photo
-from fmnist.predict import CHUNK, Prediction, header, parse_args, predict_pictures, row
+from fmnist.predict import CHUNK, Prediction, header, main, parse_args, predict_pictures, row
 from fmnist.predictor import open_predictor
 from fmnist.unlike import open_reference
 
@@ -27,7 +27,7 @@ def predict(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return learned_run(tmp_path_factory.mktemp("predict"))
+    return learned_run(tmp_path_factory)
 
 
 def test_a_folder_with_good_and_bad_files(run_directory: Path, tmp_path: Path) -> None:
@@ -65,12 +65,18 @@ def test_a_folder_with_good_and_bad_files(run_directory: Path, tmp_path: Path) -
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["predictions.csv", "predictions.png"]
 
 
-def test_exit_status_and_one_line_errors(run_directory: Path, tmp_path: Path) -> None:
+def test_exit_status_and_one_line_errors(
+    run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jpg").write_bytes(b"nothing")
-    done = predict(run_directory, "bad.jpg", cwd=tmp_path)
-    assert done.returncode == 1 and "0 pictures predicted" in done.stdout
-    done = predict(tmp_path, "bad.jpg", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "not a run directory" in done.stderr
+    for run, output, status in ((run_directory, "out", 1), (tmp_path, "out", 2), (run_directory, "bad.jpg", 2)):
+        monkeypatch.setattr(sys, "argv", ["predict", str(run), "bad.jpg", "--output", output])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        said = capsys.readouterr()
+        assert exit_.value.code == status
+        assert "0 pictures predicted" in said.out if status == 1 else said.err.count("\n") == 1, said
     for wrong in (["--top", "11"], ["--sheet", "-1"], ["--invert", "perhaps"]):
         with pytest.raises(SystemExit) as exit_:
             parse_args(["run", "a.jpg", *wrong])

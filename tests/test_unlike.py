@@ -1,5 +1,6 @@
 """The flag is raised for its share of clothes, and for what is none; what is kept is used only if it is sound."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from fmnist.unlike import FILE, FLAGGED, Reference, open_reference
 
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
-    return open_predictor(learned_run(tmp_path_factory.mktemp("unlike")), "cpu")
+    copy = tmp_path_factory.mktemp("unlike") / "run"  # these tests damage what is kept in it
+    shutil.copytree(learned_run(tmp_path_factory), copy, ignore=shutil.ignore_patterns(FILE))
+    return open_predictor(copy, "cpu")
 
 
 @pytest.fixture(scope="module")
