@@ -1,0 +1,98 @@
+"""A contact sheet: each photo beside what the model sees, with the prediction."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+CELL, MARGIN, LINE = 112, 10, 16  # pixels; 112 is 4 times 28
+ORANGE, GREY, BLACK, BLUE = "#B84A00", "#666666", "#111111", "#0072B2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One cell of the sheet.
+
+    Attributes:
+        image: the photo, RGB; None where there is none to show.
+        box: left, top, right, bottom of the part that the model sees, in the photo's pixels.
+        view: uint8 [28, 28], what the model sees; None where there is none.
+        lines: (text, colour), below the pictures.
+    """
+
+    image: Image.Image | None
+    box: tuple[int, int, int, int] | None
+    view: NDArray[np.uint8] | None
+    lines: Sequence[tuple[str, str]]
+
+
+def draw_sheet(entries: Sequence[Entry], title: str, columns: int = 5) -> bytes:
+    """Draw the entries in rows.
+
+    Args:
+        entries: at least one.
+        title: heading.
+        columns: cells in a row.
+
+    Returns:
+        A PNG.
+    """
+    # DejaVu Sans comes with matplotlib and has most scripts that a file name is written in.
+    fonts = os.path.join(matplotlib.get_data_path(), "fonts", "ttf")
+    font = ImageFont.truetype(os.path.join(fonts, "DejaVuSans.ttf"), 12)
+    bold = ImageFont.truetype(os.path.join(fonts, "DejaVuSans-Bold.ttf"), 15)
+    columns = min(columns, len(entries))
+    num_lines = max(len(entry.lines) for entry in entries)
+    width, height = 2 * CELL + 4 + 2 * MARGIN, CELL + num_lines * LINE + 2 * MARGIN
+    head = 2 * MARGIN + 18
+    rows = -(-len(entries) // columns)
+    sheet = Image.new("RGB", (max(columns * width, 420), head + rows * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN), _shorten(title, bold, sheet.width - 2 * MARGIN), BLACK, bold)
+    for position, entry in enumerate(entries):
+        left, top = position % columns * width + MARGIN, head + position // columns * height
+        _draw_photo(sheet, draw, entry, left, top)
+        for number, (text, colour) in enumerate(entry.lines):
+            y = top + CELL + 4 + number * LINE
+            draw.text((left, y), _shorten(text, font, 2 * CELL + 4), colour, font)
+    buffer = io.BytesIO()
+    # A palette: a third of the bytes, and the noise of photos is not what a sheet is for.
+    sheet.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _draw_photo(sheet: Image.Image, draw: ImageDraw.ImageDraw, entry: Entry, left: int, top: int) -> None:
+    frame = (left, top, left + CELL - 1, top + CELL - 1)
+    draw.rectangle(frame, "#F0F0F0")
+    if entry.image is not None:
+        photo = entry.image.copy()
+        photo.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
+        x, y = left + (CELL - photo.width) // 2, top + (CELL - photo.height) // 2
+        sheet.paste(photo, (x, y))
+        if entry.box is not None:
+            scale = photo.width / entry.image.width
+            a, b, c, d = (round(edge * scale) for edge in entry.box)
+            draw.rectangle((x + a, y + b, max(x + c - 1, x + a), max(y + d - 1, y + b)), outline=BLUE)
+    else:
+        draw.line((left, top, left + CELL - 1, top + CELL - 1), "#C0C0C0")
+        draw.line((left, top + CELL - 1, left + CELL - 1, top), "#C0C0C0")
+    if entry.view is not None:
+        view = Image.fromarray(entry.view).resize((CELL, CELL), Image.Resampling.NEAREST)
+        sheet.paste(view.convert("RGB"), (left + CELL + 4, top))
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Cut a text to a width; a control character, which would break the line, shows as a question mark."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."

@@ -1,0 +1,154 @@
+"""The monitor raises false alarms at its stated rate, and alarms for batches that differ."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, environment
+from pictures import digits, learned_run
+from PIL import Image
+
+from fmnist.data.fashion_mnist import load_split
+from fmnist.drift import BatchSums, describe, judge
+from fmnist.monitor import main, parse_args, read_batch
+from fmnist.predictor import Predictor, open_predictor
+from fmnist.unlike import Reference, open_reference
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    return open_predictor(learned_run(tmp_path_factory), "cpu")
+
+
+@pytest.fixture(scope="module")
+def reference(predictor: Predictor) -> Reference:
+    return open_reference(predictor)
+
+
+@pytest.fixture(scope="module")
+def seen(predictor: Predictor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits, features and labels of the first 5,000 test images."""
+    images, labels = load_split("test", None, 2000)
+    return (*predictor(images[:5000]), labels[:5000])
+
+
+def alarms(reference: Reference, logits: torch.Tensor, features: torch.Tensor, rate: float) -> bool:
+    batch = BatchSums(reference)
+    batch.add(logits, features)
+    return bool(judge(batch, rate).alarms.any())
+
+
+def test_false_alarms_come_at_the_stated_rate(
+    reference: Reference, seen: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, features, _ = seen
+    kept: dict[int, object] = {}
+    import fmnist.drift
+
+    draw = fmnist.drift._resampled_means
+
+    def once(rng: np.random.Generator, rows: np.ndarray, size: int) -> object:
+        # The draws depend on the size alone (the seed is fixed), so a hundred batches of a size can share them.
+        if size not in kept:
+            kept[size] = draw(rng, rows, size)
+        return kept[size]
+
+    monkeypatch.setattr(fmnist.drift, "_resampled_means", once)
+    generator = torch.Generator().manual_seed(0)
+    raised = 0
+    for _ in range(100):
+        chosen = torch.randint(0, len(logits), (60,), generator=generator)
+        raised += alarms(reference, logits[chosen], features[chosen], 0.05)
+    # 5 of 100 are expected; 13 and more come with a probability of 0.1 %.
+    assert 0 <= raised <= 12, raised
+
+
+def test_digits_and_a_single_class_are_alarms(
+    predictor: Predictor, reference: Reference, seen: tuple[torch.Tensor, ...]
+) -> None:
+    logits, features, labels = seen
+    assert alarms(reference, *predictor(digits()[:40]), 0.01)
+    one = labels == 7
+    assert alarms(reference, logits[one][:40], features[one][:40], 0.01)
+    mixed = torch.cat([features[:30], predictor(digits()[:30])[1]])  # half of them
+    assert alarms(reference, torch.cat([logits[:30], predictor(digits()[:30])[0]]), mixed, 0.01)
+
+
+def test_sums_do_not_depend_on_the_parts(reference: Reference, seen: tuple[torch.Tensor, ...]) -> None:
+    logits, features, _ = seen
+    whole, parts = BatchSums(reference), BatchSums(reference)
+    whole.add(logits[:90], features[:90])
+    for start in range(0, 90, 40):
+        parts.add(logits[start : min(start + 40, 90)], features[start : min(start + 40, 90)])
+    assert parts.num_images == 90 and np.allclose(whole.mean, parts.mean, atol=1e-12)
+    assert np.allclose(whole.mean, describe(reference, logits[:90], features[:90]).mean(0).numpy())
+    assert whole.mean[:10].sum() == pytest.approx(1)
+
+
+def test_batches_are_read_from_arrays_and_folders(tmp_path: Path) -> None:
+    images = load_split("test", None, 2000)[0][:300]
+    np.save(tmp_path / "a.npy", images.numpy())
+    np.savez(tmp_path / "b.npz", images=images.numpy(), labels=np.zeros(300))
+    header = bytes((0, 0, 8, 3)) + b"".join(n.to_bytes(4, "big") for n in images.shape)
+    (tmp_path / "c-idx3-ubyte").write_bytes(header + images.numpy().tobytes())
+    for name in ("a.npy", "b.npz", "c-idx3-ubyte"):
+        parts = list(read_batch(tmp_path / name))
+        assert (
+            torch.equal(torch.cat([part for part, _ in parts]), images) and max(len(part) for part, _ in parts) <= 256
+        )
+    (tmp_path / "folder").mkdir()
+    for index in range(3):
+        Image.fromarray(images[index].numpy()).save(tmp_path / "folder" / f"{index}.png")
+    (tmp_path / "folder" / "bad.png").write_bytes(b"")
+    (part, errors) = next(read_batch(tmp_path / "folder"))
+    assert torch.equal(part, images[:3]) and errors == 1
+
+
+def test_bad_batches_are_one_line(tmp_path: Path) -> None:
+    np.save(tmp_path / "float.npy", np.zeros((3, 28, 28)))
+    np.save(tmp_path / "shape.npy", np.zeros((3, 28), dtype=np.uint8))
+    np.save(tmp_path / "pickle.npy", np.array([{}], dtype=object), allow_pickle=True)
+    (tmp_path / "short.npz").write_bytes(b"PK")
+    np.savez(tmp_path / "two.npz", a=np.zeros(1), b=np.zeros(1))
+    (tmp_path / "text").write_text("hello there, no images here")
+    for name in ("float.npy", "shape.npy", "pickle.npy", "short.npz", "two.npz", "text", "absent"):
+        with pytest.raises(ValueError, match=name) as error:
+            list(read_batch(tmp_path / name))
+        assert "\n" not in str(error.value)
+    with pytest.raises(SystemExit):
+        parse_args(["run", "batch", "--false_alarms", "0.0001"])
+
+
+def test_the_command_says_it_in_a_line_a_json_and_a_status(
+    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = load_split("test", None, 2000)[0][:400]
+    np.save(tmp_path / "usual.npy", images.numpy())
+    np.save(tmp_path / "digits.npy", digits()[:50].numpy())
+    np.save(tmp_path / "few.npy", images[:4].numpy())
+    run = str(predictor.trained.directory)
+    command = [sys.executable, "-m", "fmnist.monitor", run, str(tmp_path / "digits.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, cwd=ROOT)
+    assert done.returncode == 1, done.stderr
+    for name, verdict, status in (("usual", "fine", 0), ("digits", "worry", 1), ("few", "too few", 2)):
+        batch, path = str(tmp_path / f"{name}.npy"), tmp_path / "m.json"
+        monkeypatch.setattr(sys, "argv", ["monitor", run, batch, "--json", str(path)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        said = capsys.readouterr().out
+        assert exit_.value.code == status and said.startswith(f"{verdict}: ") and said.count("\n") == 1
+        result = json.loads(path.read_text())
+        assert result["verdict"] == verdict and result["line"] == said.strip()
+        if verdict == "too few":
+            assert "at least 5" in result["line"]
+        else:
+            assert any(signal["alarm"] for signal in result["signals"].values()) == (verdict == "worry")
+        assert verdict != "worry" or said.split(": ", 1)[1] == done.stdout.split(": ", 1)[1]
+    monkeypatch.setattr(sys, "argv", ["monitor", run, str(tmp_path / "absent")])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,108 @@
+"""The command as a user runs it: pictures and bad files in, a CSV and a sheet out, an exit status."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import environment
+from pictures import learned_run
+from PIL import Image
+from test_photos import drawn
+
+from fmnist.data.cutout import Cutout
+from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
+from fmnist.data.photos import Photo
+from fmnist.predict import CHUNK, Prediction, header, main, parse_args, predict_pictures, row
+from fmnist.predictor import open_predictor
+from fmnist.unlike import open_reference
+
+
+def predict(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fmnist.predict", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return learned_run(tmp_path_factory)
+
+
+def test_a_folder_with_good_and_bad_files(run_directory: Path, tmp_path: Path) -> None:
+    images = load_split("test", None, 2000)[0][:12]
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index, image in enumerate(images.numpy()):
+        drawn(image).save(photos / f"{index:02}.{('jpg', 'png', 'webp')[index % 3]}", quality=90)
+    Image.fromarray(images[0].numpy()).save(tmp_path / "=1+1.png")  # what a spreadsheet would run
+    (photos / "12.jpg").write_bytes(b"")
+    (photos / "13.png").write_bytes((photos / "01.png").read_bytes()[:2000])
+    (tmp_path / "nothing").mkdir()
+    done = predict(run_directory, "photos", "=1+1.png", "nothing", "no*.jpg", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "13 pictures predicted" in done.stdout and "4 errors" in done.stdout
+
+    with (tmp_path / "out" / "predictions.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert list(rows[0]) == header(3) and len(rows) == 12 + 2 + 1 + 2
+    good = [line for line in rows if not line["error"]]
+    expected = open_predictor(run_directory, "cpu")(images)[0].argmax(1)
+    names = [CLASS_NAMES[label] for label in expected]
+    agree = sum(line["prediction"] == name for line, name in zip(good, names, strict=False))
+    assert agree >= 10, agree  # of 12 drawn at 600 px with noise: as the pictures they were drawn from
+    for line in good:
+        chances = [float(line[f"p{place}"]) for place in (1, 2, 3)]
+        assert line["top1"] == line["prediction"] and float(line["confidence"]) == chances[0]
+        assert chances == sorted(chances, reverse=True) and sum(chances) <= 1.00001
+        assert line["unlike"] in ("yes", "no") and float(line["score"]) >= -1e-6 and line["cropped"] in ("yes", "no")
+    errors = {line["file"]: line["error"] for line in rows if line["error"]}
+    assert set(errors) == {"photos/12.jpg", "photos/13.png", "nothing", "no*.jpg"}
+    assert rows[14]["file"] == "./=1+1.png"
+    with Image.open(tmp_path / "out" / "predictions.png") as sheet:
+        assert sheet.format == "PNG" and sheet.width > 1000
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["predictions.csv", "predictions.png"]
+
+
+def test_exit_status_and_one_line_errors(
+    run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jpg").write_bytes(b"nothing")
+    for run, output, status in ((run_directory, "out", 1), (tmp_path, "out", 2), (run_directory, "bad.jpg", 2)):
+        monkeypatch.setattr(sys, "argv", ["predict", str(run), "bad.jpg", "--output", output])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        said = capsys.readouterr()
+        assert exit_.value.code == status
+        assert "0 pictures predicted" in said.out if status == 1 else said.err.count("\n") == 1, said
+    for wrong in (["--top", "11"], ["--sheet", "-1"], ["--invert", "perhaps"]):
+        with pytest.raises(SystemExit) as exit_:
+            parse_args(["run", "a.jpg", *wrong])
+        assert exit_.value.code == 2
+
+
+def test_pictures_are_held_a_chunk_at_a_time(run_directory: Path, tmp_path: Path) -> None:
+    predictor = open_predictor(run_directory, "cpu")
+    Image.fromarray(load_split("test", None, 2000)[0][0].numpy()).save(tmp_path / "a.png")
+    taken = 0
+
+    def endless():  # type: ignore[no-untyped-def]
+        nonlocal taken
+        while True:
+            taken += 1
+            yield str(tmp_path / "a.png"), ""
+
+    items = predict_pictures(predictor, open_reference(predictor), endless(), parse_args(["run", "a.png"]))
+    first = next(items)
+    assert taken == CHUNK and len(first.top) == 3
+
+
+def test_a_row_has_a_cell_for_every_column() -> None:
+    top = tuple((name, 0.1) for name in CLASS_NAMES)
+    cutout = Cutout(view=np.zeros((28, 28), dtype=np.uint8), box=None, inverted=False)
+    for count in (1, 3, 10):
+        good = Prediction(photo=Photo(name="a", cutout=cutout), top=top[:count])
+        bad = Prediction(photo=Photo(name="b", error="an empty file"))
+        assert len(row(good, count)) == len(row(bad, count)) == len(header(count))
