@@ -62,9 +62,8 @@ class Predictor:
 
 def classifier(model: nn.Module) -> nn.Linear:
     """Return the layer that makes the logits."""
-    layer: object = model.head
-    if callable(get_classifier := getattr(model, "get_classifier", None)):  # timm's name for it
-        layer = get_classifier()
+    get_classifier = getattr(model, "get_classifier", None)  # timm's, whose models call the layer head, fc, ...
+    layer: object = get_classifier() if callable(get_classifier) else model.head
     if not isinstance(layer, nn.Linear):
         raise ValueError(f"the classifier of {type(model).__name__} is a {type(layer).__name__}, not a linear layer")
     return layer
