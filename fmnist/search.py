@@ -158,8 +158,8 @@ def make_evaluation(args: argparse.Namespace) -> None:
 COMMANDS = {"index": make_index, "query": make_query, "evaluate": make_evaluation}
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     log_to_console()
     with one_line_errors(PROGRAM):
         COMMANDS[args.command](args)

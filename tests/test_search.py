@@ -2,31 +2,37 @@
 
 import csv
 import json
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SMALL_RUN, environment, train
 from PIL import Image
+from small import NUM_TEST, NUM_TRAIN, VAL_SIZE, command, untrained, write_small_data
 
 from fmnist.catalogue import Catalogue, load_catalogue, save_catalogue
+from fmnist.config import ModelConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
 from fmnist.data.pictures import prepare_photo
 from fmnist.retrieval import Neighbours, precision_at_k, summarize_precision
+from fmnist.search import main as search_main
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FMNIST_DATA", str(write_small_data(tmp_path_factory.mktemp("data"))))
+        yield
 
 
 @pytest.fixture(scope="module")
 def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("search")
-    (folder / "small.yaml").write_text(SMALL_RUN)
-    train("--config", folder / "small.yaml", "--output_dir", folder / "run")
-    return folder / "run"
+    return untrained(folder / "run", ModelConfig(name="cnn", options={"widths": [8, 16, 32]}), 28)
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +41,8 @@ def index(run_directory: Path) -> Path:
     return run_directory / "search" / "index.npz"
 
 
-def search(*args: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fmnist.search", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=200)
-    assert done.returncode == status, done.stderr[-3000:]
-    if status == 2:
-        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    return done
+def search(*args: object, status: int = 0) -> str:
+    return command(search_main, *args, status=status)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -49,7 +50,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-6], ids=["apart", "close", "closer than float32 tells"])
+@pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-4], ids=["apart", "close", "closer than float32 tells"])
 def test_neighbours_are_those_of_float64_over_all_items(spread: float) -> None:
     generator = torch.Generator().manual_seed(0)
     items = torch.ones(3000, 64, dtype=torch.float64) + spread * torch.randn(
@@ -111,20 +112,20 @@ def test_index_holds_unit_float16_features_and_no_pickle(run_directory: Path, in
             **{"names": "|u1", "about": "|u1"},
         }
     catalogue = load_catalogue(index)
-    images, labels = load_split("val", None, 1000)
+    images, labels = load_split("val", None, VAL_SIZE)
     assert torch.equal(catalogue.images, images) and torch.equal(catalogue.labels.long(), labels)
-    assert catalogue.features.shape == (1000, 32)  # the small CNN's last width
-    assert torch.allclose(catalogue.features.float().norm(dim=1), torch.ones(1000), atol=2e-3)
+    assert catalogue.features.shape == (VAL_SIZE, 32)  # the small CNN's last width
+    assert torch.allclose(catalogue.features.float().norm(dim=1), torch.ones(VAL_SIZE), atol=2e-3)
     assert catalogue.names[17] == "val:17" and catalogue.run == "run" and catalogue.source == "val"
 
 
 def test_query_by_split_and_by_file(run_directory: Path, index: Path, tmp_path: Path) -> None:
-    image = load_split("val", None, 1000)[0][17].numpy()
+    image = load_split("val", None, VAL_SIZE)[0][17].numpy()
     Image.fromarray(image).save(tmp_path / "$odd_{name}.png")  # matplotlib would take it for a formula
     out = tmp_path / "sheet.png"
     query = ("val:17", "test:3", tmp_path / "$odd_{name}.png")
     done = search("query", run_directory, *query, "--k", 12, "--output", out)
-    assert "ms a query" in done.stdout
+    assert "ms a query" in done
     with Image.open(out) as sheet:
         assert sheet.format == "PNG" and sheet.width > 1000
     rows = rows_of(out.with_suffix(".csv"))
@@ -132,21 +133,21 @@ def test_query_by_split_and_by_file(run_directory: Path, index: Path, tmp_path: 
     assert "val:17" not in [row["item"] for row in rows[:12]]  # the query itself does not count
     # As a file it is another picture, whose nearest is the one it was made from.
     assert rows[24]["item"] == "val:17" and float(rows[24]["similarity"]) == pytest.approx(1, abs=1e-3)
-    labels = load_split("val", None, 1000)[1]
+    labels = load_split("val", None, VAL_SIZE)[1]
     assert all(row["class"] == CLASS_NAMES[labels[int(row["item"][4:])]] for row in rows)
     similarities = [float(row["similarity"]) for row in rows[:12]]
     assert similarities == sorted(similarities, reverse=True)
 
 
 def test_folder_index_leaves_bad_files_out(run_directory: Path, tmp_path: Path) -> None:
-    images, _ = load_split("test", None, 1000)
+    images, _ = load_split("test", None, VAL_SIZE)
     (tmp_path / "shop" / "below").mkdir(parents=True)
     for i in range(4):
         Image.fromarray(images[i].numpy()).save(tmp_path / "shop" / "below" / f"{i}.png")
     (tmp_path / "shop" / "broken.jpg").write_bytes(b"<html>")
     index = tmp_path / "shop.npz"
     done = search("index", run_directory, "--folder", tmp_path / "shop", "--output", index)
-    assert "left out" in done.stderr and "broken.jpg" in done.stderr
+    assert "left out" in done and "broken.jpg" in done
     catalogue = load_catalogue(index)
     assert catalogue.names == [f"below/{i}.png" for i in range(4)] and catalogue.labels.tolist() == [-1] * 4
     assert torch.equal(catalogue.images, images[:4])
@@ -160,26 +161,27 @@ def test_evaluate_prints_a_table_and_writes_json(run_directory: Path, index: Pat
     out = tmp_path / "precision.json"
     done = search("evaluate", run_directory, "--k", 3, "--output", out)
     result = json.loads(out.read_text())
-    assert (result["k"], result["num_queries"], result["num_items"]) == (3, 10_000, 59_000)
-    assert f"{100 * result['features']['mean']:.2f} %" in done.stdout
+    assert (result["k"], result["num_queries"], result["num_items"]) == (3, NUM_TEST, NUM_TRAIN - VAL_SIZE)
+    assert f"{100 * result['features']['mean']:.2f} %" in done
     for space in ("features", "pixels"):
         per_class = result[space]["per_class"]
         assert list(per_class) == list(CLASS_NAMES)
-        # A thousand test images of each class: the mean of the classes is the mean of the queries.
-        assert sum(per_class.values()) / 10 == pytest.approx(result[space]["mean"])
+        shares = load_split("test", None, VAL_SIZE)[1].bincount() / NUM_TEST
+        weighted = sum(share * per_class[name] for share, name in zip(shares, CLASS_NAMES, strict=True))
+        assert weighted == pytest.approx(result[space]["mean"])
     assert result["pixels"]["mean"] > 0.7
 
 
 def test_an_index_of_other_weights_is_refused(run_directory: Path, index: Path, tmp_path: Path) -> None:
-    checkpoint = sorted((run_directory / "checkpoints").glob("step_*"))[-2]
-    done = search("query", index, "test:0", "--run", checkpoint, status=2)
-    assert "was made by other weights (run, sha256" in done.stderr
+    other = untrained(tmp_path / "other", ModelConfig(name="mlp", options={"width": 32}), 28)
+    done = search("query", index, "test:0", "--run", other, status=2)
+    assert "was made by other weights (run, sha256" in done
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("query", "INDEX", "test:10000"), "test has images 0 to 9999"),
+        (("query", "INDEX", "test:1100"), "test has images 0 to 1099"),
         (("query", "INDEX", "nothing.png"), "not a picture that can be read"),
         (("query", "nothing.npz", "test:0"), "there is no index"),
         (("query", "PICKLE", "test:0"), "is not an index of this version"),
@@ -193,7 +195,7 @@ def test_an_index_of_other_weights_is_refused(run_directory: Path, index: Path, 
 def test_mistakes_are_one_line(args: tuple[str, ...], message: str, index: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "pickle.npz", features=np.array([{"a": 1}], dtype=object))
     known = {"INDEX": index, "RUN": index.parent.parent, "PICKLE": tmp_path / "pickle.npz"}
-    assert message in search(*(known.get(arg, arg) for arg in args), status=2).stderr
+    assert message in search(*(known.get(arg, arg) for arg in args), status=2)
 
 
 def test_a_damaged_index_is_refused(index: Path, tmp_path: Path) -> None:
