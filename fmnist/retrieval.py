@@ -68,8 +68,9 @@ class Neighbours:
         count = min(count + 1, len(self))  # one more: the query itself may be among them
         scores, positions = (F.normalize(queries.to(self.unit).float(), dim=1) @ self.unit.T).topk(count, dim=1)
         lowest, positions = scores[:, -1].cpu().double(), positions.cpu().sort(dim=1).values
-        exact_queries = F.normalize(queries.double(), dim=1)
-        exact = torch.einsum("qd,qcd->qc", exact_queries, F.normalize(self.features[positions].double(), dim=2))
+        candidates = F.normalize(self.features[positions].double(), dim=2)
+        # A sum, not a matrix product, whose blocks may give equal items cosines that differ in the last bit.
+        exact = (F.normalize(queries.double(), dim=1)[:, None] * candidates).sum(2)
         exact[positions == exclude[:, None]] = -torch.inf
         exact, order = exact.sort(dim=1, descending=True, stable=True)
         exact, positions = exact[:, :k], positions.gather(1, order)[:, :k]

@@ -10,7 +10,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from fmnist.catalogue import sha256_of
@@ -60,7 +60,7 @@ def write_hub(reference: Reference, folder: Path) -> str:
 
 def _write(predictor: Predictor, measured: Measured, folder: Path, ours: bool) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in predictor.model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     config = _own_config(predictor) if ours else _timm_config(predictor)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "config.yaml").write_text(_portable_config(predictor.trained), encoding="utf-8")
@@ -119,7 +119,7 @@ def _timm_config(predictor: Predictor) -> dict[str, Any]:
             "pool_size": None,  # that of timm's own weights is for their image size
             "first_conv": known.get("first_conv"),
             "classifier": known.get("classifier"),
-            "license": known.get("license"),
+            "license": known.get("license") if cfg.pretrained or cfg.weights else "mit",
             "notes": [f"weights sha256 {sha256_of(predictor.trained.weights)}"],
         },
     }

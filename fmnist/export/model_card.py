@@ -110,7 +110,10 @@ def model_card(predictor: Predictor, measured: Measured, *, ours: bool) -> str:
         "metrics": ["accuracy"],
     }
     low, high = (100 * bound for bound in metrics["top1_interval"])
-    averaging = ", each image averaged with its mirror" if measured.flip else ""
+    averaging = ", each image averaged with its mirror (the code below does not)" if measured.flip else ""
+    chosen = "The best epoch was chosen on validation images held out of the 60,000; this is one run."
+    if trained.cfg.data.val_size == 0:
+        chosen = "There were no validation images: these are the weights of the last step. This is one run."
     accuracy = f"accuracy **{100 * metrics['top1']:.2f} %** (95 % interval {low:.2f} to {high:.2f})"
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
@@ -119,8 +122,7 @@ def model_card(predictor: Predictor, measured: Measured, *, ours: bool) -> str:
         f"{predictor.size} px.",
         "## Measured",
         f"On {metrics['num_images']:,} test images{averaging}: {accuracy}, loss {metrics['loss']:.4f}, expected "
-        f"calibration error {metrics['ece']:.4f} (15 bins). The best epoch was chosen on validation images held out of "
-        "the 60,000; this is one run.",
+        f"calibration error {metrics['ece']:.4f} (15 bins). {chosen}",
         _class_table(metrics),
         "## Use",
         _own_snippet() if ours else _timm_snippet(predictor),

@@ -102,7 +102,16 @@ def _trace(reference: Reference) -> Any:
                 verbose=False,
             )
         assert program is not None  # only the older exporter gives none
-        return program.model_proto
+        proto = program.model_proto
+        for entry in (
+            *proto.graph.node,
+            *proto.graph.value_info,
+            *proto.graph.initializer,
+            proto.graph,
+            *proto.functions,
+        ):
+            del entry.metadata_props[:]  # stack traces, with the paths of this machine
+        return proto
     except Exception as error:  # the exporter raises what it meets; the user's way on is the same
         name = reference.predictor.trained.cfg.model.name
         raise ValueError(f"torch cannot export {name} to ONNX: {str(error).strip().splitlines()[0]}") from error
