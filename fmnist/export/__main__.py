@@ -1,0 +1,46 @@
+"""Write a trained run for other programs, checked against the run on real test images.
+
+python -m fmnist.export runs/cnn --to onnx       runs/cnn/export/model.onnx: uint8 pictures in, logits and
+                                                 probabilities out; resize and normalisation are in the graph
+python -m fmnist.export runs/cnn --to hub        runs/cnn/export/hub: config.json, weights, model card; for a timm
+                                                 model, timm.create_model("local-dir:FOLDER", pretrained=True) opens it
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from fmnist.console import log_to_console, one_line_errors
+from fmnist.export.hub import write_hub
+from fmnist.export.onnx import write_onnx
+from fmnist.export.reference import open_reference
+
+PROGRAM = "python -m fmnist.export"
+WRITERS: dict[str, tuple[Callable[..., str], str]] = {
+    "onnx": (write_onnx, "model.onnx"),
+    "hub": (write_hub, "hub"),
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")
+    parser.add_argument("--to", choices=sorted(WRITERS), required=True, help="what to write")
+    parser.add_argument("--output", type=Path, metavar="PATH", help="default: export/model.onnx, export/hub in the run")
+    parser.add_argument("--data.root", dest="root", help="folder with the IDX files (default: the run's)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    log_to_console()
+    write, name = WRITERS[args.to]
+    with one_line_errors(PROGRAM):
+        reference = open_reference(args.run, args.root)
+        print(write(reference, args.output or args.run / "export" / name))
+
+
+if __name__ == "__main__":
+    main()

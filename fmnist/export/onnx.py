@@ -1,0 +1,156 @@
+"""A run as one ONNX graph: uint8 pictures in, logits and probabilities out."""
+
+import importlib.util
+import json
+import logging
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fmnist.catalogue import sha256_of
+from fmnist.data.fashion_mnist import CLASS_NAMES
+from fmnist.export.reference import Reference
+from fmnist.predictor import Predictor
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+LARGEST_DIFFERENCE = 1e-4  # of any logit or probability
+OPSET = 18
+
+
+class Deployed(nn.Module):
+    """Resize, normalise and classify: the run as evaluation uses it, in one module.
+
+    Args:
+        predictor: the run, in float32.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        super().__init__()
+        self.model, self.augment, self.size = predictor.model, predictor.augment, predictor.size
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and probabilities, float32 [B, num_classes], of images uint8 [B, H, W]."""
+        logits = self.model(self.augment.evaluation(images, self.size))
+        return logits, logits.softmax(-1)
+
+
+def write_onnx(reference: Reference, path: Path) -> str:
+    """Write the graph where it agrees with torch, else leave no file; return what was seen, for people.
+
+    Args:
+        reference: the run and its answers.
+        path: the .onnx file.
+
+    Raises:
+        ValueError: one line: a package is missing, torch cannot export the model, or the graph gives other numbers.
+    """
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ValueError(
+            f"export to ONNX needs {', '.join(missing)}: pip install -r requirements-export.txt -c constraints.txt"
+        )
+    import onnx
+
+    trained = reference.predictor.trained
+    proto = _trace(reference)
+    about = {
+        "class_names": json.dumps(CLASS_NAMES),
+        "run": trained.name,
+        "model": trained.cfg.model.name,
+        "weights_sha256": sha256_of(trained.weights),
+        "image_size": str(reference.predictor.size),
+    }
+    onnx.helper.set_model_props(proto, about)
+    onnx.checker.check_model(proto)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        onnx.save(proto, part)
+        seen = check(part, reference)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return (
+        f"{path}: {path.stat().st_size / 1e6:.2f} MB; on {len(reference.images):,} test images the largest difference "
+        f"from torch is {seen['logits']:.1e} in logits, {seen['probabilities']:.1e} in probabilities; "
+        f"onnxruntime {seen['images_per_second']:,.0f} images/s on this CPU"
+    )
+
+
+def _trace(reference: Reference) -> Any:
+    """Export with torch.export, the batch dimension free."""
+    deployed = Deployed(reference.predictor).eval()
+    noisy = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in noisy]
+    try:
+        for logger in noisy:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporter's own future
+            program = torch.onnx.export(
+                deployed,
+                (reference.images[:2],),  # two: a batch of one would be taken for a constant
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                input_names=["images"],
+                output_names=["logits", "probabilities"],
+                opset_version=OPSET,
+                verbose=False,
+            )
+        assert program is not None  # only the older exporter gives none
+        proto = program.model_proto
+        for entry in (
+            *proto.graph.node,
+            *proto.graph.value_info,
+            *proto.graph.initializer,
+            proto.graph,
+            *proto.functions,
+        ):
+            del entry.metadata_props[:]  # stack traces, with the paths of this machine
+        return proto
+    except Exception as error:  # the exporter raises what it meets; the user's way on is the same
+        name = reference.predictor.trained.cfg.model.name
+        raise ValueError(f"torch cannot export {name} to ONNX: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        for logger, level in zip(noisy, levels, strict=True):
+            logger.setLevel(level)
+
+
+def check(path: Path, reference: Reference, limit: float = LARGEST_DIFFERENCE) -> dict[str, float]:
+    """Run a graph in onnxruntime over the reference's images, in batches of several sizes.
+
+    Args:
+        path: the .onnx file.
+        reference: the run's images and logits.
+        limit: largest difference that passes.
+
+    Returns:
+        The largest difference of `logits` and of `probabilities`, and `images_per_second` of the largest batch.
+
+    Raises:
+        ValueError: one line, for a graph that cannot be run, or a difference that is not under the limit.
+    """
+    import onnxruntime
+
+    count = len(reference.images)
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        parts = [session.run(None, {"images": part.numpy()}) for part in reference.images.split([1, 7, count - 8])]
+        start = time.perf_counter()
+        session.run(None, {"images": reference.images[8:].numpy()})
+        seconds = time.perf_counter() - start
+    except Exception as error:  # onnxruntime's exceptions share no type of their own
+        raise ValueError(f"onnxruntime cannot run the graph: {str(error).strip().splitlines()[0]}") from error
+    logits, probabilities = (torch.cat([torch.from_numpy(part[i]) for part in parts]) for i in (0, 1))
+    pairs = {"logits": (logits, reference.logits), "probabilities": (probabilities, reference.logits.softmax(-1))}
+    differences = {name: float((got - wanted).abs().max()) for name, (got, wanted) in pairs.items()}
+    for name, difference in differences.items():
+        if not difference < limit:  # a NaN does not pass
+            raise ValueError(
+                f"the ONNX graph's {name} differ from torch's by {difference:.1e}; the limit is {limit:.0e}"
+            )
+    return differences | {"images_per_second": (count - 8) / seconds}

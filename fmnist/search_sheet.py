@@ -1,0 +1,124 @@
+"""What a search found, for people: a sheet of pictures and a CSV."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from fmnist.catalogue import UNKNOWN, Catalogue
+from fmnist.data.fashion_mnist import CLASS_NAMES
+from fmnist.figures import BLUE, GREEN, ORANGE, write_file
+
+COLUMNS = 10  # items of one line of the sheet; more go on below
+CELL_INCHES, CAPTION_INCHES, HEAD_INCHES = 0.98, 0.46, 0.62
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """A query and its nearest items.
+
+    Attributes:
+        query: `split:number` or the file's name.
+        image: uint8 [H, W], what the model was given.
+        label: the query's class, or UNKNOWN.
+        prediction: the class the model sees.
+        positions: int64 [k], items of the catalogue, nearest first.
+        similarities: float64 [k], their cosines.
+    """
+
+    query: str
+    image: Tensor
+    label: int
+    prediction: int
+    positions: Tensor
+    similarities: Tensor
+
+
+def write_hits(hits: Sequence[Hit], catalogue: Catalogue, path: Path) -> None:
+    """Write one CSV line per query and item: query, rank, item, class, predicted class, similarity.
+
+    Args:
+        hits: from one catalogue.
+        catalogue: names and classes of the items; an unknown class is an empty cell.
+        path: the CSV to write.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["query", "rank", "item", "class", "predicted", "similarity"])
+    for hit in hits:
+        pairs = zip(hit.positions.tolist(), hit.similarities.tolist(), strict=True)
+        for rank, (position, similarity) in enumerate(pairs, start=1):
+            label, prediction = int(catalogue.labels[position]), int(catalogue.predictions[position])
+            name = "" if label == UNKNOWN else CLASS_NAMES[label]
+            writer.writerow(
+                [hit.query, rank, catalogue.names[position], name, CLASS_NAMES[prediction], f"{similarity:.6f}"]
+            )
+    write_file(path, text.getvalue())
+
+
+def plot_hits(hits: Sequence[Hit], catalogue: Catalogue, path: Path) -> None:
+    """Draw each query, framed, then its nearest items with class and similarity.
+
+    Args:
+        hits: at least one, all with the same k.
+        catalogue: the items' pictures.
+        path: the PNG to write.
+    """
+    k = len(hits[0].positions)
+    columns, lines = min(k, COLUMNS), -(-k // COLUMNS)
+    width = (columns + 1.25) * CELL_INCHES
+    height = HEAD_INCHES + len(hits) * lines * (CELL_INCHES + CAPTION_INCHES)
+    figure = Figure(figsize=(max(width, 5.0), height))
+    head = f"Nearest of {len(catalogue):,} items ({_short(catalogue.source, 40)}) by the features of {catalogue.run}"
+    figure.text(0.01, 1 - 0.2 / height, head, va="top", fontsize=11, parse_math=False)
+
+    def cell(line: int, left: float) -> Axes:
+        # Inches from the top left, so that every picture has the same size whatever the count.
+        top = HEAD_INCHES + line * (CELL_INCHES + CAPTION_INCHES)
+        side = 0.9 * CELL_INCHES
+        place = (left / figure.get_figwidth(), 1 - (top + side) / height)
+        axes = figure.add_axes((*place, side / figure.get_figwidth(), side / height))
+        axes.set(xticks=[], yticks=[])
+        return axes
+
+    for row, hit in enumerate(hits):
+        known = hit.label != UNKNOWN
+        axes = cell(row * lines, 0.08)
+        caption = CLASS_NAMES[hit.label] if known else f"seen as {CLASS_NAMES[hit.prediction]}"
+        _draw(axes, hit.image, BLUE, 2.5, caption, _short(hit.query, 16), "bold")
+        for rank, (position, similarity) in enumerate(zip(hit.positions, hit.similarities, strict=True)):
+            axes = cell(row * lines + rank // COLUMNS, (rank % COLUMNS + 1.25) * CELL_INCHES)
+            label = int(catalogue.labels[position])
+            name = _short(catalogue.names[position], 16) if label == UNKNOWN else CLASS_NAMES[label]
+            color = "#666666"
+            if known and label != UNKNOWN:
+                color = GREEN if label == hit.label else ORANGE
+            _draw(axes, catalogue.images[position], color, 1.2, name, f"{similarity:.4f}", "normal")
+    write_file(path, figure)
+
+
+def _draw(axes: Axes, image: Tensor, color: str, width: float, first: str, second: str, weight: str) -> None:
+    axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    for spine in axes.spines.values():
+        spine.set(edgecolor=color, linewidth=width)
+    text: dict[str, Any] = {
+        "ha": "center",
+        "va": "top",
+        "transform": axes.transAxes,
+        "parse_math": False,
+        "color": "black",
+    }
+    axes.text(0.5, -0.06, first, fontsize=8, **(text | {"color": color, "weight": "bold"}))
+    axes.text(0.5, -0.22, second, fontsize=7.5, weight=weight, **text)
+
+
+def _short(name: str, length: int) -> str:
+    """The end of a long name, which tells files apart better than its start; nothing that breaks a line."""
+    shown = "".join(character if character.isprintable() else "?" for character in name)
+    return shown if len(shown) <= length else f"...{shown[3 - length :]}"

@@ -1,0 +1,67 @@
+"""Small things that several tests build: part of the real images, a run that was never trained, a command run here."""
+
+import io
+import logging
+import struct
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from fmnist.config import AugmentConfig, BatchConfig, Config, DataConfig, ModelConfig, to_yaml
+from fmnist.data.fashion_mnist import load
+from fmnist.models import build_model
+
+NUM_TRAIN, NUM_TEST, VAL_SIZE = 2000, 1100, 500
+
+
+def write_small_data(folder: Path) -> Path:
+    """Write the first images of train and test as a data folder, for $FMNIST_DATA."""
+    for split, prefix, count in (("train", "train", NUM_TRAIN), ("test", "t10k", NUM_TEST)):
+        images, labels = load(split)  # type: ignore[arg-type]
+        header = struct.pack(">IIII", 0x803, count, 28, 28)
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(header + images[:count].numpy().tobytes())
+        header = struct.pack(">II", 0x801, count)
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(header + labels[:count].byte().numpy().tobytes())
+    return folder
+
+
+def untrained(folder: Path, model: ModelConfig, size: int) -> Path:
+    """Make a run directory of a model as it was drawn, moved off its first symmetric state."""
+    cfg = Config(
+        data=DataConfig(val_size=VAL_SIZE),
+        batch=BatchConfig(global_batch_size=32),
+        model=model,
+        augment=AugmentConfig(size=size),
+        output_dir=str(folder),
+    )
+    torch.manual_seed(0)
+    built, _ = build_model(model, num_classes=10, image_size=size, load_weights=False)
+    with torch.no_grad():
+        for tensor in (*built.parameters(), *built.buffers()):
+            if tensor.is_floating_point():
+                tensor += 0.03 * torch.randn_like(tensor)  # norms, running statistics and zero-initialised heads too
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(cfg))
+    save_file({key: value.contiguous() for key, value in built.state_dict().items()}, folder / "model.safetensors")
+    return folder
+
+
+def command(main: Callable[[list[str]], None], *args: object, status: int = 0) -> str:
+    """Run a command in this process; return what it printed and, for a mistake, the one line on stderr."""
+    logger = logging.getLogger("fmnist")
+    handlers, propagate = list(logger.handlers), logger.propagate
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            main([str(arg) for arg in args])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            logger.handlers[:], logger.propagate = handlers, propagate
+    assert code == status, err.getvalue()
+    lines = [line for line in err.getvalue().splitlines() if "not the published Fashion-MNIST" not in line]
+    assert status == 0 or len(lines) == 1, err.getvalue()
+    return out.getvalue() + err.getvalue()

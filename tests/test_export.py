@@ -1,0 +1,224 @@
+"""What is exported gives the run's numbers, in the hands of programs that know nothing of this project."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+import yaml
+from conftest import ROOT
+from small import VAL_SIZE, command, untrained, write_small_data
+
+from fmnist.catalogue import sha256_of
+from fmnist.config import ModelConfig
+from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
+from fmnist.export.__main__ import main as export_main
+from fmnist.export.hub import write_hub
+from fmnist.export.model_card import escape
+from fmnist.export.onnx import check, write_onnx
+from fmnist.export.reference import Reference, open_reference
+from fmnist.predictor import open_predictor
+from fmnist.report import write_evaluation
+
+TINY_CONVNEXT = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "patch_size": 2, "conv_mlp": False}
+TINY_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FMNIST_DATA", str(write_small_data(tmp_path_factory.mktemp("data"))))
+        yield
+
+
+@pytest.fixture(scope="module")
+def cnn_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = ModelConfig(name="cnn", options={"widths": [8, 16, 32]}, channels_last=True)
+    return evaluated(untrained(tmp_path_factory.mktemp("export") / "run", model, 28))
+
+
+def evaluated(run: Path, flip: bool = False) -> Path:
+    """Give a run directory the evaluation on the test images that evaluate.py would."""
+    predictor = open_predictor(run, "cpu")
+    images, labels = load_split("test", None, VAL_SIZE)
+    logits, _ = predictor(images)
+    if flip:
+        logits = ((logits.softmax(-1) + predictor(images.flip(-1))[0].softmax(-1)) / 2).clamp(min=1e-30).log()
+    folder = run / "evaluation" / "test"
+    write_evaluation(folder, logits, labels, torch.arange(len(labels)), CLASS_NAMES, title="run")
+    return run
+
+
+def export(*args: object, status: int = 0) -> str:
+    return command(export_main, *args, status=status)
+
+
+MODELS = [
+    (ModelConfig(name="mlp", options={"width": 32}), 28),
+    (ModelConfig(name="convnext_atto", options=TINY_CONVNEXT), 32),
+    pytest.param(ModelConfig(name="tf_efficientnet_lite0", pretrained=True), 64, marks=pytest.mark.slow),
+    pytest.param(ModelConfig(name="convnext_atto", pretrained=True), 64, marks=pytest.mark.slow),
+    pytest.param(ModelConfig(name="vit_tiny_patch16_224", options=TINY_VIT), 64, marks=pytest.mark.slow),
+    pytest.param(ModelConfig(name="vit_tiny_patch16_224", pretrained=True), 224, marks=pytest.mark.slow),
+    pytest.param(ModelConfig(name="resnet18", pretrained=True), 64, marks=pytest.mark.slow),  # keeps three channels
+]
+
+
+@pytest.mark.parametrize(("model", "size"), MODELS, ids=lambda value: getattr(value, "name", None))
+def test_onnx_gives_the_logits_of_torch(model: ModelConfig, size: int, tmp_path: Path) -> None:
+    reference = few(open_reference(untrained(tmp_path / "run", model, size)), 1000 if size < 100 else 40)
+    assert f"{len(reference.images):,} test images" in write_onnx(reference, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    logits, probabilities = session.run(None, {"images": reference.images[:5].numpy()})
+    assert np.abs(logits - reference.logits[:5].numpy()).max() < 1e-4
+    assert np.abs(probabilities.sum(1) - 1).max() < 1e-5
+    assert reference.logits.std(dim=0).max() > 1e-3  # images are told apart: equal logits would say nothing
+
+
+def few(reference: Reference, count: int) -> Reference:
+    return replace(reference, images=reference.images[:count], logits=reference.logits[:count])
+
+
+def test_onnx_of_a_trained_cnn(cnn_run: Path) -> None:
+    assert "the largest difference from torch" in export(cnn_run, "--to", "onnx")
+    path = cnn_run / "export" / "model.onnx"
+    assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
+    proto = onnx.load(path)
+    onnx.checker.check_model(proto, full_check=True)
+    (taken,) = proto.graph.input
+    assert taken.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    dims = taken.type.tensor_type.shape.dim
+    assert dims[0].dim_param == "batch" and [dim.dim_value for dim in dims[1:]] == [28, 28]
+    assert [output.name for output in proto.graph.output] == ["logits", "probabilities"]
+    about = {entry.key: entry.value for entry in proto.metadata_props}
+    assert json.loads(about["class_names"]) == list(CLASS_NAMES)
+    assert (about["run"], about["weights_sha256"]) == ("run", sha256_of(cnn_run / "model.safetensors"))
+    assert str(ROOT) not in proto.SerializeToString().decode("latin-1")  # no path of this machine in the file
+
+    images = load_split("test", None, VAL_SIZE)[0][1000:]  # not those that the export itself looked at
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    logits = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    assert torch.allclose(logits, open_predictor(cnn_run, "cpu")(images)[0], atol=1e-4)
+
+
+def test_a_graph_that_differs_leaves_no_file(cnn_run: Path, tmp_path: Path) -> None:
+    reference = open_reference(cnn_run)
+    other = replace(reference, logits=reference.logits + 2e-4)
+    with pytest.raises(ValueError, match="logits differ from torch's by 2.0e-04; the limit is 1e-04"):
+        write_onnx(other, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+    nan = replace(reference, logits=reference.logits * torch.nan)
+    write_onnx(reference, tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match="differ"):
+        check(tmp_path / "model.onnx", nan)
+    (tmp_path / "cut.onnx").write_bytes((tmp_path / "model.onnx").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="onnxruntime cannot run the graph"):
+        check(tmp_path / "cut.onnx", reference)
+
+
+def test_a_missing_package_is_one_line(cnn_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = __import__("importlib.util").util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else found(name))
+    with pytest.raises(ValueError, match="needs onnxscript: pip install -r requirements-export.txt"):
+        write_onnx(open_reference(cnn_run), tmp_path / "model.onnx")
+
+
+def card_logits(folder: Path, images: torch.Tensor) -> torch.Tensor:
+    """Run the card's own Python as its reader would."""
+    text = (folder / "README.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(code) == 1
+    names: dict[str, object] = {}
+    exec(code[0].replace("FOLDER", str(folder)), names)
+    return names["logits"](images)  # type: ignore[operator]
+
+
+def test_hub_folder_of_our_own_model(cnn_run: Path) -> None:
+    assert "gives the run's logits" in export(cnn_run, "--to", "hub")
+    folder = cnn_run / "export" / "hub"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("README.md", "config.json", "config.yaml", "model.safetensors"),
+    ]
+    images = load_split("test", None, VAL_SIZE)[0][:100]
+    assert torch.allclose(card_logits(folder, images), open_predictor(cnn_run, "cpu")(images)[0], atol=1e-5)
+    card = (folder / "README.md").read_text()
+    metrics = json.loads((cnn_run / "evaluation" / "test" / "metrics.json").read_text())
+    assert f"accuracy **{100 * metrics['top1']:.2f} %**" in card and f"error {metrics['ece']:.4f}" in card
+    assert f"| Shirt | {metrics['per_class']['Shirt']['precision']:.4f} |" in card
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "fmnist" and head["license"] == "mit"
+    assert "timm does not know this model" in card
+    with pytest.raises(RuntimeError, match="Unknown model"):
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
+    for name in ("README.md", "config.json", "config.yaml"):  # nothing of the machine goes to a hub
+        assert str(cnn_run.parent) not in (folder / name).read_text()
+
+
+HUB_MODELS = [
+    (ModelConfig(name="convnext_atto", options=TINY_CONVNEXT), 32, 1),
+    pytest.param(ModelConfig(name="tf_efficientnet_lite0", pretrained=True), 64, 1, marks=pytest.mark.slow),
+    pytest.param(ModelConfig(name="convnext_atto", pretrained=True), 64, 1, marks=pytest.mark.slow),
+    pytest.param(ModelConfig(name="vit_tiny_patch16_224", options=TINY_VIT), 64, 1, marks=pytest.mark.slow),
+    pytest.param(ModelConfig(name="resnet18", pretrained=True), 64, 3, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("model", "size", "num_channels"), HUB_MODELS, ids=lambda value: getattr(value, "name", None))
+def test_timm_opens_the_hub_folder(model: ModelConfig, size: int, num_channels: int, tmp_path: Path) -> None:
+    run = evaluated(untrained(tmp_path / "run", model, size))
+    write_hub(open_reference(run), tmp_path / "hub")
+    opened = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    prepared = timm.data.resolve_data_config(model=opened)
+    predictor = open_predictor(run, "cpu")
+    assert prepared["input_size"] == (num_channels, size, size)
+    assert prepared["mean"] == pytest.approx(predictor.augment.mean)
+    assert prepared["std"] == pytest.approx(predictor.augment.std)
+    assert opened.pretrained_cfg["label_names"] == list(CLASS_NAMES)
+    images = load_split("test", None, VAL_SIZE)[0][1000:1050]
+    logits = predictor(images)[0]
+    with torch.no_grad():
+        direct = opened(predictor.augment.evaluation(images, size))
+    assert (direct - logits).abs().max() < 1e-5
+    assert (card_logits(tmp_path / "hub", images) - logits).abs().max() < 1e-5
+    # The folder is a run too, as config.yaml says.
+    assert torch.equal(open_predictor(tmp_path / "hub", "cpu")(images)[0], logits)
+
+
+def test_a_card_needs_figures_of_these_weights(cnn_run: Path, tmp_path: Path) -> None:
+    run = untrained(tmp_path / "run", ModelConfig(name="mlp", options={"width": 16}), 28)
+    assert "measured figures, and there is no" in export(run, "--to", "hub", status=2)
+    os.symlink(cnn_run / "evaluation", run / "evaluation")  # those of another run
+    assert "was evaluated with other weights; run: python evaluate.py" in export(run, "--to", "hub", status=2)
+    assert not (run / "export" / "hub").exists()
+    assert list((run / "export").iterdir()) == [] if (run / "export").exists() else True
+
+
+def test_flip_averaged_figures_are_said_to_be_so(cnn_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml", "model.safetensors"):
+        (run / name).write_bytes((cnn_run / name).read_bytes())
+    export(evaluated(run, flip=True), "--to", "hub")
+    assert "each image averaged with its mirror" in (run / "export" / "hub" / "README.md").read_text()
+    export(evaluated(run), "--to", "hub")
+    assert "averaged with its mirror" not in (run / "export" / "hub" / "README.md").read_text()
+
+
+def test_names_are_escaped() -> None:
+    assert escape("a|b") == "a\\|b"
+    assert escape("<script>alert(1)</script>") == "&lt;script&gt;alert\\(1\\)&lt;/script&gt;"
+    assert escape("x\n# y [z](w)") == "x \\# y \\[z\\]\\(w\\)"
+
+
+def test_mistakes_are_one_line(cnn_run: Path, tmp_path: Path) -> None:
+    assert "not a run directory" in export("tests", "--to", "onnx", status=2)
+    (tmp_path / "file").write_text("")
+    assert "is a file" in export(cnn_run, "--to", "hub", "--output", tmp_path / "file", status=2)
