@@ -6,7 +6,7 @@ import math
 import os
 import secrets
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,44 +103,98 @@ class Tracker(NullTracker):
             self.wandb = None
 
     def _start_wandb(self, directory: Path, cfg: LogConfig, resolved: Mapping[str, Any]) -> None:
-        os.environ.setdefault("WANDB_SILENT", "true")
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        import wandb  # half a second, and absent on some machines: only where it is used
-
-        mode = cfg.wandb
-        if mode == "auto":
-            mode = "online" if has_api_key() else "offline"
-        id_file = directory / WANDB_ID_FILE
-        run_id = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
-        id_file.write_text(run_id + "\n")
-        options: dict[str, Any] = {
-            "project": cfg.project,
-            "name": directory.resolve().name,
-            "id": run_id,
-            "resume": "allow",
-            "dir": str(directory),
-            "config": dict(resolved),
-        }
-        settings = wandb.Settings(
-            init_timeout=INIT_TIMEOUT_S, login_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S, silent=True
-        )
-        try:
-            self.wandb = wandb.init(mode=mode, settings=settings, **options)
-        except Exception as error:  # noqa: BLE001 - server away, key refused: the numbers are kept on disk instead
-            if mode != "online":
-                raise
-            logger.warning("Weights & Biases is unreachable (%s): offline", " ".join(str(error).split())[:120])
-            mode, self.wandb = "offline", wandb.init(mode="offline", settings=settings, **options)
-        self.wandb.define_metric("step")
-        self.wandb.define_metric("*", step_metric="step")
-        self.wandb.define_metric("val/top1", step_metric="step", summary="max")
-        hint = "" if mode == "online" else f"; send it with: wandb sync {directory}/wandb/offline-run-*-{run_id}"
-        logger.info("Weights & Biases: %s, run %s%s", mode, run_id, hint)
+        self.wandb = start_wandb(directory, cfg, resolved)
 
     def _finish_wandb(self, summary: Mapping[str, Any]) -> None:
         if self.wandb is not None:
             self.wandb.summary.update({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
             self.wandb.finish()
+
+
+def start_wandb(directory: Path, cfg: LogConfig, resolved: Mapping[str, Any]) -> Any:
+    """Open the run directory's run of Weights & Biases: a new one, or the one whose id is kept there.
+
+    Args:
+        directory: the run directory.
+        cfg: its `wandb` is not disabled.
+        resolved: every option of the run.
+
+    Returns:
+        The client's run; whatever it raises is the caller's to catch.
+    """
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb  # half a second, and absent on some machines: only where it is used
+
+    mode = cfg.wandb
+    if mode == "auto":
+        mode = "online" if has_api_key() else "offline"
+    id_file = directory / WANDB_ID_FILE
+    run_id = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
+    id_file.write_text(run_id + "\n")
+    options: dict[str, Any] = {
+        "project": cfg.project,
+        "name": directory.resolve().name,
+        "id": run_id,
+        "resume": "allow",
+        "dir": str(directory),
+        "config": dict(resolved),
+    }
+    settings = wandb.Settings(
+        init_timeout=INIT_TIMEOUT_S, login_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S, silent=True
+    )
+    try:
+        started = wandb.init(mode=mode, settings=settings, **options)
+    except Exception as error:  # noqa: BLE001 - server away, key refused: the numbers are kept on disk instead
+        if mode != "online":
+            raise
+        logger.warning("Weights & Biases is unreachable (%s): offline", " ".join(str(error).split())[:120])
+        mode, started = "offline", wandb.init(mode="offline", settings=settings, **options)
+    started.define_metric("step")
+    started.define_metric("*", step_metric="step")
+    started.define_metric("val/top1", step_metric="step", summary="max")
+    hint = "" if mode == "online" else f"; send it with: wandb sync {directory}/wandb/offline-run-*-{run_id}"
+    logger.info("Weights & Biases: %s, run %s%s", mode, run_id, hint)
+    return started
+
+
+def log_evaluation(
+    directory: Path,
+    cfg: LogConfig,
+    resolved: Mapping[str, Any],
+    *,
+    prefix: str,
+    scalars: Mapping[str, float],
+    files: Sequence[Path],
+    errors: Sequence[Mapping[str, Any]],
+) -> None:
+    """Add an evaluation to the W&B run of a run directory, where it has one; whatever fails is one warning.
+
+    Args:
+        directory: the run directory.
+        cfg: of the run.
+        resolved: every option of the run.
+        prefix: before every name.
+        scalars: go to the run's summary.
+        files: pictures, each under its stem.
+        errors: rows of one table, all with the same keys; `picture` is a uint8 array [H, W].
+    """
+    if cfg.wandb == "disabled" or not (directory / WANDB_ID_FILE).is_file():
+        return
+    try:
+        started = start_wandb(directory, cfg, resolved)
+        import wandb
+
+        columns: list[Any] = list(errors[0]) if errors else ["picture"]
+        table = wandb.Table(columns=columns)
+        for row in errors:
+            table.add_data(*(wandb.Image(row[key]) if key == "picture" else row[key] for key in columns))
+        pictures = {f"{prefix}/{file.stem}": wandb.Image(str(file)) for file in files}
+        started.log({**pictures, f"{prefix}/errors": table})
+        started.summary.update({f"{prefix}/{key}": value for key, value in scalars.items()})
+        started.finish()
+    except Exception as error:  # noqa: BLE001 - the files are written; whatever a tracker raises, evaluation goes on
+        logger.warning("Weights & Biases has no evaluation: %s", " ".join(str(error).split())[:200])
 
 
 def has_api_key() -> bool:
