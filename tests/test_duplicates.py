@@ -1,15 +1,14 @@
 """Near copies: by hand on few images, against a plain product on real ones, and the command."""
 
 import csv
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment
 
+from fmnist import duplicates
 from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import load
 from fmnist.duplicates import find_near_copies
@@ -41,17 +40,18 @@ def test_the_bound_loses_no_pair(train_images: Split) -> None:
         np.testing.assert_allclose(found.correlations, whole.max(axis=1)[found.indices], atol=1e-12)
 
 
-def test_the_command_lists_the_89_and_counts_the_682(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "fmnist.duplicates", "--output", tmp_path / "copies.csv"],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "89 of 10,000 test images" in done.stderr
-    assert "682 above 0.98" in done.stderr
+def command(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["fmnist.duplicates", *args])
+    duplicates.main()
+
+
+def test_the_command_lists_the_89_and_counts_the_682(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(monkeypatch, "--output", str(tmp_path / "copies.csv"))
+    told = capsys.readouterr().err
+    assert "89 of 10,000 test images" in told
+    assert "682 above 0.98" in told
     with (tmp_path / "copies.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len({row["index"] for row in rows}) == len(rows) == 89
@@ -61,8 +61,10 @@ def test_the_command_lists_the_89_and_counts_the_682(tmp_path: Path) -> None:
         assert np.corrcoef(*pair)[0, 1] == pytest.approx(float(row["correlation"]), abs=1e-6)
 
 
-def test_a_threshold_below_what_is_searched_is_refused() -> None:
-    command = [sys.executable, "-m", "fmnist.duplicates", "--threshold", "0.5"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT)
-    assert done.returncode == 2
-    assert "--threshold is 0.5; legal: 0.98" in done.stderr
+def test_a_threshold_below_what_is_searched_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        command(monkeypatch, "--threshold", "0.5")
+    assert refused.value.code == 2
+    assert "--threshold is 0.5; legal: 0.98" in capsys.readouterr().err
