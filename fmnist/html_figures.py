@@ -104,8 +104,7 @@ def reliability(logits: Tensor, labels: Tensor) -> str:
     bars = axes.bar(bins["center"], bins["top1"], width=0.92 / NUM_BINS, color=BLUE)
     for bar, part in zip(bars, share, strict=True):
         bar.set_alpha(0.25 + 0.75 * float(part) ** 0.33)
-    axes.plot([0, 1], [0, 1], color=INK, linestyle=(0, (4, 3)), linewidth=1, label="confidence = accuracy")
-    axes.plot(bins["confidence"], bins["top1"], "o", color=ORANGE, markersize=4, label="mean confidence of a bin")
+    axes.plot([0, 1], [0, 1], color=INK, linestyle=(0, (4, 3)), linewidth=1)
+    axes.plot(bins["confidence"], bins["top1"], "o", color=ORANGE, markersize=4)
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
-    axes.legend(loc="upper left")
     return _svg(figure, axes)
