@@ -15,7 +15,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from scipy.ndimage import uniform_filter1d
 from torch import Tensor
 
@@ -85,6 +84,31 @@ def plot_confusion_matrix(
     write_file(path, figure)
 
 
+def reliability_bins(logits: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
+    """Sort images into 15 equal-width bins of confidence.
+
+    Args:
+        logits: float32 [N, C], CPU, finite, N >= 1.
+        labels: int64 [N], CPU, in 0..C-1.
+
+    Returns:
+        For each bin that holds an image its `center`, `count`, `top1` and mean `confidence`.
+    """
+    probabilities = logits.double().softmax(dim=1)
+    predictions = logits.argmax(dim=1)
+    confidence = probabilities.gather(1, predictions[:, None])[:, 0].clamp(max=1.0).numpy()
+    correct = (predictions == labels).double().numpy()
+    edges = np.linspace(0.0, 1.0, NUM_BINS + 1)
+    counts = np.histogram(confidence, edges)[0]
+    filled = counts > 0
+    sums = {
+        key: np.histogram(confidence, edges, weights=weights)[0]
+        for key, weights in (("top1", correct), ("confidence", confidence))
+    }
+    means = {key: total[filled] / counts[filled] for key, total in sums.items()}
+    return {"center": ((edges[:-1] + edges[1:]) / 2)[filled], "count": counts[filled], **means}
+
+
 def plot_reliability(logits: Tensor, labels: Tensor, ece: float, title: str, path: Path) -> None:
     """Draw top1 against confidence in 15 bins, and how many images each bin holds.
 
@@ -95,17 +119,9 @@ def plot_reliability(logits: Tensor, labels: Tensor, ece: float, title: str, pat
         title: Heading.
         path: The PNG to write.
     """
-    probabilities = logits.double().softmax(dim=1)
-    predictions = logits.argmax(dim=1)
-    confidence = probabilities.gather(1, predictions[:, None])[:, 0].clamp(max=1.0).numpy()
-    correct = (predictions == labels).double().numpy()
-    edges = np.linspace(0.0, 1.0, NUM_BINS + 1)
-    counts = np.histogram(confidence, edges)[0]
-    filled = counts > 0
-    centers, width = ((edges[:-1] + edges[1:]) / 2)[filled], 1.0 / NUM_BINS
-    accuracy = np.histogram(confidence, edges, weights=correct)[0][filled] / counts[filled]
-    mean_confidence = np.histogram(confidence, edges, weights=confidence)[0][filled] / counts[filled]
-
+    bins = reliability_bins(logits, labels)
+    centers, width, counts = bins["center"], 1.0 / NUM_BINS, bins["count"]
+    accuracy, mean_confidence = bins["top1"], bins["confidence"]
     figure = Figure(figsize=(6.4, 7.2), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     upper.bar(centers, accuracy, width=width, color=BLUE, edgecolor="white", label="top1 in the bin")
@@ -114,7 +130,7 @@ def plot_reliability(logits: Tensor, labels: Tensor, ece: float, title: str, pat
     upper.set(xlim=(0, 1), ylim=(0, 1.03), ylabel="top1")
     # Outside: low confidences may have bars of any height, so no corner is always free.
     figure.legend(loc="outside lower center", ncols=3, fontsize=9)
-    lower.bar(centers, counts[filled], width=width, color=GREY, edgecolor="white")
+    lower.bar(centers, counts, width=width, color=GREY, edgecolor="white")
     # Most images sit in the last bin; a log scale keeps the thin bins, whose bars are noisy, visible.
     lower.set(yscale="log", ylim=(0.7, 2.0 * counts.max()), xlabel="confidence", ylabel="images")
     for axes in (upper, lower):
@@ -124,8 +140,8 @@ def plot_reliability(logits: Tensor, labels: Tensor, ece: float, title: str, pat
     write_file(path, figure)
 
 
-def _read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Lines by prefix, in step order, one per step."""
+def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Read metrics.jsonl: lines by prefix, in step order, one per step."""
     lines: dict[str, dict[int, dict[str, Any]]] = {}
     if not path.is_file():  # it could not be written: a figure without curves must not end a run
         return {}
@@ -140,22 +156,23 @@ def _read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
     return {prefix: [by_step[step] for step in sorted(by_step)] for prefix, by_step in lines.items()}
 
 
-def _series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and finite values of one scalar."""
+def series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return steps and finite values of one scalar."""
     pairs = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
     pairs = [(step, value) for step, value in pairs if math.isfinite(value)]
     steps, values = zip(*pairs, strict=True) if pairs else ((), ())
     return np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
 
 
-def _draw_loss(axes: Axes, train: Sequence[Mapping[str, Any]], val: Sequence[Mapping[str, Any]]) -> None:
-    steps, loss = _series(train, "loss")
+def draw_loss(axes: Axes, train: Sequence[Mapping[str, Any]], val: Sequence[Mapping[str, Any]]) -> None:
+    """Draw training loss, as logged and smoothed, and validation loss."""
+    steps, loss = series(train, "loss")
     if len(steps):
         # A centred mean over a fiftieth of the run: unlike an exponential one it does not lag.
         smooth = uniform_filter1d(loss, size=max(1, len(loss) // 50), mode="nearest")
         axes.plot(steps, loss, color=BLUE, alpha=0.25, linewidth=0.8)
         axes.plot(steps, smooth, color=BLUE, linewidth=1.8, label="train")
-    steps, loss = _series(val, "loss")
+    steps, loss = series(val, "loss")
     if len(steps):
         axes.plot(steps, loss, "o-", color=ORANGE, markersize=4, linewidth=1.2, label="val")
     axes.set_ylabel("loss (nats)")
@@ -165,8 +182,9 @@ def _draw_loss(axes: Axes, train: Sequence[Mapping[str, Any]], val: Sequence[Map
         axes.text(0.5, 0.5, "nothing logged", ha="center", va="center", transform=axes.transAxes)
 
 
-def _draw_top1(axes: Axes, val: Sequence[Mapping[str, Any]]) -> None:
-    steps, top1 = _series(val, "top1")
+def draw_top1(axes: Axes, val: Sequence[Mapping[str, Any]]) -> None:
+    """Draw validation top1, of which there must be some, with its best."""
+    steps, top1 = series(val, "top1")
     best = int(top1.argmax())
     label = f"best {100 * top1[best]:.2f} % at step {int(steps[best]):,}"
     axes.plot(steps, 100 * top1, "o-", color=ORANGE, markersize=4, linewidth=1.2, label="val")
@@ -184,22 +202,22 @@ def plot_learning_curves(metrics_path: Path, path: Path, title: str) -> None:
         path: The PNG to write.
         title: Heading.
     """
-    lines = _read_metrics(metrics_path)
+    lines = read_metrics(metrics_path)
     train, val = lines.get("train", []), lines.get("val", [])
-    lr_steps, lr = _series(train, "lr")
-    has_top1, has_lr = len(_series(val, "top1")[0]) > 0, len(lr_steps) > 0
+    lr_steps, lr = series(train, "lr")
+    has_top1, has_lr = len(series(val, "top1")[0]) > 0, len(lr_steps) > 0
     num_panels = 1 + has_top1 + has_lr
     figure = Figure(figsize=(5.2 * num_panels, 4.4), layout="constrained")
     panels = list(figure.subplots(1, num_panels, squeeze=False)[0])
-    _draw_loss(panels[0], train, val)
+    draw_loss(panels[0], train, val)
     if has_top1:
-        _draw_top1(panels[1], val)
+        draw_top1(panels[1], val)
     if has_lr:
         panels[-1].plot(lr_steps, lr, color=BLUE, linewidth=1.8)
         panels[-1].set_ylabel("learning rate")
         panels[-1].yaxis.set_major_formatter("{x:.3g}")  # an offset text would sit on the epoch axis
 
-    steps, epochs = _series(train + val, "epoch")
+    steps, epochs = series(train + val, "epoch")
     steps_per_epoch = steps[epochs.argmax()] / epochs.max() if len(epochs) and epochs.max() > 0 else 0.0
     last_step = max((line["step"] for line in train + val), default=0)
     for axes in panels:
@@ -212,37 +230,4 @@ def plot_learning_curves(metrics_path: Path, path: Path, title: str) -> None:
             scale = (lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch)
             axes.secondary_xaxis("top", functions=scale).set_xlabel("epoch")
     figure.suptitle(title, fontsize=13)
-    write_file(path, figure)
-
-
-def plot_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw top1 with its 95 % interval, one run per line, the best on top.
-
-    Args:
-        rows: As for `comparison_table`; rows without `top1` are left out.
-        path: The PNG to write.
-
-    Raises:
-        ValueError: If no row has a `top1`.
-    """
-    known = sorted((row for row in rows if row.get("top1") is not None), key=lambda row: row["top1"])
-    if not known:
-        raise ValueError(f"rows must hold a 'top1' at least once, got none in {len(rows)} rows")
-    figure = Figure(figsize=(9.0, 1.8 + 0.5 * len(known)), layout="constrained")
-    axes = figure.add_subplot()
-    for position, row in enumerate(known):
-        top1 = 100 * row["top1"]
-        low, high = (100 * bound for bound in row.get("top1_interval") or (row["top1"], row["top1"]))
-        axes.plot([low, high], [position, position], color=GREY, linewidth=2.5, marker="|", markersize=10)
-        axes.plot(top1, position, "o", color=BLUE, markersize=8)
-        axes.annotate(f"{top1:.2f}", (top1, position), (0, 8), textcoords="offset points", ha="center")
-    # The end of a long path tells runs apart better than its start.
-    names = [str(row.get("run", "-")) for row in known]
-    names = [name if len(name) <= 40 else f"...{name[-37:]}" for name in names]
-    axes.set_yticks(range(len(known)), names, fontsize=11)
-    axes.set_ylim(-0.6, len(known) - 0.3)
-    axes.margins(x=0.08)
-    axes.xaxis.set_major_formatter(PercentFormatter())
-    axes.set_xlabel("top1, with its 95 % interval")
-    axes.grid(axis="x", alpha=0.25)
     write_file(path, figure)

@@ -1,7 +1,9 @@
 """What a run would do, before it does it: parameters, FLOPs, batches, steps and memory."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from fmnist.config import Config
 from fmnist.data.fashion_mnist import locate
 from fmnist.run import Run
-from fmnist.training import Training
+
+if TYPE_CHECKING:  # evaluate.py counts FLOPs too, and imports no training code
+    from fmnist.training import Training
 
 
 def _convolution_backward_flops(

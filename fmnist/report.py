@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,22 @@ def _check(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:
         raise ValueError(f"class_names must differ from each other, got {list(class_names)}")
 
 
-def _calibration(probabilities: Tensor, labels: Tensor) -> float:
+def wilson_interval(correct: int, num_images: int) -> list[float]:
+    """Return the 95 % interval of a fraction, low then high; Wilson 1927."""
+    interval = binomtest(correct, num_images).proportion_ci(confidence_level=0.95, method="wilson")
+    return [float(interval.low), float(interval.high)]
+
+
+def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
+    """Compute the top-label calibration error in 15 equal-width bins.
+
+    Args:
+        probabilities: float [N, C], CPU.
+        labels: int64 [N], CPU, in 0..C-1.
+
+    Source:
+        Guo et al. 2017.
+    """
     # torchmetrics puts a confidence of exactly 1 in a 16th bin of its own, and takes a row that rounding left
     # above 1 for logits. One float32 step below 1 keeps the 15 bins that the definition asks for.
     clamped = probabilities.float().clamp(max=1.0 - 2.0**-24)
@@ -64,15 +79,14 @@ def summarize(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> dic
     logits64 = logits.double()  # so that the sum over images is exact to more digits than anyone prints
     predictions = logits.argmax(dim=1)
     num_images, correct = len(labels), int((predictions == labels).sum())
-    interval = binomtest(correct, num_images).proportion_ci(confidence_level=0.95, method="wilson")
     # Labels are stated: a class that a small split lacks keeps its row.
     pair = labels.numpy(), predictions.numpy()
     columns = precision_recall_fscore_support(*pair, labels=classes, zero_division=0.0)
     return {
         "top1": correct / num_images,
-        "top1_interval": [float(interval.low), float(interval.high)],
+        "top1_interval": wilson_interval(correct, num_images),
         "loss": float(F.cross_entropy(logits64, labels, reduction="sum")) / num_images,
-        "ece": _calibration(logits64.softmax(dim=1), labels),
+        "ece": calibration_error(logits64.softmax(dim=1), labels),
         "num_images": num_images,
         "confusion_matrix": confusion_matrix(*pair, labels=classes).tolist(),
         "per_class": {
@@ -90,6 +104,8 @@ def write_evaluation(
     class_names: Sequence[str],
     *,
     title: str,
+    more: Mapping[str, Any] | None = None,
+    notes: str = "",
 ) -> dict[str, Any]:
     """Write metrics.json, report.txt, predictions.csv, confusion_matrix.png and reliability.png.
 
@@ -100,14 +116,16 @@ def write_evaluation(
         indices: int64 [N], CPU; the position of each image in its source split.
         class_names: C different names, in label order.
         title: Heading of the report and the figures.
+        more: Further entries of metrics.json, JSON-ready.
+        notes: Further lines at the end of report.txt.
 
     Returns:
-        What `summarize` returns, which is also what metrics.json holds.
+        What `summarize` returns and `more`, which is also what metrics.json holds.
 
     Raises:
         ValueError: As `summarize`, or if indices are not [N].
     """
-    summary = summarize(logits, labels, class_names)
+    summary = summarize(logits, labels, class_names) | dict(more or {})
     if indices.shape != labels.shape:
         raise ValueError(f"indices must be {list(labels.shape)} (one per image), got {list(indices.shape)}")
     low, high = summary["top1_interval"]
@@ -119,7 +137,7 @@ def write_evaluation(
     pair, names = (labels.numpy(), predictions.numpy()), list(class_names)
     options = {"labels": range(len(names)), "target_names": names, "zero_division": 0.0}
     table = classification_report(*pair, digits=4, **options)
-    write_file(directory / "report.txt", f"{headline}\n\n{table}")
+    write_file(directory / "report.txt", f"{headline}\n\n{table}" + (f"\n{notes}\n" if notes else ""))
 
     rows = io.StringIO()
     writer = csv.writer(rows, lineterminator="\n")
@@ -136,36 +154,3 @@ def write_evaluation(
     # Last, so that a directory with a metrics.json is a complete one.
     write_file(directory / "metrics.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return summary
-
-
-def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lay several evaluations out as a fixed-width text table, in the order given.
-
-    Args:
-        rows: One mapping per run: `run`, `model`, `parameters`, `top1` (fraction), `top1_interval`, `loss`,
-            `ece`, `images_per_second`; what is missing or None shows as "-".
-
-    Returns:
-        A header, a rule and one line per run, without a last newline.
-    """
-    formats: dict[str, Callable[[Any], str]] = {
-        "run": str,
-        "model": str,
-        "parameters": "{:,}".format,
-        "top1": lambda value: f"{100 * value:.2f} %",
-        "top1_interval": lambda value: f"{100 * value[0]:.2f}-{100 * value[1]:.2f}",
-        "loss": "{:.4f}".format,
-        "ece": "{:.4f}".format,
-        "images_per_second": "{:,.0f}".format,
-    }
-    heads = ["95 % interval" if key == "top1_interval" else key.replace("_", " ") for key in formats]
-    shown = formats.items()
-    body = [["-" if row.get(key) is None else show(row[key]) for key, show in shown] for row in rows]
-    widths = [max(map(len, column)) for column in zip(heads, *body, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        # Names to the left, numbers to the right, so that digits stand under digits.
-        pairs = enumerate(zip(cells, widths, strict=True))
-        return "  ".join(cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in pairs)
-
-    return "\n".join([line(heads), "  ".join("-" * width for width in widths), *map(line, body)])

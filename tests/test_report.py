@@ -222,7 +222,7 @@ def test_a_step_logged_twice_counts_once(tmp_path: Path) -> None:
     pairs = [(10, 1.0), (20, 0.8), (20, 0.7), (30, math.nan)]
     lines = [json.dumps({"step": step, "epoch": 0.1, "prefix": "train", "loss": loss}) for step, loss in pairs]
     path.write_text("\n".join(lines))
-    steps, loss = figures._series(figures._read_metrics(path)["train"], "loss")
+    steps, loss = figures.series(figures.read_metrics(path)["train"], "loss")
     # The later of the two lines of step 20; the NaN of step 30 cannot be drawn.
     assert steps.tolist() == [10.0, 20.0] and loss.tolist() == [1.0, 0.7]
 
@@ -231,31 +231,3 @@ def test_learning_curves_of_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     figures.plot_learning_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", "cnn")
     assert check_png(tmp_path / "curves.png", 500, 500) == (780, 660)
-
-
-ROWS = [
-    {"run": "mlp", "model": "mlp", "parameters": 535818, "top1": 0.9, "top1_interval": [0.894, 0.9057]},
-    {
-        "run": "cnn",
-        "model": "cnn",
-        "parameters": 1234,
-        "top1": 0.93125,
-        "loss": 0.2,
-        "images_per_second": 91234.5,
-    },
-]
-
-
-def test_comparison_table() -> None:
-    header, rule, mlp, cnn = report.comparison_table(ROWS).split("\n")
-    assert len(header) == len(rule) == len(mlp) == len(cnn)
-    assert mlp.split() == ["mlp", "mlp", "535,818", "90.00", "%", "89.40-90.57", "-", "-", "-"]
-    # Round half to even of the binary value: 91234.5 -> 91,234.
-    assert cnn.split() == ["cnn", "cnn", "1,234", "93.12", "%", "-", "0.2000", "-", "91,234"]
-
-
-def test_plot_comparison(tmp_path: Path) -> None:
-    figures.plot_comparison([*ROWS, {"run": "unfinished"}], tmp_path / "comparison.png")
-    check_png(tmp_path / "comparison.png", 1000, 300)
-    with pytest.raises(ValueError, match="top1"):
-        figures.plot_comparison([{"run": "unfinished"}], tmp_path / "comparison.png")

@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 from conftest import SMALL_RUN, metrics, train
 
-from fmnist import tracking
+from fmnist import wandb_run
 from fmnist.config import LogConfig
-from fmnist.tracking import Tracker, _run_id, answers, has_api_key, without_secrets
+from fmnist.tracking import Tracker
+from fmnist.wandb_run import _run_id, answers, has_api_key, without_secrets
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 RUN = {
@@ -188,7 +189,7 @@ def test_a_server_that_dies_in_mid_run(
     done = train("--config", config, "--output_dir", tmp_path / "run", "--log.wandb", "online")
     assert server.streamed.is_set(), server.paths  # it had worked
     assert "online, run" in done.stderr
-    assert time.monotonic() - start < tracking.FINISH_TIMEOUT_S + 60
+    assert time.monotonic() - start < wandb_run.FINISH_TIMEOUT_S + 60
     assert_same_result(tmp_path / "run", expected)
     assert b"test/top1" in next((tmp_path / "run").glob("wandb/run-*/run-*.wandb")).read_bytes()
 
@@ -286,8 +287,8 @@ def test_a_server_that_is_asked(serve: Callable[[str], object], monkeypatch: pyt
         serve(kind)
         start = time.monotonic()
         assert answers(os.environ["WANDB_BASE_URL"]) is expected
-        assert time.monotonic() - start < tracking.PROBE_TIMEOUT_S + 1
-    monkeypatch.setattr(tracking, "PROBE_TIMEOUT_S", 0.3)
+        assert time.monotonic() - start < wandb_run.PROBE_TIMEOUT_S + 1
+    monkeypatch.setattr(wandb_run, "PROBE_TIMEOUT_S", 0.3)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(5))
     start = time.monotonic()
     assert not answers("http://wandb.invalid")

@@ -3,13 +3,17 @@
 import json
 import logging
 import socket
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from fmnist.config import LogConfig
-from fmnist.tracking import Tracker, has_api_key, truncate_metrics
+from fmnist.tracking import Tracker, truncate_metrics
+from fmnist.wandb_run import has_api_key, log_evaluation
 
 
 def track(directory: Path, wandb: str = "disabled", step: int = 0) -> Tracker:
@@ -103,3 +107,37 @@ def test_a_tracker_that_raises_is_left_behind_with_one_warning(
     tracker.finish({})
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert sum("off from here" in record.message for record in warnings.records) == 1
+
+
+def test_an_evaluation_joins_the_run_and_its_failure_is_one_line(
+    tmp_path: Path, warnings: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = tmp_path / "confusion_matrix.png"
+    Image.new("L", (20, 20), 200).save(picture)
+    rows = [{"picture": np.zeros((28, 28), np.uint8), "index": 7, "label": "Shirt", "prediction": "Coat"}]
+    directory = tmp_path / "run"
+    directory.mkdir()
+
+    def log(cfg: LogConfig) -> None:
+        log_evaluation(
+            directory, cfg, {"seed": 0}, prefix="evaluation/test", scalars={"top1": 0.9}, files=[picture], errors=rows
+        )
+
+    log(LogConfig(wandb="offline"))  # no W&B run: nothing to join
+    assert not (directory / "wandb").exists()
+    (directory / "wandb_run_id").write_text("abcd1234\n")
+    log(LogConfig(wandb="disabled"))
+    assert not (directory / "wandb").exists()
+    log(LogConfig(wandb="offline"))
+    (file,) = (directory / "wandb").glob("offline-run-*-abcd1234/run-abcd1234.wandb")
+    stored = file.read_bytes()
+    for name in (b"evaluation/test/confusion_matrix", b"evaluation/test/errors", b"evaluation/test/top1"):
+        assert name in stored
+    (table,) = (directory / "wandb").glob("offline-run-*/files/media/table/evaluation/test/errors*.table.json")
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["picture", "index", "label", "prediction"]
+    assert content["data"][0][1:] == [7, "Shirt", "Coat"]
+
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    log(LogConfig(wandb="offline"))
+    assert warnings.records[-1].message.startswith("Weights & Biases has no evaluation")

@@ -74,7 +74,7 @@ def test_evaluate_gives_what_training_gave_and_the_same_command_again_changes_no
     stamp = (run / "summary.json").stat().st_mtime_ns
     shutil.rmtree(run / "evaluation")
     done = subprocess.run(
-        [sys.executable, ROOT / "evaluate.py", run, "--batch_size", "333"],
+        [sys.executable, ROOT / "evaluate.py", run, "--batch_size", "333", "--quick"],
         capture_output=True,
         text=True,
         env=environment(),

@@ -1,0 +1,160 @@
+"""What a model costs to use: parameters, operations, and the time of a forward on this device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import quantiles
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fmnist.data.augment import Augment
+from fmnist.plan import flops_per_image
+from fmnist.run import Run
+
+BATCH_SIZES = (1, 256)
+WARM_UP, SECONDS, MIN_REPEATS, MAX_REPEATS = 3, 1.0, 10, 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """The time of one forward of a batch, from uint8 images on the device to logits.
+
+    Attributes:
+        batch_size: images.
+        repeats: forwards timed, each to its end on the device.
+        median_ms, low_ms, high_ms: milliseconds: the median, and what a tenth of the forwards were below and above.
+        images_per_second: batch_size over the median.
+    """
+
+    batch_size: int
+    repeats: int
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    images_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a model costs.
+
+    Attributes:
+        parameters: how many numbers.
+        flops_per_image: floating-point operations of one forward; a multiply-add is two.
+        timings: one per batch size.
+        device, precision, torch: what they were measured on.
+        image_size: pixels per side.
+        measured: false for an ensemble, whose costs are the sums of its members'.
+    """
+
+    parameters: int
+    flops_per_image: int
+    timings: tuple[Timing, ...]
+    device: str
+    precision: str
+    torch: str
+    image_size: int | None
+    measured: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what metrics.json holds."""
+        return asdict(self)
+
+    def latency_ms(self, batch_size: int) -> float:
+        """Return the median of one batch size."""
+        return next(timing.median_ms for timing in self.timings if timing.batch_size == batch_size)
+
+
+def time_batches(forward: Callable[[], object], batch_size: int, synchronize: Callable[[], object]) -> Timing:
+    """Time a forward: a few to warm up, then at least 10, for about a second.
+
+    Args:
+        forward: computes one batch.
+        batch_size: its images.
+        synchronize: waits for the device.
+    """
+    for _ in range(WARM_UP):
+        forward()
+    synchronize()
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) < MIN_REPEATS or (time.perf_counter() - begun < SECONDS and len(times) < MAX_REPEATS):
+        start = time.perf_counter()
+        forward()
+        synchronize()
+        times.append(1000 * (time.perf_counter() - start))
+    tenths = quantiles(times, n=10)
+    median = tenths[4]
+    return Timing(
+        batch_size=batch_size,
+        repeats=len(times),
+        median_ms=median,
+        low_ms=tenths[0],
+        high_ms=tenths[-1],
+        images_per_second=1000 * batch_size / median,
+    )
+
+
+def measure_cost(model: nn.Module, augment: Augment, images: Tensor, size: int, run: Run) -> Cost:
+    """Measure what a model costs on the run's device; timings are of one process alone.
+
+    Args:
+        model: in evaluation mode, on the device.
+        augment: prepares its images.
+        images: uint8 [N, H, W] on the device.
+        size: pixels per side that the model sees.
+        run: the device and precision.
+    """
+
+    def timing(batch_size: int) -> Timing:
+        batch = images[torch.arange(batch_size, device=images.device) % len(images)]
+
+        @torch.inference_mode()
+        def forward() -> None:
+            with run.autocast():
+                model(augment.evaluation(batch, size))
+
+        on_cpu = run.device.type == "cpu"
+        return time_batches(forward, batch_size, (lambda: None) if on_cpu else torch.accelerator.synchronize)
+
+    return Cost(
+        parameters=sum(p.numel() for p in model.parameters()),
+        flops_per_image=flops_per_image(model, len(augment.mean), size)[0],
+        timings=tuple(timing(batch_size) for batch_size in BATCH_SIZES),
+        device=run.device_name,
+        precision=run.precision,
+        torch=torch.__version__,
+        image_size=size,
+    )
+
+
+def sum_of_costs(costs: list[Cost]) -> Cost:
+    """Return the cost of running several models one after the other."""
+    timings = []
+    for parts in zip(*(cost.timings for cost in costs), strict=True):
+        median, low, high = (sum(getattr(part, key) for part in parts) for key in ("median_ms", "low_ms", "high_ms"))
+        timings.append(
+            Timing(
+                batch_size=parts[0].batch_size,
+                repeats=min(part.repeats for part in parts),
+                median_ms=median,
+                low_ms=low,
+                high_ms=high,
+                images_per_second=1000 * parts[0].batch_size / median,
+            )
+        )
+    first = costs[0]
+    return Cost(
+        parameters=sum(cost.parameters for cost in costs),
+        flops_per_image=sum(cost.flops_per_image for cost in costs),
+        timings=tuple(timings),
+        device=first.device,
+        precision=", ".join(dict.fromkeys(cost.precision for cost in costs)),
+        torch=first.torch,
+        image_size=None,
+        measured=False,
+    )

@@ -1,0 +1,178 @@
+"""List the test images that nearly copy a training image, as CSV: python -m fmnist.duplicates [--split test|val]"""
+
+import argparse
+import csv
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from torch import Tensor
+
+from fmnist.console import log_to_console, one_line_errors
+from fmnist.data.fashion_mnist import CLASS_NAMES, load, load_split
+from fmnist.run import describe_device
+
+NEAR_COPY, SIMILAR = 0.99, 0.98  # correlations above which an image counts as a near copy, or as similar
+BASIS_SIZE = 96
+CHUNK = 2048  # training images of one matrix product: 10,000 x 2,048 float32 are 82 MB
+MARGIN = 1e-4  # of the float32 bound, whose rounding is near 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearCopies:
+    """The images of a split that resemble a training image, most alike first.
+
+    Attributes:
+        indices: int64 [M], their positions in the split.
+        partners: int64 [M], the position of the most alike training image.
+        correlations: float64 [M], Pearson's, over pixels.
+        num_images: of the split.
+    """
+
+    indices: Tensor
+    partners: Tensor
+    correlations: Tensor
+    num_images: int
+
+    def above(self, threshold: float) -> Tensor:
+        """Return int64 positions, sorted, of the images whose correlation is above a threshold."""
+        return self.indices[self.correlations > threshold].sort().values
+
+
+def _centred(images: Tensor) -> Tensor:
+    """Flatten, subtract each image's mean and divide by its norm; a constant image stays zero and resembles none."""
+    flat = images.flatten(1).float()
+    flat = flat - flat.mean(dim=1, keepdim=True)
+    return flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-6)
+
+
+def _principal_basis(unit: Tensor, size: int) -> Tensor:
+    """Return orthonormal columns near the leading principal axes: a few power iterations, products only."""
+    start = torch.randn(unit.shape[1], size, generator=torch.Generator().manual_seed(0))
+    axes = start.to(unit.device)
+    second_moment = unit.T @ unit
+    for _ in range(3):
+        axes = torch.linalg.qr(second_moment @ axes).Q
+    return axes
+
+
+def _with_rest(unit: Tensor, basis: Tensor) -> Tensor:
+    """Return coordinates in the basis, and in one column more the norm of what the basis leaves out."""
+    coordinates = unit @ basis
+    rest = (unit.square().sum(1) - coordinates.square().sum(1)).clamp(min=0).sqrt()
+    return torch.cat([coordinates, rest[:, None]], dim=1)
+
+
+@torch.inference_mode()
+def find_near_copies(images: Tensor, training: Tensor, threshold: float = SIMILAR) -> NearCopies:
+    """Find the images that correlate with a training image above a threshold; exact, in chunks of products.
+
+    Correlation is a product of centred unit vectors. Cut into principal coordinates and a rest, the product of the
+    rests is at most that of their norms (Cauchy and Schwarz): a product of 97 columns instead of 784 bounds each pair
+    from above, and only the few pairs whose bound passes are computed whole.
+
+    Args:
+        images: uint8 [N, H, W] on the device.
+        training: uint8 [T, H, W] on the same device.
+        threshold: Pearson correlation, below 1.
+
+    Returns:
+        What was found, on the CPU.
+    """
+    queries, references = _centred(images), _centred(training)
+    basis = _principal_basis(references, min(BASIS_SIZE, queries.shape[1]))
+    bounds = _with_rest(queries, basis)
+    rows, columns = [], []
+    for start in range(0, len(references), CHUNK):
+        bound = bounds @ _with_rest(references[start : start + CHUNK], basis).T
+        row, column = torch.nonzero(bound > threshold - MARGIN, as_tuple=True)
+        alike = (queries[row] * references[start + column]).sum(dim=1) > threshold - MARGIN
+        rows.append(row[alike])
+        columns.append(start + column[alike])
+    row, column = torch.cat(rows).cpu(), torch.cat(columns).cpu()
+    # The few that are left again in float64: on which side of the threshold one falls depends on no device.
+    exact = _exact(images[row.to(images.device)].cpu(), training[column.to(images.device)].cpu())
+    order = exact.argsort(descending=True, stable=True)
+    order = order[exact[order] > threshold]
+    seen: dict[int, int] = {}  # an image of the split, and where it comes first: with its most alike partner
+    for position, image in enumerate(row[order].tolist()):
+        seen.setdefault(image, position)
+    best = order[list(seen.values())]
+    return NearCopies(indices=row[best], partners=column[best], correlations=exact[best], num_images=len(images))
+
+
+def _exact(left: Tensor, right: Tensor) -> Tensor:
+    pair = [part.flatten(1).double() for part in (left, right)]
+    pair = [part - part.mean(dim=1, keepdim=True) for part in pair]
+    norms = pair[0].norm(dim=1) * pair[1].norm(dim=1)
+    return (pair[0] * pair[1]).sum(dim=1) / norms.clamp(min=1e-12)
+
+
+def load_pair(split: str, root: str | None, val_size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Load images and labels of a split, and of the training images to compare with it.
+
+    Args:
+        split: test, to compare with all 60,000 training images; or val, with the rest of them.
+        root: folder of the IDX files, as `data.root`.
+        val_size: validation images among the 60,000.
+    """
+    if split == "test":
+        return load("test", root), load("train", root)
+    return load_split("val", root, val_size), load_split("train", root, val_size)
+
+
+def write_csv(file: TextIO, found: NearCopies, labels: Tensor, training_labels: Tensor, threshold: float) -> None:
+    """Write one row per image above the threshold, most alike first.
+
+    Args:
+        file: open for text.
+        found: as `find_near_copies` returns it.
+        labels: int64 of the split.
+        training_labels: int64 of the training images it was compared with.
+        threshold: correlation.
+    """
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["index", "label", "train_index", "train_label", "correlation"])
+    for index, partner, value in zip(
+        found.indices.tolist(), found.partners.tolist(), found.correlations.tolist(), strict=True
+    ):
+        if value > threshold:
+            names = CLASS_NAMES[labels[index]], CLASS_NAMES[training_labels[partner]]
+            writer.writerow([index, names[0], partner, names[1], f"{value:.6f}"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fmnist.duplicates", description=__doc__)
+    parser.add_argument("--split", choices=("test", "val"), default="test", help="images to look at")
+    parser.add_argument("--val_size", type=int, default=5000, help="validation images among the 60,000")
+    parser.add_argument("--threshold", type=float, default=NEAR_COPY, help="list images above this correlation")
+    parser.add_argument("--data.root", dest="root", help="folder with the IDX files")
+    parser.add_argument("--output", type=Path, help="CSV file to write; none prints it")
+    args = parser.parse_args()
+    if not SIMILAR <= args.threshold < 1:
+        parser.error(f"--threshold is {args.threshold}; legal: {SIMILAR} to below 1")
+    log_to_console()
+    with one_line_errors("fmnist.duplicates"):
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        (images, labels), (training, training_labels) = load_pair(args.split, args.root, args.val_size)
+        start = time.perf_counter()
+        found = find_near_copies(images.to(device), training.to(device))
+        seconds = time.perf_counter() - start
+        if args.output:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            with args.output.open("w", newline="", encoding="utf-8") as file:
+                write_csv(file, found, labels, training_labels, args.threshold)
+        else:
+            write_csv(sys.stdout, found, labels, training_labels, args.threshold)
+    counts = [int((found.correlations > threshold).sum()) for threshold in (NEAR_COPY, SIMILAR)]
+    sys.stderr.write(
+        f"{counts[0]} of {found.num_images:,} {args.split} images correlate above {NEAR_COPY} with a training image, "
+        f"{counts[1]} above {SIMILAR} ({describe_device(device)}, {seconds:.1f} s)\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Evaluate a trained model on a split: logits, honest sets, calibration, cost; then every file of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fmnist.calibration import average_probabilities, calibrate
+from fmnist.config import flatten
+from fmnist.cost import Cost, measure_cost, sum_of_costs
+from fmnist.data.batches import Split
+from fmnist.data.fashion_mnist import CLASS_NAMES
+from fmnist.duplicates import NearCopies
+from fmnist.figures import plot_learning_curves
+from fmnist.honest import honest_sets, notes
+from fmnist.metrics import predict
+from fmnist.network import Trained
+from fmnist.report import write_evaluation
+from fmnist.run import Run, resolve_precision
+from fmnist.tracking import METRICS_FILE
+from fmnist.wandb_run import log_evaluation
+
+Tta = Literal["none", "flip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to evaluate.
+
+    Attributes:
+        split: the images.
+        tta: flip averages an image and its mirror; none takes the run's own setting.
+        batch_size: images of one forward; none takes the run's own.
+        root: folder of the IDX files; none takes the run's own.
+        quick: metrics and figures only: no honest sets, calibration, timing or report.html.
+    """
+
+    split: Literal["test", "val", "train"] = "test"
+    tta: Tta | None = None
+    batch_size: int | None = None
+    root: str | None = None
+    quick: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a model, or several together, gave on a split; all on the CPU.
+
+    Attributes:
+        name: for titles and tables.
+        model: its architecture.
+        directory: where the files go.
+        split, tta: as requested.
+        images: uint8 [N, H, W].
+        labels: int64 [N].
+        logits: float32 [N, C], by `tta`.
+        by_tta: the same for none and for flip; empty where quick.
+        validation: logits and labels of the validation images; none where there are none.
+        cost: none where quick.
+        trained: the run; none for an ensemble.
+        members: names of an ensemble's models.
+    """
+
+    name: str
+    model: str
+    directory: Path
+    split: str
+    tta: Tta
+    images: Tensor
+    labels: Tensor
+    logits: Tensor
+    by_tta: Mapping[str, Tensor]
+    validation: tuple[Tensor, Tensor] | None
+    cost: Cost | None
+    trained: Trained | None
+    members: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The heading of its files."""
+        return f"{self.name}: {self.split} images" + (", flip averaging" if self.tta == "flip" else "")
+
+    @property
+    def correct(self) -> Tensor:
+        """Which images it gets right: bool [N]."""
+        return self.logits.argmax(dim=1) == self.labels
+
+
+def evaluate(trained: Trained, run: Run, request: Request) -> Outcome | None:
+    """Run one model over a split, on all processes.
+
+    Returns:
+        What it gave, on the main process.
+
+    Raises:
+        ValueError: the weights do not fit, or there are no validation images to evaluate on.
+    """
+    run.precision = resolve_precision(trained.cfg.model.precision)  # that of its training: the same numbers
+    model, augment = trained.load(run.device)
+    data = replace(trained.cfg.data, root=request.root or trained.cfg.data.root)
+    split = Split.load(request.split, data, run.device)
+    if not len(split):
+        raise ValueError(f"{trained.name} was trained with data.val_size 0: it has no validation images")
+    cfg = trained.cfg.evaluation
+    cfg = replace(cfg, tta=request.tta or cfg.tta, batch_size=request.batch_size or cfg.batch_size)
+
+    def logits_of(images: Split, tta: Tta) -> Tensor:
+        return predict(model, images, augment, replace(cfg, tta=tta), run).cpu()
+
+    logits, validation, cost = logits_of(split, cfg.tta), None, None
+    by_tta: dict[str, Tensor] = {}
+    if not request.quick:
+        both: tuple[Tta, Tta] = ("none", "flip")
+        by_tta = {tta: logits if tta == cfg.tta else logits_of(split, tta) for tta in both}
+        if data.val_size and request.split == "val":
+            validation = logits, split.labels.cpu()
+        elif data.val_size:
+            val_split = Split.load("val", data, run.device)
+            validation = logits_of(val_split, cfg.tta), val_split.labels.cpu()
+        cost = run.on_main(measure_cost, model, augment, split.images, cfg.size or augment.final_size, run)
+    outcome = Outcome(
+        name=trained.name,
+        model=trained.cfg.model.name,
+        directory=trained.output / request.split,
+        split=request.split,
+        tta=cfg.tta,
+        images=split.images.cpu(),
+        labels=split.labels.cpu(),
+        logits=logits,
+        by_tta=by_tta,
+        validation=validation,
+        cost=cost,
+        trained=trained,
+    )
+    return run.on_main(lambda: outcome)
+
+
+def ensemble(outcomes: list[Outcome], folder: Path) -> Outcome:
+    """Average the probabilities of several models on the same images.
+
+    Args:
+        outcomes: two and more, of the same images.
+        folder: its evaluation goes to `<folder>/ensemble/<split>/`.
+    """
+    first = outcomes[0]
+    pairs = [outcome.validation for outcome in outcomes]
+    known = [pair for pair in pairs if pair is not None]
+    # One run's validation images are another's training images where val_size differs: nothing to fit on then.
+    shared = len(known) == len(pairs) and all(torch.equal(pair[1], known[0][1]) for pair in known)
+    costs = [outcome.cost for outcome in outcomes if outcome.cost is not None]
+    tta: Tta = "flip" if all(outcome.tta == "flip" for outcome in outcomes) else "none"
+    return replace(
+        first,
+        name=f"ensemble of {len(outcomes)}",
+        model=" + ".join(dict.fromkeys(outcome.model for outcome in outcomes)),
+        directory=folder / "ensemble" / first.split,
+        tta=tta,
+        logits=average_probabilities([outcome.logits for outcome in outcomes]),
+        by_tta={key: average_probabilities([outcome.by_tta[key] for outcome in outcomes]) for key in first.by_tta},
+        validation=(average_probabilities([pair[0] for pair in known]), known[0][1]) if shared else None,
+        cost=sum_of_costs(costs) if len(costs) == len(outcomes) else None,
+        trained=None,
+        members=tuple(outcome.name for outcome in outcomes),
+    )
+
+
+def write_outcome(outcome: Outcome, copies: NearCopies | None, *, quick: bool) -> dict[str, Any]:
+    """Write every file of one evaluation; the main process's job.
+
+    Args:
+        outcome: what to write; `outcome.directory` is made.
+        copies: the near copies among its images.
+        quick: metrics and figures only.
+
+    Returns:
+        What metrics.json holds.
+    """
+    arrays = outcome.logits, outcome.labels, torch.arange(len(outcome.labels))
+    if quick:
+        result = write_evaluation(outcome.directory, *arrays, CLASS_NAMES, title=outcome.title)
+        plot_curves(outcome)
+        return result
+    honest, calibration = honest_sets(outcome.by_tta, outcome.labels, copies), None
+    if outcome.validation is not None:
+        same = outcome.split == "val"
+        calibration = calibrate(outcome.logits, outcome.labels, outcome.validation, same_images=same)
+    more = {
+        "honest": honest,
+        "calibration": calibration and calibration.as_dict(),
+        "cost": outcome.cost and outcome.cost.as_dict(),
+    }
+    text = notes(honest, calibration)
+    result = write_evaluation(outcome.directory, *arrays, CLASS_NAMES, title=outcome.title, more=more, notes=text)
+    plot_curves(outcome)
+
+    from fmnist.html_report import confident_errors, write_html  # Jinja2: only where a page is made
+
+    write_html(outcome, result, outcome.directory / "report.html")
+    trained = outcome.trained
+    if trained is not None and trained.output == trained.directory / "evaluation":  # not one of its checkpoints
+        files = [outcome.directory / f"{name}.png" for name in ("confusion_matrix", "reliability")]
+        files.append(trained.directory / "learning_curves.png")
+        scalars = {"top1": result["top1"], "loss": result["loss"], "ece": result["ece"]}
+        scalars |= {f"honest.{key}": entry["top1"] for key, entry in honest.items()}
+        log_evaluation(
+            trained.directory,
+            trained.cfg.log,
+            flatten(trained.cfg),
+            prefix=f"evaluation/{outcome.split}",
+            scalars=scalars,
+            files=[file for file in files if file.is_file()],
+            errors=[error.row(outcome) for error in confident_errors(outcome, 200)],
+        )
+    return result
+
+
+def plot_curves(outcome: Outcome) -> None:
+    """Draw a run's learning curves into its directory, where it has any."""
+    if outcome.trained is not None and (metrics := outcome.trained.directory / METRICS_FILE).is_file():
+        plot_learning_curves(metrics, outcome.trained.directory / "learning_curves.png", outcome.name)

@@ -1,0 +1,110 @@
+"""Figures and pictures of report.html as data URIs: SVG for curves, PNG for images."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from fmnist.figures import BLUE, NUM_BINS, ORANGE, draw_loss, draw_top1, read_metrics, reliability_bins, series
+
+INK, MUTED, RULE = "#1f2933", "#52606d", "#d9dee4"
+SIZE = (4.3, 3.1)  # inches: on a phone about as wide as the screen, so that its 9 point text stays readable
+
+
+def data_uri(content: bytes, media_type: str) -> str:
+    """Return bytes as a URI that needs no network."""
+    return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def picture(image: Tensor) -> str:
+    """Return a uint8 [H, W] image as the URI of a PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.numpy()).save(buffer, format="PNG", optimize=True)
+    return data_uri(buffer.getvalue(), "image/png")
+
+
+def _panel() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _svg(figure: Figure, axes: Axes) -> str:
+    """Give a panel the page's ink and quiet lines, and return it as a URI."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(RULE)
+    axes.grid(axis="y", color=RULE, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=9, labelcolor=MUTED)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=MUTED, fontsize=9)
+    if legend := axes.get_legend():
+        legend.set_frame_on(False)
+        for text in legend.get_texts():
+            text.set(fontsize=9, color=INK)
+    FigureCanvasSVG(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return data_uri(buffer.getvalue(), "image/svg+xml")
+
+
+def learning_curves(metrics_path: Path) -> list[tuple[str, str]]:
+    """Draw loss, validation top1 and learning rate, each on its own.
+
+    Args:
+        metrics_path: a run's metrics.jsonl.
+
+    Returns:
+        What each panel shows, in words, and its URI; panels without data are left out.
+    """
+    lines = read_metrics(metrics_path)
+    train, val = lines.get("train", []), lines.get("val", [])
+    panels = []
+    if train or val:
+        figure, axes = _panel()
+        draw_loss(axes, train, val)
+        panels.append(("Loss by step", figure, axes))
+    if len(series(val, "top1")[0]):
+        figure, axes = _panel()
+        draw_top1(axes, val)
+        panels.append(("Validation accuracy by step", figure, axes))
+    steps, lr = series(train, "lr")
+    if len(steps):
+        figure, axes = _panel()
+        axes.plot(steps, lr, color=BLUE, linewidth=1.8)
+        axes.set_ylabel("learning rate")
+        axes.yaxis.set_major_formatter("{x:.3g}")
+        panels.append(("Learning rate by step", figure, axes))
+    for _, _, axes in panels:
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.locator_params(axis="x", nbins=5)
+    return [(words, _svg(figure, axes)) for words, figure, axes in panels]
+
+
+def reliability(logits: Tensor, labels: Tensor) -> str:
+    """Draw top1 against confidence; a bin is the darker the more images it holds.
+
+    Args:
+        logits: float [N, C], CPU.
+        labels: int64 [N], CPU.
+
+    Returns:
+        The figure's URI.
+    """
+    bins = reliability_bins(logits, labels)
+    figure, axes = _panel()
+    share = bins["count"] / bins["count"].max()
+    bars = axes.bar(bins["center"], bins["top1"], width=0.92 / NUM_BINS, color=BLUE)
+    for bar, part in zip(bars, share, strict=True):
+        bar.set_alpha(0.25 + 0.75 * float(part) ** 0.33)
+    axes.plot([0, 1], [0, 1], color=INK, linestyle=(0, (4, 3)), linewidth=1)
+    axes.plot(bins["confidence"], bins["top1"], "o", color=ORANGE, markersize=4)
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
+    return _svg(figure, axes)

@@ -1,0 +1,174 @@
+"""The run of Weights & Biases that belongs to a run directory; the only room that imports its client."""
+
+import logging
+import netrc
+import os
+import queue
+import re
+import secrets
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from fmnist.config import LogConfig
+
+logger = logging.getLogger("fmnist")
+RUN_ID = r"[A-Za-z0-9_-]{1,64}"
+WANDB_ID_FILE = "wandb_run_id"
+# Together below 10 s: what a server that is away, or answers with nothing useful, may cost a start.
+PROBE_TIMEOUT_S, INIT_TIMEOUT_S = 2, 5
+FINISH_TIMEOUT_S = 30  # what is not sent by then is on disk, for `wandb sync`
+
+
+def start_wandb(directory: Path, cfg: LogConfig, resolved: Mapping[str, Any]) -> Any:
+    """Open the run directory's run of Weights & Biases: a new one, or the one whose id is kept there.
+
+    Args:
+        directory: the run directory.
+        cfg: its `wandb` is not disabled.
+        resolved: every option of the run.
+
+    Returns:
+        The client's run; whatever it raises is the caller's to catch.
+    """
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    if not os.environ.get("WANDB_MODE"):
+        os.environ.pop("WANDB_MODE", None)  # set but empty, which the client refuses
+    import wandb  # half a second, and absent on some machines: only where it is used
+
+    mode = cfg.wandb
+    if mode == "auto":
+        mode = "online" if has_api_key() else "offline"
+    if mode == "online" and not answers(wandb.setup().settings.base_url):
+        logger.warning("Weights & Biases does not answer: offline")
+        mode = "offline"
+    run_id = _run_id(directory / WANDB_ID_FILE)
+    options: dict[str, Any] = {
+        "project": cfg.project,
+        "name": directory.resolve().name,
+        "id": run_id,
+        "resume": "allow",
+        "dir": str(directory),
+        "config": dict(resolved),
+    }
+    settings = wandb.Settings(
+        init_timeout=INIT_TIMEOUT_S,
+        login_timeout=INIT_TIMEOUT_S,
+        finish_timeout=FINISH_TIMEOUT_S,
+        silent=True,
+        # What may hold a password and is no number: source, the remote's URL, argv, what libraries print.
+        save_code=False,
+        disable_code=True,
+        disable_git=True,
+        x_disable_meta=True,
+        console="off",
+    )
+    try:
+        started = wandb.init(mode=mode, settings=settings, **options)
+    except Exception as error:  # noqa: BLE001 - server away, key refused: the numbers are kept on disk instead
+        if mode != "online":
+            raise
+        logger.warning("Weights & Biases cannot be used (%s): offline", without_secrets(error))
+        wandb.teardown()  # else the client still holds the run id of the attempt that failed
+        mode, started = "offline", wandb.init(mode="offline", settings=settings, **options)
+    started.define_metric("step")
+    started.define_metric("*", step_metric="step")
+    started.define_metric("val/top1", step_metric="step", summary="max")
+    hint = "" if mode == "online" else f"; send it with: wandb sync {directory}/wandb/offline-run-*-{run_id}"
+    logger.info("Weights & Biases: %s, run %s%s", mode, run_id, hint)
+    return started
+
+
+def log_evaluation(
+    directory: Path,
+    cfg: LogConfig,
+    resolved: Mapping[str, Any],
+    *,
+    prefix: str,
+    scalars: Mapping[str, float],
+    files: Sequence[Path],
+    errors: Sequence[Mapping[str, Any]],
+) -> None:
+    """Add an evaluation to the W&B run of a run directory, where it has one; whatever fails is one warning.
+
+    Args:
+        directory: the run directory.
+        cfg: of the run.
+        resolved: every option of the run.
+        prefix: before every name.
+        scalars: go to the run's summary.
+        files: pictures, each under its stem.
+        errors: rows of one table, all with the same keys; `picture` is a uint8 array [H, W].
+    """
+    if cfg.wandb == "disabled" or not (directory / WANDB_ID_FILE).is_file():
+        return
+    try:
+        started = start_wandb(directory, cfg, resolved)
+        import wandb
+
+        columns: list[Any] = list(errors[0]) if errors else ["picture"]
+        table = wandb.Table(columns=columns)
+        for row in errors:
+            table.add_data(*(wandb.Image(row[key]) if key == "picture" else row[key] for key in columns))
+        pictures = {f"{prefix}/{file.stem}": wandb.Image(str(file)) for file in files}
+        started.log({**pictures, f"{prefix}/errors": table})
+        started.summary.update({f"{prefix}/{key}": value for key, value in scalars.items()})
+        started.finish()
+    except Exception as error:  # noqa: BLE001 - the files are written; whatever a tracker raises, evaluation goes on
+        logger.warning("Weights & Biases has no evaluation: %s", without_secrets(error))
+
+
+def _run_id(path: Path) -> str:
+    """Return the run's id at Weights & Biases, the one of its first start."""
+    try:
+        run_id = path.read_text().strip()
+    except (OSError, ValueError):
+        run_id = ""
+    if not re.fullmatch(RUN_ID, run_id):
+        run_id = os.environ.get("WANDB_RUN_ID", "")  # a sweep's agent has chosen one
+        if not re.fullmatch(RUN_ID, run_id):
+            run_id = secrets.token_hex(4)
+        path.write_text(run_id + "\n")
+    return run_id
+
+
+def answers(url: str) -> bool:
+    """Say whether a server answers at all, with whatever HTTP status, within PROBE_TIMEOUT_S."""
+    replies: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(url, timeout=PROBE_TIMEOUT_S).close()
+            replies.put(True)
+        except Exception as error:  # noqa: BLE001 - refused, unreachable, no such name, not HTTP
+            replies.put(isinstance(error, urllib.error.HTTPError))
+
+    threading.Thread(target=ask, daemon=True).start()  # a thread: a name look-up obeys no timeout
+    try:
+        return replies.get(timeout=PROBE_TIMEOUT_S)
+    except queue.Empty:
+        return False
+
+
+def without_secrets(error: Exception) -> str:
+    """Put an error on one line of at most 200 characters, without the key and without passwords of URLs."""
+    line = re.sub(r"//[^/@\s]+@", "//***@", " ".join(str(error).split()))
+    key = os.environ.get("WANDB_API_KEY")
+    return (line.replace(key, "***") if key else line)[:200]
+
+
+def has_api_key() -> bool:
+    """Say whether Weights & Biases would find a key: in the environment or in netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    own_server = urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname
+    try:
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, ValueError, netrc.NetrcParseError):
+        return False
+    return any("wandb" in host or host == own_server for host in hosts)

@@ -1,0 +1,156 @@
+"""Comparison of runs: McNemar, Pareto front, seeds and table, by hand."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+import torch
+
+from fmnist.compare import check_comparable, comparison_table, mcnemar, seed_groups, write_comparison
+from fmnist.config import Config, OptimConfig
+from fmnist.cost import Cost, Timing, sum_of_costs
+from fmnist.evaluation import Outcome, ensemble
+from fmnist.network import Trained
+from fmnist.pareto import pareto_front, plot_comparison
+from fmnist.report import summarize
+
+NAMES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+
+
+def right(*counts: tuple[int, bool]) -> torch.Tensor:
+    return torch.cat([torch.full((count,), value) for count, value in counts])
+
+
+def test_mcnemar_by_hand() -> None:
+    # 10 both, 6 only the first, 1 only the second, 3 neither. Of 7 discordant images 1 or fewer, or 6 or more, with
+    # probability (1 + 7 + 7 + 1) / 2^7 = 16 / 128 = 0.125.
+    first = right((10, True), (6, True), (1, False), (3, False))
+    second = right((10, True), (6, False), (1, True), (3, False))
+    assert mcnemar(first, second) == (6, 1, pytest.approx(0.125))
+    assert mcnemar(second, first) == (1, 6, pytest.approx(0.125))
+    assert mcnemar(first, first) == (0, 0, 1.0)
+
+
+def test_pareto_front_by_hand() -> None:
+    # Costs 1, 2, 3, 4 with scores 50, 70, 60, 80: the third costs more than the second and is worse.
+    assert pareto_front([1, 2, 3, 4], [50, 70, 60, 80]) == [0, 1, 3]
+    assert pareto_front([4, 3, 2, 1], [80, 60, 70, 50]) == [3, 2, 0]  # cheapest first
+    assert pareto_front([1, 1, 2], [50, 60, 60]) == [1]  # as cheap but worse; as good but dearer
+    assert pareto_front([1, 1], [50, 50]) == [0, 1]  # neither beats the other
+
+
+def cost(flops: int, milliseconds: float) -> Cost:
+    timings = tuple(
+        Timing(batch_size=b, repeats=10, median_ms=m, low_ms=m, high_ms=m, images_per_second=1000 * b / m)
+        for b, m in ((1, milliseconds), (256, 100 * milliseconds))
+    )
+    return Cost(
+        parameters=1000, flops_per_image=flops, timings=timings, device="test device", precision="fp32", torch="0",
+        image_size=28,
+    )  # fmt: skip
+
+
+def outcome(name: str, errors: range, *, cfg: Config | None = None, spent: Cost | None = None) -> Outcome:
+    labels = torch.arange(200) % 10
+    logits = 5 * torch.nn.functional.one_hot(labels, 10).float()
+    logits[errors.start : errors.stop] = logits[errors.start : errors.stop].roll(1, dims=1)
+    trained = Trained(
+        name=name, directory=Path(name), output=Path(name), weights=Path(name), cfg=cfg or Config(), summary={}
+    )
+    return Outcome(
+        name=name, model="cnn", directory=Path(name), split="test", tta="none", labels=labels, logits=logits,
+        images=torch.zeros(200, 28, 28, dtype=torch.uint8), by_tta={"none": logits, "flip": logits},
+        validation=(logits, labels), cost=spent or cost(1_000_000, 2.0), trained=trained,
+    )  # fmt: skip
+
+
+def results(outcomes: list[Outcome]) -> list[dict[str, Any]]:
+    return [summarize(outcome.logits, outcome.labels, NAMES) for outcome in outcomes]
+
+
+def test_the_most_accurate_first_each_against_the_next(tmp_path: Path) -> None:
+    outcomes = [
+        outcome("dear", range(0, 20), spent=cost(9_000_000, 4.0)),  # 180 of 200: 90 %
+        outcome("best", range(10, 20), spent=cost(4_000_000, 3.0)),  # 190: 95 %
+        outcome("cheap", range(100, 140), spent=cost(1_000_000, 1.0)),  # 160: 80 %
+    ]
+    text = write_comparison(outcomes, results(outcomes), tmp_path)
+    lines = text.splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == ["best", "dear", "cheap"]
+    assert "95.00 %" in lines[2] and "4.00" in lines[2] and "300.0" in lines[2]
+    # best is right where dear errs alone (0..9) and never the reverse: 2 / 2^10 = 0.00195.
+    assert "10:0, p 0.002" in lines[2]
+    assert "40:20" in lines[3]
+    assert lines[2].endswith("FLOPs, ms") and lines[4].endswith("FLOPs, ms") and "ms" not in lines[3].split()[-1]
+    assert "test device" in text
+    pixels = matplotlib.image.imread(tmp_path / "comparison.png")
+    assert pixels.shape[1] > 2000 and pixels[..., :3].std() > 0.02  # three panels
+
+
+def test_seeds_are_grouped_and_other_changes_are_not(tmp_path: Path) -> None:
+    other = Config(seed=3, optim=replace(OptimConfig(), lr=0.5))
+    outcomes = [
+        outcome("s0", range(0, 10), cfg=Config(seed=0, output_dir="a")),
+        outcome("lr", range(0, 50), cfg=other),
+        outcome("s1", range(0, 12), cfg=Config(seed=1, output_dir="b")),
+        outcome("s2", range(0, 14), cfg=Config(seed=2, output_dir="c")),
+    ]
+    assert seed_groups(outcomes) == [[0, 2, 3]]
+    # 95, 94 and 93 %: mean 94, standard deviation sqrt((1 + 0 + 1) / 2) = 1.
+    text = write_comparison(outcomes, results(outcomes), tmp_path)
+    expected = "3 seeds (s0, s1, s2): top1 mean 94.00 %, standard deviation 1.00, 93.00 to 95.00"
+    assert expected in text.splitlines()
+    assert seed_groups([outcomes[0], replace(outcomes[0], name="again")]) == []  # one seed twice is no sample
+
+
+def test_an_ensemble_averages_and_costs_the_sum(tmp_path: Path) -> None:
+    # Each errs with logit 5 where the other is right with 5: the tie is broken, everything else is right.
+    members = [outcome("a", range(0, 10)), outcome("b", range(50, 70)), outcome("c", range(90, 95))]
+    together = ensemble(members, tmp_path)
+    assert together.correct.all()  # two of three are right everywhere
+    assert together.members == ("a", "b", "c")
+    assert together.directory == tmp_path / "ensemble" / "test"
+    assert together.cost is not None and together.cost.flops_per_image == 3_000_000
+    assert together.cost.latency_ms(1) == 6.0
+    assert together.cost.timings[1].images_per_second == pytest.approx(1000 * 256 / 600)
+    assert together.validation is not None
+    apart = ensemble([members[0], replace(members[1], validation=None)], tmp_path)
+    assert apart.validation is None
+    assert sum_of_costs([cost(1, 1.0)]).measured is False
+
+
+def test_runs_of_different_images_are_refused(tmp_path: Path) -> None:
+    one, two = outcome("a", range(1)), outcome("b", range(1))
+    two = replace(two, labels=two.labels.roll(1))
+    with pytest.raises(ValueError, match="different images"):
+        write_comparison([one, two], results([one, one]), tmp_path)
+    config = Config()
+    smaller = replace(config, data=replace(config.data, val_size=100))
+    opened = [outcome("a", range(1), cfg=config).trained, outcome("b", range(1), cfg=smaller).trained]
+    check_comparable([item for item in opened if item], "test")
+    with pytest.raises(ValueError, match=r"data\.val_size 100, 5000"):
+        check_comparable([item for item in opened if item], "val")
+
+
+ROWS = [
+    {"run": "mlp", "model": "mlp", "parameters": 535818, "top1": 0.9, "top1_interval": [0.894, 0.9057]},
+    {"run": "cnn", "model": "cnn", "parameters": 1234, "top1": 0.93125, "loss": 0.2, "images_per_second_256": 91234.5},
+]
+
+
+def test_comparison_table() -> None:
+    header, rule, mlp, cnn = comparison_table(ROWS).split("\n")
+    assert len(header) == len(rule) == len(mlp) == len(cnn)
+    assert mlp.split() == ["mlp", "mlp", "535,818", "90.00", "%", "89.40-90.57", "-", "-"]
+    # Round half to even of the binary value: 91234.5 -> 91,234.
+    assert cnn.split() == ["cnn", "cnn", "1,234", "93.12", "%", "-", "0.2000", "91,234"]
+
+
+def test_plot_comparison_without_costs(tmp_path: Path) -> None:
+    plot_comparison([*ROWS, {"run": "unfinished"}], tmp_path / "comparison.png")
+    pixels = matplotlib.image.imread(tmp_path / "comparison.png")
+    assert pixels.shape[1] == 1350  # 9 inches at 150 dpi: one panel
+    with pytest.raises(ValueError, match="top1"):
+        plot_comparison([{"run": "unfinished"}], tmp_path / "comparison.png")

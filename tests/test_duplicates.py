@@ -1,0 +1,70 @@
+"""Near copies: by hand on few images, against a plain product on real ones, and the command."""
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fmnist import duplicates
+from fmnist.data.batches import Split
+from fmnist.data.fashion_mnist import load
+from fmnist.duplicates import find_near_copies
+
+
+def test_correlation_by_hand() -> None:
+    # Centred: (0, 0, 30, 30) -> (-15, -15, 15, 15), (0, 10, 30, 40) -> (-20, -10, 10, 20):
+    # (300 + 150 + 150 + 300) / (30 * sqrt(1000)) = 900 / 948.683 = 0.948683. Its brighter copy (100, 100, 230, 230)
+    # correlates 1: brightness and contrast do not count. The constant image resembles none.
+    images = torch.tensor([[0, 0, 30, 30], [0, 10, 30, 40], [7, 7, 7, 7]], dtype=torch.uint8).reshape(3, 2, 2)
+    training = torch.tensor([[9, 9, 9, 9], [100, 100, 230, 230]], dtype=torch.uint8).reshape(2, 2, 2)
+    found = find_near_copies(images, training, 0.9)
+    assert found.indices.tolist() == [0, 1]  # the most alike first
+    assert found.partners.tolist() == [1, 1]
+    assert found.correlations.tolist() == pytest.approx([1.0, 900 / (30 * 1000**0.5)], abs=1e-12)
+    assert found.above(0.95).tolist() == [0]
+    assert len(find_near_copies(images[2:], training, 0.9).indices) == 0
+
+
+def test_the_bound_loses_no_pair(train_images: Split) -> None:
+    images, training = train_images.images[:400], train_images.images[400:2000]
+    whole = np.corrcoef(images.flatten(1).double(), training.flatten(1).double())[:400, 400:]
+    for threshold in (0.9, 0.95, 0.98):
+        found = find_near_copies(images, training, threshold)
+        expected = np.flatnonzero(whole.max(axis=1) > threshold)
+        assert len(expected) > 0
+        assert sorted(found.indices.tolist()) == expected.tolist()
+        np.testing.assert_array_equal(found.partners, whole.argmax(axis=1)[found.indices])
+        np.testing.assert_allclose(found.correlations, whole.max(axis=1)[found.indices], atol=1e-12)
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["fmnist.duplicates", *args])
+    duplicates.main()
+
+
+def test_the_command_lists_the_89_and_counts_the_682(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(monkeypatch, "--output", str(tmp_path / "copies.csv"))
+    told = capsys.readouterr().err
+    assert "89 of 10,000 test images" in told
+    assert "682 above 0.98" in told
+    with (tmp_path / "copies.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["index"] for row in rows}) == len(rows) == 89
+    (images, _), (training, _) = load("test"), load("train")
+    for row in rows[:: len(rows) - 1]:  # the first and the last
+        pair = images[int(row["index"])].flatten(), training[int(row["train_index"])].flatten()
+        assert np.corrcoef(*pair)[0, 1] == pytest.approx(float(row["correlation"]), abs=1e-6)
+
+
+def test_a_threshold_below_what_is_searched_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        command(monkeypatch, "--threshold", "0.5")
+    assert refused.value.code == 2
+    assert "--threshold is 0.5; legal: 0.98" in capsys.readouterr().err

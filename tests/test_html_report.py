@@ -1,0 +1,198 @@
+"""report.html: what it holds, that names are escaped, and how a real headless browser shows it."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL_RUN, train
+
+import evaluate
+from fmnist.data.batches import Split
+from fmnist.data.fashion_mnist import CLASS_NAMES
+from fmnist.evaluation import Outcome, write_outcome
+from fmnist.html_report import _strip, confident_errors, confused_pairs, context, render
+
+BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "chromium-browser")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """evaluate.py's page of a run of 12 steps, every part of it made as a user makes it."""
+    folder = tmp_path_factory.mktemp("html")
+    (folder / "small.yaml").write_text(SMALL_RUN)
+    train("--config", folder / "small.yaml", "--output_dir", folder / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["evaluate.py", str(folder / "run")])
+        evaluate.main()
+    return folder / "run/evaluation/test/report.html"
+
+
+def browse(*args: object) -> subprocess.CompletedProcess[bytes]:
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"no browser, but CI is true: one of {', '.join(BROWSERS)} must be installed")
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    flags = ["--headless", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr"]
+    if os.geteuid() == 0:
+        flags.append("--no-sandbox")  # Chromium's own condition for root
+    return subprocess.run([browser, *flags, *map(str, args)], capture_output=True, timeout=120, check=True)
+
+
+def console(done: subprocess.CompletedProcess[bytes]) -> list[str]:
+    return [line for line in done.stderr.decode(errors="replace").splitlines() if ":CONSOLE" in line]
+
+
+def widths(page: Path, content: str, width: int) -> tuple[int, int]:
+    """Width of the content and of the window: a script measures, in a copy without the policy that forbids scripts."""
+    script = "<script>onload = () => document.documentElement.dataset.widths = "
+    script += "document.documentElement.scrollWidth + ' ' + innerWidth</script></body>"
+    copy = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", content).replace("</body>", script)
+    page.write_text(copy, encoding="utf-8")
+    done = browse(f"--window-size={width},844", "--dump-dom", page.as_uri())
+    found = re.search(rb'data-widths="(\d+) (\d+)"', done.stdout)
+    assert found is not None
+    return int(found[1]), int(found[2])
+
+
+def test_the_page_holds_every_part_and_loads_nothing(report: Path) -> None:
+    text = report.read_text(encoding="utf-8")
+    metrics = json.loads((report.parent / "metrics.json").read_text())
+    for part in ("honest", "confused", "matrix", "classes", "errors", "calibration", "curves", "cost", "config"):
+        assert f'<section id="{part}">' in text
+    assert f"{100 * metrics['top1']:.2f}<small>%" in text
+    assert "83.5" in text and "arXiv:1708.07747" in text
+    assert f"{100 * metrics['calibration']['ece_after']:.2f}" in text
+    assert "global_batch_size: 32" in text
+    assert all(name in text for name in CLASS_NAMES)
+    # Everything is inside: pictures are data, nothing names a server or a script.
+    sources = re.findall(r'(?:src|href)="([^"]{0,20})', text)
+    assert len(sources) > 24
+    assert all(source.startswith("data:") for source in sources)
+    assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org", "")
+    assert "<script" not in text
+    assert report.stat().st_size < 1_000_000
+
+
+def test_metrics_and_report_hold_the_same_figures(report: Path) -> None:
+    metrics = json.loads((report.parent / "metrics.json").read_text())
+    text = (report.parent / "report.txt").read_text()
+    honest, calibration, cost = metrics["honest"], metrics["calibration"], metrics["cost"]
+    assert honest["all"]["top1"] == metrics["top1"]
+    assert honest["without_near_copies"]["removed"] == 89
+    assert honest["without_near_copies"]["num_images"] == 10_000 - 89
+    assert honest["without_similar"]["num_images"] == 10_000 - 682
+    for entry in honest.values():
+        low, high = entry["top1_interval"]
+        assert low < entry["top1"] < high
+        assert f"{entry['num_images']:,} {100 * entry['top1']:6.2f} % ({100 * low:.2f} to {100 * high:.2f})" in text
+    assert calibration["num_images"] == 1000
+    assert calibration["ece_before"] == pytest.approx(metrics["ece"], abs=1e-6)
+    assert calibration["loss_before"] == pytest.approx(metrics["loss"], abs=1e-9)
+    assert f"ECE {calibration['ece_before']:.4f} -> {calibration['ece_after']:.4f}" in text
+    assert [timing["batch_size"] for timing in cost["timings"]] == [1, 256]
+    for timing in cost["timings"]:
+        assert timing["low_ms"] <= timing["median_ms"] <= timing["high_ms"]
+        assert timing["images_per_second"] == pytest.approx(1000 * timing["batch_size"] / timing["median_ms"])
+    assert cost["parameters"] == json.loads((report.parents[2] / "summary.json").read_text())["parameters"]
+
+
+def test_a_browser_shows_it_without_a_word_on_the_console(report: Path, tmp_path: Path) -> None:
+    for width, height in ((390, 844), (1120, 1400)):
+        picture = tmp_path / f"{width}.png"
+        done = browse(f"--window-size={width},{height}", f"--screenshot={picture}", report.as_uri())
+        assert console(done) == []
+        pixels = matplotlib.image.imread(picture)[..., :3]
+        assert pixels.shape == (height, width, 3)
+        assert (pixels.mean(axis=-1) > 0.95).mean() > 0.4  # a light page
+        assert (pixels.mean(axis=-1) < 0.3).mean() > 0.005  # with ink on it
+        assert len(np.unique((pixels * 255).astype(int).reshape(-1, 3), axis=0)) > 50
+    # The console is really listened to: a picture from a server is refused by the page's policy, and said.
+    planted = tmp_path / "planted.html"
+    planted.write_text(report.read_text().replace("</body>", '<img src="https://example.org/x.png"></body>'))
+    assert any("Content Security Policy" in line for line in console(browse("--dump-dom", planted.as_uri())))
+
+
+def test_it_fits_a_phone(report: Path, tmp_path: Path) -> None:
+    text = report.read_text(encoding="utf-8")
+    assert 'name="viewport" content="width=device-width' in text
+    for width in (320, 390, 768, 1120):
+        assert widths(tmp_path / "copy.html", text, width) == (width, width)
+    wide = text.replace("</main>", '<div style="width: 500px">wide</div></main>')
+    assert widths(tmp_path / "copy.html", wide, 390)[0] > 390  # what does not fit is noticed
+
+
+def small_outcome(images: Split, directory: Path) -> Outcome:
+    labels = images.labels[:200]
+    logits = 4 * torch.nn.functional.one_hot(labels, 10).float()
+    logits[:20] = logits[:20].roll(1, dims=1)
+    return Outcome(
+        name="run", model="cnn", directory=directory, split="test", tta="none", images=images.images[:200],
+        labels=labels, logits=logits, by_tta={"none": logits, "flip": logits}, validation=None, cost=None,
+        trained=None,
+    )  # fmt: skip
+
+
+def test_names_are_escaped_and_a_page_without_validation_images_says_so(train_images: Split, tmp_path: Path) -> None:
+    outcome = replace(small_outcome(train_images, tmp_path), name='<script>alert("x")</script>', members=("<b>a", "b"))
+    write_outcome(outcome, None, quick=False)
+    text = (tmp_path / "report.html").read_text()
+    assert "<script" not in text and "&lt;script&gt;" in text
+    assert "<b>a" not in text and "&lt;b&gt;a" in text
+    assert "There are no validation images to fit a temperature on" in text
+    assert "no temperature is fitted" in (tmp_path / "report.txt").read_text()
+    assert '<section id="config">' not in text and '<section id="cost">' not in text
+
+
+def test_quick_writes_no_page(train_images: Split, tmp_path: Path) -> None:
+    result = write_outcome(small_outcome(train_images, tmp_path), None, quick=True)
+    assert "honest" not in result
+    assert not (tmp_path / "report.html").exists()
+    assert (tmp_path / "reliability.png").exists()
+
+
+def test_a_model_without_errors_has_a_page(train_images: Split, tmp_path: Path) -> None:
+    outcome = small_outcome(train_images, tmp_path)
+    perfect = 4 * torch.nn.functional.one_hot(outcome.labels, 10).float()
+    outcome = replace(outcome, logits=perfect, by_tta={"none": perfect, "flip": perfect})
+    result = write_outcome(outcome, None, quick=False)
+    assert result["top1"] == 1.0
+    assert "there is no error" in render(context(outcome, result))
+
+
+def test_confused_pairs_by_hand() -> None:
+    # a -> b 1 and b -> a 4: 5 together; a -> c 6 alone: 6; b and c never.
+    confusion = [[9, 1, 6], [4, 9, 0], [0, 0, 9]]
+    assert confused_pairs(confusion) == [(0, 2, 6, 0), (1, 0, 4, 1)]
+
+
+def test_confident_errors_by_hand(train_images: Split, tmp_path: Path) -> None:
+    outcome = small_outcome(train_images, tmp_path)
+    logits = outcome.logits.clone()
+    logits[7] *= 2  # one of the 20 errors, surer than the rest
+    errors = confident_errors(replace(outcome, logits=logits))
+    assert len(errors) == 20
+    # Logit 8 against nine zeros: e^8 / (e^8 + 9) = 2980.958 / 2989.958 = 0.99699; the label's: 1 / 2989.958.
+    assert (errors[0].index, errors[0].confidence) == (7, pytest.approx(0.99699, abs=1e-5))
+    assert errors[0].p_label == pytest.approx(1 / (math.exp(8) + 9))
+    assert errors[0].label == CLASS_NAMES[outcome.labels[7]]
+    assert [error.index for error in errors[1:4]] == [0, 1, 2]  # equally sure: in order
+
+
+def test_the_strip_by_hand() -> None:
+    # Lowest 0.835: 20 * 0.835 - 0.5 = 16.2 -> 16 / 20 = 0.80. 0.93 is at (0.93 - 0.8) / 0.2 = 65 %.
+    strip = _strip(0.93, [0.925, 0.935], 0.835)
+    assert strip["ticks"][0] == (0.0, pytest.approx(0.80))
+    assert strip["top1"] == pytest.approx(65.0)
+    assert strip["human"] == pytest.approx(17.5)
+    assert _strip(0.02, [0.01, 0.04], None)["ticks"][0] == (0.0, 0.0)
