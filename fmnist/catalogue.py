@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fmnist.data.fashion_mnist import NUM_CLASSES, load_split
-from fmnist.data.pictures import list_pictures, prepare_photo
+from fmnist.data.photos import find_pictures, read_view
 from fmnist.predictor import Predictor
 
 logger = logging.getLogger("fmnist")
@@ -88,22 +88,29 @@ def read_split(predictor: Predictor, source: Source, root: str | None) -> tuple[
 
 
 def read_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
-    """Read the pictures of a folder; one that cannot be read is left out with a warning.
+    """Read the pictures in a folder and those below it; one that cannot be read is left out with a warning.
 
     Returns:
         uint8 [N, 28, 28] images, int64 [N] labels, all UNKNOWN, and the N paths below the folder.
 
     Raises:
-        ValueError: there is no picture that can be read.
+        ValueError: no such folder, or no picture in it that can be read.
     """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
     images, names = [], []
-    for path in list_pictures(folder):
+    found = list(find_pictures([str(folder)]))
+    if found[0][0] == str(folder):  # the folder itself: nothing is in it
+        raise ValueError(": ".join(found[0]))
+    for name, error in found:
         try:
-            images.append(prepare_photo(path))
-        except ValueError as error:
-            logger.warning("left out: %s", error)
+            if error:
+                raise ValueError(f"{name}: {error}")
+            images.append(read_view(name))
+        except ValueError as reason:
+            logger.warning("left out: %s", reason)
         else:
-            names.append(path.relative_to(folder).as_posix())
+            names.append(Path(name).relative_to(folder).as_posix())
     if not images:
         raise ValueError(f"{folder} holds no picture that can be read")
     return torch.stack(images), torch.full((len(images),), UNKNOWN), names

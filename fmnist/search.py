@@ -27,7 +27,7 @@ from fmnist.catalogue import (
     sha256_of,
 )
 from fmnist.console import log_to_console, one_line_errors
-from fmnist.data.pictures import prepare_photo
+from fmnist.data.photos import read_view
 from fmnist.figures import write_file
 from fmnist.predictor import Predictor, open_predictor
 from fmnist.retrieval import Neighbours, precision_table, retrieval_precision
@@ -126,7 +126,7 @@ def _read_query(name: str, predictor: Predictor, root: str | None) -> tuple[Tens
     """Return the picture and its class (UNKNOWN for a file)."""
     match = re.fullmatch(r"(train|val|test):([0-9]{1,9})", name)
     if match is None:
-        return prepare_photo(Path(name)), UNKNOWN
+        return read_view(name), UNKNOWN
     images, labels, _ = read_split(predictor, match[1], root)  # type: ignore[arg-type]  # one of its three names
     if (number := int(match[2])) >= len(images):
         raise ValueError(f"{name}: {match[1]} has images 0 to {len(images) - 1}")

@@ -63,8 +63,7 @@ def draw_sheet(entries: Sequence[Entry], title: str, columns: int = 5) -> bytes:
             y = top + CELL + 4 + number * LINE
             draw.text((left, y), _shorten(text, font, 2 * CELL + 4), colour, font)
     buffer = io.BytesIO()
-    # A palette: a third of the bytes, and the noise of photos is not what a sheet is for.
-    sheet.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    sheet.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 

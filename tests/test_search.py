@@ -15,7 +15,6 @@ from small import NUM_TEST, NUM_TRAIN, VAL_SIZE, command, untrained, write_small
 from fmnist.catalogue import Catalogue, load_catalogue, save_catalogue
 from fmnist.config import ModelConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
-from fmnist.data.pictures import prepare_photo
 from fmnist.retrieval import Neighbours, precision_at_k, summarize_precision
 from fmnist.search import main as search_main
 
@@ -182,12 +181,12 @@ def test_an_index_of_other_weights_is_refused(run_directory: Path, index: Path, 
     ("args", "message"),
     [
         (("query", "INDEX", "test:1100"), "test has images 0 to 1099"),
-        (("query", "INDEX", "nothing.png"), "not a picture that can be read"),
+        (("query", "INDEX", "nothing.png"), "nothing.png: no such file"),
         (("query", "nothing.npz", "test:0"), "there is no index"),
         (("query", "PICKLE", "test:0"), "is not an index of this version"),
         (("query", "README.md", "test:0"), "is not an index of this version"),
         (("query", "tests", "test:0"), "has no index yet"),
-        (("index", "RUN", "--folder", "configs"), "holds no picture"),
+        (("index", "RUN", "--folder", "configs"), "a folder without pictures"),
         (("index", "RUN", "--folder", "nowhere"), "is not a folder"),
         (("index", "tests"), "not a run directory"),
     ],
@@ -214,18 +213,3 @@ def test_a_damaged_index_is_refused(index: Path, tmp_path: Path) -> None:
         path.write_bytes(data[:cut])
         with pytest.raises(ValueError, match="is not an index of this version"):
             load_catalogue(path)
-
-
-def test_pictures_become_light_on_black(tmp_path: Path) -> None:
-    dark_on_light = np.full((60, 90, 3), 250, dtype=np.uint8)
-    dark_on_light[10:50, 20:40] = 30
-    Image.fromarray(dark_on_light).save(tmp_path / "photo.png")
-    image = prepare_photo(tmp_path / "photo.png")
-    assert image.shape == (28, 28) and image.dtype == torch.uint8
-    assert image[0].max() == 0 and image[14, 14] == 225  # 255 - 30
-    # 20 x 40 pixels in 26 x 26: 13 wide, 26 high.
-    assert int((image[14] > 112).sum()) == 13 and int((image[:, 14] > 112).sum()) == 26
-    transparent = Image.new("RGBA", (28, 28), (0, 0, 0, 0))
-    transparent.paste((10, 10, 10, 255), (8, 8, 20, 20))
-    transparent.save(tmp_path / "cut.png")
-    assert prepare_photo(tmp_path / "cut.png")[14, 14] == 245  # black cloth, cut out: on white, then inverted

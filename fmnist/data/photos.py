@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 from fmnist.data.cutout import Cutout, Floats, Invert, cut_out
 
@@ -103,6 +105,21 @@ def read_photo(name: str, *, invert: Invert = "auto", crop: bool = True) -> Phot
     except ValueError as error:
         return Photo(name=name, image=_on_white(image), error=str(error))
     return Photo(name=name, image=_on_white(image), cutout=cutout)
+
+
+def read_view(name: str) -> Tensor:
+    """Read one picture as the model sees it.
+
+    Returns:
+        uint8 [28, 28] on the CPU.
+
+    Raises:
+        ValueError: one line with the file's name and what is wrong with it.
+    """
+    photo = read_photo(name)
+    if photo.cutout is None:
+        raise ValueError(f"{name}: {photo.error}")
+    return torch.from_numpy(photo.cutout.view)
 
 
 def open_picture(path: Path) -> Image.Image:
