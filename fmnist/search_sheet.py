@@ -72,7 +72,7 @@ def plot_hits(hits: Sequence[Hit], catalogue: Catalogue, path: Path) -> None:
     """
     k = len(hits[0].positions)
     columns, lines = min(k, COLUMNS), -(-k // COLUMNS)
-    width = (columns + 1.25) * CELL_INCHES
+    width = (columns + 1.4) * CELL_INCHES
     height = HEAD_INCHES + len(hits) * lines * (CELL_INCHES + CAPTION_INCHES)
     figure = Figure(figsize=(max(width, 5.0), height))
     head = f"Nearest of {len(catalogue):,} items ({_short(catalogue.source, 40)}) by the features of {catalogue.run}"
@@ -89,11 +89,11 @@ def plot_hits(hits: Sequence[Hit], catalogue: Catalogue, path: Path) -> None:
 
     for row, hit in enumerate(hits):
         known = hit.label != UNKNOWN
-        axes = cell(row * lines, 0.08)
+        axes = cell(row * lines, 0.2)
         caption = CLASS_NAMES[hit.label] if known else f"seen as {CLASS_NAMES[hit.prediction]}"
         _draw(axes, hit.image, BLUE, 2.5, caption, _short(hit.query, 16), "bold")
         for rank, (position, similarity) in enumerate(zip(hit.positions, hit.similarities, strict=True)):
-            axes = cell(row * lines + rank // COLUMNS, (rank % COLUMNS + 1.25) * CELL_INCHES)
+            axes = cell(row * lines + rank // COLUMNS, (rank % COLUMNS + 1.4) * CELL_INCHES)
             label = int(catalogue.labels[position])
             name = _short(catalogue.names[position], 16) if label == UNKNOWN else CLASS_NAMES[label]
             color = "#666666"

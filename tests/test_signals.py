@@ -40,6 +40,8 @@ def start(launcher: str, folder: Path, run: Path) -> "subprocess.Popen[bytes]":
     """Start the small run through a launcher; its messages go to a file beside the run directory."""
     config = folder / "small.yaml"
     config.write_text(SMALL_RUN)
+    # A job in the background of a shell script ignores SIGINT, and so would what it starts; a handler is not inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     command = [sys.executable, *LAUNCHERS[launcher][0], str(ROOT / "train.py"), "--config", config, "--output_dir", run]
     with run.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(command, env=environment() | SETTINGS, stdout=log, stderr=log, start_new_session=True)

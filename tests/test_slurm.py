@@ -102,6 +102,26 @@ def test_a_broken_job_goes_on_by_itself_and_ends_as_if_unbroken(
     assert same_run(run, unbroken)
 
 
+def test_a_signal_during_the_last_evaluation_lets_the_run_finish(
+    cluster: Cluster, config: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = cluster.submit(
+        SCRIPT, config, "--output_dir", run, "--schedule.steps", 12, "--evaluation.batch_size", 4,
+    )  # fmt: skip
+
+    def trained() -> bool:
+        path = run / "metrics.jsonl"
+        return path.exists() and any(json.loads(line)["prefix"] == "val" for line in path.read_text().splitlines())
+
+    cluster.wait_until(trained, f"the validation after the last step {cluster.log(job)}", 120)
+    cluster.call("scancel", "--batch", "--signal=USR1", job)
+    record = cluster.wait_for(job)
+    assert "death signal" in cluster.log(job)  # the launcher heard it, and ended with 1
+    assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "0"), cluster.log(job)
+    assert summary(run)["status"] == "finished"
+
+
 def test_restarts_are_capped(cluster: Cluster, config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = cluster.submit(SCRIPT, config, "--output_dir", run, "--max_minutes", 0.001, FMNIST_MAX_RESTARTS="1")
