@@ -94,7 +94,10 @@ def _draw_front(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str) -> None
         to_left = math.log(costs[i] / left) > 0.6 * math.log(right / left)
         offset, side = (-9, "right") if to_left else (9, "left")
         name = _shorten(str(row.get("run", "-")))
-        axes.annotate(name, (costs[i], scores[i]), (offset, -4), textcoords="offset points", ha=side, va="top")
+        shade = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0}
+        axes.annotate(
+            name, (costs[i], scores[i]), (offset, 0), textcoords="offset points", ha=side, va="center", bbox=shade
+        )
     axes.set(xscale="log", xlim=(left, right), ylabel="top1")
     axes.yaxis.set_major_formatter(PercentFormatter())
     axes.grid(alpha=0.25)
