@@ -5,10 +5,10 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from fmnist.compare import check_comparable, write_comparison
 from fmnist.console import log_to_console, one_line_errors
 from fmnist.duplicates import NearCopies, find_near_copies, load_pair
-from fmnist.evaluation import Outcome, Request, ensemble, evaluate, write_outcome
+from fmnist.evaluation.compare import check_comparable, write_comparison
+from fmnist.evaluation.outcome import Outcome, Request, ensemble, evaluate, write_outcome
 from fmnist.network import open_trained
 from fmnist.run import Run
 

@@ -1,31 +1,23 @@
 """Keep measured runs as JSON, and make README's table (and its report, from docs/report.txt) from them.
 
-python benchmarks/results.py record RUN_DIRECTORY NAME "COMMAND" [--note TEXT]
-python benchmarks/results.py table
+python -m benchmarks.results record RUN_DIRECTORY NAME "COMMAND" [--note TEXT]
+python -m benchmarks.results table
 """
 
 import argparse
 import datetime
 import json
 import os
-import platform
 import statistics
 from pathlib import Path
 from typing import Any
+
+from fmnist.hardware import processor
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 REPORT = ROOT / "docs" / "report.txt"
-
-
-def processor() -> str:
-    """Return the CPU's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 def record(run: Path, name: str, command: str, note: str) -> Path:

@@ -1,9 +1,9 @@
 """Measure the flag "unlike the training images": how often it is raised wrongly, and how often it is missing.
 
-    python benchmarks/unlike.py rates runs/cnn
-    python benchmarks/unlike.py hold_out data/held_out 3 8
+    python -m benchmarks.unlike rates runs/cnn
+    python -m benchmarks.unlike hold_out data/held_out 3 8
     accelerate launch train.py --data.root data/held_out --schedule.epochs 3 --output_dir runs/held_out
-    python benchmarks/unlike.py rates runs/held_out --held_out 3 8
+    python -m benchmarks.unlike rates runs/held_out --held_out 3 8
 
 `rates` prints, for the score in use and for others on the same model, the share flagged of each kind of image, with
 the threshold at the 95th percentile of the validation images. `hold_out` writes Fashion-MNIST without some classes, for

@@ -12,9 +12,9 @@ from fmnist.checkpoint import MODEL, Checkpoints, read_state, verify, weights_to
 from fmnist.config import Config
 from fmnist.data.augment import Augment
 from fmnist.data.fashion_mnist import NUM_CLASSES
+from fmnist.hardware import resolve_precision
 from fmnist.models import build_model
 from fmnist.options import load_config
-from fmnist.run import resolve_precision
 from fmnist.tensors import load_strict, non_finite, read_tensors
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fmnist.calibration import average_probabilities, calibrate, fit_temperature
+from fmnist.evaluation.calibration import average_probabilities, calibrate, fit_temperature
 
 
 def calibrated(num_images: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

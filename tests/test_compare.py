@@ -8,12 +8,12 @@ import matplotlib.image
 import pytest
 import torch
 
-from fmnist.compare import check_comparable, comparison_table, mcnemar, seed_groups, write_comparison
 from fmnist.config import Config, OptimConfig
-from fmnist.cost import Cost, Timing, sum_of_costs
-from fmnist.evaluation import Outcome, ensemble
+from fmnist.evaluation.compare import check_comparable, comparison_table, mcnemar, seed_groups, write_comparison
+from fmnist.evaluation.cost import Cost, Timing, sum_of_costs
+from fmnist.evaluation.outcome import Outcome, ensemble
+from fmnist.evaluation.pareto import pareto_front, plot_comparison
 from fmnist.network import Trained
-from fmnist.pareto import pareto_front, plot_comparison
 from fmnist.report import summarize
 
 NAMES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]

@@ -17,7 +17,6 @@ import yaml
 from conftest import ROOT
 from small import VAL_SIZE, command, untrained, write_small_data
 
-from fmnist.catalogue import sha256_of
 from fmnist.config import ModelConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
 from fmnist.export.__main__ import main as export_main
@@ -27,6 +26,7 @@ from fmnist.export.onnx import check, write_onnx
 from fmnist.export.reference import Reference, open_reference
 from fmnist.predictor import open_predictor
 from fmnist.report import write_evaluation
+from fmnist.search.catalogue import sha256_of
 
 TINY_CONVNEXT = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "patch_size": 2, "conv_mlp": False}
 TINY_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -19,8 +19,8 @@ from conftest import SMALL_RUN, train
 import evaluate
 from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import CLASS_NAMES
-from fmnist.evaluation import Outcome, write_outcome
-from fmnist.html_report import _strip, confident_errors, confused_pairs, context, render
+from fmnist.evaluation.html_report import _strip, confident_errors, confused_pairs, context, render
+from fmnist.evaluation.outcome import Outcome, write_outcome
 
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "chromium-browser")
 

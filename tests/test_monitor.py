@@ -13,8 +13,8 @@ from pictures import digits, learned_run
 from PIL import Image
 
 from fmnist.data.fashion_mnist import load_split
-from fmnist.drift import BatchSums, describe, judge
-from fmnist.monitor import main, parse_args, read_batch
+from fmnist.monitor.__main__ import main, parse_args, read_batch
+from fmnist.monitor.drift import BatchSums, describe, judge
 from fmnist.predictor import Predictor, open_predictor
 from fmnist.unlike import Reference, open_reference
 
@@ -47,9 +47,9 @@ def test_false_alarms_come_at_the_stated_rate(
 ) -> None:
     logits, features, _ = seen
     kept: dict[int, object] = {}
-    import fmnist.drift
+    import fmnist.monitor.drift
 
-    draw = fmnist.drift._resampled_means
+    draw = fmnist.monitor.drift._resampled_means
 
     def once(rng: np.random.Generator, rows: np.ndarray, size: int) -> object:
         # The draws depend on the size alone (the seed is fixed), so a hundred batches of a size can share them.
@@ -57,7 +57,7 @@ def test_false_alarms_come_at_the_stated_rate(
             kept[size] = draw(rng, rows, size)
         return kept[size]
 
-    monkeypatch.setattr(fmnist.drift, "_resampled_means", once)
+    monkeypatch.setattr(fmnist.monitor.drift, "_resampled_means", once)
     generator = torch.Generator().manual_seed(0)
     raised = 0
     for _ in range(100):

@@ -188,7 +188,7 @@ BUGS = (
     ),
     Bug(
         name="exact sums shards in the order of the processes",
-        file="run.py",
+        file="processes.py",
         old="torch.stack(gathered, dim=1).flatten(0, 1)",
         new="torch.stack(gathered).flatten(0, 1)",
         test="test_exactness.py",

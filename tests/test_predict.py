@@ -15,7 +15,7 @@ from test_photos import drawn
 from fmnist.data.cutout import Cutout
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
 from fmnist.data.photos import Photo
-from fmnist.predict import CHUNK, Prediction, header, main, parse_args, predict_pictures, row
+from fmnist.predict.__main__ import CHUNK, Prediction, header, main, parse_args, predict_pictures, row
 from fmnist.predictor import open_predictor
 from fmnist.unlike import open_reference
 

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from PIL import Image
 from small import NUM_TEST, NUM_TRAIN, VAL_SIZE, command, untrained, write_small_data
 
-from fmnist.catalogue import Catalogue, load_catalogue, save_catalogue
 from fmnist.config import ModelConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
-from fmnist.retrieval import Neighbours, precision_at_k, summarize_precision
-from fmnist.search import main as search_main
+from fmnist.search.__main__ import main as search_main
+from fmnist.search.catalogue import Catalogue, load_catalogue, save_catalogue
+from fmnist.search.retrieval import Neighbours, precision_at_k, summarize_precision
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,6 @@ import datetime
 import importlib.metadata
 import json
 import os
-import platform
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -15,18 +14,10 @@ import torch
 
 from fmnist.checkpoint import write_atomic
 from fmnist.directory import git_revision, versions
+from fmnist.hardware import processor
 from fmnist.run import Run
 
 CLOCKS = ("name", "driver_version", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
-
-
-def processor() -> str:
-    """Return the CPU's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 def gpu_clocks() -> list[dict[str, str]]:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmnist.catalogue import sha256_of
 from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.export.reference import Reference
 from fmnist.predictor import Predictor
+from fmnist.search.catalogue import sha256_of
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LARGEST_DIFFERENCE = 1e-4  # of any logit or probability

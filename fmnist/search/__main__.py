@@ -14,7 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fmnist.catalogue import (
+from fmnist.console import log_to_console, one_line_errors
+from fmnist.data.photos import read_view
+from fmnist.figures import write_file
+from fmnist.predictor import Predictor, open_predictor
+from fmnist.search.catalogue import (
     SOURCES,
     UNKNOWN,
     Catalogue,
@@ -26,12 +30,8 @@ from fmnist.catalogue import (
     save_catalogue,
     sha256_of,
 )
-from fmnist.console import log_to_console, one_line_errors
-from fmnist.data.photos import read_view
-from fmnist.figures import write_file
-from fmnist.predictor import Predictor, open_predictor
-from fmnist.retrieval import Neighbours, precision_table, retrieval_precision
-from fmnist.search_sheet import Hit, plot_hits, write_hits
+from fmnist.search.retrieval import Neighbours, precision_table, retrieval_precision
+from fmnist.search.sheet import Hit, plot_hits, write_hits
 
 PROGRAM = "python -m fmnist.search"
 FOLDER = "search"  # in the run directory

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmnist.catalogue import Catalogue, embed, read_split
 from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.predictor import Predictor
+from fmnist.search.catalogue import Catalogue, embed, read_split
 
 QUERIES_AT_ONCE = 64
 SPARE = 32  # candidates beyond k that the float32 product proposes and float64 puts in order

@@ -10,18 +10,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fmnist.calibration import average_probabilities, calibrate
 from fmnist.config import flatten
-from fmnist.cost import Cost, measure_cost, sum_of_costs
 from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.duplicates import NearCopies
+from fmnist.evaluation.calibration import average_probabilities, calibrate
+from fmnist.evaluation.cost import Cost, measure_cost, sum_of_costs
+from fmnist.evaluation.honest import honest_sets, notes
 from fmnist.figures import plot_learning_curves
-from fmnist.honest import honest_sets, notes
+from fmnist.hardware import resolve_precision
 from fmnist.metrics import predict
 from fmnist.network import Trained
 from fmnist.report import write_evaluation
-from fmnist.run import Run, resolve_precision
+from fmnist.run import Run
 from fmnist.tracking import METRICS_FILE
 from fmnist.wandb_run import log_evaluation
 
@@ -198,7 +199,7 @@ def write_outcome(outcome: Outcome, copies: NearCopies | None, *, quick: bool) -
     result = write_evaluation(outcome.directory, *arrays, CLASS_NAMES, title=outcome.title, more=more, notes=text)
     plot_curves(outcome)
 
-    from fmnist.html_report import confident_errors, write_html  # Jinja2: only where a page is made
+    from fmnist.evaluation.html_report import confident_errors, write_html  # Jinja2: only where a page is made
 
     write_html(outcome, result, outcome.directory / "report.html")
     trained = outcome.trained

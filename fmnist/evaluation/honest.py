@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmnist.calibration import Calibration
 from fmnist.duplicates import NEAR_COPY, SIMILAR, NearCopies
+from fmnist.evaluation.calibration import Calibration
 from fmnist.report import wilson_interval
 
 

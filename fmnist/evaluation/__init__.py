@@ -1,0 +1,1 @@
+"""Evaluate trained models: accuracy counted several ways, calibration, cost, pages and comparisons."""

@@ -1,0 +1,108 @@
+"""The processes of a run: sums and small messages between them, one that acts while the others wait, one that is lost.
+
+This module, `run.py` and `data/batches.py` are the only ones that know rank or world size.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fmnist.peers import PATIENCE, describe_loss, is_lost_peer, share_status
+
+logger = logging.getLogger("fmnist")
+T = TypeVar("T")
+
+
+class Processes:
+    """This process among the others; every method is called by all of them.
+
+    Attributes:
+        rank, world_size: this process and how many there are.
+        control: a gloo group for what runs beside the step, on the host; none for one process.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.control: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if world_size > 1 else None
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def mean(self, scalars: Mapping[str, Tensor]) -> dict[str, float]:
+        """Average device scalars over processes and read them: the loop's one device sync."""
+        stacked = self.sum(torch.stack([value.double() for value in scalars.values()])) / self.world_size
+        return dict(zip(scalars, stacked.tolist(), strict=True))
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process rank 0's values, in place."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def on_main(self, action: Callable[..., T], *args: Any, **kwargs: Any) -> T | None:
+        """Call something on the main process while the others wait, and return its result there.
+
+        Raises:
+            SystemExit: on the other processes, where it failed on the main one, which says why: none is left waiting.
+        """
+        if self.control is None:
+            return action(*args, **kwargs)
+        if self.rank:
+            if status := share_status(0, self.control):
+                raise SystemExit(status)
+            return None
+        try:
+            result = action(*args, **kwargs)
+        except Exception as error:
+            share_status(2 if isinstance(error, ValueError) else 1, self.control)
+            raise
+        share_status(0, self.control)
+        return result
+
+    def gather(self, value: T) -> list[T]:
+        """Return every process' value, by rank; for small things that are not tensors, and not in every step."""
+        values = [value] * self.world_size
+        if self.control is not None:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def join(self) -> None:
+        """Wait for all processes."""
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+    @contextmanager
+    def watch_peers(self) -> Iterator[None]:
+        """End this process with one line and status 1 where a collective fails because another one died or hangs."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.control is None or not is_lost_peer(error):
+                raise
+            others = [rank for rank in range(self.world_size) if rank != self.rank]
+            loss = describe_loss(error, self.control, others)
+            said = " ".join(str(error).split())[:160]
+            logger.error(
+                "rank %d ends: %s; the same command goes on from the last checkpoint (%s)", self.rank, loss, said
+            )
+            logging.shutdown()
+            sys.stderr.flush()
+            os._exit(1)  # an orderly exit waits for the lost one
+
+    def gather_shards(self, rows: Tensor) -> Tensor:
+        """Gather [A, P] from W processes into [A x W, P]; micro-batch a of rank r is shard a x W + r."""
+        if self.world_size == 1:
+            return rows
+        gathered = [torch.empty_like(rows) for _ in range(self.world_size)]
+        dist.all_gather(gathered, rows)
+        return torch.stack(gathered, dim=1).flatten(0, 1)
