@@ -1,5 +1,6 @@
-"""Files written whole or not at all, whatever stops the process or the power."""
+"""Files written whole or not at all, whatever stops the process or the power; and their hashes."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -28,3 +29,9 @@ def write_atomic(path: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)  # half a file would only take what room is left
         raise
     sync_path(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,6 @@
 """What `python -m fmnist.checkpoint RUN` shows: each checkpoint verified, and which of them would be used."""
 
 import argparse
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from fmnist.checkpoint import EMA, MODEL, Checkpoints, read_meta, read_state, verify
 from fmnist.config import changes, recipe
+from fmnist.files import sha256_of
 from fmnist.options import load_config
 from fmnist.tensors import non_finite, read_tensors
 
@@ -48,7 +48,7 @@ def inspect(run: Path) -> tuple[list[Entry], list[str]]:
         raise ValueError(f"{run} is not a directory: give a run directory of train.py")
     expected = json.loads(json.dumps(recipe(load_config(run / "config.yaml"))))
     checkpoints = Checkpoints(run / "checkpoints", 1, {})
-    weights = sha256(run / MODEL) if (run / MODEL).is_file() else None
+    weights = sha256_of(run / MODEL) if (run / MODEL).is_file() else None
     entries, best, damaged = [], 0, []
     for step in checkpoints.steps():
         path = checkpoints.path(step)
@@ -99,12 +99,6 @@ def broken(path: Path) -> list[str]:
 def size(path: Path) -> int:
     """Return the bytes of a directory's files, of those that can be read."""
     return sum(file.stat().st_size for file in path.glob("*") if file.is_file())
-
-
-def sha256(path: Path) -> str:
-    """Return the hash of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def table(run: Path, entries: list[Entry], problems: list[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import tempfile
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fmnist.data.fashion_mnist import load_split
+from fmnist.files import sha256_of
 from fmnist.predictor import Predictor, classifier
 
 logger = logging.getLogger("fmnist")
@@ -92,7 +92,7 @@ def open_reference(predictor: Predictor, root: str | None = None) -> Reference:
     data = predictor.trained.cfg.data
     key = {
         "format": FORMAT,
-        "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "weights": sha256_of(weights),
         "val_size": str(data.val_size),
         "size": str(predictor.size),
         "root": str(root or data.root),

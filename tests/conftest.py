@@ -1,9 +1,11 @@
 """What several tests share: real images, and a way to run the two commands as a user does."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,21 @@ evaluation: {every_steps: 6}
 checkpoint: {every_steps: 1}
 log: {every_steps: 1, wandb: disabled}
 """
+
+
+def _reset_logging() -> None:
+    for name in ("fmnist", "fmnist.metrics"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+
+
+@pytest.fixture(autouse=True)
+def untouched_logging() -> Iterator[None]:
+    """Take away the handlers that an entry point called in this process leaves."""
+    _reset_logging()
+    yield
+    _reset_logging()
 
 
 @pytest.fixture(scope="session")

@@ -198,3 +198,14 @@ def test_the_strip_by_hand() -> None:
     assert strip["top1"] == pytest.approx(65.0)
     assert strip["human"] == pytest.approx(17.5)
     assert _strip(0.02, [0.01, 0.04], None)["ticks"][0] == (0.0, 0.0)
+
+
+def test_retrieval_is_shown_where_it_was_measured(train_images: Split, tmp_path: Path) -> None:
+    outcome = small_outcome(train_images, tmp_path)
+    values = context(outcome, write_outcome(outcome, None, quick=False))
+    assert values["retrieval"] is None and '<section id="retrieval">' not in render(values)
+    space = {"mean": 0.9125, "interval": [0.9, 0.92], "per_class": dict.fromkeys(CLASS_NAMES, 0.5) | {"Bag": None}}
+    values["retrieval"] = {"k": 10, "num_queries": 10000, "num_items": 55000, "features": space, "pixels": space}
+    text = render(values)
+    assert "Precision at 10" in text and "91.25 %" in text and "10,000 queries among 55,000" in text
+    assert text.count("<td>50.00") == 2 * 9

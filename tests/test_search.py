@@ -14,9 +14,16 @@ from small import NUM_TEST, NUM_TRAIN, VAL_SIZE, command, untrained, write_small
 
 from fmnist.config import ModelConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
+from fmnist.network import open_trained
 from fmnist.search.__main__ import main as search_main
 from fmnist.search.catalogue import Catalogue, load_catalogue, save_catalogue
-from fmnist.search.retrieval import Neighbours, precision_at_k, summarize_precision
+from fmnist.search.retrieval import (
+    Neighbours,
+    precision_at_k,
+    precision_file,
+    read_precision,
+    summarize_precision,
+)
 
 CPU = torch.device("cpu")
 
@@ -169,6 +176,13 @@ def test_evaluate_prints_a_table_and_writes_json(run_directory: Path, index: Pat
         weighted = sum(share * per_class[name] for share, name in zip(shares, CLASS_NAMES, strict=True))
         assert weighted == pytest.approx(result[space]["mean"])
     assert result["pixels"]["mean"] > 0.7
+    # In its own place the next report finds it, as long as the weights are these.
+    trained = open_trained(run_directory)
+    assert read_precision(trained) is None
+    search("evaluate", run_directory, "--k", 3)
+    assert read_precision(trained) == result
+    precision_file(trained).write_text(out.read_text().replace(result["weights_sha256"], "0" * 64))
+    assert read_precision(trained) is None
 
 
 def test_an_index_of_other_weights_is_refused(run_directory: Path, index: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from fmnist.console import log_to_console, one_line_errors
 from fmnist.data.photos import read_view
 from fmnist.figures import write_file
+from fmnist.files import sha256_of
 from fmnist.predictor import Predictor, open_predictor
 from fmnist.search.catalogue import (
     SOURCES,
@@ -28,9 +29,8 @@ from fmnist.search.catalogue import (
     load_catalogue,
     read_split,
     save_catalogue,
-    sha256_of,
 )
-from fmnist.search.retrieval import Neighbours, precision_table, retrieval_precision
+from fmnist.search.retrieval import Neighbours, precision_file, precision_table, retrieval_precision
 from fmnist.search.sheet import Hit, plot_hits, write_hits
 
 PROGRAM = "python -m fmnist.search"
@@ -150,9 +150,9 @@ def make_evaluation(args: argparse.Namespace) -> None:
     if catalogue is None or catalogue.source != "train" or catalogue.weights_sha256 != sha256:
         catalogue = build_catalogue(predictor, "train", args.root)
     result = retrieval_precision(predictor, catalogue, k=args.k, root=args.root)
-    output = args.output or args.run / FOLDER / "precision.json"
+    output = args.output or precision_file(predictor.trained)
     write_file(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
-    print(f"{precision_table(result)}\n\nwritten to {output}")
+    print(f"{precision_table(result)}\n\nwritten to {output}; the next report.html of evaluate.py shows it")
 
 
 COMMANDS = {"index": make_index, "query": make_query, "evaluate": make_evaluation}

@@ -1,6 +1,5 @@
 """A catalogue to search in: pictures, what the model makes of them, and whose weights made it, in one file."""
 
-import hashlib
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from fmnist.data.fashion_mnist import NUM_CLASSES, load_split
 from fmnist.data.photos import find_pictures, read_view
+from fmnist.files import sha256_of
 from fmnist.predictor import Predictor
 
 logger = logging.getLogger("fmnist")
@@ -55,12 +55,6 @@ class Catalogue:
 
     def __len__(self) -> int:
         return len(self.names)
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_split(predictor: Predictor, source: Source, root: str | None) -> tuple[Tensor, Tensor, list[str]]:

@@ -1,7 +1,9 @@
 """Exact nearest neighbours by cosine on the device, and how often they are of the same class."""
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmnist.data.fashion_mnist import CLASS_NAMES
+from fmnist.files import sha256_of
+from fmnist.network import Trained
 from fmnist.predictor import Predictor
 from fmnist.search.catalogue import Catalogue, embed, read_split
 
@@ -157,6 +161,20 @@ def retrieval_precision(
         precision = precision_at_k(neighbours, catalogue.labels, queries, labels, k)
         result[space] = summarize_precision(precision, labels, CLASS_NAMES)
     return result
+
+
+def precision_file(trained: Trained) -> Path:
+    """Return where `python -m fmnist.search evaluate` keeps a run's figures."""
+    return trained.directory / "search" / "precision.json"
+
+
+def read_precision(trained: Trained) -> dict[str, Any] | None:
+    """Return what `retrieval_precision` gave for these very weights; none where it was not measured."""
+    try:
+        result: dict[str, Any] = json.loads(precision_file(trained).read_bytes())
+        return result if result["weights_sha256"] == sha256_of(trained.weights) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def precision_table(result: dict[str, Any]) -> str:
