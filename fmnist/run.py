@@ -20,7 +20,7 @@ from fmnist.console import log_to_file
 from fmnist.directory import clear_directory, has_run, lock_directory
 from fmnist.exact import ShardSum
 from fmnist.files import write_atomic
-from fmnist.hardware import describe_device, make_deterministic, resolve_precision, use_all_cores
+from fmnist.hardware import describe_device, keep_freed_memory, make_deterministic, resolve_precision, use_all_cores
 from fmnist.launch import announce, check_world_size, stop_with_launcher
 from fmnist.peers import PATIENCE, limit_waits
 from fmnist.processes import Processes
@@ -38,9 +38,14 @@ class Run(Processes):
         rank, world_size: this process and how many there are (`Processes`).
         precision: fp32 or bf16.
         directory: the run directory.
+
+    Args:
+        cfg: every option.
+        directory: the run directory.
+        keep_memory: on a CPU, see `keep_freed_memory`.
     """
 
-    def __init__(self, cfg: Config, directory: Path) -> None:
+    def __init__(self, cfg: Config, directory: Path, *, keep_memory: bool = True) -> None:
         stop_with_launcher()
         self.accelerator = Accelerator(
             mixed_precision={"fp32": "no", "bf16": "bf16"}[resolve_precision(cfg.model.precision)],
@@ -51,6 +56,8 @@ class Run(Processes):
         )
         self.cfg, self.directory = cfg, directory
         self.device = self.accelerator.device
+        if self.device.type == "cpu" and keep_memory:
+            keep_freed_memory()
         if cfg.exact:
             make_deterministic(self.device)
         elif self.device.type == "cpu":

@@ -13,7 +13,7 @@ from fmnist.data import params
 from fmnist.data.augment import Augment, choose_backend
 from fmnist.data.batches import NUM_UNIFORMS, MicroBatch, Split
 from fmnist.data.params import CUT_BOX, ERASE_BOX, MATRIX, OWN_SHARE, OWN_WEIGHT, augmentation_table, beta_quantile
-from fmnist.data.reference import FILL, in_box, resample, resample_by_gather, shift_and_flip
+from fmnist.data.reference import FILL, in_box, pack_neighbours, resample, resample_packed, shift_and_flip
 
 OFF = AugmentConfig(flip=0.0)
 ALL = AugmentConfig(flip=0.5, rotation=10, shift=0.1, scale=0.1, erase=0.5, mixup_alpha=0.2, cutmix_alpha=1.0)
@@ -82,8 +82,10 @@ def test_the_identity_is_torchvisions_bilinear_resize(train_images: Split, size:
 @pytest.mark.parametrize("size", [28, 40, 64])
 def test_the_warp_equals_its_definition_in_float64(train_images: Split, size: int) -> None:
     matrices = table(ALL, uniforms(3, seed=size), size)[:, MATRIX]
-    for warp in (resample, resample_by_gather):
-        ours = warp(train_images.images[:3, None], matrices, size)[:, 0]
+    images = train_images.images[:3, None]
+    packed = pack_neighbours(images, torch.arange(3))
+    assert packed.dtype == torch.int32 and packed.shape == (3, 1, 27 * 27)
+    for ours in (resample(images, matrices, size)[:, 0], resample_packed(packed, matrices, size, (28, 28))[:, 0]):
         for i in range(3):
             matrix = matrices[i].double().numpy().reshape(2, 3)
             exact = warp_float64(train_images.images[i].double().numpy(), matrix, size)

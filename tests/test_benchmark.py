@@ -60,7 +60,7 @@ def test_the_judge_knows_flips_shifts_turns_and_boxes() -> None:
 def test_the_judge_resizes_as_torch_does() -> None:
     images = np.random.default_rng(1).integers(0, 256, (2, 28, 28), dtype=np.uint8)
     right = torch.nn.functional.interpolate(torch.tensor(images)[:, None].double() / 255, (56, 56), mode="bilinear")
-    for chain in ("one warp", "warp, then resize"):
+    for chain in ("one warp", "warp, then resize", "resize, then warp"):
         result, inside = expected(images, Fixed(), 56, chain)
         assert np.abs(result - right[:, 0].numpy())[:, inside].max() < 1e-12
         assert inside[1:-1, 1:-1].all()  # at twice the size only the outermost ring reads beyond the image
@@ -284,7 +284,7 @@ def test_help_names_every_loader(capsys: Any) -> None:
         parse(["--help"], tuple(PIPELINES))
     assert end.value.code == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in PIPELINES)
+    assert all(name in "".join(text.split()) for name in PIPELINES)  # a line may end at a hyphen
 
 
 def benchmark(*args: object) -> subprocess.CompletedProcess[str]:

@@ -182,7 +182,8 @@ def main(argv: list[str]) -> int:
         if options.file is not None:
             plot(json.loads(options.file.read_text()), options.file.with_suffix(".png"))
             return 0
-        run = Run(Config(model=ModelConfig(precision=options.precision)), Path("runs"))  # type: ignore[arg-type]
+        cfg = Config(model=ModelConfig(precision=options.precision))  # type: ignore[arg-type]
+        run = Run(cfg, Path("runs"), keep_memory=options.allocator == "kept")
         benchmark = Benchmark(with_defaults(options, on_cpu=run.device.type == "cpu"), argv, run)
         if options.mode in ("data", "all"):
             benchmark.data()

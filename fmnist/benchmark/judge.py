@@ -1,6 +1,6 @@
 """What an augmented image should be, in float64 and plain numpy: the judge of every pipeline."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from fmnist.data.fashion_mnist import MEAN
 
-Chain = Literal["one warp", "warp, then resize"]
+Chain = Literal["one warp", "warp, then resize", "resize, then warp"]
 Array = NDArray[np.float64]
 
 
@@ -47,6 +47,11 @@ def box_pixels(fixed: Fixed, size: int) -> tuple[int, int, int, int]:
     return x0, y0, x1, y1
 
 
+def enlarged(fixed: Fixed, factor: float) -> Fixed:
+    """Return the same augmentation for an image resized by this factor."""
+    return replace(fixed, shift_x=round(fixed.shift_x * factor), shift_y=round(fixed.shift_y * factor))
+
+
 def expected(images: NDArray[np.uint8], fixed: Fixed, size: int, chain: Chain) -> tuple[Array, NDArray[np.bool_]]:
     """Augment images exactly, and say which pixels depend on nothing outside the source image.
 
@@ -56,7 +61,8 @@ def expected(images: NDArray[np.uint8], fixed: Fixed, size: int, chain: Chain) -
         images: uint8 [B, H, W], square.
         fixed: the augmentation.
         size: pixels per side of the result.
-        chain: one warp straight to the result's pixels, or a warp at the source's size and a resize after it.
+        chain: one warp straight to the result's pixels; or a warp at the source's size and a resize after it; or a
+            resize first and a warp of its pixels, shifts rounded to whole ones.
 
     Returns:
         float64 [B, size, size] in [0, 1], and bool [size, size], True where every pixel read lies inside.
@@ -66,13 +72,17 @@ def expected(images: NDArray[np.uint8], fixed: Fixed, size: int, chain: Chain) -
     if chain == "one warp":
         result, inside = _bilinear(scaled, *_source_places(fixed, side, size))
     else:
-        warped, inside_warped = _bilinear(scaled, *_source_places(fixed, side, side))
         y, x = _centres(size, side)
-        x, y = (
+        places = [
             place.clip(0, side - 1) for place in (x + (side - 1) / 2, y + (side - 1) / 2)
-        )  # a resize has no outside
-        result, _ = _bilinear(warped, x, y)
-        inside = _bilinear(inside_warped[None].astype(np.float64), x, y)[0][0] > 1 - 1e-9
+        ]  # a resize has no outside
+        if chain == "warp, then resize":
+            warped, inside_warped = _bilinear(scaled, *_source_places(fixed, side, side))
+            result, _ = _bilinear(warped, *places)
+            inside = _bilinear(inside_warped[None].astype(np.float64), *places)[0][0] > 1 - 1e-9
+        else:
+            resized, _ = _bilinear(scaled, *places)
+            result, inside = _bilinear(resized, *_source_places(enlarged(fixed, size / side), size, size))
     x0, y0, x1, y1 = box_pixels(fixed, size)
     result[:, y0:y1, x0:x1] = MEAN
     inside[y0:y1, x0:x1] = True

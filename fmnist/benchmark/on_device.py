@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fmnist.benchmark.judge import Fixed, box_pixels
-from fmnist.benchmark.pil_loader import pin_torchvision, torchvision_transforms
+from fmnist.benchmark.pil_loader import check_resize_first, pin_torchvision, seen_by, torchvision_transforms
 from fmnist.benchmark.pipelines import (
     ERASE,
     ERASE_AREA,
@@ -74,11 +74,15 @@ class Kornia(OnDevice):
             import kornia.augmentation as room
         except ImportError:
             raise UnavailableError("not installed; pip install -r requirements-benchmark.txt") from None
+        check_resize_first(self)
         size, (mean, std) = setting.size, (torch.tensor([MEAN]), torch.tensor([STD]))
-        self.transform = room.AugmentationSequential(
+        resize: list[Any] = [room.Resize((size, size), align_corners=False)]  # its default, True, is another geometry
+        warp: list[Any] = [
             room.RandomHorizontalFlip(p=FLIP),
             room.RandomAffine(ROTATION, translate=(SHIFT, SHIFT), p=1.0),
-            room.Resize((size, size), align_corners=False),  # its default, True, is another geometry
+        ]
+        self.transform = room.AugmentationSequential(
+            *(resize + warp if self.chain == "resize, then warp" else warp + resize),
             room.Normalize(mean, std),
             room.RandomErasing(scale=ERASE_AREA, ratio=ERASE_ASPECT, p=ERASE),
             data_keys=["input"],
@@ -88,6 +92,7 @@ class Kornia(OnDevice):
         images = self.gather(indices)
         parameters = self.transform.forward_parameters(images.shape)
         x0, y0, x1, y1 = box_pixels(fixed, self.setting.size)
+        fixed = seen_by(self, fixed)
         values: dict[str, dict[str, Any]] = {
             "RandomHorizontalFlip": {"batch_prob": fixed.flip},
             # Like torchvision, it turns clockwise for a positive angle.
@@ -101,3 +106,8 @@ class Kornia(OnDevice):
             for key, value in values.get(item.name.rpartition("_")[0], {}).items():
                 item.data[key][:] = value
         return self.transform(images, params=parameters).to(self.setting.dtype)
+
+
+class KorniaResizeFirst(Kornia):
+    name, description = "kornia-resize-first", "kornia on the device, per sample, resize first"
+    chain = "resize, then warp"

@@ -48,6 +48,7 @@ class Options:
     scaling: bool
     baseline: Path | None
     precision: str
+    allocator: str
     seed: int
     data_root: str | None
     output: Path
@@ -128,6 +129,12 @@ def parser(loaders: tuple[str, ...]) -> argparse.ArgumentParser:
         help="of --scaling: the same command's JSON with one process, for the efficiency",
     )
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU, fp32 on a CPU")
+    add(
+        "--allocator",
+        choices=("kept", "default"),
+        default="kept",
+        help="on a CPU: freed memory is kept, as in train.py, or left to the C library, as in other programs",
+    )
     add("--seed", type=_between(0, 2**31 - 1), default=0, help="of the order and the weights (default: %(default)s)")
     add("--data_root", metavar="DIR", help="folder of the IDX files (default: found or fetched, as train.py does)")
     add(

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fmnist.benchmark.judge import Fixed, box_pixels
+from fmnist.benchmark.judge import Fixed, box_pixels, enlarged
 from fmnist.benchmark.pipelines import (
     ERASE,
     ERASE_AREA,
@@ -25,21 +25,25 @@ from fmnist.data.batches import Loader, Split
 from fmnist.data.fashion_mnist import MEAN, STD
 
 
-def torchvision_transforms(room: Any, size: int, first: list[Any]) -> Any:
+def torchvision_transforms(room: Any, size: int, to_tensor: list[Any], *, resize_first: bool = False) -> Any:
     """Return the race's augmentation from torchvision.transforms or torchvision.transforms.v2.
 
     Args:
         room: the module.
         size: pixels per side of the result.
-        first: what turns the image into a tensor, between the resize and the normalisation.
+        to_tensor: what turns the image into a tensor, before the normalisation.
+        resize_first: resize before the flip and the warp, not after them.
     """
     bilinear = room.InterpolationMode.BILINEAR
+    resize = [room.Resize((size, size), interpolation=bilinear)]
+    warp = [
+        room.RandomHorizontalFlip(p=FLIP),
+        room.RandomAffine(degrees=ROTATION, translate=(SHIFT, SHIFT), interpolation=bilinear),
+    ]
     return room.Compose(
         [
-            room.RandomHorizontalFlip(p=FLIP),
-            room.RandomAffine(degrees=ROTATION, translate=(SHIFT, SHIFT), interpolation=bilinear),
-            room.Resize((size, size), interpolation=bilinear),
-            *first,
+            *(resize + warp if resize_first else warp + resize),
+            *to_tensor,
             room.Normalize((MEAN,), (STD,)),
             room.RandomErasing(p=ERASE, scale=ERASE_AREA, ratio=ERASE_ASPECT),  # value 0 is the mean by now
         ]
@@ -67,6 +71,18 @@ def pin_torchvision(transform: Any, fixed: Fixed, size: int) -> Any:
         if hasattr(step, "p"):
             step.p = float({"RandomHorizontalFlip": fixed.flip, "RandomErasing": fixed.box is not None}[name])
     return transform
+
+
+def check_resize_first(pipeline: Pipeline) -> None:
+    """Leave a loader that resizes first out where there is nothing to resize."""
+    if pipeline.chain == "resize, then warp" and pipeline.setting.split.images.shape[-1] == pipeline.setting.size:
+        raise UnavailableError("nothing to resize at this size")
+
+
+def seen_by(pipeline: Pipeline, fixed: Fixed) -> Fixed:
+    """Return given parameters in the pixels of the image that this loader warps."""
+    factor = pipeline.setting.size / pipeline.setting.split.images.shape[-1]
+    return enlarged(fixed, factor) if pipeline.chain == "resize, then warp" else fixed
 
 
 class PilDataset(Dataset[tuple[Tensor, int]]):
@@ -104,8 +120,12 @@ class PilLoader(Pipeline):
         super().__init__(setting)
         from torchvision import transforms
 
+        check_resize_first(self)
         split = Split(images=setting.split.images.cpu(), labels=setting.split.labels.cpu())
-        self.dataset = PilDataset(split, torchvision_transforms(transforms, setting.size, [transforms.ToTensor()]))
+        steps = torchvision_transforms(
+            transforms, setting.size, [transforms.ToTensor()], resize_first=self.chain == "resize, then warp"
+        )
+        self.dataset = PilDataset(split, steps)
         self.multiple = self.workers
         self._loader = DataLoader(
             self.dataset,
@@ -139,7 +159,7 @@ class PilLoader(Pipeline):
         return images.to(device, non_blocking=True).to(self.setting.dtype), labels.to(device, non_blocking=True)
 
     def pinned(self, indices: Tensor, fixed: Fixed) -> Tensor:
-        transform = pin_torchvision(self.dataset.transform, fixed, self.setting.size)
+        transform = pin_torchvision(self.dataset.transform, seen_by(self, fixed), self.setting.size)
         images = [transform(Image.fromarray(self.dataset.images[index])) for index in indices.tolist()]
         return torch.stack(images).to(self.setting.device, self.setting.dtype)
 
@@ -159,3 +179,8 @@ class PilTwoWorkers(PilLoader):
     @property
     def workers(self) -> int:
         return 2
+
+
+class PilResizeFirst(PilTwoWorkers):
+    name, description = "torchvision-pil-2-resize-first", "torchvision DataLoader, PIL, 2 workers, resize first"
+    chain = "resize, then warp"

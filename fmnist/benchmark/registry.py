@@ -12,9 +12,11 @@ PIPELINES: dict[str, type[Pipeline]] = {
         ours.OursEager,
         pil_loader.PilAllCores,
         pil_loader.PilTwoWorkers,
+        pil_loader.PilResizeFirst,
         on_device.V2Batch,
         on_device.V2Image,
         on_device.Kornia,
+        on_device.KorniaResizeFirst,
     )
 }
 OURS = ("ours-triton", "ours-compiled", "ours-eager")

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 from fmnist.config import AugmentConfig
 from fmnist.data.batches import MicroBatch
 from fmnist.data.params import OWN_SHARE, augmentation_table
-from fmnist.data.reference import Plan, augment_reference, normalize, resample_by_gather
+from fmnist.data.reference import Plan, augment_reference, normalize, pack_neighbours, resample_packed
 
 
 class Augment:
@@ -134,11 +135,26 @@ def _implementation(backend: str) -> Callable[[Tensor, Tensor, Tensor, Tensor, P
         from fmnist.data.resample import augment_fused
 
         return augment_fused
-    if backend == "compiled":
-        # Static shapes: a run has one batch size, and few image sizes.
-        return torch.compile(_gathering, dynamic=False)
-    return augment_reference
+    return _compile() if backend == "compiled" else augment_reference
 
 
-def _gathering(images: Tensor, indices: Tensor, partners: Tensor, table: Tensor, plan: Plan) -> Tensor:
-    return augment_reference(images, indices, partners, table, plan, warp=resample_by_gather)
+def _compile() -> Callable[[Tensor, Tensor, Tensor, Tensor, Plan], Tensor]:
+    # Static shapes: a run has one batch size, and few image sizes.
+    plain, pack, finish = (torch.compile(part, dynamic=False) for part in (augment_reference, pack_neighbours, _finish))
+
+    def make(images: Tensor, indices: Tensor, partners: Tensor, table: Tensor, plan: Plan) -> Tensor:
+        if plan.whole_pixels:
+            return plain(images, indices, partners, table, plan)
+        samples = torch.cat((indices, partners)) if plan.mixes else indices
+        height, width = _source_shape(images)
+        return finish(pack(images, samples), table[samples], len(indices), plan, (height, width))
+
+    return make
+
+
+def _finish(packed: Tensor, rows: Tensor, batch_size: int, plan: Plan, source_shape: tuple[int, int]) -> Tensor:
+    """Do what is left of `augment_reference` for packed samples and their rows, partners after the batch."""
+    own = torch.arange(batch_size, device=packed.device)
+    partners = own + batch_size if plan.mixes else own
+    warp = partial(resample_packed, source_shape=source_shape)
+    return augment_reference(packed, own, partners, rows, plan, warp=warp)

@@ -66,10 +66,37 @@ def resample(images: Tensor, matrices: Tensor, size: int) -> Tensor:
     return warped * (fade_x * fade_y)[:, None]
 
 
-def resample_by_gather(images: Tensor, matrices: Tensor, size: int) -> Tensor:
-    """Do what `resample` does, written so that a compiler can fuse it: each pixel gathers its four neighbours."""
-    height, width = images.shape[-2:]
-    centre = (2 * torch.arange(size, device=images.device) + 1) / size - 1
+def pack_neighbours(images: Tensor, samples: Tensor) -> Tensor:
+    """Gather samples, and put each pixel beside its right, lower and lower right neighbours, a byte each.
+
+    Args:
+        images: uint8 [N, C, H, W], H and W at least 2.
+        samples: int64 [B].
+
+    Returns:
+        int32 [B, C, (H - 1) * (W - 1)]: all that an interpolation reads at one place, in one read.
+    """
+    pixels = images[samples].to(torch.int32)
+    upper = pixels[..., :-1, :-1] | pixels[..., :-1, 1:] << 8
+    lower = pixels[..., 1:, :-1] << 16 | pixels[..., 1:, 1:] << 24
+    return (upper | lower).flatten(2)
+
+
+def resample_packed(packed: Tensor, matrices: Tensor, size: int, source_shape: tuple[int, int]) -> Tensor:
+    """Do what `resample` does, written so that a compiler can fuse it and each pixel reads memory once.
+
+    Args:
+        packed: int32 [B, C, (H - 1) * (W - 1)], from `pack_neighbours`; a tensor of its own, for a compiler that fused
+            the packing into this would pack anew for every pixel.
+        matrices: float [B, 6], as for `resample`.
+        size: pixels per side of the result.
+        source_shape: H, W.
+
+    Returns:
+        float [B, C, size, size] in [0, 1].
+    """
+    height, width = source_shape
+    centre = (2 * torch.arange(size, device=packed.device) + 1) / size - 1
     u, v = centre[None, None, :], centre[None, :, None]
     a, b, c, d, e, f = matrices[:, :, None, None].unbind(1)
     x = (a * u + b * v + c + 1) * (width / 2) - 0.5
@@ -77,13 +104,12 @@ def resample_by_gather(images: Tensor, matrices: Tensor, size: int) -> Tensor:
     fade_x = (width + 1 - 2 * (x - (width - 1) / 2).abs()).clamp(0, 1)
     fade_y = (height + 1 - 2 * (y - (height - 1) / 2).abs()).clamp(0, 1)
     x, y = x.clamp(0, width - 1), y.clamp(0, height - 1)
-    left, top = x.long().clamp(max=width - 2), y.long().clamp(max=height - 2)
+    left, top = x.to(torch.int32).clamp(max=width - 2), y.to(torch.int32).clamp(max=height - 2)
     dx, dy = (x - left)[:, None], (y - top)[:, None]
-    sample = torch.arange(len(images), device=images.device)[:, None, None, None]
-    channel = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
-    left, top = left[:, None], top[:, None]
-    v00, v01 = images[sample, channel, top, left].float(), images[sample, channel, top, left + 1].float()
-    v10, v11 = images[sample, channel, top + 1, left].float(), images[sample, channel, top + 1, left + 1].float()
+    sample = torch.arange(len(packed), device=packed.device)[:, None, None, None]
+    channel = torch.arange(packed.shape[1], device=packed.device)[None, :, None, None]
+    four = packed[sample, channel, (top * (width - 1) + left)[:, None]]
+    v00, v01, v10, v11 = ((four >> shift & 255).to(matrices.dtype) for shift in (0, 8, 16, 24))
     upper, lower = v00 + dx * (v01 - v00), v10 + dx * (v11 - v10)
     return (upper + dy * (lower - upper)) * (fade_x * fade_y)[:, None] / 255
 
@@ -127,7 +153,7 @@ def augment_reference(
         partners: int64 [B], what is mixed into each.
         table: float32 [N, NUM_COLUMNS], from `augmentation_table`.
         plan: what is the same for all samples.
-        warp: how to interpolate, `resample` or `resample_by_gather`.
+        warp: how to interpolate `images[samples]`, in place of `resample`.
 
     Returns:
         plan.dtype [B, len(plan.mean), S, S].
