@@ -1,6 +1,7 @@
-"""Keep measured runs as JSON, and make README's table (and its report, from docs/report.txt) from them.
+"""Keep measured runs as JSON, and make README's tables (and its report, from docs/report.txt) from them.
 
 python -m benchmarks.results record RUN_DIRECTORY NAME "COMMAND" [--note TEXT]
+python -m benchmarks.results compare comparison/comparison.json "COMMAND"
 python -m benchmarks.results table
 """
 
@@ -12,6 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from fmnist.directory import git_revision, versions
 from fmnist.hardware import processor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +65,42 @@ def record(run: Path, name: str, command: str, note: str) -> Path:
     return path
 
 
+def record_comparison(path: Path, command: str) -> Path:
+    """Write benchmarks/results/comparison.json from what `evaluate.py RUN RUN ...` wrote."""
+    result = {
+        "name": "comparison",
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "hardware": {"processor": processor(), "cpu_cores": os.cpu_count()},
+        "versions": versions(),
+        "git_revision": git_revision(),
+        **json.loads(path.read_text()),
+    }
+    target = RESULTS / "comparison.json"
+    target.write_text(json.dumps(result, indent=2) + "\n")
+    return target
+
+
+def comparison_table() -> str:
+    """Return the table of the recorded comparison, most accurate first."""
+    result = json.loads((RESULTS / "comparison.json").read_text())
+    lines = [
+        "| model | parameters | MFLOPs per image | top1 (95 % interval) | images/s at batch 256 | ms at batch 1 "
+        "| right where the next is wrong : the reverse, p |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        low, high = (100 * bound for bound in row["top1_interval"])
+        next_row = row.get("mcnemar")
+        test = f"{next_row[0]} : {next_row[1]}, {next_row[2]:.2g}" if next_row else "-"
+        lines.append(
+            f"| {row['run']} | {row['parameters']:,} | {row['flops_per_image'] / 1e6:,.1f} | "
+            f"**{100 * row['top1']:.2f} %** ({low:.2f} to {high:.2f}) | {row['images_per_second_256']:,.0f} | "
+            f"{row['latency_ms_1']:.3g} | {test} |"
+        )
+    return "\n".join(lines)
+
+
 def table() -> str:
     """Return the table of README, one row per recorded training run, most accurate last."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
@@ -107,7 +145,8 @@ def updated_readme() -> str:
     """Return README.md with its table and its report made anew."""
     text = README.read_text()
     report = f"```text\n{REPORT.read_text().strip()}\n```"
-    for mark, content in (("results", table()), ("report", report), ("loaders", loaders_table())):
+    marks = {"results": table(), "report": report, "loaders": loaders_table(), "comparison": comparison_table()}
+    for mark, content in marks.items():
         before, rest = text.split(f"<!-- {mark}: begin -->")
         after = rest.split(f"<!-- {mark}: end -->")[1]
         text = f"{before}<!-- {mark}: begin -->\n{content}\n<!-- {mark}: end -->{after}"
@@ -122,10 +161,15 @@ def main() -> None:
     recorder.add_argument("name")
     recorder.add_argument("command")
     recorder.add_argument("--note", default="")
+    comparer = commands.add_parser("compare", help="keep a comparison")
+    comparer.add_argument("file", type=Path)
+    comparer.add_argument("command")
     commands.add_parser("table", help="make README's table anew")
     args = parser.parse_args()
     if args.job == "record":
         print(record(args.run, args.name, args.command, args.note))
+    elif args.job == "compare":
+        print(record_comparison(args.file, args.command))
     else:
         README.write_text(updated_readme())
 
