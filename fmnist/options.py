@@ -12,11 +12,11 @@ import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from fmnist import strict_yaml
-from fmnist.config import Config, flatten, validate
+from fmnist.config import Config, flatten, to_yaml, validate
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "cnn.yaml"
 SWITCHES = ("--dry_run", "--overwrite")
-
+PRINT = "--print_config"
 
 # jsonargparse's words, and ours: "optim.lr: expected float, got x".
 _WORDS = (
@@ -135,6 +135,8 @@ def parse_config(argv: list[str] | None = None, prog: str | None = None) -> Conf
 
 
 def _parse(parser: _Parser, argv: list[str]) -> Config:
+    # Not the parser's own, which would print values before they are looked at.
+    printing, argv = PRINT in argv, [arg for arg in argv if arg != PRINT]
     for i, arg in reversed(list(enumerate(argv))):  # a bare --dry_run means true
         if arg in SWITCHES and (i + 1 == len(argv) or argv[i + 1].startswith("-")):
             argv.insert(i + 1, "true")
@@ -153,6 +155,9 @@ def _parse(parser: _Parser, argv: list[str]) -> Config:
     if cfg.output_dir is None:
         cfg = replace(cfg, output_dir=f"runs/{files[-1].stem}")
     validate(cfg)
+    if printing:
+        print(to_yaml(cfg), end="")
+        raise SystemExit(0)
     return cfg
 
 

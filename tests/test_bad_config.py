@@ -246,6 +246,7 @@ def test_what_is_no_text_file(kind: str, tmp_path: Path, capsys: pytest.CaptureF
         (["--config", str(ROOT / "configs/cnn.yaml"), "--config", "absent.yaml"], "absent.yaml"),
         (["--print_config=everything"], "--print_config"),
         (["--print_config", "--optim.lrr", "3"], "did you mean optim.lr?"),
+        (["--optim.lr", "-3", "--print_config"], "optim.lr"),
         (["--data", '{"root": 3}'], "data.root"),
         (["--data", '{"rooot": "x"}'], "did you mean data.root?"),
         (["--data", "3"], "data is 3"),

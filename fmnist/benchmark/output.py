@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from fmnist.checkpoint import write_atomic
 from fmnist.directory import git_revision, versions
+from fmnist.files import write_atomic
 from fmnist.hardware import processor
 from fmnist.run import Run
 

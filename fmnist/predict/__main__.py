@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fmnist.checkpoint import write_atomic
 from fmnist.console import log_to_console, one_line_errors
 from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.data.photos import Photo, find_pictures, read_photo
+from fmnist.files import write_atomic
 from fmnist.predict.sheet import BLACK, GREY, ORANGE, Entry, draw_sheet
 from fmnist.predictor import Predictor, open_predictor
 from fmnist.unlike import Reference, open_reference
