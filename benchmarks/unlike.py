@@ -2,7 +2,8 @@
 
     python -m benchmarks.unlike rates runs/cnn
     python -m benchmarks.unlike hold_out data/held_out 3 8
-    accelerate launch train.py --data.root data/held_out --schedule.epochs 3 --augment.size 28 --output_dir runs/held_out
+    accelerate launch train.py --data.root data/held_out --schedule.epochs 3 --augment.size 28 \\
+        --output_dir runs/held_out
     python -m benchmarks.unlike rates runs/held_out --held_out 3 8
 
 `rates` prints, for the score in use and for others on the same model, the share flagged of each kind of image, with
