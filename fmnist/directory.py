@@ -16,8 +16,9 @@ import accelerate
 import timm
 import torch
 
-from fmnist.config import Config, differences
+from fmnist.config import Config
 from fmnist.options import load_config
+from fmnist.recipe import differences
 
 logger = logging.getLogger("fmnist")
 # Everything a run writes into its directory; nothing else there is ever touched.

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fmnist.checkpoint import EMA, MODEL, Checkpoints, read_meta, read_state, verify
-from fmnist.config import changes, recipe
 from fmnist.files import sha256_of
 from fmnist.options import load_config
+from fmnist.recipe import changes, recipe
 from fmnist.tensors import non_finite, read_tensors
 
 

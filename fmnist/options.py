@@ -12,7 +12,8 @@ import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from fmnist import strict_yaml
-from fmnist.config import Config, flatten, to_yaml, validate
+from fmnist.config import Config, flatten, to_yaml
+from fmnist.legal import validate
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "cnn.yaml"
 SWITCHES = ("--dry_run", "--overwrite")

@@ -206,7 +206,8 @@ def train_here(job: dict[str, Any], rank: int) -> None:
 
     import fmnist.training
     import train as entry
-    from fmnist.config import Config, validate
+    from fmnist.config import Config
+    from fmnist.legal import validate
 
     # Whatever a start does not set itself is different in every start.
     random.seed(os.getpid())

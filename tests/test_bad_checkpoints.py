@@ -24,12 +24,13 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from fmnist.checkpoint import EMA, MANIFEST, MODEL, OPTIMIZER, STATE, Checkpoints, TrainState, verify
-from fmnist.config import AugmentConfig, Config, ModelConfig, OptimConfig, recipe, to_yaml
+from fmnist.config import AugmentConfig, Config, ModelConfig, OptimConfig, to_yaml
 from fmnist.directory import lock_directory, open_directory
 from fmnist.inspect_checkpoints import inspect, main
 from fmnist.network import build_network, open_trained
 from fmnist.optim import build_optimizer
 from fmnist.options import load_config
+from fmnist.recipe import recipe
 from fmnist.tensors import optimizer_tensors, read_tensors
 from fmnist.training import restore
 

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmnist import strict_yaml
-from fmnist.config import RANGES, Config, LogConfig, ModelConfig, flatten, to_yaml, validate
+from fmnist.config import Config, LogConfig, ModelConfig, flatten, to_yaml
+from fmnist.legal import RANGES, validate
 from fmnist.options import load_config, parse_config
 
 DEFAULTS = flatten(Config())

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fmnist.config import Config, differences, flatten, to_yaml
+from fmnist.config import Config, flatten, to_yaml
 from fmnist.options import load_config, parse_config
+from fmnist.recipe import differences
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 

@@ -1,0 +1,44 @@
+"""The options that decide a run's result, and which of them differ between two configs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fmnist.config import Config, flatten
+
+# What may differ between a run's two starts: nothing here changes which weights come out.
+MAY_CHANGE = (
+    "output_dir",
+    "resume",
+    "overwrite",
+    "max_minutes",
+    "dry_run",
+    "timeout_s",
+    "data.root",
+    "model.weights",
+    "log.",
+    "checkpoint.",
+)
+# These change the arithmetic's order or its hardware, not the recipe: batches stay the same, results to rounding.
+MAY_CHANGE_ROUNDING = (
+    "batch.micro_batch_size",
+    "augment.backend",
+    "evaluation.batch_size",
+    "model.compile",
+    "model.channels_last",
+)
+
+
+def recipe(cfg: Config) -> dict[str, Any]:
+    """Return the options that decide the result, under their dotted names."""
+    return {key: value for key, value in flatten(cfg).items() if not key.startswith(MAY_CHANGE + MAY_CHANGE_ROUNDING)}
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Name the options of both that differ, with both values."""
+    differ = [key for key in before if key in after and before[key] != after[key]]
+    return [f"{key} was {before[key]}, now {after[key]}" for key in differ]
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Name the options that differ and would change the result, with both values."""
+    return changes(recipe(old), recipe(new))
