@@ -8,7 +8,8 @@ from typing import Any
 from fmnist.console import log_to_console, one_line_errors
 from fmnist.duplicates import NearCopies, find_near_copies, load_pair
 from fmnist.evaluation.compare import check_comparable, write_comparison
-from fmnist.evaluation.outcome import Outcome, Request, ensemble, evaluate, write_outcome
+from fmnist.evaluation.outcome import Outcome, Request, ensemble, evaluate
+from fmnist.evaluation.write import write_outcome
 from fmnist.network import open_trained
 from fmnist.run import Run
 

@@ -20,7 +20,8 @@ import evaluate
 from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.evaluation.html_report import _strip, confident_errors, confused_pairs, context, render
-from fmnist.evaluation.outcome import Outcome, write_outcome
+from fmnist.evaluation.outcome import Outcome
+from fmnist.evaluation.write import write_outcome
 
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "chromium-browser")
 

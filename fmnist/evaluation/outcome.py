@@ -1,30 +1,22 @@
-"""Evaluate a trained model on a split: logits, honest sets, calibration, cost; then every file of it."""
+"""Evaluate a trained model on a split, or several together: logits, and what it costs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fmnist.config import flatten
 from fmnist.data.batches import Split
-from fmnist.data.fashion_mnist import CLASS_NAMES
-from fmnist.duplicates import NearCopies
-from fmnist.evaluation.calibration import average_probabilities, calibrate
+from fmnist.evaluation.calibration import average_probabilities
 from fmnist.evaluation.cost import Cost, measure_cost, sum_of_costs
-from fmnist.evaluation.honest import honest_sets, notes
-from fmnist.figures import plot_learning_curves
 from fmnist.hardware import resolve_precision
 from fmnist.metrics import predict
 from fmnist.network import Trained
-from fmnist.report import write_evaluation
 from fmnist.run import Run
-from fmnist.tracking import METRICS_FILE
-from fmnist.wandb_run import log_evaluation
 
 Tta = Literal["none", "flip"]
 
@@ -168,59 +160,3 @@ def ensemble(outcomes: list[Outcome], folder: Path) -> Outcome:
         trained=None,
         members=tuple(outcome.name for outcome in outcomes),
     )
-
-
-def write_outcome(outcome: Outcome, copies: NearCopies | None, *, quick: bool) -> dict[str, Any]:
-    """Write every file of one evaluation; the main process's job.
-
-    Args:
-        outcome: what to write; `outcome.directory` is made.
-        copies: the near copies among its images.
-        quick: metrics and figures only.
-
-    Returns:
-        What metrics.json holds.
-    """
-    arrays = outcome.logits, outcome.labels, torch.arange(len(outcome.labels))
-    if quick:
-        result = write_evaluation(outcome.directory, *arrays, CLASS_NAMES, title=outcome.title)
-        plot_curves(outcome)
-        return result
-    honest, calibration = honest_sets(outcome.by_tta, outcome.labels, copies), None
-    if outcome.validation is not None:
-        same = outcome.split == "val"
-        calibration = calibrate(outcome.logits, outcome.labels, outcome.validation, same_images=same)
-    more = {
-        "honest": honest,
-        "calibration": calibration and calibration.as_dict(),
-        "cost": outcome.cost and outcome.cost.as_dict(),
-    }
-    text = notes(honest, calibration)
-    result = write_evaluation(outcome.directory, *arrays, CLASS_NAMES, title=outcome.title, more=more, notes=text)
-    plot_curves(outcome)
-
-    from fmnist.evaluation.html_report import confident_errors, write_html  # Jinja2: only where a page is made
-
-    write_html(outcome, result, outcome.directory / "report.html")
-    trained = outcome.trained
-    if trained is not None and trained.output == trained.directory / "evaluation":  # not one of its checkpoints
-        files = [outcome.directory / f"{name}.png" for name in ("confusion_matrix", "reliability")]
-        files.append(trained.directory / "learning_curves.png")
-        scalars = {"top1": result["top1"], "loss": result["loss"], "ece": result["ece"]}
-        scalars |= {f"honest.{key}": entry["top1"] for key, entry in honest.items()}
-        log_evaluation(
-            trained.directory,
-            trained.cfg.log,
-            flatten(trained.cfg),
-            prefix=f"evaluation/{outcome.split}",
-            scalars=scalars,
-            files=[file for file in files if file.is_file()],
-            errors=[error.row(outcome) for error in confident_errors(outcome, 200)],
-        )
-    return result
-
-
-def plot_curves(outcome: Outcome) -> None:
-    """Draw a run's learning curves into its directory, where it has any."""
-    if outcome.trained is not None and (metrics := outcome.trained.directory / METRICS_FILE).is_file():
-        plot_learning_curves(metrics, outcome.trained.directory / "learning_curves.png", outcome.name)
