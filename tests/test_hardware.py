@@ -1,0 +1,76 @@
+"""What a run computes on: memory that is kept, threads that are taken back, precision."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+
+from fmnist.hardware import describe_device, make_deterministic, processor, resolve_precision, use_all_cores
+
+FAULTS = """
+import resource, sys, torch
+from fmnist.hardware import keep_freed_memory
+keep_freed_memory()
+torch.ones(20_000_000)  # 80 MB, freed at once
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(20_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_a_second_large_tensor_takes_the_memory_of_the_first() -> None:
+    done = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 200  # 80 MB are 19,532 pages of 4 kB; each would be a fault where the memory is new
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "1"}, "all"),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, "all"),
+        ({"TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "4096"}, 1),
+        ({"TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "3"}, "as it was"),  # the user's own number
+        ({}, "as it was"),  # no launcher
+    ],
+)
+def test_cores_are_taken_back_from_launchers(
+    environ: dict[str, str], expected: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    use_all_cores(SimpleNamespace(num_processes=1))
+    wanted = {"all": [len(os.sched_getaffinity(0))], "as it was": [], 1: [1]}
+    assert chosen == wanted[expected]
+
+
+def test_precision_is_what_was_asked_for_or_what_the_device_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (resolve_precision("fp32"), resolve_precision("bf16")) == ("fp32", "bf16")
+    for available, supported, expected in ((False, True, "fp32"), (True, False, "fp32"), (True, True, "bf16")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda answer=available: answer)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda answer=supported, **_: answer)
+        assert resolve_precision("auto") == expected
+
+
+def test_exact_allows_deterministic_kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # the user's own, which does as well
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", calls.append)
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    make_deterministic(torch.device("cpu"))
+    assert calls == [True, 1]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+def test_names_for_people() -> None:
+    assert describe_device(torch.device("cpu")).startswith("CPU (")
+    assert f"{torch.get_num_threads()} thread(s)" in describe_device(torch.device("cpu"))
+    assert processor()
