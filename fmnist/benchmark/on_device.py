@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fmnist.benchmark.judge import Fixed, box_pixels
-from fmnist.benchmark.pil_loader import check_resize_first, pin_torchvision, seen_by, torchvision_transforms
+from fmnist.benchmark.pil_loader import pin_torchvision, torchvision_transforms
 from fmnist.benchmark.pipelines import (
     ERASE,
     ERASE_AREA,
@@ -74,7 +74,7 @@ class Kornia(OnDevice):
             import kornia.augmentation as room
         except ImportError:
             raise UnavailableError("not installed; pip install -r requirements-benchmark.txt") from None
-        check_resize_first(self)
+        self.check_resize_first()
         size, (mean, std) = setting.size, (torch.tensor([MEAN]), torch.tensor([STD]))
         resize: list[Any] = [room.Resize((size, size), align_corners=False)]  # its default, True, is another geometry
         warp: list[Any] = [
@@ -82,7 +82,7 @@ class Kornia(OnDevice):
             room.RandomAffine(ROTATION, translate=(SHIFT, SHIFT), p=1.0),
         ]
         self.transform = room.AugmentationSequential(
-            *(resize + warp if self.chain == "resize, then warp" else warp + resize),
+            *(resize + warp if self.resizes_first else warp + resize),
             room.Normalize(mean, std),
             room.RandomErasing(scale=ERASE_AREA, ratio=ERASE_ASPECT, p=ERASE),
             data_keys=["input"],
@@ -92,7 +92,7 @@ class Kornia(OnDevice):
         images = self.gather(indices)
         parameters = self.transform.forward_parameters(images.shape)
         x0, y0, x1, y1 = box_pixels(fixed, self.setting.size)
-        fixed = seen_by(self, fixed)
+        fixed = self.seen(fixed)
         values: dict[str, dict[str, Any]] = {
             "RandomHorizontalFlip": {"batch_prob": fixed.flip},
             # Like torchvision, it turns clockwise for a positive angle.

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fmnist.benchmark.judge import Fixed, box_pixels, enlarged
+from fmnist.benchmark.judge import Fixed, box_pixels
 from fmnist.benchmark.pipelines import (
     ERASE,
     ERASE_AREA,
@@ -73,18 +73,6 @@ def pin_torchvision(transform: Any, fixed: Fixed, size: int) -> Any:
     return transform
 
 
-def check_resize_first(pipeline: Pipeline) -> None:
-    """Leave a loader that resizes first out where there is nothing to resize."""
-    if pipeline.chain == "resize, then warp" and pipeline.setting.split.images.shape[-1] == pipeline.setting.size:
-        raise UnavailableError("nothing to resize at this size")
-
-
-def seen_by(pipeline: Pipeline, fixed: Fixed) -> Fixed:
-    """Return given parameters in the pixels of the image that this loader warps."""
-    factor = pipeline.setting.size / pipeline.setting.split.images.shape[-1]
-    return enlarged(fixed, factor) if pipeline.chain == "resize, then warp" else fixed
-
-
 class PilDataset(Dataset[tuple[Tensor, int]]):
     """Grey PIL images with a transform, as torchvision.datasets.FashionMNIST gives them."""
 
@@ -120,10 +108,10 @@ class PilLoader(Pipeline):
         super().__init__(setting)
         from torchvision import transforms
 
-        check_resize_first(self)
+        self.check_resize_first()
         split = Split(images=setting.split.images.cpu(), labels=setting.split.labels.cpu())
         steps = torchvision_transforms(
-            transforms, setting.size, [transforms.ToTensor()], resize_first=self.chain == "resize, then warp"
+            transforms, setting.size, [transforms.ToTensor()], resize_first=self.resizes_first
         )
         self.dataset = PilDataset(split, steps)
         self.multiple = self.workers
@@ -159,7 +147,7 @@ class PilLoader(Pipeline):
         return images.to(device, non_blocking=True).to(self.setting.dtype), labels.to(device, non_blocking=True)
 
     def pinned(self, indices: Tensor, fixed: Fixed) -> Tensor:
-        transform = pin_torchvision(self.dataset.transform, seen_by(self, fixed), self.setting.size)
+        transform = pin_torchvision(self.dataset.transform, self.seen(fixed), self.setting.size)
         images = [transform(Image.fromarray(self.dataset.images[index])) for index in indices.tolist()]
         return torch.stack(images).to(self.setting.device, self.setting.dtype)
 

@@ -7,7 +7,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from fmnist.benchmark.judge import Chain, Fixed
+from fmnist.benchmark.judge import Chain, Fixed, enlarged
 from fmnist.data.batches import Loader, MicroBatch, Split
 from fmnist.data.fashion_mnist import NUM_CLASSES
 
@@ -88,6 +88,21 @@ class Pipeline:
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.position = setting, 0
+
+    @property
+    def resizes_first(self) -> bool:
+        """It warps the resized image, not the stored one."""
+        return self.chain == "resize, then warp"
+
+    def check_resize_first(self) -> None:
+        """Leave a loader that resizes first out where there is nothing to resize."""
+        if self.resizes_first and self.setting.split.images.shape[-1] == self.setting.size:
+            raise UnavailableError("nothing to resize at this size")
+
+    def seen(self, fixed: Fixed) -> Fixed:
+        """Return given parameters in the pixels of the image that this loader warps."""
+        factor = self.setting.size / self.setting.split.images.shape[-1]
+        return enlarged(fixed, factor) if self.resizes_first else fixed
 
     def start(self) -> None:
         """Begin at the first batch of the order; called before every round."""
