@@ -11,6 +11,9 @@ import torch.distributed as dist
 # the start: processes that import, read and compile at different speeds.
 PATIENCE = timedelta(minutes=10)
 PROBE = timedelta(seconds=5)
+# A process that ends for another one's sake stays this long: a launcher looks at its processes now and then (torchrun
+# ten times a second) and names as the root cause the first it finds dead; of two found at once, the lower rank.
+LINGER_S = 2.0
 # How the libraries say that a collective failed for another process' sake; any other RuntimeError is our own fault.
 SIGNS = (
     "gloo",

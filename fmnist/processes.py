@@ -6,6 +6,7 @@ This module, `run.py` and `data/batches.py` are the only ones that know rank or 
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fmnist.peers import PATIENCE, describe_loss, is_lost_peer, share_status
+from fmnist.peers import LINGER_S, PATIENCE, describe_loss, is_lost_peer, share_status
 
 logger = logging.getLogger("fmnist")
 T = TypeVar("T")
@@ -97,6 +98,7 @@ class Processes:
             )
             logging.shutdown()
             sys.stderr.flush()
+            time.sleep(LINGER_S)  # let the launcher find the lost one dead first
             os._exit(1)  # an orderly exit waits for the lost one
 
     def gather_shards(self, rows: Tensor) -> Tensor:

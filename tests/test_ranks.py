@@ -30,7 +30,10 @@ def lose_rank_1(kind: str, tmp_path: Path, config: Path, *more: object) -> None:
 
 
 @pytest.mark.parametrize("kind", ["killed", "exception"])
-def test_a_dead_rank_ends_the_other_at_once(kind: str, tmp_path: Path, small_config: Path) -> None:
+def test_a_dead_rank_ends_the_other_at_once(
+    kind: str, tmp_path: Path, small_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PET_MONITOR_INTERVAL", "1")  # even a launcher that seldom looks finds the dead one first
     lose_rank_1(kind, tmp_path, small_config)
 
 
