@@ -70,7 +70,12 @@ def environment() -> dict[str, str]:
 
 
 def train(
-    *args: object, processes: int = 1, check: bool = True, script: Path = ROOT / "train.py", **kwargs: Any
+    *args: object,
+    processes: int = 1,
+    check: bool = True,
+    script: Path = ROOT / "train.py",
+    on_cpu: bool = True,
+    **kwargs: Any,
 ) -> subprocess.CompletedProcess[str]:
     """Run train.py, or a script like it, with these flags, through torchrun where there are several processes."""
     launcher = [sys.executable]
@@ -80,7 +85,7 @@ def train(
         [*launcher, str(script), *map(str, args)],
         capture_output=True,
         text=True,
-        env=environment(),
+        env=environment() | {"ACCELERATE_USE_CPU": str(on_cpu).lower()},
         timeout=300,
         **kwargs,
     )

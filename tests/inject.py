@@ -133,16 +133,24 @@ def learning_rate() -> None:
     train.set_lr = set_lr
 
 
-def only_on_last_rank(plant: Callable[[], None]) -> Callable[[], None]:
-    return lambda: plant() if RANK == LAST_RANK else None
+def only_on(rank: int, plant: Callable[[], None]) -> Callable[[], None]:
+    return lambda: plant() if rank == RANK else None
 
 
-def die(how: Callable[[], None]) -> Callable[[], None]:
-    return only_on_last_rank(lambda: before_step(how))
+def die(how: Callable[[], None], rank: int = LAST_RANK) -> Callable[[], None]:
+    return only_on(rank, lambda: before_step(how))
 
 
 def fail() -> None:
     raise KeyError("planted")
+
+
+def be_killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang() -> None:
+    time.sleep(1000)
 
 
 KINDS: dict[str, Callable[[], None]] = {
@@ -150,7 +158,7 @@ KINDS: dict[str, Callable[[], None]] = {
     "loss_inf": lambda: bad_loss(float("inf")),
     "logits": logits,
     "one_gradient": gradient,
-    "loss_of_one_rank": only_on_last_rank(lambda: bad_loss(NAN)),
+    "loss_of_one_rank": only_on(LAST_RANK, lambda: bad_loss(NAN)),
     "weight": lambda: before_step(lambda: set_first(head(), NAN)),
     "weight_after_the_log": lambda: after_step(lambda: set_first(head(), NAN)),
     "ema": ema,
@@ -159,9 +167,11 @@ KINDS: dict[str, Callable[[], None]] = {
     "learning_rate": learning_rate,
     "normalization": normalization,
     "pixel": pixel,
-    "killed": die(lambda: os.kill(os.getpid(), signal.SIGKILL)),
+    "killed": die(be_killed),
+    "rank_0_killed": die(be_killed, rank=0),
     "exception": die(fail),
-    "hang": die(lambda: time.sleep(1000)),
+    "hang": die(hang),
+    "rank_0_hangs": die(hang, rank=0),
     "frozen": die(lambda: os.kill(os.getpid(), signal.SIGSTOP)),
 }
 

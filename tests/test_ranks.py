@@ -12,15 +12,18 @@ from fmnist.checkpoint import Checkpoints, read_state
 from fmnist.peers import describe_loss, is_lost_peer
 
 
-def lose_rank_1(kind: str, tmp_path: Path, config: Path, *more: object) -> None:
+def lose(rank: int, kind: str, tmp_path: Path, config: Path, *more: object, processes: int = 2) -> None:
     flags = ["--config", config, "--output_dir", tmp_path, "--batch.micro_batch_size", 16, *more]
-    done = train(kind, *flags, processes=2, script=ROOT / "tests/inject.py", check=False)
+    done = train(kind, *flags, processes=processes, script=ROOT / "tests/inject.py", check=False)
     ended = time.time()
     assert done.returncode != 0
-    assert re.search(r"rank 0 ends: rank 1 (is gone|does not answer)", done.stderr) or kind in ("killed", "exception")
-    root_cause = done.stderr.partition("Root Cause")[2]  # torchrun's own summary
-    if kind in ("killed", "exception"):
-        assert re.search(r"rank\s*: 1 ", root_cause), done.stderr
+    dead = kind in ("killed", "rank_0_killed", "exception")  # else it hangs: the launcher cannot know which did
+    said = set(re.findall(r"rank (\d) ends: rank (\d) (?:is gone|does not answer)", done.stderr))
+    assert said <= {(str(other), str(rank)) for other in range(processes) if other != rank}, done.stderr
+    assert said or dead, done.stderr
+    if dead:
+        root_cause = done.stderr.partition("Root Cause")[2]  # torchrun's own summary
+        assert re.search(rf"rank\s*: {rank} ", root_cause), done.stderr
     if kind == "exception":
         assert "KeyError: 'planted'" in done.stderr
     newest = Checkpoints(tmp_path / kind / "checkpoints", 2, {}).newest_good()
@@ -34,16 +37,29 @@ def test_a_dead_rank_ends_the_other_at_once(
     kind: str, tmp_path: Path, small_config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PET_MONITOR_INTERVAL", "1")  # even a launcher that seldom looks finds the dead one first
-    lose_rank_1(kind, tmp_path, small_config)
+    lose(1, kind, tmp_path, small_config)
+
+
+def test_rank_0_of_three_killed_ends_the_others_at_once(tmp_path: Path, small_config: Path) -> None:
+    lose(0, "rank_0_killed", tmp_path, small_config, "--batch.global_batch_size", 48, processes=3)
 
 
 def test_a_hanging_rank_ends_the_other_after_the_timeout(tmp_path: Path, small_config: Path) -> None:
-    lose_rank_1("hang", tmp_path, small_config, "--timeout_s", 3)
+    lose(1, "hang", tmp_path, small_config, "--timeout_s", 3)
 
 
 @pytest.mark.slow
-def test_a_frozen_rank_ends_the_other_after_the_timeout(tmp_path: Path, small_config: Path) -> None:
-    lose_rank_1("frozen", tmp_path, small_config, "--timeout_s", 3)
+@pytest.mark.parametrize(("rank", "kind", "processes"), [(1, "frozen", 2), (0, "rank_0_hangs", 3)])
+def test_whoever_hangs_ends_the_others_after_the_timeout(
+    rank: int, kind: str, processes: int, tmp_path: Path, small_config: Path
+) -> None:
+    flags = ("--timeout_s", 3, "--batch.global_batch_size", 16 * processes)
+    lose(rank, kind, tmp_path, small_config, *flags, processes=processes)
+
+
+@pytest.mark.slow
+def test_the_default_timeout_ends_all_within_a_minute(tmp_path: Path, small_config: Path) -> None:
+    lose(1, "hang", tmp_path, small_config)
 
 
 @pytest.mark.parametrize(
