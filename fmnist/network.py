@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fmnist.checkpoint import MODEL, Checkpoints, read_state, verify, weights_to_use
+from fmnist.checkpoint.contents import MODEL, read_state, verify, weights_to_use
+from fmnist.checkpoint.store import Checkpoints
 from fmnist.config import Config
 from fmnist.data.augment import Augment
 from fmnist.data.fashion_mnist import NUM_CLASSES

@@ -12,8 +12,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from fmnist import checkpoint
-from fmnist.checkpoint import Checkpoints, TrainState
+from fmnist.checkpoint.contents import EMA, MODEL, OPTIMIZER, STATE, TrainState, read_meta, read_state
+from fmnist.checkpoint.store import Checkpoints
 from fmnist.clock import Clock
 from fmnist.config import Config
 from fmnist.data.augment import Augment
@@ -102,14 +102,14 @@ def restore(
     Raises:
         ValueError: it is of another config or model; one line naming the file and what differs.
     """
-    state, meta = checkpoint.read_state(path), checkpoint.read_meta(path)
+    state, meta = read_state(path), read_meta(path)
     if changed := changes(meta.get("config", {}), json.loads(json.dumps(recipe(cfg)))):
-        raise ValueError(f"{path / checkpoint.STATE} is of another config: {'; '.join(changed[:3])}")
-    load_strict(model, read_tensors(path / checkpoint.MODEL), path / checkpoint.MODEL)
-    moments = path / checkpoint.OPTIMIZER
+        raise ValueError(f"{path / STATE} is of another config: {'; '.join(changed[:3])}")
+    load_strict(model, read_tensors(path / MODEL), path / MODEL)
+    moments = path / OPTIMIZER
     load_optimizer_tensors(model, optimizer, read_tensors(moments), moments)
     if ema is not None:
-        load_strict(ema.module, read_tensors(path / checkpoint.EMA), path / checkpoint.EMA)
+        load_strict(ema.module, read_tensors(path / EMA), path / EMA)
     logger.info("continuing from %s", path)
     if (made_with := meta.get("versions", {}).get("torch", torch.__version__)) != torch.__version__:
         logger.warning(
@@ -127,11 +127,11 @@ def save(training: Training, run: Run) -> None:
     """
     t = training
     groups: dict[str, Mapping[str, Tensor]] = {
-        checkpoint.MODEL: t.model.state_dict(),
-        checkpoint.OPTIMIZER: optimizer_tensors(t.model, t.optimizer),
+        MODEL: t.model.state_dict(),
+        OPTIMIZER: optimizer_tensors(t.model, t.optimizer),
     }
     if t.ema is not None:
-        groups[checkpoint.EMA] = t.ema.module.state_dict()
+        groups[EMA] = t.ema.module.state_dict()
     bad = [f"{file}: {name}" for file, tensors in groups.items() for name in non_finite(tensors)]
     if run.mean({"bad": torch.tensor(len(bad), device=run.device)})["bad"]:
         stop_not_finite(f"{'; '.join(next(filter(None, run.gather(bad)))[:3])} not finite, not saved,", t, run)

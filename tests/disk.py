@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 
-import fmnist.checkpoint
+import fmnist.checkpoint.store
 
 
 class Killed(BaseException):
@@ -150,7 +150,7 @@ def installed(disk: Disk) -> Iterator[Disk]:
         patch.setattr(builtins, "open", open_)
         patch.setattr(os, "open", os_open)
         patch.setattr(os, "fsync", fsync)
-        patch.setattr(fmnist.checkpoint, "save_file", save_file)
+        patch.setattr(fmnist.checkpoint.store, "save_file", save_file)
         yield disk
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from fmnist.checkpoint import EMA, MODEL, OPTIMIZER, Checkpoints, TrainState, read_state
+from fmnist.checkpoint.contents import EMA, MODEL, OPTIMIZER, TrainState, read_state
+from fmnist.checkpoint.store import Checkpoints
 from fmnist.tensors import read_tensors
 
 

@@ -23,10 +23,11 @@ from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from fmnist.checkpoint import EMA, MANIFEST, MODEL, OPTIMIZER, STATE, Checkpoints, TrainState, verify
+from fmnist.checkpoint.__main__ import inspect, main
+from fmnist.checkpoint.contents import EMA, MANIFEST, MODEL, OPTIMIZER, STATE, TrainState, verify
+from fmnist.checkpoint.store import Checkpoints
 from fmnist.config import AugmentConfig, Config, ModelConfig, OptimConfig, to_yaml
 from fmnist.directory import lock_directory, open_directory
-from fmnist.inspect_checkpoints import inspect, main
 from fmnist.network import build_network, open_trained
 from fmnist.optim import build_optimizer
 from fmnist.options import load_config

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fmnist.checkpoint import MODEL, OPTIMIZER, Checkpoints, TrainState, read_state, verify
+from fmnist.checkpoint.contents import MODEL, OPTIMIZER, TrainState, read_state, verify
+from fmnist.checkpoint.store import Checkpoints
 from fmnist.config import OptimConfig
 from fmnist.models.cnn import Cnn
 from fmnist.optim import build_optimizer

@@ -19,9 +19,10 @@ import torch
 from conftest import ROOT, environment, train
 from disk import LOSSES, Disk, Killed, audited, installed, left_after, read_tree, replay, write_tree
 
-import fmnist.checkpoint
+import fmnist.checkpoint.store
 import fmnist.files
-from fmnist.checkpoint import EMA, MODEL, OPTIMIZER, Checkpoints, TrainState, read_state
+from fmnist.checkpoint.contents import EMA, MODEL, OPTIMIZER, TrainState, read_state
+from fmnist.checkpoint.store import Checkpoints
 from fmnist.config import Config, LogConfig
 from fmnist.files import write_atomic
 from fmnist.run import Run
@@ -154,7 +155,7 @@ def test_without_an_fsync_the_power_loss_is_seen(
             real(path)
 
     prepare(template, "next")
-    for module in (fmnist.checkpoint, fmnist.files):
+    for module in (fmnist.checkpoint.store, fmnist.files):
         monkeypatch.setattr(module, "sync_path", partly)
 
     def check(run: Path) -> None:

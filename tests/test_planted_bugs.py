@@ -76,7 +76,7 @@ BUGS = (
     ),
     Bug(
         name="the best step is not kept with the best value",
-        file="checkpoint.py",
+        file="checkpoint/contents.py",
         old="self.best_top1, self.best_step = -1.0 if top1 is None else top1, self.step",
         new="self.best_top1 = -1.0 if top1 is None else top1",
         test="test_checkpoint.py",
@@ -172,7 +172,7 @@ BUGS = (
     ),
     Bug(
         name="old checkpoints are dropped before the new one has its name",
-        file="checkpoint.py",
+        file="checkpoint/store.py",
         old="        part.rename(final)\n        sync_path(self.directory)  #",
         new="        self._prune(state)\n        part.rename(final)\n        sync_path(self.directory)  #",
         test="test_checkpoint.py",

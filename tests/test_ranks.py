@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import ROOT, train
 
-from fmnist.checkpoint import Checkpoints, read_state
+from fmnist.checkpoint.contents import read_state
+from fmnist.checkpoint.store import Checkpoints
 from fmnist.peers import describe_loss, is_lost_peer
 
 

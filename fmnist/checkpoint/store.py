@@ -1,16 +1,11 @@
-"""Checkpoints: written whole or not at all, verified before they are used, no pickle in them.
-
-A checkpoint is a directory `step_<8 digits>` with safetensors, JSON, and `manifest.json`: the size and sha256 of every
-other file, written last. It is built under another name, synced, and renamed.
-"""
+"""Write checkpoints whole or not at all, find the newest that verifies, keep the last and the best."""
 
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,68 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fmnist.checkpoint.contents import FORMAT, MANIFEST, STATE, TrainState, verify, weights_to_use
 from fmnist.files import sync_path, write_atomic
 
 logger = logging.getLogger("fmnist")
-FORMAT = 1
-MANIFEST, STATE, MODEL, EMA, OPTIMIZER = (
-    "manifest.json",
-    "state.json",
-    "model.safetensors",
-    "ema.safetensors",
-    "optimizer.safetensors",
-)
-
-
-@dataclass(kw_only=True)
-class TrainState:
-    """Everything a run needs beside tensors to go on.
-
-    Attributes:
-        step: completed optimizer updates.
-        best_top1: highest validation top1 so far (fraction); -1 before the first evaluation.
-        best_step: the step of its checkpoint; without validation images, the newest.
-        train_seconds: wall clock of training steps over all starts, evaluations apart.
-    """
-
-    step: int = 0
-    best_top1: float = -1.0
-    best_step: int = 0
-    train_seconds: float = 0.0
-
-    def update_best(self, top1: float | None) -> None:
-        """Take this step as the best if its top1 is higher than any before, or if there is no validation (None)."""
-        if top1 is None or top1 > self.best_top1:
-            self.best_top1, self.best_step = -1.0 if top1 is None else top1, self.step
-
-
-def verify(directory: Path) -> dict[str, str]:
-    """Check a checkpoint against its manifest, and return the sha256 of each of its files.
-
-    Raises:
-        ValueError: one line naming the file that is missing, unexpected, or not as it was written.
-    """
-    try:
-        manifest = json.loads((directory / MANIFEST).read_bytes())
-        version = manifest["format"]
-        files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{directory / MANIFEST} is missing or not readable") from None
-    if version != FORMAT:
-        raise ValueError(f"{directory / MANIFEST} has format {version}; this version reads {FORMAT}")
-    present = {path.name for path in directory.iterdir()} - {MANIFEST}
-    if present != set(files):
-        raise ValueError(f"{directory} holds {sorted(present)}; its manifest lists {sorted(files)}")
-    for name, (size, digest) in files.items():
-        path = directory / name
-        try:
-            with path.open("rb") as file:
-                found = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:  # a dangling link, a directory, a disk that cannot be read
-            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-        if found != (size, digest):
-            raise ValueError(f"{path} is not what was written: {found[0]} bytes for {size}, sha256 differs")
-    return {name: digest for name, (_, digest) in files.items()}
 
 
 class Checkpoints:
@@ -204,40 +141,3 @@ class Checkpoints:
                 shutil.rmtree(leftover)
             else:
                 leftover.unlink()
-
-
-def weights_to_use(directory: Path) -> Path:
-    """Return a checkpoint's file of weights to use: the moving average where there is one, else the model's."""
-    return directory / (EMA if (directory / EMA).is_file() else MODEL)
-
-
-def read_state(directory: Path) -> TrainState:
-    """Read the state of a verified checkpoint.
-
-    Raises:
-        ValueError: one line, for a file that does not hold a state, or that of another step.
-    """
-    try:
-        values = json.loads((directory / STATE).read_bytes())
-        values.pop("meta", None)
-        state = TrainState(**values)
-        legal = state.step > 0 and 0 <= state.best_step <= state.step and -1 <= state.best_top1 <= 1
-        if not (legal and isinstance(state.step, int) and 0 <= state.train_seconds < float("inf")):
-            raise ValueError
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{directory / STATE} does not hold the state of a run") from None
-    if directory.name != f"step_{state.step:08d}":
-        raise ValueError(f"{directory} holds step {state.step}: it is another checkpoint under this name")
-    return state
-
-
-def read_meta(directory: Path) -> dict[str, Any]:
-    """Return what a verified checkpoint says about itself: model, config, world size, versions."""
-    meta = json.loads((directory / STATE).read_bytes()).get("meta")
-    return meta if isinstance(meta, dict) else {}
-
-
-if __name__ == "__main__":
-    from fmnist.inspect_checkpoints import main
-
-    raise SystemExit(main())

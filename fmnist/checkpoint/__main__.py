@@ -1,4 +1,4 @@
-"""What `python -m fmnist.checkpoint RUN` shows: each checkpoint verified, and which of them would be used."""
+"""Show a run's checkpoints, each verified, and which would be used: python -m fmnist.checkpoint RUN..."""
 
 import argparse
 import json
@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fmnist.checkpoint import EMA, MODEL, Checkpoints, read_meta, read_state, verify
+from fmnist.checkpoint.contents import EMA, MODEL, read_meta, read_state, verify
+from fmnist.checkpoint.store import Checkpoints
 from fmnist.files import sha256_of
 from fmnist.options import load_config
 from fmnist.recipe import changes, recipe
@@ -146,3 +147,7 @@ def main(argv: list[str] | None = None) -> int:
             print(table(run, entries, problems))
         status = max(status, int(bool(problems)))
     return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
