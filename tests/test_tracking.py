@@ -20,6 +20,16 @@ def track(directory: Path, wandb: str = "disabled", step: int = 0) -> Tracker:
     return Tracker(directory, LogConfig(wandb=wandb), {"optim.lr": 0.1}, step=step, total_steps=10)
 
 
+def stored_offline(run: Path, run_id: str) -> bytes:
+    """Return what W&B's files of a run hold, once its service has ended: `finish` does not wait for the disk."""
+    import wandb
+
+    wandb.teardown()
+    files = list((run / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
+    assert files
+    return b"".join(file.read_bytes() for file in files)
+
+
 @pytest.fixture
 def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     monkeypatch.setattr(logging.getLogger("fmnist"), "propagate", True)
@@ -57,9 +67,7 @@ def test_the_real_client_offline_keeps_its_run_id(tmp_path: Path, warnings: pyte
     assert again.wandb is not None
     assert again.wandb.id == run_id
     again.finish({})
-    files = list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
-    assert files
-    stored = b"".join(file.read_bytes() for file in files)
+    stored = stored_offline(tmp_path, run_id)
     for name in (b"train/loss", b"perf/images_per_second", b"optim.lr", b"test.top1"):
         assert name in stored
 
@@ -129,8 +137,7 @@ def test_an_evaluation_joins_the_run_and_its_failure_is_one_line(
     log(LogConfig(wandb="disabled"))
     assert not (directory / "wandb").exists()
     log(LogConfig(wandb="offline"))
-    (file,) = (directory / "wandb").glob("offline-run-*-abcd1234/run-abcd1234.wandb")
-    stored = file.read_bytes()
+    stored = stored_offline(directory, "abcd1234")
     for name in (b"evaluation/test/confusion_matrix", b"evaluation/test/errors", b"evaluation/test/top1"):
         assert name in stored
     (table,) = (directory / "wandb").glob("offline-run-*/files/media/table/evaluation/test/errors*.table.json")
