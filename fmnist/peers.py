@@ -1,6 +1,8 @@
 """Several processes and one that fails: all of them end soon, with one line that names it."""
 
+import queue
 import re
+import threading
 from datetime import timedelta
 from typing import Any
 
@@ -54,11 +56,22 @@ def describe_loss(error: RuntimeError, group: Any, others: list[int]) -> str:
         others: the other processes' ranks.
     """
     hangs = "imed out" in str(error) or "timeout" in str(error)
-    found = None
+    answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            dist.monitored_barrier(group=group, timeout=PROBE, wait_all_ranks=True)
+        except RuntimeError as failure:
+            answers.put(str(failure))
+        else:
+            answers.put("")
+
+    threading.Thread(target=ask, daemon=True).start()  # only rank 0's barrier obeys its timeout; the others wait for it
     try:
-        dist.monitored_barrier(group=group, timeout=PROBE, wait_all_ranks=True)
-    except RuntimeError as failure:
-        found = re.search(r"[Rr]anks? ([\d, ]+) failed to pass|send/recv from rank (\d+)", str(failure))
+        answer = answers.get(timeout=2 * PROBE.total_seconds())
+    except queue.Empty:
+        answer = "send/recv from rank 0"
+    found = re.search(r"[Rr]anks? ([\d, ]+) failed to pass|send/recv from rank (\d+)", answer)
     ranks = next((part for part in found.groups() if part), "") if found else ""
     if not ranks and len(others) == 1:
         ranks = str(others[0])
