@@ -78,7 +78,8 @@ def test_onnx_gives_the_logits_of_torch(model: ModelConfig, size: int, tmp_path:
     assert f"{len(reference.images):,} test images" in write_onnx(reference, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     logits, probabilities = session.run(None, {"images": reference.images[:5].numpy()})
-    assert np.abs(logits - reference.logits[:5].numpy()).max() < 1e-4
+    largest = float(reference.logits.abs().max())
+    assert np.abs(logits - reference.logits[:5].numpy()).max() < 1e-4 * max(1, largest / 10)
     assert np.abs(probabilities.sum(1) - 1).max() < 1e-5
     assert reference.logits.std(dim=0).max() > 1e-3  # images are told apart: equal logits would say nothing
 
@@ -178,7 +179,7 @@ def test_timm_opens_the_hub_folder(model: ModelConfig, size: int, num_channels: 
     opened = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
     prepared = timm.data.resolve_data_config(model=opened)
     predictor = open_predictor(run, "cpu")
-    assert prepared["input_size"] == (num_channels, size, size)
+    assert tuple(prepared["input_size"]) == (num_channels, size, size)
     assert prepared["mean"] == pytest.approx(predictor.augment.mean)
     assert prepared["std"] == pytest.approx(predictor.augment.std)
     assert opened.pretrained_cfg["label_names"] == list(CLASS_NAMES)

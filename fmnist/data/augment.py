@@ -3,7 +3,6 @@
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from fmnist.config import AugmentConfig
 from fmnist.data.batches import MicroBatch
-from fmnist.data.params import OWN_SHARE, augmentation_table
-from fmnist.data.reference import Plan, augment_reference, normalize, pack_neighbours, resample_packed
+from fmnist.data.params import MATRIX, OWN_SHARE, augmentation_table
+from fmnist.data.reference import Plan, augment_reference, compose, normalize, pack_neighbours, resample_packed
 
 
 class Augment:
@@ -146,15 +145,13 @@ def _compile() -> Callable[[Tensor, Tensor, Tensor, Tensor, Plan], Tensor]:
         if plan.whole_pixels:
             return plain(images, indices, partners, table, plan)
         samples = torch.cat((indices, partners)) if plan.mixes else indices
-        height, width = _source_shape(images)
-        return finish(pack(images, samples), table[samples], len(indices), plan, (height, width))
+        return finish(pack(images, samples), table[samples], len(indices), plan)
 
     return make
 
 
-def _finish(packed: Tensor, rows: Tensor, batch_size: int, plan: Plan, source_shape: tuple[int, int]) -> Tensor:
+def _finish(packed: Tensor, rows: Tensor, batch_size: int, plan: Plan) -> Tensor:
     """Do what is left of `augment_reference` for packed samples and their rows, partners after the batch."""
-    own = torch.arange(batch_size, device=packed.device)
-    partners = own + batch_size if plan.mixes else own
-    warp = partial(resample_packed, source_shape=source_shape)
-    return augment_reference(packed, own, partners, rows, plan, warp=warp)
+    warped = resample_packed(packed, rows[:, MATRIX], plan.size)
+    own, *partners = zip(warped.split(batch_size), rows.split(batch_size), strict=True)
+    return compose(own, partners[0] if plan.mixes else None, plan)

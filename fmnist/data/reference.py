@@ -6,7 +6,6 @@ continues its edge pixel and fades to 0 within half a source pixel: the identity
 and a shift by whole pixels fills with exact zeros.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,48 +69,52 @@ def pack_neighbours(images: Tensor, samples: Tensor) -> Tensor:
     """Gather samples, and put each pixel beside its right, lower and lower right neighbours, a byte each.
 
     Args:
-        images: uint8 [N, C, H, W], H and W at least 2.
+        images: uint8 [N, C, H, W].
         samples: int64 [B].
 
     Returns:
-        int32 [B, C, (H - 1) * (W - 1)]: all that an interpolation reads at one place, in one read.
+        int32 [B, C, H + 1, W + 1]: all that an interpolation reads at one place, in one read; places begin one pixel
+        outside the image, which continues its edges there.
     """
     pixels = images[samples].to(torch.int32)
+    pixels = torch.cat((pixels[..., :1], pixels, pixels[..., -1:]), dim=-1)
+    pixels = torch.cat((pixels[..., :1, :], pixels, pixels[..., -1:, :]), dim=-2)
     upper = pixels[..., :-1, :-1] | pixels[..., :-1, 1:] << 8
     lower = pixels[..., 1:, :-1] << 16 | pixels[..., 1:, 1:] << 24
-    return (upper | lower).flatten(2)
+    return upper | lower
 
 
-def resample_packed(packed: Tensor, matrices: Tensor, size: int, source_shape: tuple[int, int]) -> Tensor:
-    """Do what `resample` does, written so that a compiler can fuse it and each pixel reads memory once.
+def resample_packed(packed: Tensor, matrices: Tensor, size: int) -> Tensor:
+    """Do what `resample` does, written for a compiler: it fuses this, and each pixel reads memory once.
+
+    What is the same along a row is put together first, which leaves one multiply-add a pixel and coordinate.
 
     Args:
-        packed: int32 [B, C, (H - 1) * (W - 1)], from `pack_neighbours`; a tensor of its own, for a compiler that fused
-            the packing into this would pack anew for every pixel.
+        packed: int32 [B, C, H + 1, W + 1], from `pack_neighbours`; a tensor of its own, for a compiler that fused the
+            packing into this would pack anew for every pixel.
         matrices: float [B, 6], as for `resample`.
         size: pixels per side of the result.
-        source_shape: H, W.
 
     Returns:
         float [B, C, size, size] in [0, 1].
     """
-    height, width = source_shape
-    centre = (2 * torch.arange(size, device=packed.device) + 1) / size - 1
+    batch_size, channels, rows, columns = packed.shape
+    centre = torch.arange(size, device=packed.device) * (2 / size) + (1 / size - 1)
     u, v = centre[None, None, :], centre[None, :, None]
     a, b, c, d, e, f = matrices[:, :, None, None].unbind(1)
-    x = (a * u + b * v + c + 1) * (width / 2) - 0.5
-    y = (d * u + e * v + f + 1) * (height / 2) - 0.5
-    fade_x = (width + 1 - 2 * (x - (width - 1) / 2).abs()).clamp(0, 1)
-    fade_y = (height + 1 - 2 * (y - (height - 1) / 2).abs()).clamp(0, 1)
-    x, y = x.clamp(0, width - 1), y.clamp(0, height - 1)
-    left, top = x.to(torch.int32).clamp(max=width - 2), y.to(torch.int32).clamp(max=height - 2)
-    dx, dy = (x - left)[:, None], (y - top)[:, None]
-    sample = torch.arange(len(packed), device=packed.device)[:, None, None, None]
-    channel = torch.arange(packed.shape[1], device=packed.device)[None, :, None, None]
-    four = packed[sample, channel, (top * (width - 1) + left)[:, None]]
-    v00, v01, v10, v11 = ((four >> shift & 255).to(matrices.dtype) for shift in (0, 8, 16, 24))
+    # In source pixels; 0 is the centre of the pixel before the first, which is one half pixel from the image's area.
+    x = (a * ((columns - 1) / 2)) * u + ((b * v + (c + 1)) * ((columns - 1) / 2) + 0.5)
+    y = (d * ((rows - 1) / 2)) * u + ((e * v + (f + 1)) * ((rows - 1) / 2) + 0.5)
+    fade_x = (columns - 2 * (x - columns / 2).abs()).clamp(0, 1)
+    fade_y = (rows - 2 * (y - rows / 2).abs()).clamp(0, 1)
+    left, top = x.to(torch.int32).clamp(0, columns - 1), y.to(torch.int32).clamp(0, rows - 1)
+    dx, dy = (x - left)[:, None], (y - top)[:, None]  # beyond [0, 1] only where the fade is 0
+    image = torch.arange(batch_size * channels, device=packed.device).view(batch_size, channels, 1, 1)
+    place = image * (rows * columns) + (top * columns + left)[:, None]
+    four = torch.ops.aten._unsafe_index(packed.flatten(), [place])  # clamped above: not checked again for each pixel
+    v00, v01, v10, v11 = ((byte & 255).to(matrices.dtype) for byte in (four, four >> 8, four >> 16, four >> 24))
     upper, lower = v00 + dx * (v01 - v00), v10 + dx * (v11 - v10)
-    return (upper + dy * (lower - upper)) * (fade_x * fade_y)[:, None] / 255
+    return (upper + dy * (lower - upper)) * (fade_x * fade_y)[:, None] * (1 / 255)
 
 
 def shift_and_flip(images: Tensor, matrices: Tensor, size: int) -> Tensor:
@@ -142,9 +145,7 @@ def normalize(images: Tensor, plan: Plan) -> Tensor:
     return torch.stack(channels, dim=1).to(plan.dtype).contiguous(memory_format=memory_format)
 
 
-def augment_reference(
-    images: Tensor, indices: Tensor, partners: Tensor, table: Tensor, plan: Plan, warp: Callable[..., Tensor] = resample
-) -> Tensor:
+def augment_reference(images: Tensor, indices: Tensor, partners: Tensor, table: Tensor, plan: Plan) -> Tensor:
     """Gather, warp, erase, mix and normalise one micro-batch.
 
     Args:
@@ -153,20 +154,36 @@ def augment_reference(
         partners: int64 [B], what is mixed into each.
         table: float32 [N, NUM_COLUMNS], from `augmentation_table`.
         plan: what is the same for all samples.
-        warp: how to interpolate `images[samples]`, in place of `resample`.
+
+    Returns:
+        plan.dtype [B, len(plan.mean), S, S].
+    """
+    warp = shift_and_flip if plan.whole_pixels else resample
+
+    def part(samples: Tensor) -> tuple[Tensor, Tensor]:
+        rows = table[samples]
+        return warp(images[samples], rows[:, MATRIX], plan.size), rows
+
+    return compose(part(indices), part(partners) if plan.mixes else None, plan)
+
+
+def compose(own: tuple[Tensor, Tensor], partner: tuple[Tensor, Tensor] | None, plan: Plan) -> Tensor:
+    """Erase, mix and normalise what is warped.
+
+    Args:
+        own: the samples, float [B, 1 or C, S, S] in [0, 1], and their rows of the table, float32 [B, NUM_COLUMNS].
+        partner: likewise what is mixed into each, where plan.mixes.
+        plan: what is the same for all samples.
 
     Returns:
         plan.dtype [B, len(plan.mean), S, S].
     """
 
-    def warped(samples: Tensor) -> Tensor:
-        rows = table[samples]
-        result = (shift_and_flip if plan.whole_pixels else warp)(images[samples], rows[:, MATRIX], plan.size)
-        return torch.where(in_box(rows[:, ERASE_BOX], plan.size), plan.fill, result) if plan.erases else result
+    def erased(warped: Tensor, rows: Tensor) -> Tensor:
+        return torch.where(in_box(rows[:, ERASE_BOX], plan.size), plan.fill, warped) if plan.erases else warped
 
-    result = warped(indices)
-    if plan.mixes:
-        own = table[indices]
-        weight = own[:, OWN_WEIGHT, None, None, None] * ~in_box(own[:, CUT_BOX], plan.size)
-        result = weight * result + (1 - weight) * warped(partners)
+    result, rows = erased(*own), own[1]
+    if partner is not None:
+        weight = rows[:, OWN_WEIGHT, None, None, None] * ~in_box(rows[:, CUT_BOX], plan.size)
+        result = weight * result + (1 - weight) * erased(*partner)
     return normalize(result, plan)

@@ -18,7 +18,7 @@ from fmnist.files import sha256_of
 from fmnist.predictor import Predictor
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-LARGEST_DIFFERENCE = 1e-4  # of any logit or probability
+LARGEST_DIFFERENCE = 1e-4  # of any logit or probability; where logits exceed 10, in proportion: fp32 rounds so
 OPSET = 18
 
 
@@ -126,7 +126,7 @@ def check(path: Path, reference: Reference, limit: float = LARGEST_DIFFERENCE) -
     Args:
         path: the .onnx file.
         reference: the run's images and logits.
-        limit: largest difference that passes.
+        limit: largest difference that passes, for values of up to 10.
 
     Returns:
         The largest difference of `logits` and of `probabilities`, and `images_per_second` of the largest batch.
@@ -149,8 +149,9 @@ def check(path: Path, reference: Reference, limit: float = LARGEST_DIFFERENCE) -
     pairs = {"logits": (logits, reference.logits), "probabilities": (probabilities, reference.logits.softmax(-1))}
     differences = {name: float((got - wanted).abs().max()) for name, (got, wanted) in pairs.items()}
     for name, difference in differences.items():
-        if not difference < limit:  # a NaN does not pass
+        legal = limit * max(1.0, float(pairs[name][1].abs().max()) / 10)
+        if not difference < legal:  # a NaN does not pass
             raise ValueError(
-                f"the ONNX graph's {name} differ from torch's by {difference:.1e}; the limit is {limit:.0e}"
+                f"the ONNX graph's {name} differ from torch's by {difference:.1e}; the limit is {legal:.0e}"
             )
     return differences | {"images_per_second": (count - 8) / seconds}
