@@ -1,4 +1,4 @@
-"""Keep measured runs as JSON, and make README's tables (and its report, from docs/report.txt) from them.
+"""Keep measured runs as JSON, and make the tables of README and docs/benchmark.md from them.
 
 python -m benchmarks.results record RUN_DIRECTORY NAME "COMMAND" [--note TEXT]
 python -m benchmarks.results compare comparison/comparison.json "COMMAND"
@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 REPORT = ROOT / "docs" / "report.txt"
+BENCHMARK = ROOT / "docs" / "benchmark.md"
 
 
 def record(run: Path, name: str, command: str, note: str) -> Path:
@@ -120,13 +121,19 @@ def table() -> str:
     return "\n".join(rows)
 
 
-def loaders_table() -> str:
-    """Return the benchmark's table of loaders alone, a part per recorded machine and image size."""
-    lines = ["| loaders alone | images/s, median (lowest to highest) | ratio |", "|---|---|---|"]
-    for path in sorted(RESULTS.glob("benchmark_*_data.json")):
+def benchmark_table(mode: str, title: str, ratio: str) -> str:
+    """Return a table of the benchmark, a part per recorded machine and setting.
+
+    Args:
+        mode: data or train, of the command.
+        title: what the parts' titles begin with; the first column's head.
+        ratio: the last column's head.
+    """
+    lines = [f"| {title} | images/s, median (lowest to highest) | {ratio} |", "|---|---|---|"]
+    for path in sorted(RESULTS.glob(f"benchmark_*_{mode}.json")):
         result = json.loads(path.read_text())
         for part in result["tables"]:
-            lines.append(f"| **{part['title'].removeprefix('loaders alone, ')}, {machine(result)}** | | |")
+            lines.append(f"| **{part['title'].removeprefix(title).lstrip(', ')}, {machine(result)}** | | |")
             for row in part["rows"]:
                 rate = row["images_per_second"]
                 spread = f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})"
@@ -141,16 +148,26 @@ def machine(result: dict[str, Any]) -> str:
     return f"{hardware['cpu_cores']}-core CPU" if device.startswith("CPU") else device
 
 
-def updated_readme() -> str:
-    """Return README.md with its table and its report made anew."""
-    text = README.read_text()
-    report = f"```text\n{REPORT.read_text().strip()}\n```"
-    marks = {"results": table(), "report": report, "loaders": loaders_table(), "comparison": comparison_table()}
-    for mark, content in marks.items():
-        before, rest = text.split(f"<!-- {mark}: begin -->")
-        after = rest.split(f"<!-- {mark}: end -->")[1]
-        text = f"{before}<!-- {mark}: begin -->\n{content}\n<!-- {mark}: end -->{after}"
-    return text
+def updated_pages() -> dict[Path, str]:
+    """Return the pages that hold tables or reports, with those made anew."""
+    contents = {
+        README: {
+            "results": table(),
+            "report": f"```text\n{REPORT.read_text().strip()}\n```",
+            "loaders": benchmark_table("data", "loaders alone", "ratio"),
+            "comparison": comparison_table(),
+        },
+        BENCHMARK: {"training": benchmark_table("train", "training", "to synthetic")},
+    }
+    pages = {}
+    for page, marks in contents.items():
+        text = page.read_text()
+        for mark, content in marks.items():
+            before, rest = text.split(f"<!-- {mark}: begin -->")
+            after = rest.split(f"<!-- {mark}: end -->")[1]
+            text = f"{before}<!-- {mark}: begin -->\n{content}\n<!-- {mark}: end -->{after}"
+        pages[page] = text
+    return pages
 
 
 def main() -> None:
@@ -164,14 +181,15 @@ def main() -> None:
     comparer = commands.add_parser("compare", help="keep a comparison")
     comparer.add_argument("file", type=Path)
     comparer.add_argument("command")
-    commands.add_parser("table", help="make README's table anew")
+    commands.add_parser("table", help="make the tables of README.md and docs/benchmark.md anew")
     args = parser.parse_args()
     if args.job == "record":
         print(record(args.run, args.name, args.command, args.note))
     elif args.job == "compare":
         print(record_comparison(args.file, args.command))
     else:
-        README.write_text(updated_readme())
+        for page, text in updated_pages().items():
+            page.write_text(text)
 
 
 if __name__ == "__main__":
