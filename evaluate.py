@@ -9,6 +9,7 @@ from fmnist.console import log_to_console, one_line_errors
 from fmnist.duplicates import NearCopies, find_near_copies, load_pair
 from fmnist.evaluation.compare import check_comparable, write_comparison
 from fmnist.evaluation.outcome import Outcome, Request, ensemble, evaluate
+from fmnist.evaluation.retrieval import precision_of
 from fmnist.evaluation.write import write_outcome
 from fmnist.network import open_trained
 from fmnist.run import Run
@@ -23,7 +24,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data.root", dest="root", help="folder with the IDX files (default: the run's)")
     parser.add_argument("--comparison", type=Path, default=Path("comparison"), help="folder for several runs' table")
     parser.add_argument("--ensemble", action="store_true", help="the runs' averaged probabilities as a further row")
-    parser.add_argument("--quick", action="store_true", help="no honest sets, calibration, timing or report.html")
+    parser.add_argument(
+        "--quick", action="store_true", help="no honest sets, calibration, timing, retrieval, report.html"
+    )
     args = parser.parse_args()
     if args.batch_size is not None and args.batch_size < 1:
         parser.error(f"--batch_size is {args.batch_size}; legal: 1 and more")
@@ -49,7 +52,8 @@ def main() -> None:
             return find_near_copies(images.to(run.device), training.to(run.device))
 
         def write(outcome: Outcome, root: str | None, val_size: int) -> dict[str, Any]:
-            result = write_outcome(outcome, near_copies(root, val_size), quick=request.quick)
+            retrieval = precision_of(outcome, run.device, root)
+            result = write_outcome(outcome, near_copies(root, val_size), retrieval, quick=request.quick)
             print((outcome.directory / "report.txt").read_text())
             print(f"written to {outcome.directory}\n")
             return result

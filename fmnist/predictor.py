@@ -86,5 +86,14 @@ def open_predictor(path: Path, device: str | None = None) -> Predictor:
         torch.zeros(1, device=place)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device is {device}: {str(error).splitlines()[0]}") from None
-    model, augment = trained.load(place)
-    return Predictor(trained=trained, model=model, augment=augment, device=place)
+    return load_predictor(trained, place)
+
+
+def load_predictor(trained: Trained, device: torch.device) -> Predictor:
+    """Load the weights of a run or checkpoint that is open.
+
+    Raises:
+        ValueError: the weights do not fit the config's model, or hold a non-finite value.
+    """
+    model, augment = trained.load(device)
+    return Predictor(trained=trained, model=model, augment=augment, device=device)

@@ -69,7 +69,18 @@ def widths(page: Path, content: str, width: int) -> tuple[int, int]:
 def test_the_page_holds_every_part_and_loads_nothing(report: Path) -> None:
     text = report.read_text(encoding="utf-8")
     metrics = json.loads((report.parent / "metrics.json").read_text())
-    for part in ("honest", "confused", "matrix", "classes", "errors", "calibration", "curves", "cost", "config"):
+    for part in (
+        "honest",
+        "confused",
+        "matrix",
+        "classes",
+        "errors",
+        "calibration",
+        "retrieval",
+        "curves",
+        "cost",
+        "config",
+    ):
         assert f'<section id="{part}">' in text
     assert f"{100 * metrics['top1']:.2f}<small>%" in text
     assert "83.5" in text and "arXiv:1708.07747" in text
@@ -105,6 +116,10 @@ def test_metrics_and_report_hold_the_same_figures(report: Path) -> None:
     for timing in cost["timings"]:
         assert timing["low_ms"] <= timing["median_ms"] <= timing["high_ms"]
         assert timing["images_per_second"] == pytest.approx(1000 * timing["batch_size"] / timing["median_ms"])
+    retrieval = metrics["retrieval"]
+    assert (retrieval["num_queries"], retrieval["num_items"]) == (10_000, 59_000)
+    assert 0.80 < retrieval["pixels"]["mean"] < 0.83  # measured apart among 55,000: 81.1 %
+    assert f"{100 * retrieval['features']['mean']:.2f} %" in text
     assert cost["parameters"] == json.loads((report.parents[2] / "summary.json").read_text())["parameters"]
 
 

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,11 @@ from small import NUM_TEST, NUM_TRAIN, VAL_SIZE, command, untrained, write_small
 
 from fmnist.config import ModelConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
+from fmnist.evaluation.outcome import Request, evaluate
+from fmnist.evaluation.retrieval import precision_of
+from fmnist.evaluation.write import write_outcome
 from fmnist.network import open_trained
+from fmnist.run import Run
 from fmnist.search.__main__ import main as search_main
 from fmnist.search.catalogue import Catalogue, load_catalogue, save_catalogue
 from fmnist.search.retrieval import (
@@ -181,8 +187,40 @@ def test_evaluate_prints_a_table_and_writes_json(run_directory: Path, index: Pat
     assert read_precision(trained) is None
     search("evaluate", run_directory, "--k", 3)
     assert read_precision(trained) == result
+    assert read_precision(trained, "elsewhere") is None  # of other images
     precision_file(trained).write_text(out.read_text().replace(result["weights_sha256"], "0" * 64))
     assert read_precision(trained) is None
+
+
+def test_a_report_measures_it_once_where_that_is_quick(
+    run_directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = open_trained(run_directory)
+    precision_file(trained).unlink(missing_ok=True)
+    outcome = evaluate(trained, Run(trained.cfg, run_directory), Request())
+    assert outcome is not None and outcome.cost is not None
+    for without in (replace(outcome, trained=None), replace(outcome, split="val"), replace(outcome, cost=None)):
+        assert precision_of(without, CPU) is None
+    # 1,500 training and 1,100 test images at one a second: 43 minutes.
+    timing = replace(outcome.cost.timings[-1], images_per_second=1.0)
+    slow = replace(outcome, cost=replace(outcome.cost, timings=(timing,)))
+    monkeypatch.setattr(logging.getLogger("fmnist"), "propagate", True)
+    with caplog.at_level(logging.INFO, "fmnist"):
+        assert precision_of(slow, CPU) is None
+    assert f"2,600 images take about 43 minutes here; python -m fmnist.search evaluate {run_directory}" in caplog.text
+    result = precision_of(outcome, CPU)
+    assert result is not None and (result["k"], result["num_queries"]) == (10, NUM_TEST)
+    monkeypatch.delattr("fmnist.evaluation.retrieval.measure_precision")  # from here on it is read
+    assert precision_of(outcome, CPU) == precision_of(slow, CPU) == result
+    # The run was never finished and has no summary.json: its page is written all the same.
+    written = write_outcome(replace(outcome, directory=run_directory / "page"), None, result, quick=False)
+    assert written["retrieval"] == result
+    text = (run_directory / "page" / "report.txt").read_text()
+    assert (
+        f"precision at 10, 1,100 test images among 1,500 training images: {100 * result['features']['mean']:.2f} %"
+        in text
+    )
+    assert '<section id="retrieval">' in (run_directory / "page" / "report.html").read_text()
 
 
 def test_an_index_of_other_weights_is_refused(run_directory: Path, index: Path, tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.evaluation.html_figures import learning_curves, picture, reliability
 from fmnist.evaluation.outcome import Outcome
 from fmnist.figures import write_file
-from fmnist.search.retrieval import read_precision
 from fmnist.tracking import METRICS_FILE
 
 # People without fashion expertise, 1,000 test images, majority of three labels: the data set's own benchmark table.
@@ -183,7 +182,7 @@ def context(outcome: Outcome, result: dict[str, Any]) -> dict[str, Any]:
         "errors": [_shown(outcome, error) for error in errors[:NUM_ERRORS]],
         "before": reliability(outcome.logits, outcome.labels),
         "after": reliability(_scaled(outcome, calibration["temperature"]), outcome.labels) if calibration else None,
-        "retrieval": read_precision(trained) if trained and outcome.split == "test" else None,
+        "retrieval": result.get("retrieval"),
         "config": to_yaml(trained.cfg) if trained else None,
         "summary": trained.summary if trained else {},
         "date": datetime.date.today().isoformat(),

@@ -15,16 +15,20 @@ from fmnist.evaluation.html_report import confident_errors, write_html
 from fmnist.evaluation.outcome import Outcome
 from fmnist.figures import plot_learning_curves
 from fmnist.report import write_evaluation
+from fmnist.search.retrieval import precision_line
 from fmnist.tracking import METRICS_FILE
 from fmnist.wandb_run import log_evaluation
 
 
-def write_outcome(outcome: Outcome, copies: NearCopies | None, *, quick: bool) -> dict[str, Any]:
+def write_outcome(
+    outcome: Outcome, copies: NearCopies | None, retrieval: dict[str, Any] | None = None, *, quick: bool
+) -> dict[str, Any]:
     """Write every file of one evaluation; the main process's job.
 
     Args:
         outcome: what to write; `outcome.directory` is made.
         copies: the near copies among its images.
+        retrieval: what `measure_precision` gave; none where it was not measured.
         quick: metrics and figures only.
 
     Returns:
@@ -43,8 +47,11 @@ def write_outcome(outcome: Outcome, copies: NearCopies | None, *, quick: bool) -
         "honest": honest,
         "calibration": calibration and calibration.as_dict(),
         "cost": outcome.cost and outcome.cost.as_dict(),
+        "retrieval": retrieval,
     }
     text = notes(honest, calibration)
+    if retrieval is not None:
+        text += "\n\n" + precision_line(retrieval)
     result = write_evaluation(outcome.directory, *arrays, CLASS_NAMES, title=outcome.title, more=more, notes=text)
     plot_curves(outcome)
 
@@ -55,6 +62,8 @@ def write_outcome(outcome: Outcome, copies: NearCopies | None, *, quick: bool) -
         files.append(trained.directory / "learning_curves.png")
         scalars = {"top1": result["top1"], "loss": result["loss"], "ece": result["ece"]}
         scalars |= {f"honest.{key}": entry["top1"] for key, entry in honest.items()}
+        if retrieval is not None:
+            scalars[f"precision_at_{retrieval['k']}"] = retrieval["features"]["mean"]
         log_evaluation(
             trained.directory,
             trained.cfg.log,

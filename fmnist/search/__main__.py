@@ -6,7 +6,6 @@ python -m fmnist.search evaluate runs/cnn                       how often the te
 """
 
 import argparse
-import json
 import re
 import time
 from pathlib import Path
@@ -16,10 +15,9 @@ from torch import Tensor
 
 from fmnist.console import log_to_console, one_line_errors
 from fmnist.data.photos import read_view
-from fmnist.figures import write_file
-from fmnist.files import sha256_of
 from fmnist.predictor import Predictor, open_predictor
 from fmnist.search.catalogue import (
+    INDEX,
     SOURCES,
     UNKNOWN,
     Catalogue,
@@ -30,11 +28,10 @@ from fmnist.search.catalogue import (
     read_split,
     save_catalogue,
 )
-from fmnist.search.retrieval import Neighbours, precision_file, precision_table, retrieval_precision
+from fmnist.search.retrieval import Neighbours, measure_precision, precision_file, precision_table, write_precision
 from fmnist.search.sheet import Hit, plot_hits, write_hits
 
 PROGRAM = "python -m fmnist.search"
-FOLDER = "search"  # in the run directory
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -57,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     evaluate = commands.add_parser("evaluate", help="precision of test images among the training images, per class")
     evaluate.add_argument("run", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")
     evaluate.add_argument("--k", type=_positive, default=10, help="nearest items counted (default: 10)")
-    evaluate.add_argument("--output", type=Path, metavar="JSON", help="default: search/precision.json in the run")
+    evaluate.add_argument("--output", type=Path, metavar="JSON", help="default: evaluation/test/retrieval.json")
     for command in (index, query, evaluate):
         command.add_argument("--data.root", dest="root", help="folder with the IDX files (default: the run's)")
         command.add_argument("--device", help="as torch names it (default: the accelerator, else the CPU)")
@@ -76,7 +73,7 @@ def make_index(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     catalogue = build_catalogue(predictor, args.folder or args.split, args.root)
     seconds = time.perf_counter() - start
-    path = args.output or args.run / FOLDER / "index.npz"
+    path = args.output or args.run / INDEX
     save_catalogue(catalogue, path)
     size = f"{len(catalogue):,} items of {catalogue.features.shape[1]} features in {seconds:.1f} s"
     print(f"{path}: {size}, {path.stat().st_size / 1e6:.1f} MB")
@@ -86,7 +83,7 @@ def make_query(args: argparse.Namespace) -> None:
     """Find the nearest items of each picture, and write the sheet and the CSV."""
     path = args.index
     if path.is_dir():
-        path = path / FOLDER / "index.npz"
+        path = path / INDEX
         if not path.is_file():
             raise ValueError(f"{args.index} has no index yet; make one: {PROGRAM} index {args.index}")
     catalogue = load_catalogue(path)
@@ -144,14 +141,9 @@ def _position(name: str, catalogue: Catalogue) -> int:
 def make_evaluation(args: argparse.Namespace) -> None:
     """Measure retrieval precision, print the table and write the JSON."""
     predictor = open_predictor(args.run, args.device)
-    path = args.run / FOLDER / "index.npz"
-    catalogue = load_catalogue(path) if path.is_file() else None
-    sha256 = sha256_of(predictor.trained.weights)
-    if catalogue is None or catalogue.source != "train" or catalogue.weights_sha256 != sha256:
-        catalogue = build_catalogue(predictor, "train", args.root)
-    result = retrieval_precision(predictor, catalogue, k=args.k, root=args.root)
+    result = measure_precision(predictor, k=args.k, root=args.root)
     output = args.output or precision_file(predictor.trained)
-    write_file(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    write_precision(result, output)
     print(f"{precision_table(result)}\n\nwritten to {output}; the next report.html of evaluate.py shows it")
 
 

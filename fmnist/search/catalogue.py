@@ -22,6 +22,7 @@ from fmnist.predictor import Predictor
 logger = logging.getLogger("fmnist")
 
 FORMAT = 1
+INDEX = "search/index.npz"  # in the run directory
 UNKNOWN = -1  # the label of a picture from a folder
 Source = Literal["train", "val", "test", "all"]
 SOURCES: tuple[Source, ...] = get_args(Source)

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmnist.data.fashion_mnist import CLASS_NAMES
+from fmnist.figures import write_file
 from fmnist.files import sha256_of
 from fmnist.network import Trained
 from fmnist.predictor import Predictor
-from fmnist.search.catalogue import Catalogue, embed, read_split
+from fmnist.search.catalogue import INDEX, Catalogue, build_catalogue, embed, load_catalogue, read_split
 
 QUERIES_AT_ONCE = 64
 SPARE = 32  # candidates beyond k that the float32 product proposes and float64 puts in order
@@ -125,24 +126,22 @@ def summarize_precision(precision: Tensor, labels: Tensor, class_names: Sequence
     }
 
 
-def retrieval_precision(
-    predictor: Predictor, catalogue: Catalogue, *, k: int = 10, root: str | None = None
-) -> dict[str, Any]:
+def measure_precision(predictor: Predictor, *, k: int = 10, root: str | None = None) -> dict[str, Any]:
     """Search the training images for every test image, by the run's features and by raw pixels.
 
     Args:
-        predictor: the run.
-        catalogue: the training images, of the same weights.
+        predictor: the run; where it has an index of its training images, of these weights, that one is searched.
         k: nearest items counted.
         root: folder with the IDX files; none is the run's.
 
     Returns:
-        A JSON-ready dict: `k`, `num_queries`, `num_items`, `run`, `weights_sha256`, and under `features` and `pixels`
-        (cosine of the 784 grey values, the baseline) what `summarize_precision` returns.
+        A JSON-ready dict: `k`, `num_queries`, `num_items`, `run`, `weights_sha256`, `data_root`, and under `features`
+        and `pixels` (cosine of the 784 grey values, the baseline) what `summarize_precision` returns.
 
     Raises:
-        ValueError: k is out of range, or the test images cannot be had.
+        ValueError: k is out of range, the images cannot be had, or the features are not finite.
     """
+    catalogue = _training_images(predictor, root)
     images, labels, _ = read_split(predictor, "test", root)
     features, _ = embed(predictor, images)
     spaces = {
@@ -155,6 +154,7 @@ def retrieval_precision(
         "num_items": len(catalogue),
         "run": catalogue.run,
         "weights_sha256": catalogue.weights_sha256,
+        "data_root": _data_root(predictor.trained, root),
     }
     for space, (items, queries) in spaces.items():
         neighbours = Neighbours(items, predictor.device)
@@ -163,16 +163,38 @@ def retrieval_precision(
     return result
 
 
+def _training_images(predictor: Predictor, root: str | None) -> Catalogue:
+    trained = predictor.trained
+    path = trained.weights.parent / INDEX
+    if _data_root(trained, root) == _data_root(trained, None) and path.is_file():
+        catalogue = load_catalogue(path)
+        if catalogue.source == "train" and catalogue.weights_sha256 == sha256_of(trained.weights):
+            return catalogue
+    return build_catalogue(predictor, "train", root)
+
+
+def _data_root(trained: Trained, root: str | None) -> str:
+    return str(root or trained.cfg.data.root)
+
+
 def precision_file(trained: Trained) -> Path:
-    """Return where `python -m fmnist.search evaluate` keeps a run's figures."""
-    return trained.directory / "search" / "precision.json"
+    """Return where the figures of these weights are kept."""
+    return trained.output / "test" / "retrieval.json"
 
 
-def read_precision(trained: Trained) -> dict[str, Any] | None:
-    """Return what `retrieval_precision` gave for these very weights; none where it was not measured."""
+def write_precision(result: dict[str, Any], path: Path) -> None:
+    """Keep what `measure_precision` gave."""
+    write_file(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
+
+
+def read_precision(trained: Trained, root: str | None = None) -> dict[str, Any] | None:
+    """Return what `measure_precision` gave for these very weights and images; none where it was not measured."""
     try:
         result: dict[str, Any] = json.loads(precision_file(trained).read_bytes())
-        return result if result["weights_sha256"] == sha256_of(trained.weights) else None
+        same = result["weights_sha256"] == sha256_of(trained.weights) and result["data_root"] == _data_root(
+            trained, root
+        )
+        return result if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -185,7 +207,12 @@ def precision_table(result: dict[str, Any]) -> str:
     for name, *values in [*rows, ("mean", features["mean"], pixels["mean"])]:
         cells = ["-" if value is None else f"{100 * value:.2f} %" for value in values]
         lines.append(f"{name:>12}  {cells[0]:>9}  {cells[1]:>10}")
-    low, high = (100 * bound for bound in features["interval"])
+    return "\n".join([f"{result['run']}: {precision_line(result)}", "", *lines])
+
+
+def precision_line(result: dict[str, Any]) -> str:
+    """Say the mean precision of `measure_precision` in one line."""
+    low, high = (100 * bound for bound in result["features"]["interval"])
     counts = f"{result['num_queries']:,} test images among {result['num_items']:,} training images"
-    mean = f"{100 * features['mean']:.2f} % (95 % interval {low:.2f} to {high:.2f})"
-    return "\n".join([f"{result['run']}: precision at {result['k']}, {counts}: {mean}", "", *lines])
+    mean = f"{100 * result['features']['mean']:.2f} % (95 % interval {low:.2f} to {high:.2f})"
+    return f"precision at {result['k']}, {counts}: {mean}; by raw pixels {100 * result['pixels']['mean']:.2f} %"
