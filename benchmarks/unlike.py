@@ -6,6 +6,7 @@
         --output_dir runs/held_out
     python -m benchmarks.unlike rates runs/held_out --held_out 3 8
 
+(EfficientNet-Lite0: the middle command with its config and weights, and without --schedule and --augment.)
 `rates` prints, for the score in use and for others on the same model, the share flagged of each kind of image, with
 the threshold at the 95th percentile of the validation images. `hold_out` writes Fashion-MNIST without some classes, for
 a model that never saw them. Digits: 1,797 handwritten ones that come with scikit-learn, 8 x 8, enlarged to 28 x 28.

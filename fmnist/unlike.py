@@ -106,20 +106,24 @@ def open_reference(predictor: Predictor, root: str | None = None) -> Reference:
 
 
 def compute_reference(predictor: Predictor, root: str | None = None) -> Reference:
-    """Run the model over at most NUM_IMAGES training and as many validation images, drawn with a fixed seed."""
+    """Run the model over at most NUM_IMAGES training and as many validation images, drawn with a fixed seed.
+
+    Where the run kept no validation images, other training images stand in for them.
+    """
     data = predictor.trained.cfg.data
     train = load_split("train", root or data.root, data.val_size)[0]
     generator = torch.Generator().manual_seed(SEED)
     order = torch.randperm(len(train), generator=generator)
-    chosen = train[order[:NUM_IMAGES]]
+    count = NUM_IMAGES if data.val_size else min(NUM_IMAGES, len(train) // 2)
+    chosen = train[order[:count]]
     if data.val_size:
         val = load_split("val", root or data.root, data.val_size)[0]
         val = val[torch.randperm(len(val), generator=generator)[:NUM_IMAGES]]
     else:
         logger.warning("the run has no validation images: calibrated on training images, so more will be flagged")
-        val = train[order[NUM_IMAGES : 2 * NUM_IMAGES]]
-        if not len(val):
-            raise ValueError(f"{len(train):,} training images and no validation images: too few to calibrate on")
+        val = train[order[count : 2 * count]]
+        if not count:
+            raise ValueError(f"{len(train):,} training image and no validation images: too few to calibrate on")
     _, train_features = predictor(chosen)
     val_logits, val_features = predictor(val)
     return Reference(unit(train_features).half(), unit(val_features).half(), val_logits)

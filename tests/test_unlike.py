@@ -7,10 +7,12 @@ import pytest
 import torch
 from pictures import digits, learned_run, noise
 from safetensors.torch import load_file, save_file
+from small import NUM_TRAIN, untrained, write_small_data
 
+from fmnist.config import ModelConfig
 from fmnist.data.fashion_mnist import load_split
 from fmnist.predictor import Predictor, open_predictor
-from fmnist.unlike import FILE, FLAGGED, Reference, open_reference
+from fmnist.unlike import FILE, FLAGGED, Reference, compute_reference, open_reference
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,18 @@ def test_it_is_kept_and_read_again_only_if_sound(
     (predictor.trained.directory / "model.safetensors").touch()
     open_reference(predictor)
     assert len(computed) == 2  # the same bytes are the same weights
+
+
+def test_without_validation_images_other_training_images_stand_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FMNIST_DATA", str(write_small_data(tmp_path)))  # 2,000 training images: half and half
+    run = untrained(tmp_path / "run", ModelConfig(name="mlp", options={"width": 32}), 28)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("val_size: 500", "val_size: 0"))
+    reference = compute_reference(open_predictor(run, "cpu"))
+    assert len(reference.train) == len(reference.val) == len(reference.val_logits) == NUM_TRAIN // 2
+    assert not (reference.val[:, None] == reference.train).all(2).any()  # and none is in both
 
 
 def test_a_run_that_may_not_be_written_to_is_used(
