@@ -18,6 +18,8 @@ from fmnist.models import build_model
 from fmnist.options import load_config
 from fmnist.tensors import load_strict, non_finite, read_tensors
 
+EVALUATION = "evaluation"
+
 
 def build_network(cfg: Config, device: torch.device, *, load_weights: bool) -> tuple[nn.Module, Augment]:
     """Build the model on the device, and the augmentation that feeds it the channels and statistics it wants.
@@ -70,6 +72,14 @@ class Trained:
     cfg: Config
     summary: dict[str, Any]
 
+    def folder(self, kind: str) -> Path:
+        """Return where a command keeps what it makes of these weights.
+
+        That is `<directory>/<kind>`, and in there a folder of its own for a checkpoint: a further file inside one would
+        make it a damaged one.
+        """
+        return self.directory / kind / self.output.relative_to(self.directory / EVALUATION)
+
     def load(self, device: torch.device) -> tuple[nn.Module, Augment]:
         """Build the model in evaluation mode with these weights, and what prepares its images.
 
@@ -106,7 +116,7 @@ def open_trained(path: Path) -> Trained:
 def _open(directory: Path, checkpoint: Path | None) -> Trained:
     cfg = load_config(directory / "config.yaml")
     name = directory.resolve().name
-    output, weights = directory / "evaluation", directory / MODEL
+    output, weights = directory / EVALUATION, directory / MODEL
     if checkpoint is not None:
         name += f" step {read_state(checkpoint).step}"
         output = output / checkpoint.name

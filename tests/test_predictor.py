@@ -5,11 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL_RUN, train
+from PIL import Image
+from small import command, write_small_data
 
+from fmnist.checkpoint.contents import verify
 from fmnist.data.batches import Split
+from fmnist.data.fashion_mnist import load_split
+from fmnist.export.__main__ import main as export_main
 from fmnist.metrics import predict
+from fmnist.monitor.__main__ import main as monitor_main
+from fmnist.predict.__main__ import main as predict_main
 from fmnist.predictor import classifier, open_predictor
 from fmnist.run import Run
+from fmnist.search.__main__ import main as search_main
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +43,23 @@ def test_logits_are_those_of_evaluation_and_features_make_them(run_directory: Pa
 def test_a_device_that_is_not_there_is_one_line(run_directory: Path) -> None:
     with pytest.raises(ValueError, match="device is meta_gpu"):
         open_predictor(run_directory, "meta_gpu")
+
+
+def test_what_is_made_of_a_checkpoint_stays_out_of_it(
+    run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FMNIST_DATA", str(write_small_data(tmp_path)))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    for number, image in enumerate(load_split("test", None, 1000)[0][:20].numpy()):
+        Image.fromarray(image).save(tmp_path / "pictures" / f"{number}.png")
+    checkpoint = max((run_directory / "checkpoints").glob("step_*"))
+    command(search_main, "index", checkpoint)
+    assert "the 10 nearest of 1,000 items" in command(search_main, "query", checkpoint, "test:3")
+    command(search_main, "evaluate", checkpoint)
+    command(export_main, checkpoint, "--to", "onnx")
+    command(predict_main, checkpoint, "pictures")
+    assert "20 pictures" in command(monitor_main, checkpoint, "pictures", status=None)
+    verify(checkpoint)  # a further file would be an error
+    for made in ("search/{}/index.npz", "evaluation/{}/test/retrieval.json", "export/{}/model.onnx"):
+        assert (run_directory / made.format(checkpoint.name)).is_file()

@@ -226,6 +226,7 @@ def test_a_report_measures_it_once_where_that_is_quick(
 def test_an_index_of_other_weights_is_refused(run_directory: Path, index: Path, tmp_path: Path) -> None:
     other = untrained(tmp_path / "other", ModelConfig(name="mlp", options={"width": 32}), 28)
     done = search("query", index, "test:0", "--run", other, status=2)
+    assert "has no index yet; make one: python -m fmnist.search index" in search("query", other, "test:0", status=2)
     assert "was made by other weights (run, sha256" in done
 
 
@@ -237,7 +238,7 @@ def test_an_index_of_other_weights_is_refused(run_directory: Path, index: Path, 
         (("query", "nothing.npz", "test:0"), "there is no index"),
         (("query", "PICKLE", "test:0"), "is not an index of this version"),
         (("query", "README.md", "test:0"), "is not an index of this version"),
-        (("query", "tests", "test:0"), "has no index yet"),
+        (("query", "tests", "test:0"), "not a run directory"),
         (("index", "RUN", "--folder", "configs"), "a folder without pictures"),
         (("index", "RUN", "--folder", "nowhere"), "is not a folder"),
         (("index", "tests"), "not a run directory"),

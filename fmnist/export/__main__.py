@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     write, name = WRITERS[args.to]
     with one_line_errors(PROGRAM):
         reference = open_reference(args.run, args.root)
-        print(write(reference, args.output or args.run / "export" / name))
+        print(write(reference, args.output or reference.predictor.trained.folder("export") / name))
 
 
 if __name__ == "__main__":

@@ -151,8 +151,8 @@ def report(batch: BatchSums, judgement: Judgement | None, errors: int, args: arg
     return result
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     log_to_console()
     with one_line_errors("python -m fmnist.monitor"):
         if not args.batch.exists():

@@ -173,8 +173,8 @@ def write_predictions(items: Iterable[Prediction], args: argparse.Namespace, tit
     return counts
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     log_to_console()
     with one_line_errors("python -m fmnist.predict"):
         try:

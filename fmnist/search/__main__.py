@@ -15,15 +15,16 @@ from torch import Tensor
 
 from fmnist.console import log_to_console, one_line_errors
 from fmnist.data.photos import read_view
+from fmnist.network import open_trained
 from fmnist.predictor import Predictor, open_predictor
 from fmnist.search.catalogue import (
-    INDEX,
     SOURCES,
     UNKNOWN,
     Catalogue,
     build_catalogue,
     check_same_weights,
     embed,
+    index_file,
     load_catalogue,
     read_split,
     save_catalogue,
@@ -73,7 +74,7 @@ def make_index(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     catalogue = build_catalogue(predictor, args.folder or args.split, args.root)
     seconds = time.perf_counter() - start
-    path = args.output or args.run / INDEX
+    path = args.output or index_file(predictor.trained)
     save_catalogue(catalogue, path)
     size = f"{len(catalogue):,} items of {catalogue.features.shape[1]} features in {seconds:.1f} s"
     print(f"{path}: {size}, {path.stat().st_size / 1e6:.1f} MB")
@@ -83,7 +84,7 @@ def make_query(args: argparse.Namespace) -> None:
     """Find the nearest items of each picture, and write the sheet and the CSV."""
     path = args.index
     if path.is_dir():
-        path = path / INDEX
+        path = index_file(open_trained(path))
         if not path.is_file():
             raise ValueError(f"{args.index} has no index yet; make one: {PROGRAM} index {args.index}")
     catalogue = load_catalogue(path)

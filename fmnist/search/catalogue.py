@@ -17,12 +17,12 @@ from tqdm import tqdm
 from fmnist.data.fashion_mnist import NUM_CLASSES, load_split
 from fmnist.data.photos import find_pictures, read_view
 from fmnist.files import sha256_of
+from fmnist.network import Trained
 from fmnist.predictor import Predictor
 
 logger = logging.getLogger("fmnist")
 
 FORMAT = 1
-INDEX = "search/index.npz"  # in the run directory
 UNKNOWN = -1  # the label of a picture from a folder
 Source = Literal["train", "val", "test", "all"]
 SOURCES: tuple[Source, ...] = get_args(Source)
@@ -161,6 +161,11 @@ def build_catalogue(predictor: Predictor, source: Source | Path, root: str | Non
 
 ARRAYS = ("features", "labels", "predictions", "images")
 WORDS = ("run", "run_directory", "weights_sha256", "source")
+
+
+def index_file(trained: Trained) -> Path:
+    """Return where an index of these weights is kept."""
+    return trained.folder("search") / "index.npz"
 
 
 def save_catalogue(catalogue: Catalogue, path: Path) -> None:

@@ -15,7 +15,7 @@ from fmnist.figures import write_file
 from fmnist.files import sha256_of
 from fmnist.network import Trained
 from fmnist.predictor import Predictor
-from fmnist.search.catalogue import INDEX, Catalogue, build_catalogue, embed, load_catalogue, read_split
+from fmnist.search.catalogue import Catalogue, build_catalogue, embed, index_file, load_catalogue, read_split
 
 QUERIES_AT_ONCE = 64
 SPARE = 32  # candidates beyond k that the float32 product proposes and float64 puts in order
@@ -165,7 +165,7 @@ def measure_precision(predictor: Predictor, *, k: int = 10, root: str | None = N
 
 def _training_images(predictor: Predictor, root: str | None) -> Catalogue:
     trained = predictor.trained
-    path = trained.weights.parent / INDEX
+    path = index_file(trained)
     if _data_root(trained, root) == _data_root(trained, None) and path.is_file():
         catalogue = load_catalogue(path)
         if catalogue.source == "train" and catalogue.weights_sha256 == sha256_of(trained.weights):
