@@ -101,4 +101,4 @@ def _draw_front(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str) -> None
     axes.set(xscale="log", xlim=(left, right), ylabel="top1")
     axes.yaxis.set_major_formatter(PercentFormatter())
     axes.grid(alpha=0.25)
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)  # above, where no name can be
