@@ -191,10 +191,8 @@ def read_precision(trained: Trained, root: str | None = None) -> dict[str, Any] 
     """Return what `measure_precision` gave for these very weights and images; none where it was not measured."""
     try:
         result: dict[str, Any] = json.loads(precision_file(trained).read_bytes())
-        same = result["weights_sha256"] == sha256_of(trained.weights) and result["data_root"] == _data_root(
-            trained, root
-        )
-        return result if same else None
+        wanted = {"weights_sha256": sha256_of(trained.weights), "data_root": _data_root(trained, root)}
+        return result if {key: result[key] for key in wanted} == wanted else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
