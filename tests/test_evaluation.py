@@ -117,14 +117,15 @@ def test_what_two_processes_logged_is_what_evaluate_finds_with_one_or_two(tmp_pa
     best = max((line for line in lines if line["prefix"] == "val"), key=lambda line: (line["top1"], -line["step"]))
     test_line = next(line for line in lines if line["prefix"] == "test")
 
-    alone = run_evaluate(run, "--batch_size", 333)
+    alone = run_evaluate(run, "--batch_size", 333, "--quick")
     assert alone["confusion_matrix"] == in_training["confusion_matrix"]
     assert alone["top1"] == in_training["top1"] == test_line["top1"]
     assert alone["loss"] == pytest.approx(test_line["loss"], abs=1e-6)
     assert alone["num_images"] == test_line["num_images"] == 10_000
     two = run_evaluate(run, "--batch_size", 7777, processes=2)
     assert two["confusion_matrix"] == alone["confusion_matrix"]
-    on_val = run_evaluate(run, "--split", "val")
+    assert two["honest"]["all"]["top1"] == alone["top1"] and two["retrieval"]["num_queries"] == 10_000
+    on_val = run_evaluate(run, "--split", "val", "--quick")
     assert on_val["top1"] == best["top1"]
     assert on_val["loss"] == pytest.approx(best["loss"], abs=1e-6)
     assert on_val["num_images"] == 1000
