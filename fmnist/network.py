@@ -18,8 +18,6 @@ from fmnist.models import build_model
 from fmnist.options import load_config
 from fmnist.tensors import load_strict, non_finite, read_tensors
 
-EVALUATION = "evaluation"
-
 
 def build_network(cfg: Config, device: torch.device, *, load_weights: bool) -> tuple[nn.Module, Augment]:
     """Build the model on the device, and the augmentation that feeds it the channels and statistics it wants.
@@ -59,7 +57,7 @@ class Trained:
     Attributes:
         name: for titles and tables: the run's name, with the step for a checkpoint.
         directory: the run directory.
-        output: where an evaluation of these weights is written, `<output>/<split>/`.
+        checkpoint: the name of the checkpoint in it; empty for the run's own weights.
         weights: the safetensors file.
         cfg: the run's config.
         summary: the run's summary.json, empty while it has none.
@@ -67,7 +65,7 @@ class Trained:
 
     name: str
     directory: Path
-    output: Path
+    checkpoint: str = ""
     weights: Path
     cfg: Config
     summary: dict[str, Any]
@@ -78,7 +76,12 @@ class Trained:
         That is `<directory>/<kind>`, and in there a folder of its own for a checkpoint: a further file inside one would
         make it a damaged one.
         """
-        return self.directory / kind / self.output.relative_to(self.directory / EVALUATION)
+        return self.directory / kind / self.checkpoint
+
+    @property
+    def output(self) -> Path:
+        """Where an evaluation of these weights is written, `<output>/<split>/`."""
+        return self.folder("evaluation")
 
     def load(self, device: torch.device) -> tuple[nn.Module, Augment]:
         """Build the model in evaluation mode with these weights, and what prepares its images.
@@ -116,13 +119,19 @@ def open_trained(path: Path) -> Trained:
 def _open(directory: Path, checkpoint: Path | None) -> Trained:
     cfg = load_config(directory / "config.yaml")
     name = directory.resolve().name
-    output, weights = directory / EVALUATION, directory / MODEL
+    weights = directory / MODEL
     if checkpoint is not None:
         name += f" step {read_state(checkpoint).step}"
-        output = output / checkpoint.name
         weights = weights_to_use(checkpoint)
     try:
         summary = json.loads((directory / "summary.json").read_bytes())
     except (OSError, ValueError):
         summary = {}
-    return Trained(name=name, directory=directory, output=output, weights=weights, cfg=cfg, summary=summary)
+    return Trained(
+        name=name,
+        directory=directory,
+        checkpoint=checkpoint.name if checkpoint is not None else "",
+        weights=weights,
+        cfg=cfg,
+        summary=summary,
+    )

@@ -56,9 +56,7 @@ def outcome(name: str, errors: range, *, cfg: Config | None = None, spent: Cost 
     labels = torch.arange(200) % 10
     logits = 5 * torch.nn.functional.one_hot(labels, 10).float()
     logits[errors.start : errors.stop] = logits[errors.start : errors.stop].roll(1, dims=1)
-    trained = Trained(
-        name=name, directory=Path(name), output=Path(name), weights=Path(name), cfg=cfg or Config(), summary={}
-    )
+    trained = Trained(name=name, directory=Path(name), weights=Path(name), cfg=cfg or Config(), summary={})
     return Outcome(
         name=name, model="cnn", directory=Path(name), split="test", tta="none", labels=labels, logits=logits,
         images=torch.zeros(200, 28, 28, dtype=torch.uint8), by_tta={"none": logits, "flip": logits},

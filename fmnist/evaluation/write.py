@@ -57,7 +57,7 @@ def write_outcome(
 
     write_html(outcome, result, outcome.directory / "report.html")
     trained = outcome.trained
-    if trained is not None and trained.output == trained.directory / "evaluation":  # not one of its checkpoints
+    if trained is not None and not trained.checkpoint:
         files = [outcome.directory / f"{name}.png" for name in ("confusion_matrix", "reliability")]
         files.append(trained.directory / "learning_curves.png")
         scalars = {"top1": result["top1"], "loss": result["loss"], "ece": result["ece"]}
