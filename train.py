@@ -1,7 +1,7 @@
 """Train an image classifier: accelerate launch train.py [--config FILE] [--section.field VALUE ...]"""
 
-from fmnist.config import Config
-from fmnist.options import parse_config
+from fmnist.config.parse import parse_config
+from fmnist.config.schema import Config
 
 if __name__ == "__main__":
     CONFIG = parse_config(prog="train.py")  # before torch is imported: a misspelt option is answered at once

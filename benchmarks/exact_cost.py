@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fmnist.config import AugmentConfig, Config, ModelConfig
+from fmnist.config.schema import AugmentConfig, Config, ModelConfig
 from fmnist.data.batches import Loader, Split
 from fmnist.network import build_network
 from fmnist.optim import build_optimizer

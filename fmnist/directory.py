@@ -16,9 +16,9 @@ import accelerate
 import timm
 import torch
 
-from fmnist.config import Config
-from fmnist.options import load_config
-from fmnist.recipe import differences
+from fmnist.config.parse import load_config
+from fmnist.config.same_run import differences
+from fmnist.config.schema import Config
 
 logger = logging.getLogger("fmnist")
 # Everything a run writes into its directory; nothing else there is ever touched.

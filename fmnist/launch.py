@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from fmnist.options import parse_config
+from fmnist.config.parse import parse_config
 
 logger = logging.getLogger("fmnist")
 EXPECTED_WORLD_SIZE = "FMNIST_EXPECTED_WORLD_SIZE"

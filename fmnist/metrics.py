@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmnist.config import EvaluationConfig
+from fmnist.config.schema import EvaluationConfig
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Split, rank_slice
 from fmnist.run import Run

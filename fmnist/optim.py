@@ -9,7 +9,7 @@ import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-from fmnist.config import Config, OptimConfig
+from fmnist.config.schema import Config, OptimConfig
 
 
 def is_due(step: int, every: int, total: int) -> bool:

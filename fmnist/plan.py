@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from fmnist.config import Config
+from fmnist.config.schema import Config
 from fmnist.data.fashion_mnist import locate
 from fmnist.run import Run
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from fmnist.config import Config, flatten, to_yaml
+from fmnist.config.schema import Config, flatten, to_yaml
 from fmnist.console import log_to_file
 from fmnist.directory import clear_directory, has_run, lock_directory
 from fmnist.exact import ShardSum

@@ -8,7 +8,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from fmnist.config import OptimConfig
+from fmnist.config.schema import OptimConfig
 from fmnist.data.augment import Augment
 from fmnist.data.batches import MicroBatch, mix_key
 from fmnist.optim import trainable

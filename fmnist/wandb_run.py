@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from fmnist.config import LogConfig
+from fmnist.config.schema import LogConfig
 
 logger = logging.getLogger("fmnist")
 RUN_ID = r"[A-Za-z0-9_-]{1,64}"

@@ -127,8 +127,8 @@ def serve() -> None:
     """Answer jobs until stdin ends."""
     import torch
 
+    import fmnist.config.parse as options
     import fmnist.data.batches as batches
-    import fmnist.options as options
     import train  # noqa: F401 - imported once, for all forks
 
     torch.set_num_threads(1)
@@ -206,8 +206,8 @@ def train_here(job: dict[str, Any], rank: int) -> None:
 
     import fmnist.training
     import train as entry
-    from fmnist.config import Config
-    from fmnist.legal import validate
+    from fmnist.config.conflicts import validate
+    from fmnist.config.schema import Config
 
     # Whatever a start does not set itself is different in every start.
     random.seed(os.getpid())

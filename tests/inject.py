@@ -23,7 +23,7 @@ import fmnist.data.batches
 import fmnist.step
 import fmnist.training
 import train
-from fmnist.options import parse_config
+from fmnist.config.parse import parse_config
 
 STEP = 7  # the update that goes wrong, counted from 1
 RANK, NAN = int(os.environ.get("RANK", "0")), float("nan")

@@ -12,7 +12,7 @@ import psutil
 import torch
 
 import train
-from fmnist.options import parse_config
+from fmnist.config.parse import parse_config
 from fmnist.run import Run
 
 real_log = Run.log

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from fmnist.config import AugmentConfig, BatchConfig, Config, DataConfig, ModelConfig, to_yaml
+from fmnist.config.schema import AugmentConfig, BatchConfig, Config, DataConfig, ModelConfig, to_yaml
 from fmnist.data.fashion_mnist import load
 from fmnist.models import build_model
 

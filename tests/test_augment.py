@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as tv
 
-from fmnist.config import AugmentConfig
+from fmnist.config.schema import AugmentConfig
 from fmnist.data import params
 from fmnist.data.augment import Augment, choose_backend
 from fmnist.data.batches import NUM_UNIFORMS, MicroBatch, Split

@@ -26,12 +26,12 @@ from torch import nn
 from fmnist.checkpoint.__main__ import inspect, main
 from fmnist.checkpoint.contents import EMA, MANIFEST, MODEL, OPTIMIZER, STATE, TrainState, verify
 from fmnist.checkpoint.store import Checkpoints
-from fmnist.config import AugmentConfig, Config, ModelConfig, OptimConfig, to_yaml
+from fmnist.config.parse import load_config
+from fmnist.config.same_run import recipe
+from fmnist.config.schema import AugmentConfig, Config, ModelConfig, OptimConfig, to_yaml
 from fmnist.directory import lock_directory, open_directory
 from fmnist.network import build_network, open_trained
 from fmnist.optim import build_optimizer
-from fmnist.options import load_config
-from fmnist.recipe import recipe
 from fmnist.tensors import optimizer_tensors, read_tensors
 from fmnist.training import restore
 

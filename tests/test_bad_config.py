@@ -17,10 +17,10 @@ from conftest import ROOT, environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmnist import strict_yaml
-from fmnist.config import Config, LogConfig, ModelConfig, flatten, to_yaml
-from fmnist.legal import RANGES, validate
-from fmnist.options import load_config, parse_config
+from fmnist.config import strict_yaml
+from fmnist.config.conflicts import RANGES, validate
+from fmnist.config.parse import load_config, parse_config
+from fmnist.config.schema import Config, LogConfig, ModelConfig, flatten, to_yaml
 
 DEFAULTS = flatten(Config())
 HIGHEST = {name: high for name, _, high in RANGES}
@@ -174,7 +174,10 @@ BAD_YAML = {
     "help": ("help: true", "help"),
     "a class": ("class_path: planted.Planted\ninit_args: {}", "class_path"),
     "a class for a section": ("optim: {class_path: planted.Planted}", "optim.class_path"),
-    "our own class by name": ("optim: {class_path: fmnist.config.OptimConfig, init_args: {lr: 1}}", "class_path"),
+    "our own class by name": (
+        "optim: {class_path: fmnist.config.schema.OptimConfig, init_args: {lr: 1}}",
+        "class_path",
+    ),
     "a dunder": ("__class__: 3", "__class__"),
     "an empty key": ("'': 3", "option"),
     "a key with a space": ("optim: {'lr ': 3}", "did you mean optim.lr?"),

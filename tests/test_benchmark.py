@@ -24,7 +24,7 @@ from fmnist.benchmark.ours import OursEager
 from fmnist.benchmark.pipelines import Setting, Synthetic
 from fmnist.benchmark.registry import PIPELINES, build
 from fmnist.benchmark.timing import Pace, Sample, race, round_up, summarize
-from fmnist.config import Config
+from fmnist.config.schema import Config
 from fmnist.data.batches import Split
 from fmnist.run import Run
 

@@ -23,7 +23,7 @@ import fmnist.checkpoint.store
 import fmnist.files
 from fmnist.checkpoint.contents import EMA, MODEL, OPTIMIZER, TrainState, read_state
 from fmnist.checkpoint.store import Checkpoints
-from fmnist.config import Config, LogConfig
+from fmnist.config.schema import Config, LogConfig
 from fmnist.files import write_atomic
 from fmnist.run import Run
 from fmnist.tracking import NullTracker

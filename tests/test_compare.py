@@ -8,7 +8,7 @@ import matplotlib.image
 import pytest
 import torch
 
-from fmnist.config import Config, OptimConfig
+from fmnist.config.schema import Config, OptimConfig
 from fmnist.evaluation.compare import check_comparable, comparison_table, mcnemar, seed_groups, write_comparison
 from fmnist.evaluation.cost import Cost, Timing, sum_of_costs
 from fmnist.evaluation.outcome import Outcome, ensemble

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fmnist.config import Config, flatten, to_yaml
-from fmnist.options import load_config, parse_config
-from fmnist.recipe import differences
+from fmnist.config.parse import load_config, parse_config
+from fmnist.config.same_run import differences
+from fmnist.config.schema import Config, flatten, to_yaml
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 

@@ -13,7 +13,7 @@ from conftest import ROOT, environment, metrics, train
 from test_metrics import Share
 from torch import Tensor, nn
 
-from fmnist.config import AugmentConfig, Config, EvaluationConfig
+from fmnist.config.schema import AugmentConfig, Config, EvaluationConfig
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split

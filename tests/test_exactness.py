@@ -17,11 +17,11 @@ from conftest import metrics, train
 from forks import MOMENTS, NUM_IMAGES, Forks, difference
 from safetensors.torch import load_file, save_file
 
+from fmnist.config.parse import load_config
 from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import load_split
 from fmnist.metrics import predict, score
 from fmnist.network import build_network
-from fmnist.options import load_config
 from fmnist.run import Run
 
 STEPS = 24  # three epoch edges (7, 14, 21) and evaluations at 5, 10, 15, 20, 24

@@ -17,7 +17,7 @@ import yaml
 from conftest import ROOT
 from small import VAL_SIZE, command, untrained, write_small_data
 
-from fmnist.config import ModelConfig
+from fmnist.config.schema import ModelConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
 from fmnist.export.__main__ import main as export_main
 from fmnist.export.hub import write_hub

@@ -14,7 +14,7 @@ import pytest
 import torch
 from timm.utils import ModelEmaV3
 
-from fmnist.config import AugmentConfig, BatchConfig, Config, ModelConfig, OptimConfig, ScheduleConfig
+from fmnist.config.schema import AugmentConfig, BatchConfig, Config, ModelConfig, OptimConfig, ScheduleConfig
 from fmnist.data.batches import Loader, Split
 from fmnist.data.fashion_mnist import load_split
 from fmnist.directory import versions

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, log_loss
 
-from fmnist.config import AugmentConfig, Config, EvaluationConfig
+from fmnist.config.schema import AugmentConfig, Config, EvaluationConfig
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Split
 from fmnist.metrics import predict, score

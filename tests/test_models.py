@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmnist.config import ModelConfig
+from fmnist.config.schema import ModelConfig
 from fmnist.data import fashion_mnist
 from fmnist.models import Normalization, build_model, model_names, weights
 from fmnist.models.stem import to_one_channel

@@ -10,7 +10,7 @@ from conftest import ROOT, train
 from matplotlib.image import imread
 from safetensors.torch import load_file
 
-from fmnist.config import AugmentConfig
+from fmnist.config.schema import AugmentConfig
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader, Split
 from fmnist.data.fashion_mnist import CLASS_NAMES

@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from fmnist.config import Config, OptimConfig, ScheduleConfig
+from fmnist.config.schema import Config, OptimConfig, ScheduleConfig
 from fmnist.models.cnn import Cnn
 from fmnist.optim import Schedule, build_optimizer, is_due, parameter_groups, set_lr
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fmnist.config import Config, flatten
+from fmnist.config.schema import Config, flatten
 from fmnist.directory import RUN_FILES
 
 ROOT = Path(__file__).parent.parent

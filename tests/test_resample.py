@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fmnist.config import AugmentConfig
+from fmnist.config.schema import AugmentConfig
 from fmnist.data.augment import Augment
 from fmnist.data.batches import NUM_UNIFORMS, MicroBatch, Split, to_device
 from fmnist.data.params import NUM_COLUMNS, augmentation_table

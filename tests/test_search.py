@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from small import NUM_TEST, NUM_TRAIN, VAL_SIZE, command, untrained, write_small_data
 
-from fmnist.config import ModelConfig
+from fmnist.config.schema import ModelConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
 from fmnist.evaluation.outcome import Request, evaluate
 from fmnist.evaluation.retrieval import precision_of

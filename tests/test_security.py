@@ -106,7 +106,7 @@ def test_nothing_unpickles_evaluates_imports_by_name_or_starts_a_shell() -> None
 def test_the_loader_of_configs_is_a_safe_one() -> None:
     import yaml
 
-    from fmnist import strict_yaml
+    from fmnist.config import strict_yaml
 
     assert issubclass(strict_yaml._Loader, yaml.SafeLoader)
     assert not any("python" in str(tag) for tag in strict_yaml._Loader.yaml_constructors)

@@ -12,8 +12,8 @@ import yaml
 from conftest import ROOT, SMALL_RUN, metrics, train
 from slurm_cluster import Cluster, missing_programs
 
+from fmnist.config.parse import parse_config
 from fmnist.launch import signal_warning
-from fmnist.options import parse_config
 
 pytestmark = pytest.mark.skipif(
     bool(missing_programs()) and not os.environ.get("CI"), reason=f"SLURM is not installed: {missing_programs()}"

@@ -11,7 +11,7 @@ import torch
 from timm.utils import ModelEmaV3
 
 import train as entry
-from fmnist.config import AugmentConfig, Config, ModelConfig, OptimConfig
+from fmnist.config.schema import AugmentConfig, Config, ModelConfig, OptimConfig
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader, Split
 from fmnist.data.fashion_mnist import load_split

@@ -19,7 +19,7 @@ import pytest
 from conftest import SMALL_RUN, metrics, train
 
 from fmnist import wandb_run
-from fmnist.config import LogConfig
+from fmnist.config.schema import LogConfig
 from fmnist.tracking import Tracker
 from fmnist.wandb_run import _run_id, answers, has_api_key, without_secrets
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fmnist.config import LogConfig
+from fmnist.config.schema import LogConfig
 from fmnist.tracking import Tracker, truncate_metrics
 from fmnist.wandb_run import has_api_key, log_evaluation
 

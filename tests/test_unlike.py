@@ -9,7 +9,7 @@ from pictures import digits, learned_run, noise
 from safetensors.torch import load_file, save_file
 from small import NUM_TRAIN, untrained, write_small_data
 
-from fmnist.config import ModelConfig
+from fmnist.config.schema import ModelConfig
 from fmnist.data.fashion_mnist import load_split
 from fmnist.predictor import Predictor, open_predictor
 from fmnist.unlike import FILE, FLAGGED, Reference, compute_reference, open_reference

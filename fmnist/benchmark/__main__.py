@@ -17,7 +17,7 @@ from fmnist.benchmark.options import Options, parse
 from fmnist.benchmark.pipelines import Pipeline, Setting
 from fmnist.benchmark.registry import OURS, PIPELINES, build
 from fmnist.benchmark.timing import Pace
-from fmnist.config import Config, DataConfig, ModelConfig
+from fmnist.config.schema import Config, DataConfig, ModelConfig
 from fmnist.console import log_to_console, one_line_errors
 from fmnist.data.batches import Split
 from fmnist.run import Run

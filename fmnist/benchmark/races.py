@@ -14,7 +14,7 @@ from fmnist.benchmark.ceilings import bytes_per_image
 from fmnist.benchmark.pipelines import Pipeline, Setting
 from fmnist.benchmark.registry import build
 from fmnist.benchmark.timing import Pace, race, summarize
-from fmnist.config import AugmentConfig, Config, ModelConfig, OptimConfig
+from fmnist.config.schema import AugmentConfig, Config, ModelConfig, OptimConfig
 from fmnist.data.batches import MicroBatch
 from fmnist.network import build_network
 from fmnist.optim import build_optimizer

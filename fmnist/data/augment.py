@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmnist.config import AugmentConfig
+from fmnist.config.schema import AugmentConfig
 from fmnist.data.batches import MicroBatch
 from fmnist.data.params import MATRIX, OWN_SHARE, augmentation_table
 from fmnist.data.reference import Plan, augment_reference, compose, normalize, pack_neighbours, resample_packed

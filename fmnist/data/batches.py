@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fmnist.config import DataConfig
+from fmnist.config.schema import DataConfig
 from fmnist.data.fashion_mnist import load_split
 
 NUM_UNIFORMS = 15  # random numbers of one sample and epoch; augment.py says what each decides

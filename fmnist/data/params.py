@@ -11,7 +11,7 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
-from fmnist.config import AugmentConfig
+from fmnist.config.schema import AugmentConfig
 from fmnist.data.batches import NUM_UNIFORMS, to_device
 
 # What each column of the uniforms decides.

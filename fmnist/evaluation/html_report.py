@@ -13,7 +13,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
-from fmnist.config import to_yaml
+from fmnist.config.schema import to_yaml
 from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.evaluation.html_figures import learning_curves, picture, reliability
 from fmnist.evaluation.outcome import Outcome

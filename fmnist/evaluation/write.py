@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fmnist.config import flatten
+from fmnist.config.schema import flatten
 from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.duplicates import NearCopies
 from fmnist.evaluation.calibration import calibrate

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
-from fmnist.config import to_yaml
+from fmnist.config.schema import to_yaml
 from fmnist.data.fashion_mnist import CLASS_NAMES, NUM_CLASSES
 from fmnist.export.model_card import Measured, model_card, read_measured
 from fmnist.export.reference import Reference

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fmnist.config import Config, flatten
+from fmnist.config.schema import Config, flatten
 
 # What may differ between a run's two starts: nothing here changes which weights come out.
 MAY_CHANGE = (

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from fmnist import strict_yaml
+from fmnist.config import strict_yaml
 
 
 @dataclass(frozen=True, kw_only=True)

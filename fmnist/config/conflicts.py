@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from fmnist.config import BatchConfig, Config, flatten
+from fmnist.config.schema import BatchConfig, Config, flatten
 
 # (option, lowest, highest): legal ranges, both ends included.
 RANGES: tuple[tuple[str, float, float], ...] = (

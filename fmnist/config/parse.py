@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
-from fmnist import strict_yaml
-from fmnist.config import Config, flatten, to_yaml
-from fmnist.legal import validate
+from fmnist.config import strict_yaml
+from fmnist.config.conflicts import validate
+from fmnist.config.schema import Config, flatten, to_yaml
 
-DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "cnn.yaml"
+DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "cnn.yaml"
 SWITCHES = ("--dry_run", "--overwrite")
 PRINT = "--print_config"
 
