@@ -5,7 +5,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from fmnist.console import log_to_console, one_line_errors
 from fmnist.duplicates import NearCopies, find_near_copies, load_pair
 from fmnist.evaluation.compare import check_comparable, write_comparison
 from fmnist.evaluation.outcome import Outcome, Request, ensemble, evaluate
@@ -13,6 +12,7 @@ from fmnist.evaluation.retrieval import precision_of
 from fmnist.evaluation.write import write_outcome
 from fmnist.network import open_trained
 from fmnist.run import Run
+from fmnist.runtime.console import log_to_console, one_line_errors
 
 
 def parse_args() -> argparse.Namespace:

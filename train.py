@@ -8,12 +8,12 @@ if __name__ == "__main__":
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from fmnist.console import log_to_console, one_line_errors
-from fmnist.directory import is_finished, open_directory
+from fmnist.checkpoint.run_directory import is_finished, open_directory
 from fmnist.metrics import predict, score
 from fmnist.optim import is_due, set_lr
 from fmnist.plan import print_plan
 from fmnist.run import Run
+from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.step import train_step
 from fmnist.training import Training, build, conclude, raise_if_not_finite, save
 

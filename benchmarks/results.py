@@ -13,8 +13,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from fmnist.directory import git_revision, versions
-from fmnist.hardware import processor
+from fmnist.checkpoint.run_directory import git_revision, versions
+from fmnist.runtime.hardware import processor
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -11,9 +11,9 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from fmnist.console import log_to_console, one_line_errors
 from fmnist.data.fashion_mnist import CLASS_NAMES, load, load_split
-from fmnist.hardware import describe_device
+from fmnist.runtime.console import log_to_console, one_line_errors
+from fmnist.runtime.hardware import describe_device
 
 NEAR_COPY, SIMILAR = 0.99, 0.98  # correlations above which an image counts as a near copy, or as similar
 BASIS_SIZE = 96

@@ -10,13 +10,13 @@ from torch import nn
 
 from fmnist.checkpoint.contents import MODEL, read_state, verify, weights_to_use
 from fmnist.checkpoint.store import Checkpoints
+from fmnist.checkpoint.tensors import load_strict, non_finite, read_tensors
 from fmnist.config.parse import load_config
 from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
 from fmnist.data.fashion_mnist import NUM_CLASSES
-from fmnist.hardware import resolve_precision
 from fmnist.models import build_model
-from fmnist.tensors import load_strict, non_finite, read_tensors
+from fmnist.runtime.hardware import resolve_precision
 
 
 def build_network(cfg: Config, device: torch.device, *, load_weights: bool) -> tuple[nn.Module, Augment]:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fmnist.data.augment import Augment
-from fmnist.hardware import resolve_precision
 from fmnist.network import Trained, open_trained
+from fmnist.runtime.hardware import resolve_precision
 
 
 @dataclass(frozen=True, kw_only=True)

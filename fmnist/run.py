@@ -15,15 +15,21 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from fmnist.checkpoint.run_directory import clear_directory, has_run, lock_directory
 from fmnist.config.schema import Config, flatten, to_yaml
-from fmnist.console import log_to_file
-from fmnist.directory import clear_directory, has_run, lock_directory
-from fmnist.exact import ShardSum
-from fmnist.files import write_atomic
-from fmnist.hardware import describe_device, keep_freed_memory, make_deterministic, resolve_precision, use_all_cores
-from fmnist.launch import announce, check_world_size, stop_with_launcher
-from fmnist.peers import PATIENCE, limit_waits
-from fmnist.processes import Processes
+from fmnist.runtime.console import log_to_file
+from fmnist.runtime.files import write_atomic
+from fmnist.runtime.gradients import ShardSum
+from fmnist.runtime.hardware import (
+    describe_device,
+    keep_freed_memory,
+    make_deterministic,
+    resolve_precision,
+    use_all_cores,
+)
+from fmnist.runtime.launcher import announce, check_world_size, stop_with_launcher
+from fmnist.runtime.lost_process import PATIENCE, limit_waits
+from fmnist.runtime.processes import Processes
 from fmnist.tracking import NullTracker, Tracker
 
 logger = logging.getLogger("fmnist")

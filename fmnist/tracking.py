@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fmnist.config.schema import LogConfig
-from fmnist.files import write_atomic
+from fmnist.runtime.files import write_atomic
 from fmnist.wandb_run import start_wandb, without_secrets
 
 logger = logging.getLogger("fmnist")

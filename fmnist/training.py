@@ -13,20 +13,20 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from fmnist.checkpoint.contents import EMA, MODEL, OPTIMIZER, STATE, TrainState, read_meta, read_state
+from fmnist.checkpoint.run_directory import git_revision, versions
 from fmnist.checkpoint.store import Checkpoints
+from fmnist.checkpoint.tensors import load_optimizer_tensors, load_strict, non_finite, optimizer_tensors, read_tensors
 from fmnist.clock import Clock
 from fmnist.config.same_run import changes, recipe
 from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader, Split
 from fmnist.data.fashion_mnist import CLASS_NAMES
-from fmnist.directory import git_revision, versions
 from fmnist.metrics import predict
 from fmnist.network import build_network
 from fmnist.non_finite import Watch, write_batch
 from fmnist.optim import Schedule, build_optimizer
 from fmnist.run import Run
-from fmnist.tensors import load_optimizer_tensors, load_strict, non_finite, optimizer_tensors, read_tensors
 
 logger = logging.getLogger("fmnist")
 

@@ -15,7 +15,7 @@ import torch
 
 from fmnist.checkpoint.contents import EMA, MODEL, OPTIMIZER, TrainState, read_state
 from fmnist.checkpoint.store import Checkpoints
-from fmnist.tensors import read_tensors
+from fmnist.checkpoint.tensors import read_tensors
 
 
 def save_forever(checkpoints: Checkpoints, step: int) -> None:

@@ -25,14 +25,14 @@ from torch import nn
 
 from fmnist.checkpoint.__main__ import inspect, main
 from fmnist.checkpoint.contents import EMA, MANIFEST, MODEL, OPTIMIZER, STATE, TrainState, verify
+from fmnist.checkpoint.run_directory import lock_directory, open_directory
 from fmnist.checkpoint.store import Checkpoints
+from fmnist.checkpoint.tensors import optimizer_tensors, read_tensors
 from fmnist.config.parse import load_config
 from fmnist.config.same_run import recipe
 from fmnist.config.schema import AugmentConfig, Config, ModelConfig, OptimConfig, to_yaml
-from fmnist.directory import lock_directory, open_directory
 from fmnist.network import build_network, open_trained
 from fmnist.optim import build_optimizer
-from fmnist.tensors import optimizer_tensors, read_tensors
 from fmnist.training import restore
 
 CFG = Config(
@@ -330,13 +330,13 @@ def test_a_read_only_directory_is_one_line(run: Path, monkeypatch: pytest.Monkey
     def refuse(*_: object, **__: object) -> int:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("fmnist.directory.os.open", refuse)
+    monkeypatch.setattr("fmnist.checkpoint.run_directory.os.open", refuse)
     with pytest.raises(ValueError, match=r"output_dir .*run cannot be written: Read-only file system"):
         lock_directory(run)
 
 
 def test_a_lock_is_held_by_one_process_and_ends_with_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fmnist.directory.LOCK_WAIT_S", 0.2)
+    monkeypatch.setattr("fmnist.checkpoint.run_directory.LOCK_WAIT_S", 0.2)
     reader, writer = os.pipe()
     holder = os.fork()
     if holder == 0:

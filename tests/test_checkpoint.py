@@ -11,10 +11,10 @@ from torch import nn
 
 from fmnist.checkpoint.contents import MODEL, OPTIMIZER, TrainState, read_state, verify
 from fmnist.checkpoint.store import Checkpoints
+from fmnist.checkpoint.tensors import load_optimizer_tensors, load_strict, non_finite, optimizer_tensors, read_tensors
 from fmnist.config.schema import OptimConfig
 from fmnist.models.cnn import Cnn
 from fmnist.optim import build_optimizer
-from fmnist.tensors import load_optimizer_tensors, load_strict, non_finite, optimizer_tensors, read_tensors
 
 
 @pytest.fixture

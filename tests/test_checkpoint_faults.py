@@ -20,12 +20,12 @@ from conftest import ROOT, environment, train
 from disk import LOSSES, Disk, Killed, audited, installed, left_after, read_tree, replay, write_tree
 
 import fmnist.checkpoint.store
-import fmnist.files
+import fmnist.runtime.files
 from fmnist.checkpoint.contents import EMA, MODEL, OPTIMIZER, TrainState, read_state
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.config.schema import Config, LogConfig
-from fmnist.files import write_atomic
 from fmnist.run import Run
+from fmnist.runtime.files import write_atomic
 from fmnist.tracking import NullTracker
 
 Action = Callable[[Path], object]
@@ -148,14 +148,14 @@ def test_without_an_fsync_the_power_loss_is_seen(
     left_out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The test above can fail: with syncs left out, some loss leaves no checkpoint at all."""
-    template, real = tmp_path / "template", fmnist.files.sync_path
+    template, real = tmp_path / "template", fmnist.runtime.files.sync_path
 
     def partly(path: Path) -> None:
         if left_out != "all" and path.is_dir() != (left_out == "directories"):
             real(path)
 
     prepare(template, "next")
-    for module in (fmnist.checkpoint.store, fmnist.files):
+    for module in (fmnist.checkpoint.store, fmnist.runtime.files):
         monkeypatch.setattr(module, "sync_path", partly)
 
     def check(run: Path) -> None:

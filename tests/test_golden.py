@@ -14,10 +14,10 @@ import pytest
 import torch
 from timm.utils import ModelEmaV3
 
+from fmnist.checkpoint.run_directory import versions
 from fmnist.config.schema import AugmentConfig, BatchConfig, Config, ModelConfig, OptimConfig, ScheduleConfig
 from fmnist.data.batches import Loader, Split
 from fmnist.data.fashion_mnist import load_split
-from fmnist.directory import versions
 from fmnist.metrics import predict, score
 from fmnist.network import build_network
 from fmnist.optim import Schedule, build_optimizer, set_lr

@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from fmnist.hardware import describe_device, make_deterministic, processor, resolve_precision, use_all_cores
+from fmnist.runtime.hardware import describe_device, make_deterministic, processor, resolve_precision, use_all_cores
 
 FAULTS = """
 import resource, sys, torch
-from fmnist.hardware import keep_freed_memory
+from fmnist.runtime.hardware import keep_freed_memory
 keep_freed_memory()
 for _ in range(20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -36,7 +36,7 @@ BUGS = (
     ),
     Bug(
         name="no fsync",
-        file="files.py",
+        file="runtime/files.py",
         old="        os.fsync(descriptor)\n",
         new="        pass\n",
         test="test_checkpoint.py",
@@ -188,7 +188,7 @@ BUGS = (
     ),
     Bug(
         name="exact sums shards in the order of the processes",
-        file="processes.py",
+        file="runtime/processes.py",
         old="torch.stack(gathered, dim=1).flatten(0, 1)",
         new="torch.stack(gathered).flatten(0, 1)",
         test="test_exactness.py",

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import ROOT, train
 
-import fmnist.peers
+import fmnist.runtime.lost_process
 from fmnist.checkpoint.contents import read_state
 from fmnist.checkpoint.store import Checkpoints
-from fmnist.peers import LINGER_S, describe_loss, is_lost_peer
+from fmnist.runtime.lost_process import LINGER_S, describe_loss, is_lost_peer
 
 
 def lose(
@@ -106,5 +106,5 @@ def test_the_lost_rank_is_named_where_it_can_be_known(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.distributed, "monitored_barrier", lambda **_: None)  # everyone answers after all
     assert describe_loss(RuntimeError("Application timeout"), None, [0, 2]).startswith("another rank does not answer")
     monkeypatch.setattr(torch.distributed, "monitored_barrier", lambda **_: time.sleep(30))
-    monkeypatch.setattr(fmnist.peers, "PROBE", timedelta(seconds=0.1))
+    monkeypatch.setattr(fmnist.runtime.lost_process, "PROBE", timedelta(seconds=0.1))
     assert describe_loss(RuntimeError("Application timeout"), None, [0, 2]).startswith("rank 0 does not answer")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fmnist.checkpoint.run_directory import RUN_FILES
 from fmnist.config.schema import Config, flatten
-from fmnist.directory import RUN_FILES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -13,7 +13,7 @@ from conftest import ROOT, SMALL_RUN, metrics, train
 from slurm_cluster import Cluster, missing_programs
 
 from fmnist.config.parse import parse_config
-from fmnist.launch import signal_warning
+from fmnist.runtime.launcher import signal_warning
 
 pytestmark = pytest.mark.skipif(
     bool(missing_programs()) and not os.environ.get("CI"), reason=f"SLURM is not installed: {missing_programs()}"

@@ -18,9 +18,9 @@ from fmnist.benchmark.pipelines import Pipeline, Setting
 from fmnist.benchmark.registry import OURS, PIPELINES, build
 from fmnist.benchmark.timing import Pace
 from fmnist.config.schema import Config, DataConfig, ModelConfig
-from fmnist.console import log_to_console, one_line_errors
 from fmnist.data.batches import Split
 from fmnist.run import Run
+from fmnist.runtime.console import log_to_console, one_line_errors
 
 
 class Benchmark:

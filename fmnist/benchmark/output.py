@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from fmnist.directory import git_revision, versions
-from fmnist.files import write_atomic
-from fmnist.hardware import processor
+from fmnist.checkpoint.run_directory import git_revision, versions
 from fmnist.run import Run
+from fmnist.runtime.files import write_atomic
+from fmnist.runtime.hardware import processor
 
 CLOCKS = ("name", "driver_version", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 

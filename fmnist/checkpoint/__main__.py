@@ -8,10 +8,10 @@ from typing import Any
 
 from fmnist.checkpoint.contents import EMA, MODEL, read_meta, read_state, verify
 from fmnist.checkpoint.store import Checkpoints
+from fmnist.checkpoint.tensors import non_finite, read_tensors
 from fmnist.config.parse import load_config
 from fmnist.config.same_run import changes, recipe
-from fmnist.files import sha256_of
-from fmnist.tensors import non_finite, read_tensors
+from fmnist.runtime.files import sha256_of
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fmnist.checkpoint.contents import FORMAT, MANIFEST, STATE, TrainState, verify, weights_to_use
-from fmnist.files import sync_path, write_atomic
+from fmnist.runtime.files import sync_path, write_atomic
 
 logger = logging.getLogger("fmnist")
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from fmnist.data.batches import Split
 from fmnist.evaluation.calibration import average_probabilities
 from fmnist.evaluation.cost import Cost, measure_cost, sum_of_costs
-from fmnist.hardware import resolve_precision
 from fmnist.metrics import predict
 from fmnist.network import Trained
 from fmnist.run import Run
+from fmnist.runtime.hardware import resolve_precision
 
 Tta = Literal["none", "flip"]
 

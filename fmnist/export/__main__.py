@@ -10,10 +10,10 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from fmnist.console import log_to_console, one_line_errors
 from fmnist.export.hub import write_hub
 from fmnist.export.onnx import write_onnx
 from fmnist.export.reference import open_reference
+from fmnist.runtime.console import log_to_console, one_line_errors
 
 PROGRAM = "python -m fmnist.export"
 WRITERS: dict[str, tuple[Callable[..., str], str]] = {

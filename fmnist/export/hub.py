@@ -17,10 +17,10 @@ from fmnist.config.schema import to_yaml
 from fmnist.data.fashion_mnist import CLASS_NAMES, NUM_CLASSES
 from fmnist.export.model_card import Measured, model_card, read_measured
 from fmnist.export.reference import Reference
-from fmnist.files import sha256_of
 from fmnist.models import REGISTRY
 from fmnist.network import Trained
 from fmnist.predictor import Predictor, open_predictor
+from fmnist.runtime.files import sha256_of
 
 LARGEST_DIFFERENCE = 1e-5  # of any logit
 FILES = ("config.json", "model.safetensors", "config.yaml", "README.md")

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fmnist.console import log_to_console, one_line_errors
 from fmnist.data.photos import read_view
 from fmnist.network import open_trained
 from fmnist.predictor import Predictor, open_predictor
+from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.search.catalogue import (
     SOURCES,
     UNKNOWN,

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.figures import write_file
-from fmnist.files import sha256_of
 from fmnist.network import Trained
 from fmnist.predictor import Predictor
+from fmnist.runtime.files import sha256_of
 from fmnist.search.catalogue import Catalogue, build_catalogue, embed, index_file, load_catalogue, read_split
 
 QUERIES_AT_ONCE = 64

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fmnist.peers import LINGER_S, PATIENCE, describe_loss, is_lost_peer, share_status
+from fmnist.runtime.lost_process import LINGER_S, PATIENCE, describe_loss, is_lost_peer, share_status
 
 logger = logging.getLogger("fmnist")
 T = TypeVar("T")

@@ -1,7 +1,7 @@
 """How a run was launched: by torchrun, accelerate or SLURM. No torch here: a batch script asks it before it starts one.
 
-`python -m fmnist.launch [flags of train.py]` prints the run directory that train.py would use, or the one line that it
-would refuse the flags with (status 2).
+`python -m fmnist.runtime.launcher [flags of train.py]` prints the run directory that train.py would use, or the one
+line that it would refuse the flags with (status 2).
 """
 
 import ctypes
