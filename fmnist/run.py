@@ -30,7 +30,7 @@ from fmnist.runtime.hardware import (
 from fmnist.runtime.launcher import announce, check_world_size, stop_with_launcher
 from fmnist.runtime.lost_process import PATIENCE, limit_waits
 from fmnist.runtime.processes import Processes
-from fmnist.tracking import NullTracker, Tracker
+from fmnist.tracking.tracker import NullTracker, Tracker
 
 logger = logging.getLogger("fmnist")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

@@ -26,7 +26,7 @@ from fmnist.checkpoint.store import Checkpoints
 from fmnist.config.schema import Config, LogConfig
 from fmnist.run import Run
 from fmnist.runtime.files import write_atomic
-from fmnist.tracking import NullTracker
+from fmnist.tracking.tracker import NullTracker
 
 Action = Callable[[Path], object]
 

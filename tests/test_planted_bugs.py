@@ -196,7 +196,7 @@ BUGS = (
     ),
     Bug(
         name="metrics of steps that are made again stay in the file",
-        file="tracking.py",
+        file="tracking/tracker.py",
         old='if entry["step"] <= step and',
         new='if entry["step"] <= step + 1 and',
         test="test_exactness.py",

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 from conftest import SMALL_RUN, metrics, train
 
-from fmnist import wandb_run
 from fmnist.config.schema import LogConfig
-from fmnist.tracking import Tracker
-from fmnist.wandb_run import _run_id, answers, has_api_key, without_secrets
+from fmnist.tracking import wandb_run
+from fmnist.tracking.tracker import Tracker
+from fmnist.tracking.wandb_run import _run_id, answers, has_api_key, without_secrets
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 RUN = {

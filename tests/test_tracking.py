@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from fmnist.config.schema import LogConfig
-from fmnist.tracking import Tracker, truncate_metrics
-from fmnist.wandb_run import has_api_key, log_evaluation
+from fmnist.tracking.tracker import Tracker, truncate_metrics
+from fmnist.tracking.wandb_run import has_api_key, log_evaluation
 
 
 def track(directory: Path, wandb: str = "disabled", step: int = 0) -> Tracker:

@@ -18,7 +18,7 @@ from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.evaluation.html_figures import learning_curves, picture, reliability
 from fmnist.evaluation.outcome import Outcome
 from fmnist.figures import write_file
-from fmnist.tracking import METRICS_FILE
+from fmnist.tracking.tracker import METRICS_FILE
 
 # People without fashion expertise, 1,000 test images, majority of three labels: the data set's own benchmark table.
 HUMAN_TOP1 = 0.835

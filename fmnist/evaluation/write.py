@@ -16,8 +16,8 @@ from fmnist.evaluation.outcome import Outcome
 from fmnist.figures import plot_learning_curves
 from fmnist.report import write_evaluation
 from fmnist.search.retrieval import precision_line
-from fmnist.tracking import METRICS_FILE
-from fmnist.wandb_run import log_evaluation
+from fmnist.tracking.tracker import METRICS_FILE
+from fmnist.tracking.wandb_run import log_evaluation
 
 
 def write_outcome(

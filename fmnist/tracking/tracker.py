@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fmnist.config.schema import LogConfig
 from fmnist.runtime.files import write_atomic
-from fmnist.wandb_run import start_wandb, without_secrets
+from fmnist.tracking.wandb_run import start_wandb, without_secrets
 
 logger = logging.getLogger("fmnist")
 METRICS_FILE = "metrics.jsonl"

@@ -1,0 +1,1 @@
+"""Numbers out: metrics.jsonl, a progress bar, Weights & Biases."""
