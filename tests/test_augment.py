@@ -9,11 +9,19 @@ import torch
 from torchvision.transforms.v2 import functional as tv
 
 from fmnist.config.schema import AugmentConfig
-from fmnist.data import params
+from fmnist.data import augment_table as params
 from fmnist.data.augment import Augment, choose_backend
+from fmnist.data.augment_table import (
+    CUT_BOX,
+    ERASE_BOX,
+    MATRIX,
+    OWN_SHARE,
+    OWN_WEIGHT,
+    augmentation_table,
+    beta_quantile,
+)
+from fmnist.data.augment_torch import FILL, in_box, pack_neighbours, resample, resample_packed, shift_and_flip
 from fmnist.data.batches import NUM_UNIFORMS, MicroBatch, Split
-from fmnist.data.params import CUT_BOX, ERASE_BOX, MATRIX, OWN_SHARE, OWN_WEIGHT, augmentation_table, beta_quantile
-from fmnist.data.reference import FILL, in_box, pack_neighbours, resample, resample_packed, shift_and_flip
 
 OFF = AugmentConfig(flip=0.0)
 ALL = AugmentConfig(flip=0.5, rotation=10, shift=0.1, scale=0.1, erase=0.5, mixup_alpha=0.2, cutmix_alpha=1.0)

@@ -148,7 +148,7 @@ BUGS = (
     ),
     Bug(
         name="mean and deviation are swapped",
-        file="data/reference.py",
+        file="data/augment_torch.py",
         old="(image - mean) / std for image, mean, std in",
         new="(image - mean) / std for image, std, mean in",
         test="test_augment.py",
@@ -156,7 +156,7 @@ BUGS = (
     ),
     Bug(
         name="no image is ever flipped",
-        file="data/params.py",
+        file="data/augment_table.py",
         old="u[FLIP] < cfg.flip",
         new="u[FLIP] < 0 * cfg.flip",
         test="test_augment.py",

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fmnist.config.schema import AugmentConfig
 from fmnist.data.augment import Augment
+from fmnist.data.augment_table import NUM_COLUMNS, augmentation_table
+from fmnist.data.augment_torch import Plan, augment_reference
 from fmnist.data.batches import NUM_UNIFORMS, MicroBatch, Split, to_device
-from fmnist.data.params import NUM_COLUMNS, augmentation_table
-from fmnist.data.reference import Plan, augment_reference
 
 pytest.importorskip("triton")
 
@@ -30,7 +30,7 @@ COLOUR = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 @pytest.fixture
 def interpreted() -> Iterator[ModuleType]:
     """The kernel's module, its kernels run by Triton's interpreter: which one is decided where they are defined."""
-    from fmnist.data import resample
+    from fmnist.data import augment_triton as resample
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
@@ -125,7 +125,7 @@ def test_the_kernel_compiles_for_a_gpu(cfg: AugmentConfig) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fmnist.data import resample
+    from fmnist.data import augment_triton as resample
 
     kernel = resample._augment_kernel
     constants = {"SOURCE_CHANNELS": 1, "HEIGHT": 28, "WIDTH": 28, "CHANNELS": 1, "SIZE": 224, "CHANNELS_LAST": False}
@@ -151,7 +151,7 @@ def test_the_kernel_compiles_for_a_gpu(cfg: AugmentConfig) -> None:
 @pytest.mark.parametrize("cfg", [OFF, GEOMETRY, ERASING, ALL, HARD], ids=["off", "geometry", "erasing", "all", "hard"])
 @pytest.mark.parametrize("size", [28, 32, 64, 96, 128, 224])
 def test_the_kernel_is_the_reference_on_a_gpu(train_images: Split, size: int, cfg: AugmentConfig) -> None:
-    from fmnist.data import resample
+    from fmnist.data import augment_triton as resample
 
     images = train_images.images[:, None]
     for dtype, bar in ((torch.float32, 1e-4), (torch.bfloat16, BAR)):

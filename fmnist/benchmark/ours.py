@@ -10,7 +10,7 @@ from torch import Tensor
 from fmnist.benchmark.judge import Chain, Fixed
 from fmnist.benchmark.pipelines import ERASE, FLIP, ROTATION, SHIFT, Pipeline, Setting, UnavailableError
 from fmnist.config.schema import AugmentConfig
-from fmnist.data import params
+from fmnist.data import augment_table as params
 from fmnist.data.augment import Augment
 from fmnist.data.batches import NUM_UNIFORMS, MicroBatch
 from fmnist.data.fashion_mnist import MEAN, NUM_CLASSES, STD

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmnist.config.schema import AugmentConfig
+from fmnist.data.augment_table import MATRIX, OWN_SHARE, augmentation_table
+from fmnist.data.augment_torch import Plan, augment_reference, compose, normalize, pack_neighbours, resample_packed
 from fmnist.data.batches import MicroBatch
-from fmnist.data.params import MATRIX, OWN_SHARE, augmentation_table
-from fmnist.data.reference import Plan, augment_reference, compose, normalize, pack_neighbours, resample_packed
 
 
 class Augment:
@@ -131,7 +131,7 @@ def choose_backend(wish: str, device: torch.device) -> str:
 
 def _implementation(backend: str) -> Callable[[Tensor, Tensor, Tensor, Tensor, Plan], Tensor]:
     if backend == "triton":
-        from fmnist.data.resample import augment_fused
+        from fmnist.data.augment_triton import augment_fused
 
         return augment_fused
     return _compile() if backend == "compiled" else augment_reference

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fmnist.data.augment_table import NUM_COLUMNS
+from fmnist.data.augment_torch import Plan
 from fmnist.data.batches import to_device
-from fmnist.data.params import NUM_COLUMNS
-from fmnist.data.reference import Plan
 
 TILE = 32  # pixels per side of what one program makes; 7 of them are 224, so no lane idles there
 NUM_WARPS = 2  # 16 pixels a thread pay for reading a sample's row once

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmnist.data.params import CUT_BOX, ERASE_BOX, MATRIX, OWN_WEIGHT
+from fmnist.data.augment_table import CUT_BOX, ERASE_BOX, MATRIX, OWN_WEIGHT
 
 FILL = 0.2860  # what an erased pixel becomes, as a fraction of 255: the mean of Fashion-MNIST
 
