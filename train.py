@@ -11,11 +11,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from fmnist.checkpoint.run_directory import is_finished, open_directory
 from fmnist.metrics import predict, score
 from fmnist.optim import is_due, set_lr
-from fmnist.plan import print_plan
 from fmnist.run import Run
 from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.step import train_step
-from fmnist.training import Training, build, conclude, raise_if_not_finite, save
+from fmnist.training.build import Training, build, conclude, raise_if_not_finite, save
+from fmnist.training.plan import print_plan
 
 
 def train(training: Training, cfg: Config, run: Run) -> bool:

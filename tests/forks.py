@@ -204,7 +204,7 @@ def train_here(job: dict[str, Any], rank: int) -> None:
     import numpy
     import torch
 
-    import fmnist.training
+    import fmnist.training.build
     import train as entry
     from fmnist.config.conflicts import validate
     from fmnist.config.schema import Config
@@ -223,7 +223,7 @@ def train_here(job: dict[str, Any], rank: int) -> None:
         options["augment"] = type(default.augment)(**(job["config"]["augment"] | {"size": sizes}))
     cfg = Config(**options, output_dir=job["directory"])
     validate(cfg)
-    fmnist.training.evaluate_test = lambda *args: {}
+    fmnist.training.build.evaluate_test = lambda *args: {}
     if "strike" in job and job.get("rank", 0) == rank:
         set_trap(*job["strike"], job.get("signal", signal.SIGKILL))
     if "record" in job:

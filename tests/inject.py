@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import fmnist.data.batches
 import fmnist.step
-import fmnist.training
+import fmnist.training.build
 import train
 from fmnist.config.parse import parse_config
 
@@ -180,7 +180,7 @@ def run_one(kind: str, cfg: Any) -> None:
     directory = Path(cfg.output_dir) / kind
     fmnist.step.F, fault.training, fault.stopped_at, fault.step = F, None, None, 0
     fault.before = fault.after = lambda: None
-    real = train.build, train.train_step, train.set_lr, fmnist.training.stop_not_finite
+    real = train.build, train.train_step, train.set_lr, fmnist.training.build.stop_not_finite
 
     def build(*args: Any) -> Any:
         fault.training = real[0](*args)
@@ -201,14 +201,14 @@ def run_one(kind: str, cfg: Any) -> None:
         fault.stopped_at = training.state.step
         real[3](what, training, run)
 
-    train.build, train.train_step, fmnist.training.stop_not_finite = build, train_step, stop
+    train.build, train.train_step, fmnist.training.build.stop_not_finite = build, train_step, stop
     status = 0
     try:
         train.main(replace(cfg, output_dir=str(directory)))
     except SystemExit as end:
         status = int(end.code or 0)
     finally:
-        train.build, train.train_step, train.set_lr, fmnist.training.stop_not_finite = real
+        train.build, train.train_step, train.set_lr, fmnist.training.build.stop_not_finite = real
     report = {"status": status, "step": fault.stopped_at}
     (directory / f"rank_{RANK}.json").write_text(json.dumps(report))
 

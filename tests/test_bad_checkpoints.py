@@ -33,7 +33,7 @@ from fmnist.config.same_run import recipe
 from fmnist.config.schema import AugmentConfig, Config, ModelConfig, OptimConfig, to_yaml
 from fmnist.network import build_network, open_trained
 from fmnist.optim import build_optimizer
-from fmnist.training import restore
+from fmnist.training.build import restore
 
 CFG = Config(
     model=ModelConfig(name="cnn", options={"widths": [4, 8]}, precision="fp32"),

@@ -14,7 +14,7 @@ from fmnist.config.schema import AugmentConfig
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader, Split
 from fmnist.data.fashion_mnist import CLASS_NAMES
-from fmnist.non_finite import Watch, title, visible, write_batch
+from fmnist.training.non_finite import Watch, title, visible, write_batch
 
 # Kind: the step at which it is noticed where every step is logged and saved, and a word of the message.
 AT_ONCE = {
@@ -113,7 +113,7 @@ def test_the_picture_is_the_whole_global_batch_as_the_processes_saw_it(
     parts = [[augment(batch) for batch in loader.micro_batches(11)] for loader in loaders]
     seen = [parts[rank][accumulation] for accumulation in range(2) for rank in range(2)]  # in the global batch's order
     drawn: list[Any] = []
-    monkeypatch.setattr("fmnist.non_finite.draw", lambda path, images, titles, heading: drawn.append((images, titles)))
+    monkeypatch.setattr("fmnist.training.non_finite.draw", lambda _path, *drawing: drawn.append(drawing[:2]))
     write_batch(tmp_path / "x.png", loaders[1], augment, 12, CLASS_NAMES)
     images, titles = drawn[0]
     expected = torch.cat([visible(pixels, augment) for pixels, _ in seen]).clamp(0, 1)
@@ -139,7 +139,7 @@ def test_pixels_that_are_not_finite_are_red_and_shown_first(
 
     augment._make = broken
     drawn: list[Any] = []
-    monkeypatch.setattr("fmnist.non_finite.draw", lambda path, images, titles, heading: drawn.append((images, titles)))
+    monkeypatch.setattr("fmnist.training.non_finite.draw", lambda _path, *drawing: drawn.append(drawing[:2]))
     write_batch(tmp_path / "x.png", loader, augment, 1, CLASS_NAMES)
     images, titles = drawn[0]
     assert len(images) == len(titles) == 256  # half of the batch, the broken one among them

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fmnist.models.mlp import Mlp
-from fmnist.plan import flops_per_image, memory_bytes
+from fmnist.training.plan import flops_per_image, memory_bytes
 
 
 def test_a_linear_layer_by_hand() -> None:

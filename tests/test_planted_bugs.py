@@ -124,7 +124,7 @@ BUGS = (
     ),
     Bug(
         name="a restart loses the optimizer's moments",
-        file="training.py",
+        file="training/build.py",
         old="    load_optimizer_tensors(model, optimizer, read_tensors(moments), moments)\n",
         new="",
         test="test_exactness.py",
@@ -132,7 +132,7 @@ BUGS = (
     ),
     Bug(
         name="a restart forgets the training time",
-        file="training.py",
+        file="training/build.py",
         old="Clock(cfg.batch.global_batch_size, state.train_seconds)",
         new="Clock(cfg.batch.global_batch_size)",
         test="test_exactness.py",

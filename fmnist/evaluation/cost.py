@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fmnist.data.augment import Augment
-from fmnist.plan import flops_per_image
 from fmnist.run import Run
+from fmnist.training.plan import flops_per_image
 
 BATCH_SIZES = (1, 256)
 WARM_UP, SECONDS, MIN_REPEATS, MAX_REPEATS = 3, 1.0, 10, 1000

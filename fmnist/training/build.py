@@ -16,7 +16,6 @@ from fmnist.checkpoint.contents import EMA, MODEL, OPTIMIZER, STATE, TrainState,
 from fmnist.checkpoint.run_directory import git_revision, versions
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.checkpoint.tensors import load_optimizer_tensors, load_strict, non_finite, optimizer_tensors, read_tensors
-from fmnist.clock import Clock
 from fmnist.config.same_run import changes, recipe
 from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
@@ -24,9 +23,10 @@ from fmnist.data.batches import Loader, Split
 from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.metrics import predict
 from fmnist.network import build_network
-from fmnist.non_finite import Watch, write_batch
 from fmnist.optim import Schedule, build_optimizer
 from fmnist.run import Run
+from fmnist.training.clock import Clock
+from fmnist.training.non_finite import Watch, write_batch
 
 logger = logging.getLogger("fmnist")
 

@@ -14,7 +14,7 @@ from fmnist.data.fashion_mnist import locate
 from fmnist.run import Run
 
 if TYPE_CHECKING:  # evaluate.py counts FLOPs too, and imports no training code
-    from fmnist.training import Training
+    from fmnist.training.build import Training
 
 
 def _convolution_backward_flops(
