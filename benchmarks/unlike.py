@@ -26,8 +26,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from fmnist.data.fashion_mnist import CLASS_NAMES, load, load_split
-from fmnist.predictor import open_predictor
 from fmnist.runtime.console import log_to_console, one_line_errors
+from fmnist.trained import open_predictor
 from fmnist.unlike import FLAGGED, NUM_IMAGES, unit
 
 Scorer = Callable[[Tensor, Tensor], Tensor]

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fmnist.data.fashion_mnist import load_split
-from fmnist.predictor import Predictor, classifier
 from fmnist.runtime.files import sha256_of
+from fmnist.trained import Predictor, classifier
 
 logger = logging.getLogger("fmnist")
 FILE = "reference.safetensors"

@@ -24,9 +24,9 @@ from fmnist.export.hub import write_hub
 from fmnist.export.model_card import escape
 from fmnist.export.onnx import check, write_onnx
 from fmnist.export.reference import Reference, open_reference
-from fmnist.predictor import open_predictor
 from fmnist.report import write_evaluation
 from fmnist.search.catalogue import sha256_of
+from fmnist.trained import open_predictor
 
 TINY_CONVNEXT = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "patch_size": 2, "conv_mlp": False}
 TINY_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -15,7 +15,7 @@ from PIL import Image
 from fmnist.data.fashion_mnist import load_split
 from fmnist.monitor.__main__ import main, parse_args, read_batch
 from fmnist.monitor.drift import BatchSums, describe, judge
-from fmnist.predictor import Predictor, open_predictor
+from fmnist.trained import Predictor, open_predictor
 from fmnist.unlike import Reference, open_reference
 
 

@@ -16,7 +16,7 @@ from fmnist.data.cutout import Cutout
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
 from fmnist.data.photos import Photo
 from fmnist.predict.__main__ import CHUNK, Prediction, header, main, parse_args, predict_pictures, row
-from fmnist.predictor import open_predictor
+from fmnist.trained import open_predictor
 from fmnist.unlike import open_reference
 
 

@@ -15,9 +15,9 @@ from fmnist.export.__main__ import main as export_main
 from fmnist.metrics import predict
 from fmnist.monitor.__main__ import main as monitor_main
 from fmnist.predict.__main__ import main as predict_main
-from fmnist.predictor import classifier, open_predictor
 from fmnist.run import Run
 from fmnist.search.__main__ import main as search_main
+from fmnist.trained import classifier, open_predictor
 
 
 @pytest.fixture(scope="module")

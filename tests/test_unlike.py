@@ -11,7 +11,7 @@ from small import NUM_TRAIN, untrained, write_small_data
 
 from fmnist.config.schema import ModelConfig
 from fmnist.data.fashion_mnist import load_split
-from fmnist.predictor import Predictor, open_predictor
+from fmnist.trained import Predictor, open_predictor
 from fmnist.unlike import FILE, FLAGGED, Reference, compute_reference, open_reference
 
 

@@ -9,8 +9,8 @@ import torch
 
 from fmnist.data.fashion_mnist import load_split
 from fmnist.evaluation.outcome import Outcome
-from fmnist.predictor import load_predictor
 from fmnist.search.retrieval import measure_precision, precision_file, read_precision, write_precision
+from fmnist.trained import load_predictor
 
 logger = logging.getLogger("fmnist")
 

@@ -19,8 +19,8 @@ from fmnist.export.model_card import Measured, model_card, read_measured
 from fmnist.export.reference import Reference
 from fmnist.models import REGISTRY
 from fmnist.network import Trained
-from fmnist.predictor import Predictor, open_predictor
 from fmnist.runtime.files import sha256_of
+from fmnist.trained import Predictor, open_predictor
 
 LARGEST_DIFFERENCE = 1e-5  # of any logit
 FILES = ("config.json", "model.safetensors", "config.yaml", "README.md")

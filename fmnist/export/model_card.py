@@ -13,7 +13,7 @@ import yaml
 
 from fmnist.export.reference import Reference
 from fmnist.network import Trained
-from fmnist.predictor import Predictor
+from fmnist.trained import Predictor
 
 SAME_PROBABILITIES = 0.01  # mean absolute difference: bf16 stays far below, other weights lie above
 FASHION_MNIST = """\
@@ -177,7 +177,7 @@ opens it like a run (`python evaluate.py FOLDER` works too):
 ```python
 from pathlib import Path
 
-from fmnist.predictor import open_predictor
+from fmnist.trained import open_predictor
 
 predictor = open_predictor(Path("FOLDER"))  # FOLDER: where this README.md is
 

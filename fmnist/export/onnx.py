@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.export.reference import Reference
-from fmnist.predictor import Predictor
 from fmnist.runtime.files import sha256_of
+from fmnist.trained import Predictor
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LARGEST_DIFFERENCE = 1e-4  # of any logit or probability; where logits exceed 10, in proportion: fp32 rounds so

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fmnist.data.fashion_mnist import load_split
 from fmnist.network import open_trained
-from fmnist.predictor import Predictor
+from fmnist.trained import Predictor
 
 NUM_IMAGES = 1000
 

@@ -23,9 +23,9 @@ from fmnist.data.fashion_mnist import CLASS_NAMES, IMAGE_SIZE
 from fmnist.data.idx import MAX_FILE_BYTES, read_idx
 from fmnist.data.photos import find_pictures, read_photo
 from fmnist.monitor.drift import MIN_PICTURES, SIGNALS, SMALLEST_RATE, BatchSums, Judgement, judge
-from fmnist.predictor import open_predictor
 from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.runtime.files import write_atomic
+from fmnist.trained import open_predictor
 from fmnist.unlike import open_reference
 
 CHUNK = 256

@@ -23,9 +23,9 @@ import torch
 from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.data.photos import Photo, find_pictures, read_photo
 from fmnist.predict.sheet import BLACK, GREY, ORANGE, Entry, draw_sheet
-from fmnist.predictor import Predictor, open_predictor
 from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.runtime.files import write_atomic
+from fmnist.trained import Predictor, open_predictor
 from fmnist.unlike import Reference, open_reference
 
 CHUNK = 64  # pictures in memory at a time

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fmnist.data.photos import read_view
 from fmnist.network import open_trained
-from fmnist.predictor import Predictor, open_predictor
 from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.search.catalogue import (
     SOURCES,
@@ -31,6 +30,7 @@ from fmnist.search.catalogue import (
 )
 from fmnist.search.retrieval import Neighbours, measure_precision, precision_file, precision_table, write_precision
 from fmnist.search.sheet import Hit, plot_hits, write_hits
+from fmnist.trained import Predictor, open_predictor
 
 PROGRAM = "python -m fmnist.search"
 

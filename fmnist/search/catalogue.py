@@ -17,8 +17,8 @@ from tqdm import tqdm
 from fmnist.data.fashion_mnist import NUM_CLASSES, load_split
 from fmnist.data.photos import find_pictures, read_view
 from fmnist.network import Trained
-from fmnist.predictor import Predictor
 from fmnist.runtime.files import sha256_of
+from fmnist.trained import Predictor
 
 logger = logging.getLogger("fmnist")
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.figures import write_file
 from fmnist.network import Trained
-from fmnist.predictor import Predictor
 from fmnist.runtime.files import sha256_of
 from fmnist.search.catalogue import Catalogue, build_catalogue, embed, index_file, load_catalogue, read_split
+from fmnist.trained import Predictor
 
 QUERIES_AT_ONCE = 64
 SPARE = 32  # candidates beyond k that the float32 product proposes and float64 puts in order
