@@ -5,12 +5,12 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from fmnist.duplicates import NearCopies, find_near_copies, load_pair
-from fmnist.evaluation.compare import check_comparable, write_comparison
+from fmnist.evaluation.near_copies import NearCopies, find_near_copies, load_pair
 from fmnist.evaluation.outcome import Outcome, Request, ensemble, evaluate
 from fmnist.evaluation.retrieval import precision_of
 from fmnist.evaluation.write import write_outcome
 from fmnist.network import open_trained
+from fmnist.report.comparison import check_comparable, write_comparison
 from fmnist.run import Run
 from fmnist.runtime.console import log_to_console, one_line_errors
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from fmnist.config.schema import Config, OptimConfig
-from fmnist.evaluation.compare import check_comparable, comparison_table, mcnemar, seed_groups, write_comparison
 from fmnist.evaluation.cost import Cost, Timing, sum_of_costs
 from fmnist.evaluation.outcome import Outcome, ensemble
-from fmnist.evaluation.pareto import pareto_front, plot_comparison
 from fmnist.network import Trained
-from fmnist.report import summarize
+from fmnist.report.comparison import check_comparable, comparison_table, mcnemar, seed_groups, write_comparison
+from fmnist.report.comparison_figure import pareto_front, plot_comparison
+from fmnist.report.write import summarize
 
 NAMES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from fmnist import duplicates
 from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import load
-from fmnist.duplicates import find_near_copies
+from fmnist.evaluation import near_copies as duplicates
+from fmnist.evaluation.near_copies import find_near_copies
 
 
 def test_correlation_by_hand() -> None:
@@ -41,7 +41,7 @@ def test_the_bound_loses_no_pair(train_images: Split) -> None:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["fmnist.duplicates", *args])
+    monkeypatch.setattr(sys, "argv", ["fmnist.evaluation.near_copies", *args])
     duplicates.main()
 
 

@@ -20,7 +20,7 @@ from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
 from fmnist.metrics import predict, score
 from fmnist.models.cnn import Cnn
 from fmnist.models.mlp import Mlp
-from fmnist.report import summarize
+from fmnist.report.write import summarize
 
 WORLD_SIZES = (1, 2, 3, 4)
 CFG = replace(Config(), model=replace(Config().model, precision="fp32"))

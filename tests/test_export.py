@@ -24,7 +24,7 @@ from fmnist.export.hub import write_hub
 from fmnist.export.model_card import escape
 from fmnist.export.onnx import check, write_onnx
 from fmnist.export.reference import Reference, open_reference
-from fmnist.report import write_evaluation
+from fmnist.report.write import write_evaluation
 from fmnist.search.catalogue import sha256_of
 from fmnist.trained import open_predictor
 

@@ -19,9 +19,9 @@ from conftest import SMALL_RUN, train
 import evaluate
 from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import CLASS_NAMES
-from fmnist.evaluation.html_report import _strip, confident_errors, confused_pairs, context, render
 from fmnist.evaluation.outcome import Outcome
 from fmnist.evaluation.write import write_outcome
+from fmnist.report.page import _strip, confident_errors, confused_pairs, context, render
 
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "chromium-browser")
 

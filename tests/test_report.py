@@ -14,7 +14,8 @@ import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
 from torch import Tensor
 
-from fmnist import figures, report
+from fmnist.report import figures
+from fmnist.report import write as report
 
 NAMES = [
     "T-shirt/top",

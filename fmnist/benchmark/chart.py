@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fmnist.benchmark.output import scaled
-from fmnist.figures import BLUE, GREEN, GREY, ORANGE, write_file
+from fmnist.report.figures import BLUE, GREEN, GREY, ORANGE, write_file
 
 WIDEST = 4.5  # a roofline farther off, in highest bars, is only told
 ROW_INCHES, HEAD_INCHES, WIDTH_INCHES = 0.42, 1.5, 7.6

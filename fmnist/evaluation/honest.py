@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmnist.duplicates import NEAR_COPY, SIMILAR, NearCopies
 from fmnist.evaluation.calibration import Calibration
-from fmnist.report import wilson_interval
+from fmnist.evaluation.near_copies import NEAR_COPY, SIMILAR, NearCopies
+from fmnist.report.write import wilson_interval
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> dict[str, Any]:

@@ -8,13 +8,13 @@ import torch
 
 from fmnist.config.schema import flatten
 from fmnist.data.fashion_mnist import CLASS_NAMES
-from fmnist.duplicates import NearCopies
 from fmnist.evaluation.calibration import calibrate
 from fmnist.evaluation.honest import honest_sets, notes
-from fmnist.evaluation.html_report import confident_errors, write_html
+from fmnist.evaluation.near_copies import NearCopies
 from fmnist.evaluation.outcome import Outcome
-from fmnist.figures import plot_learning_curves
-from fmnist.report import write_evaluation
+from fmnist.report.figures import plot_learning_curves
+from fmnist.report.page import confident_errors, write_html
+from fmnist.report.write import write_evaluation
 from fmnist.search.retrieval import precision_line
 from fmnist.tracking.tracker import METRICS_FILE
 from fmnist.tracking.wandb_run import log_evaluation

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmnist.data.fashion_mnist import CLASS_NAMES
-from fmnist.figures import write_file
 from fmnist.network import Trained
+from fmnist.report.figures import write_file
 from fmnist.runtime.files import sha256_of
 from fmnist.search.catalogue import Catalogue, build_catalogue, embed, index_file, load_catalogue, read_split
 from fmnist.trained import Predictor

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fmnist.data.fashion_mnist import CLASS_NAMES
-from fmnist.figures import BLUE, GREEN, ORANGE, write_file
+from fmnist.report.figures import BLUE, GREEN, ORANGE, write_file
 from fmnist.search.catalogue import UNKNOWN, Catalogue
 
 COLUMNS = 10  # items of one line of the sheet; more go on below

@@ -187,8 +187,8 @@ def conclude(training: Training, cfg: Config, run: Run, *, finished: bool) -> No
 
 def evaluate_test(training: Training, cfg: Config, run: Run) -> dict[str, float]:
     """Evaluate the weights to use on the test images; write `evaluation/test/` and the learning curves."""
-    from fmnist.figures import plot_learning_curves  # three seconds of libraries, needed only here
-    from fmnist.report import write_evaluation
+    from fmnist.report.figures import plot_learning_curves  # three seconds of libraries, needed only here
+    from fmnist.report.write import write_evaluation
 
     t, weights = training, run.directory / "model.safetensors"
     run.on_main(lambda: load_strict(t.model, read_tensors(weights), weights))

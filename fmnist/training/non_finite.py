@@ -95,7 +95,7 @@ def draw(path: Path, images: Tensor, titles: Sequence[str], heading: str) -> Non
     """Write a grid of images [N, S, S, 3] in [0, 1], each under its title."""
     from matplotlib.figure import Figure  # seconds of libraries, needed only here
 
-    from fmnist.figures import write_file
+    from fmnist.report.figures import write_file
 
     count, size = len(images), images.shape[1]
     columns = math.ceil(math.sqrt(count))

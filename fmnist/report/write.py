@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from fmnist.figures import NUM_BINS, plot_confusion_matrix, plot_reliability, write_file
+from fmnist.report.figures import NUM_BINS, plot_confusion_matrix, plot_reliability, write_file
 
 
 def _check(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:

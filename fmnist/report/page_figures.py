@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from fmnist.figures import BLUE, NUM_BINS, ORANGE, draw_loss, draw_top1, read_metrics, reliability_bins, series
+from fmnist.report.figures import BLUE, NUM_BINS, ORANGE, draw_loss, draw_top1, read_metrics, reliability_bins, series
 
 INK, MUTED, RULE = "#1f2933", "#52606d", "#d9dee4"
 SIZE = (4.3, 3.1)  # inches: on a phone about as wide as the screen, so that its 9 point text stays readable

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from fmnist.figures import BLUE, GREEN, GREY, ORANGE, write_file
+from fmnist.report.figures import BLUE, GREEN, GREY, ORANGE, write_file
 
 
 def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:

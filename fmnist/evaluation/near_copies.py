@@ -1,4 +1,4 @@
-"""List the test images that nearly copy a training image, as CSV: python -m fmnist.duplicates [--split test|val]"""
+"""List the test images that nearly copy a training image, as CSV: python -m fmnist.evaluation.near_copies"""
 
 import argparse
 import csv
@@ -145,7 +145,7 @@ def write_csv(file: TextIO, found: NearCopies, labels: Tensor, training_labels: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m fmnist.duplicates", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fmnist.evaluation.near_copies", description=__doc__)
     parser.add_argument("--split", choices=("test", "val"), default="test", help="images to look at")
     parser.add_argument("--val_size", type=int, default=5000, help="validation images among the 60,000")
     parser.add_argument("--threshold", type=float, default=NEAR_COPY, help="list images above this correlation")
@@ -155,7 +155,7 @@ def main() -> None:
     if not SIMILAR <= args.threshold < 1:
         parser.error(f"--threshold is {args.threshold}; legal: {SIMILAR} to below 1")
     log_to_console()
-    with one_line_errors("fmnist.duplicates"):
+    with one_line_errors("fmnist.evaluation.near_copies"):
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         (images, labels), (training, training_labels) = load_pair(args.split, args.root, args.val_size)
         start = time.perf_counter()

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fmnist.config.same_run import differences
 from fmnist.evaluation.outcome import Outcome
-from fmnist.evaluation.pareto import pareto_front, plot_comparison
-from fmnist.figures import write_file
 from fmnist.network import Trained
+from fmnist.report.comparison_figure import pareto_front, plot_comparison
+from fmnist.report.figures import write_file
 
 # Table columns: key, heading, how a value is written. Names to the left, numbers to the right.
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {

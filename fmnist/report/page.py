@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fmnist.config.schema import to_yaml
 from fmnist.data.fashion_mnist import CLASS_NAMES
-from fmnist.evaluation.html_figures import learning_curves, picture, reliability
 from fmnist.evaluation.outcome import Outcome
-from fmnist.figures import write_file
+from fmnist.report.figures import write_file
+from fmnist.report.page_figures import learning_curves, picture, reliability
 from fmnist.tracking.tracker import METRICS_FILE
 
 # People without fashion expertise, 1,000 test images, majority of three labels: the data set's own benchmark table.
@@ -191,7 +191,7 @@ def context(outcome: Outcome, result: dict[str, Any]) -> dict[str, Any]:
 
 def render(values: dict[str, Any]) -> str:
     """Fill the template; every value is escaped."""
-    loader = PackageLoader("fmnist.evaluation", "templates")
+    loader = PackageLoader("fmnist.report", "templates")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

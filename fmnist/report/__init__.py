@@ -1,0 +1,1 @@
+"""Files, figures and pages made from an evaluation."""
