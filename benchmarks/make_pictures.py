@@ -7,7 +7,7 @@ scikit-learn (two photos, six digits) and matplotlib (a portrait).
 
     apt-get install fonts-noto-color-emoji openclipart-svg librsvg2-bin
     python -m benchmarks.make_pictures make pictures
-    python -m fmnist.predict runs/cnn pictures --output predictions
+    python -m fmnist.apps.predict runs/cnn pictures --output predictions
     python -m benchmarks.make_pictures score predictions/predictions.csv
 """
 

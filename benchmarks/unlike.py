@@ -25,10 +25,10 @@ from sklearn.covariance import ledoit_wolf
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from fmnist.apps.novelty import FLAGGED, NUM_IMAGES, unit
 from fmnist.data.fashion_mnist import CLASS_NAMES, load, load_split
 from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.trained import open_predictor
-from fmnist.unlike import FLAGGED, NUM_IMAGES, unit
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
 

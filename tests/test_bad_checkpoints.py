@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from fmnist.checkpoint.__main__ import inspect, main
+from fmnist.apps.checkpoints import inspect, main
 from fmnist.checkpoint.contents import EMA, MANIFEST, MODEL, OPTIMIZER, STATE, TrainState, verify
 from fmnist.checkpoint.run_directory import lock_directory, open_directory
 from fmnist.checkpoint.store import Checkpoints

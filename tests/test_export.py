@@ -17,15 +17,15 @@ import yaml
 from conftest import ROOT
 from small import VAL_SIZE, command, untrained, write_small_data
 
+from fmnist.apps.export.__main__ import main as export_main
+from fmnist.apps.export.expected import Reference, open_reference
+from fmnist.apps.export.hub import write_hub
+from fmnist.apps.export.model_card import escape
+from fmnist.apps.export.onnx import check, write_onnx
+from fmnist.apps.search.catalogue import sha256_of
 from fmnist.config.schema import ModelConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
-from fmnist.export.__main__ import main as export_main
-from fmnist.export.hub import write_hub
-from fmnist.export.model_card import escape
-from fmnist.export.onnx import check, write_onnx
-from fmnist.export.reference import Reference, open_reference
 from fmnist.report.write import write_evaluation
-from fmnist.search.catalogue import sha256_of
 from fmnist.trained import open_predictor
 
 TINY_CONVNEXT = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "patch_size": 2, "conv_mlp": False}

@@ -12,11 +12,11 @@ from conftest import ROOT, environment
 from pictures import digits, learned_run
 from PIL import Image
 
+from fmnist.apps.monitor.__main__ import main, parse_args, read_batch
+from fmnist.apps.monitor.drift import BatchSums, describe, judge
+from fmnist.apps.novelty import Reference, open_reference
 from fmnist.data.fashion_mnist import load_split
-from fmnist.monitor.__main__ import main, parse_args, read_batch
-from fmnist.monitor.drift import BatchSums, describe, judge
 from fmnist.trained import Predictor, open_predictor
-from fmnist.unlike import Reference, open_reference
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,9 @@ def test_false_alarms_come_at_the_stated_rate(
 ) -> None:
     logits, features, _ = seen
     kept: dict[int, object] = {}
-    import fmnist.monitor.drift
+    import fmnist.apps.monitor.drift
 
-    draw = fmnist.monitor.drift._resampled_means
+    draw = fmnist.apps.monitor.drift._resampled_means
 
     def once(rng: np.random.Generator, rows: np.ndarray, size: int) -> object:
         # The draws depend on the size alone (the seed is fixed), so a hundred batches of a size can share them.
@@ -57,7 +57,7 @@ def test_false_alarms_come_at_the_stated_rate(
             kept[size] = draw(rng, rows, size)
         return kept[size]
 
-    monkeypatch.setattr(fmnist.monitor.drift, "_resampled_means", once)
+    monkeypatch.setattr(fmnist.apps.monitor.drift, "_resampled_means", once)
     generator = torch.Generator().manual_seed(0)
     raised = 0
     for _ in range(100):
@@ -131,7 +131,7 @@ def test_the_command_says_it_in_a_line_a_json_and_a_status(
     np.save(tmp_path / "digits.npy", digits()[:50].numpy())
     np.save(tmp_path / "few.npy", images[:4].numpy())
     run = str(predictor.trained.directory)
-    command = [sys.executable, "-m", "fmnist.monitor", run, str(tmp_path / "digits.npy")]
+    command = [sys.executable, "-m", "fmnist.apps.monitor", run, str(tmp_path / "digits.npy")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, cwd=ROOT)
     assert done.returncode == 1, done.stderr
     for name, verdict, status in (("usual", "fine", 0), ("digits", "worry", 1), ("few", "too few", 2)):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from fmnist.apps.cutout import cut_out, find_object, fit
 from fmnist.data.batches import Split
-from fmnist.data.cutout import cut_out, find_object, fit
 from fmnist.data.photos import WORK_SIZE, find_pictures, open_picture, read_photo
 
 PAPER = (228, 224, 216)

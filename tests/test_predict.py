@@ -12,16 +12,16 @@ from pictures import learned_run
 from PIL import Image
 from test_photos import drawn
 
-from fmnist.data.cutout import Cutout
+from fmnist.apps.cutout import Cutout
+from fmnist.apps.novelty import open_reference
+from fmnist.apps.predict.__main__ import CHUNK, Prediction, header, main, parse_args, predict_pictures, row
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
 from fmnist.data.photos import Photo
-from fmnist.predict.__main__ import CHUNK, Prediction, header, main, parse_args, predict_pictures, row
 from fmnist.trained import open_predictor
-from fmnist.unlike import open_reference
 
 
 def predict(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fmnist.predict", *map(str, args)]
+    command = [sys.executable, "-m", "fmnist.apps.predict", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, cwd=cwd)
 
 

@@ -8,15 +8,15 @@ from conftest import SMALL_RUN, train
 from PIL import Image
 from small import command, write_small_data
 
+from fmnist.apps.export.__main__ import main as export_main
+from fmnist.apps.monitor.__main__ import main as monitor_main
+from fmnist.apps.predict.__main__ import main as predict_main
+from fmnist.apps.search.__main__ import main as search_main
 from fmnist.checkpoint.contents import verify
 from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import load_split
-from fmnist.export.__main__ import main as export_main
 from fmnist.metrics import predict
-from fmnist.monitor.__main__ import main as monitor_main
-from fmnist.predict.__main__ import main as predict_main
 from fmnist.run import Run
-from fmnist.search.__main__ import main as search_main
 from fmnist.trained import classifier, open_predictor
 
 

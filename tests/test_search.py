@@ -14,6 +14,15 @@ import torch.nn.functional as F
 from PIL import Image
 from small import NUM_TEST, NUM_TRAIN, VAL_SIZE, command, untrained, write_small_data
 
+from fmnist.apps.search.__main__ import main as search_main
+from fmnist.apps.search.catalogue import Catalogue, load_catalogue, save_catalogue
+from fmnist.apps.search.retrieval import (
+    Neighbours,
+    precision_at_k,
+    precision_file,
+    read_precision,
+    summarize_precision,
+)
 from fmnist.config.schema import ModelConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
 from fmnist.evaluation.outcome import Request, evaluate
@@ -21,15 +30,6 @@ from fmnist.evaluation.retrieval import precision_of
 from fmnist.evaluation.write import write_outcome
 from fmnist.network import open_trained
 from fmnist.run import Run
-from fmnist.search.__main__ import main as search_main
-from fmnist.search.catalogue import Catalogue, load_catalogue, save_catalogue
-from fmnist.search.retrieval import (
-    Neighbours,
-    precision_at_k,
-    precision_file,
-    read_precision,
-    summarize_precision,
-)
 
 CPU = torch.device("cpu")
 
@@ -207,7 +207,8 @@ def test_a_report_measures_it_once_where_that_is_quick(
     monkeypatch.setattr(logging.getLogger("fmnist"), "propagate", True)
     with caplog.at_level(logging.INFO, "fmnist"):
         assert precision_of(slow, CPU) is None
-    assert f"2,600 images take about 43 minutes here; python -m fmnist.search evaluate {run_directory}" in caplog.text
+    assert "2,600 images take about 43 minutes here" in caplog.text
+    assert f"python -m fmnist.apps.search evaluate {run_directory}" in caplog.text
     result = precision_of(outcome, CPU)
     assert result is not None and (result["k"], result["num_queries"]) == (10, NUM_TEST)
     monkeypatch.delattr("fmnist.evaluation.retrieval.measure_precision")  # from here on it is read
@@ -226,7 +227,8 @@ def test_a_report_measures_it_once_where_that_is_quick(
 def test_an_index_of_other_weights_is_refused(run_directory: Path, index: Path, tmp_path: Path) -> None:
     other = untrained(tmp_path / "other", ModelConfig(name="mlp", options={"width": 32}), 28)
     done = search("query", index, "test:0", "--run", other, status=2)
-    assert "has no index yet; make one: python -m fmnist.search index" in search("query", other, "test:0", status=2)
+    missing = search("query", other, "test:0", status=2)
+    assert "has no index yet; make one: python -m fmnist.apps.search index" in missing
     assert "was made by other weights (run, sha256" in done
 
 

@@ -9,10 +9,10 @@ from pictures import digits, learned_run, noise
 from safetensors.torch import load_file, save_file
 from small import NUM_TRAIN, untrained, write_small_data
 
+from fmnist.apps.novelty import FILE, FLAGGED, Reference, compute_reference, open_reference
 from fmnist.config.schema import ModelConfig
 from fmnist.data.fashion_mnist import load_split
 from fmnist.trained import Predictor, open_predictor
-from fmnist.unlike import FILE, FLAGGED, Reference, compute_reference, open_reference
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_it_is_kept_and_read_again_only_if_sound(
         computed.append(True)
         return reference
 
-    monkeypatch.setattr("fmnist.unlike.compute_reference", compute)
+    monkeypatch.setattr("fmnist.apps.novelty.compute_reference", compute)
     again = open_reference(predictor)
     assert not computed and torch.equal(again.train, reference.train) and again.threshold == reference.threshold
 
@@ -95,8 +95,8 @@ def test_a_run_that_may_not_be_written_to_is_used(
     def refuse(*_: object, **__: object) -> tuple[int, str]:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("fmnist.unlike.compute_reference", lambda *_: reference)
-    monkeypatch.setattr("fmnist.unlike.tempfile.mkstemp", refuse)
+    monkeypatch.setattr("fmnist.apps.novelty.compute_reference", lambda *_: reference)
+    monkeypatch.setattr("fmnist.apps.novelty.tempfile.mkstemp", refuse)
     (predictor.trained.output / FILE).unlink()
     assert open_reference(predictor) is reference
     assert not (predictor.trained.output / FILE).exists()

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from fmnist.data.cutout import Cutout, Floats, Invert, cut_out
+from fmnist.apps.cutout import Cutout, Floats, Invert, cut_out
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")  # every other decoder of Pillow stays closed to files from outside

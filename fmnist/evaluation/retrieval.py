@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from fmnist.apps.search.retrieval import measure_precision, precision_file, read_precision, write_precision
 from fmnist.data.fashion_mnist import load_split
 from fmnist.evaluation.outcome import Outcome
-from fmnist.search.retrieval import measure_precision, precision_file, read_precision, write_precision
 from fmnist.trained import load_predictor
 
 logger = logging.getLogger("fmnist")
@@ -38,7 +38,7 @@ def precision_of(outcome: Outcome, device: torch.device, root: str | None = None
     count = len(outcome.labels) + len(load_split("train", root or data.root, data.val_size)[1])
     seconds = count / cost.timings[-1].images_per_second
     if seconds > LIMIT_S:
-        measure = f"python -m fmnist.search evaluate {trained.weights.parent}"
+        measure = f"python -m fmnist.apps.search evaluate {trained.weights.parent}"
         logger.info(
             "retrieval precision is left out: %s images take about %.0f minutes here; %s measures it for the report",
             f"{count:,}",

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fmnist.apps.search.retrieval import precision_line
 from fmnist.config.schema import flatten
 from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.evaluation.calibration import calibrate
@@ -15,7 +16,6 @@ from fmnist.evaluation.outcome import Outcome
 from fmnist.report.figures import plot_learning_curves
 from fmnist.report.page import confident_errors, write_html
 from fmnist.report.write import write_evaluation
-from fmnist.search.retrieval import precision_line
 from fmnist.tracking.tracker import METRICS_FILE
 from fmnist.tracking.wandb_run import log_evaluation
 

@@ -229,5 +229,5 @@ def check_same_weights(catalogue: Catalogue, predictor: Predictor, path: Path) -
     if sha256 != catalogue.weights_sha256:
         raise ValueError(
             f"{path} was made by other weights ({catalogue.run}, sha256 {catalogue.weights_sha256[:12]}) than those of "
-            f"{predictor.trained.name} (sha256 {sha256[:12]}); make it again: python -m fmnist.search index"
+            f"{predictor.trained.name} (sha256 {sha256[:12]}); make it again: python -m fmnist.apps.search index"
         )

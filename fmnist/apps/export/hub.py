@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
+from fmnist.apps.export.expected import Reference
+from fmnist.apps.export.model_card import Measured, model_card, read_measured
 from fmnist.config.schema import to_yaml
 from fmnist.data.fashion_mnist import CLASS_NAMES, NUM_CLASSES
-from fmnist.export.model_card import Measured, model_card, read_measured
-from fmnist.export.reference import Reference
 from fmnist.models import REGISTRY
 from fmnist.network import Trained
 from fmnist.runtime.files import sha256_of

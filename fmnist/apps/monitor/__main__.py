@@ -1,10 +1,10 @@
-"""Compare incoming pictures with the training data: python -m fmnist.monitor RUN BATCH [--json FILE]
+"""Compare incoming pictures with the training data: python -m fmnist.apps.monitor RUN BATCH [--json FILE]
 
 Four signals: the mix of predicted classes, the mean confidence, the share of pictures unlike the training images, and
 the drift of the mean features. Together they raise a false alarm for one batch in a hundred (--false_alarms 0.01).
 One line says whether to worry; the exit status is 0 fine, 1 worry, 2 a mistake or too few pictures to judge.
 
-example, in a crontab: 0 6 * * * python -m fmnist.monitor runs/cnn incoming/ --json monitor.json || mail -s worry me
+in a crontab: 0 6 * * * python -m fmnist.apps.monitor runs/cnn incoming/ --json monitor.json || mail -s worry me
 """
 
 import argparse
@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fmnist.apps.monitor.drift import MIN_PICTURES, SIGNALS, SMALLEST_RATE, BatchSums, Judgement, judge
+from fmnist.apps.novelty import open_reference
 from fmnist.data.fashion_mnist import CLASS_NAMES, IMAGE_SIZE
 from fmnist.data.idx import MAX_FILE_BYTES, read_idx
 from fmnist.data.photos import find_pictures, read_photo
-from fmnist.monitor.drift import MIN_PICTURES, SIGNALS, SMALLEST_RATE, BatchSums, Judgement, judge
 from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.runtime.files import write_atomic
 from fmnist.trained import open_predictor
-from fmnist.unlike import open_reference
 
 CHUNK = 256
 UNREADABLE = 0.1  # share of the files above which their errors are themselves a reason to worry
@@ -34,7 +34,7 @@ UNREADABLE = 0.1  # share of the files above which their errors are themselves a
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m fmnist.monitor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m fmnist.apps.monitor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="what train.py wrote: a run directory or a checkpoint")
     parser.add_argument(
@@ -154,7 +154,7 @@ def report(batch: BatchSums, judgement: Judgement | None, errors: int, args: arg
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     log_to_console()
-    with one_line_errors("python -m fmnist.monitor"):
+    with one_line_errors("python -m fmnist.apps.monitor"):
         if not args.batch.exists():
             raise ValueError(f"{args.batch}: no such file or folder")
         predictor = open_predictor(args.run, args.device)

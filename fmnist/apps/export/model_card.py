@@ -11,7 +11,7 @@ import timm
 import torch
 import yaml
 
-from fmnist.export.reference import Reference
+from fmnist.apps.export.expected import Reference
 from fmnist.network import Trained
 from fmnist.trained import Predictor
 

@@ -1,8 +1,8 @@
 """Write a trained run for other programs, checked against the run on real test images.
 
-python -m fmnist.export runs/cnn --to onnx       runs/cnn/export/model.onnx: uint8 pictures in, logits and
+python -m fmnist.apps.export runs/cnn --to onnx       runs/cnn/export/model.onnx: uint8 pictures in, logits and
                                                  probabilities out; resize and normalisation are in the graph
-python -m fmnist.export runs/cnn --to hub        runs/cnn/export/hub: config.json, weights, model card; for a timm
+python -m fmnist.apps.export runs/cnn --to hub        runs/cnn/export/hub: config.json, weights, model card; for a timm
                                                  model, timm.create_model("local-dir:FOLDER", pretrained=True) opens it
 """
 
@@ -10,12 +10,12 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from fmnist.export.hub import write_hub
-from fmnist.export.onnx import write_onnx
-from fmnist.export.reference import open_reference
+from fmnist.apps.export.expected import open_reference
+from fmnist.apps.export.hub import write_hub
+from fmnist.apps.export.onnx import write_onnx
 from fmnist.runtime.console import log_to_console, one_line_errors
 
-PROGRAM = "python -m fmnist.export"
+PROGRAM = "python -m fmnist.apps.export"
 WRITERS: dict[str, tuple[Callable[..., str], str]] = {
     "onnx": (write_onnx, "model.onnx"),
     "hub": (write_hub, "hub"),

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fmnist.apps.search.catalogue import UNKNOWN, Catalogue
 from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.report.figures import BLUE, GREEN, ORANGE, write_file
-from fmnist.search.catalogue import UNKNOWN, Catalogue
 
 COLUMNS = 10  # items of one line of the sheet; more go on below
 CELL_INCHES, CAPTION_INCHES, HEAD_INCHES = 0.98, 0.46, 0.62

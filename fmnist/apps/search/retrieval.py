@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fmnist.apps.search.catalogue import Catalogue, build_catalogue, embed, index_file, load_catalogue, read_split
 from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.network import Trained
 from fmnist.report.figures import write_file
 from fmnist.runtime.files import sha256_of
-from fmnist.search.catalogue import Catalogue, build_catalogue, embed, index_file, load_catalogue, read_split
 from fmnist.trained import Predictor
 
 QUERIES_AT_ONCE = 64

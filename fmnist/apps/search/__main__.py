@@ -1,8 +1,8 @@
 """Find the catalogue items that look most like a picture, by a trained run's penultimate features.
 
-python -m fmnist.search index runs/cnn                          the training images, to runs/cnn/search/index.npz
-python -m fmnist.search query runs/cnn test:17 shoe.jpg         search.png and search.csv: the ten nearest of each
-python -m fmnist.search evaluate runs/cnn                       how often the ten nearest are of the same class
+python -m fmnist.apps.search index runs/cnn                          the training images, to runs/cnn/search/index.npz
+python -m fmnist.apps.search query runs/cnn test:17 shoe.jpg         search.png and search.csv: the ten nearest of each
+python -m fmnist.apps.search evaluate runs/cnn                       how often the ten nearest are of the same class
 """
 
 import argparse
@@ -13,10 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fmnist.data.photos import read_view
-from fmnist.network import open_trained
-from fmnist.runtime.console import log_to_console, one_line_errors
-from fmnist.search.catalogue import (
+from fmnist.apps.search.catalogue import (
     SOURCES,
     UNKNOWN,
     Catalogue,
@@ -28,11 +25,14 @@ from fmnist.search.catalogue import (
     read_split,
     save_catalogue,
 )
-from fmnist.search.retrieval import Neighbours, measure_precision, precision_file, precision_table, write_precision
-from fmnist.search.sheet import Hit, plot_hits, write_hits
+from fmnist.apps.search.hits import Hit, plot_hits, write_hits
+from fmnist.apps.search.retrieval import Neighbours, measure_precision, precision_file, precision_table, write_precision
+from fmnist.data.photos import read_view
+from fmnist.network import open_trained
+from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.trained import Predictor, open_predictor
 
-PROGRAM = "python -m fmnist.search"
+PROGRAM = "python -m fmnist.apps.search"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmnist.unlike import Reference, unit
+from fmnist.apps.novelty import Reference, unit
 
 SIGNALS = ("class mix", "confidence", "unlike", "drift")
 REPLICATES = 2000

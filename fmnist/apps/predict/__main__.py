@@ -1,10 +1,10 @@
-"""Predict pictures from outside: python -m fmnist.predict RUN PATH... [--output DIR]
+"""Predict pictures from outside: python -m fmnist.apps.predict RUN PATH... [--output DIR]
 
 Each picture is made to look like Fashion-MNIST: the object is cut from its plain background, turned light on black,
 and fitted into 28 x 28. Written to the output folder: predictions.csv, one row per picture, and predictions.png, each
 photo beside what the model sees. A file that cannot be read is a row with its error.
 
-example: python -m fmnist.predict runs/cnn photos/ more/*.jpg --output predictions
+example: python -m fmnist.apps.predict runs/cnn photos/ more/*.jpg --output predictions
 """
 
 import argparse
@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fmnist.apps.novelty import Reference, open_reference
+from fmnist.apps.predict.photo_sheet import BLACK, GREY, ORANGE, Entry, draw_sheet
 from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.data.photos import Photo, find_pictures, read_photo
-from fmnist.predict.sheet import BLACK, GREY, ORANGE, Entry, draw_sheet
 from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.runtime.files import write_atomic
 from fmnist.trained import Predictor, open_predictor
-from fmnist.unlike import Reference, open_reference
 
 CHUNK = 64  # pictures in memory at a time
 
@@ -50,7 +50,7 @@ class Prediction:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m fmnist.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m fmnist.apps.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="what train.py wrote: a run directory or a checkpoint")
     parser.add_argument("paths", nargs="+", metavar="PATH", help="pictures (JPEG, PNG, WebP), folders or globs")
@@ -176,7 +176,7 @@ def write_predictions(items: Iterable[Prediction], args: argparse.Namespace, tit
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     log_to_console()
-    with one_line_errors("python -m fmnist.predict"):
+    with one_line_errors("python -m fmnist.apps.predict"):
         try:
             args.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:

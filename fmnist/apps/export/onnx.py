@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fmnist.apps.export.expected import Reference
 from fmnist.data.fashion_mnist import CLASS_NAMES
-from fmnist.export.reference import Reference
 from fmnist.runtime.files import sha256_of
 from fmnist.trained import Predictor
 

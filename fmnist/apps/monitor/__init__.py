@@ -1,0 +1,1 @@
+"""Compare incoming pictures with the training data: `python -m fmnist.apps.monitor`."""

@@ -1,0 +1,1 @@
+"""Predict pictures from outside: `python -m fmnist.apps.predict`."""

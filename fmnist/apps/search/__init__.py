@@ -1,0 +1,1 @@
+"""Find the catalogue items that look most like a picture: `python -m fmnist.apps.search`."""

@@ -1,1 +1,0 @@
-"""Compare incoming pictures with the training data: `python -m fmnist.monitor`."""

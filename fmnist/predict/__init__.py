@@ -1,1 +1,0 @@
-"""Predict pictures from outside: `python -m fmnist.predict`."""

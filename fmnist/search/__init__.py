@@ -1,1 +1,0 @@
-"""Find the catalogue items that look most like a picture: `python -m fmnist.search`."""
