@@ -17,9 +17,9 @@ from fmnist.benchmark import __main__ as entry
 from fmnist.benchmark import gate, output, races
 from fmnist.benchmark.ceilings import ByteCounter, bytes_per_image
 from fmnist.benchmark.chart import draw
-from fmnist.benchmark.judge import CASES, Fixed, expected
+from fmnist.benchmark.command_line import parse
+from fmnist.benchmark.ground_truth import CASES, Fixed, expected
 from fmnist.benchmark.on_device import V2Batch
-from fmnist.benchmark.options import parse
 from fmnist.benchmark.ours import OursEager
 from fmnist.benchmark.pipelines import Setting, Synthetic
 from fmnist.benchmark.registry import PIPELINES, build

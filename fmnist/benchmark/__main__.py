@@ -12,8 +12,8 @@ import torch
 
 from fmnist.benchmark import output, races
 from fmnist.benchmark.ceilings import copy_bytes_per_second, matmul_flops_per_second
+from fmnist.benchmark.command_line import Options, parse
 from fmnist.benchmark.gate import Verdict
-from fmnist.benchmark.options import Options, parse
 from fmnist.benchmark.pipelines import Pipeline, Setting
 from fmnist.benchmark.registry import OURS, PIPELINES, build
 from fmnist.benchmark.timing import Pace

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmnist.benchmark.judge import CASES, expected
+from fmnist.benchmark.ground_truth import CASES, expected
 from fmnist.benchmark.pipelines import Pipeline
 from fmnist.data.fashion_mnist import MEAN, STD
 

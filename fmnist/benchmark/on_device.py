@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmnist.benchmark.judge import Fixed, box_pixels
+from fmnist.benchmark.ground_truth import Fixed, box_pixels
 from fmnist.benchmark.pil_loader import pin_torchvision, torchvision_transforms
 from fmnist.benchmark.pipelines import (
     ERASE,

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fmnist.benchmark.judge import Chain, Fixed
+from fmnist.benchmark.ground_truth import Chain, Fixed
 from fmnist.benchmark.pipelines import ERASE, FLIP, ROTATION, SHIFT, Pipeline, Setting, UnavailableError
 from fmnist.config.schema import AugmentConfig
 from fmnist.data import augment_table as params

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fmnist.benchmark.judge import Fixed, box_pixels
+from fmnist.benchmark.ground_truth import Fixed, box_pixels
 from fmnist.benchmark.pipelines import (
     ERASE,
     ERASE_AREA,

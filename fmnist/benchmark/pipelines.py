@@ -7,7 +7,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from fmnist.benchmark.judge import Chain, Fixed, enlarged
+from fmnist.benchmark.ground_truth import Chain, Fixed, enlarged
 from fmnist.data.batches import Loader, MicroBatch, Split
 from fmnist.data.fashion_mnist import NUM_CLASSES
 

@@ -1,8 +1,8 @@
 """Keep measured runs as JSON, and make the tables of README and docs/benchmark.md from them.
 
-python -m benchmarks.results record RUN_DIRECTORY NAME "COMMAND" [--note TEXT]
-python -m benchmarks.results compare comparison/comparison.json "COMMAND"
-python -m benchmarks.results table
+python -m experiments.tables record RUN_DIRECTORY NAME "COMMAND" [--note TEXT]
+python -m experiments.tables compare comparison/comparison.json "COMMAND"
+python -m experiments.tables table
 """
 
 import argparse
@@ -24,7 +24,7 @@ BENCHMARK = ROOT / "docs" / "benchmark.md"
 
 
 def record(run: Path, name: str, command: str, note: str) -> Path:
-    """Write benchmarks/results/NAME.json from a finished run: its summary, and the spread of its speed."""
+    """Write experiments/results/NAME.json from a finished run: its summary, and the spread of its speed."""
     summary = json.loads((run / "summary.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rates = sorted(line["images_per_second"] for line in lines if line.get("images_per_second"))
@@ -67,7 +67,7 @@ def record(run: Path, name: str, command: str, note: str) -> Path:
 
 
 def record_comparison(path: Path, command: str) -> Path:
-    """Write benchmarks/results/comparison.json from what `evaluate.py RUN RUN ...` wrote."""
+    """Write experiments/results/comparison.json from what `evaluate.py RUN RUN ...` wrote."""
     result = {
         "name": "comparison",
         "command": command,

@@ -1,10 +1,10 @@
 """Measure the flag "unlike the training images": how often it is raised wrongly, and how often it is missing.
 
-    python -m benchmarks.unlike rates runs/cnn
-    python -m benchmarks.unlike hold_out data/held_out 3 8
+    python -m experiments.novelty_rates rates runs/cnn
+    python -m experiments.novelty_rates hold_out data/held_out 3 8
     accelerate launch train.py --data.root data/held_out --schedule.epochs 3 --augment.size 28 \\
         --output_dir runs/held_out
-    python -m benchmarks.unlike rates runs/held_out --held_out 3 8
+    python -m experiments.novelty_rates rates runs/held_out --held_out 3 8
 
 (EfficientNet-Lite0: the middle command with its config and weights, and without --schedule and --augment.)
 `rates` prints, for the score in use and for others on the same model, the share flagged of each kind of image, with
@@ -134,7 +134,7 @@ def main() -> None:
     reader.add_argument("--held_out", type=int, nargs="*", default=[], choices=range(10), help="classes it never saw")
     args = parser.parse_args()
     log_to_console()
-    with one_line_errors("benchmarks/unlike.py"):
+    with one_line_errors("experiments/novelty_rates.py"):
         if args.command == "hold_out":
             hold_out(args.folder, args.classes)
         else:

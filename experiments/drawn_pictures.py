@@ -6,9 +6,9 @@ rsvg-convert, the clip art of openclipart-svg (public domain). In the folder `no
 scikit-learn (two photos, six digits) and matplotlib (a portrait).
 
     apt-get install fonts-noto-color-emoji openclipart-svg librsvg2-bin
-    python -m benchmarks.make_pictures make pictures
+    python -m experiments.drawn_pictures make pictures
     python -m fmnist.apps.predict runs/cnn pictures --output predictions
-    python -m benchmarks.make_pictures score predictions/predictions.csv
+    python -m experiments.drawn_pictures score predictions/predictions.csv
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """What `--exact V` costs: a step's processor time with it, as a multiple of that without, V micro-batches or one.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.exact_cost [--rounds 7] [--shards 1 2 4 8]
+    OMP_NUM_THREADS=1 python -m experiments.exact_cost [--rounds 7] [--shards 1 2 4 8]
 
 One process with one thread, interleaved: each round times every variant once, and the minimum over the rounds counts.
 Processor time, which other work on the machine distorts less than the wall clock's. What is left out is the exchange

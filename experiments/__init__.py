@@ -1,0 +1,1 @@
+"""Scripts and results behind every published number."""
