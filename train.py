@@ -9,73 +9,72 @@ if __name__ == "__main__":
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from fmnist.checkpoint.run_directory import is_finished, open_directory
-from fmnist.metrics import predict, score
-from fmnist.optim import is_due, set_lr
+from fmnist.metrics import validate
+from fmnist.optim import set_lr
 from fmnist.run import Run
 from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.step import train_step
-from fmnist.training.build import Training, build, conclude, raise_if_not_finite, save
+from fmnist.training.build import Training, build
+from fmnist.training.finish import finish
 from fmnist.training.plan import print_plan
+from fmnist.training.save import save
 
 
-def train(training: Training, cfg: Config, run: Run) -> bool:
-    """Train to the schedule's end, or until a stop is asked for; return whether it reached the end."""
-    t, state, schedule, total = training, training.state, training.schedule, training.schedule.total_steps
-    model = run.prepare(t.model)
+def train(training: Training, cfg: Config, run: Run) -> None:
+    """Train to the schedule's end, or until a stop is asked for."""
+    state, schedule, clock, non_finite = training.state, training.schedule, training.clock, training.non_finite
+    model, gradients = run.prepare(training.model, compiled=cfg.model.compile)
     model.train()
-    t.clock.start()
+    clock.start()
 
-    while state.step < total:
-        lr = set_lr(t.optimizer, schedule, state.step)
-        micro_batches = t.loader.micro_batches(state.step)
-        metrics = train_step(model, t.optimizer, micro_batches, t.augment, cfg.optim, run, t.ema)
+    while state.step < schedule.total_steps:
+        # update: one optimizer step on this process's share of the global batch
+        lr = set_lr(training.optimizer, schedule, state.step)
+        micro_batches = training.loader.micro_batches(state.step)
+        metrics = train_step(
+            model, training.optimizer, micro_batches, training.augment, gradients, cfg.optim, training.ema
+        )
         state.step += 1
-        t.watch.note(metrics, state.step)
-        t.clock.tick()
+        non_finite.note(metrics, state.step)  # so that a NaN noticed late has a first step
+        clock.tick()
 
-        if is_due(state.step, cfg.log.every_steps, total):
-            scalars = run.mean(metrics)  # the loop's one device sync
-            raise_if_not_finite(scalars, t, run)
-            run.log("train", scalars | {"lr": lr} | t.clock.read(), state.step, schedule.epoch(state.step))
+        # log: the loop's one device sync
+        if schedule.logs(state.step):
+            scalars = run.mean(metrics)
+            non_finite.check(scalars, state.step)
+            run.log("train", scalars | {"lr": lr} | clock.read(), state.step)
 
-        evaluation_due = is_due(state.step, schedule.evaluation_steps, total)
-        if evaluation_due:
-            with t.clock.paused():
-                top1 = None
-                if len(t.val_split):
-                    logits = predict(t.evaluated, t.val_split, t.augment, cfg.evaluation, run)
-                    val = run.mean(score(logits, t.val_split.labels))
-                    run.log("val", val, state.step, schedule.epoch(state.step))
-                    top1 = val["top1"]
-                state.update_best(top1)
+        # validate: the clock of images per second stands still meanwhile
+        if schedule.validates(state.step):
+            with clock.paused():
+                val = validate(training.eval_model, training.val_split, training.augment, cfg.evaluation, run)
+                run.log("val", val, state.step)
+                state.update_best(val.get("top1"))
 
+        # save, or stop
         stopping = run.should_stop()
-        if evaluation_due or stopping or is_due(state.step, cfg.checkpoint.every_steps, total):
-            with t.clock.paused():
-                save(t, run)
+        if schedule.saves(state.step) or stopping:
+            with clock.paused():
+                save(training, run)
         if stopping:
             break
-
-    return state.step == total
 
 
 @record  # torchrun's summary then shows this process' traceback and rank
 def main(cfg: Config) -> None:
     log_to_console()
-    with one_line_errors("train.py"):
-        run = Run(cfg, open_directory(cfg))
-    with one_line_errors("train.py"), run.watch_peers():
+    with one_line_errors("train.py"), Run(cfg, open_directory(cfg)) as run, run.watch_lost_processes():
         if is_finished(run.directory) and not cfg.overwrite:
-            return run.close()
+            return
         if not cfg.dry_run:
             run.claim()
         training = build(cfg, run)
         if cfg.dry_run:
             print_plan(training, cfg, run)
-            return run.close()
-        run.start(training.state.step, training.schedule.total_steps, training.augment.backend)
-        finished = train(training, cfg, run)
-        conclude(training, cfg, run, finished=finished)
+            return
+        run.start(training.state.step, training.schedule.total_steps, training.schedule.steps_per_epoch)
+        train(training, cfg, run)
+        finish(training, cfg, run)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ between processes: `exact` gathers V copies of the gradients where DDP sums one.
 import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -18,7 +17,7 @@ from fmnist.config.schema import AugmentConfig, Config, ModelConfig
 from fmnist.data.batches import Loader, Split
 from fmnist.network import build_network
 from fmnist.optim import build_optimizer
-from fmnist.run import Run
+from fmnist.runtime.compute import Compute
 from fmnist.step import train_step
 
 GLOBAL_BATCH_SIZE = 128
@@ -28,17 +27,17 @@ def make_step(name: str, micro_batch_size: int, exact: int | None, split: Split)
     """Return a function that makes one optimizer step."""
     model_config = ModelConfig(name=name, precision="fp32")
     cfg = Config(model=model_config, augment=AugmentConfig(flip=0.5, shift=0.1), exact=exact)
-    run = Run(cfg, Path("unused"))
-    model, augment = build_network(cfg, run.device, load_weights=True)
+    compute = Compute(precision="fp32", shards=exact)
+    model, augment = build_network(cfg, compute.device, load_weights=True)
     optimizer = build_optimizer(model, cfg.optim)
-    prepared = run.prepare(model)
+    prepared, gradients = compute.prepare(model)
     loader = Loader(split, global_batch_size=GLOBAL_BATCH_SIZE, micro_batch_size=micro_batch_size, seed=0)
     micro_batches = loader.micro_batches(0)
 
     def step() -> None:
         # Accelerate's processes have one setting; here both kinds of run share one.
         torch.use_deterministic_algorithms(exact is not None)
-        train_step(prepared, optimizer, micro_batches, augment, cfg.optim, run)
+        train_step(prepared, optimizer, micro_batches, augment, gradients, cfg.optim)
 
     return step
 

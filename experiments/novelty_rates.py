@@ -28,7 +28,7 @@ from torch import Tensor
 from fmnist.apps.novelty import FLAGGED, NUM_IMAGES, unit
 from fmnist.data.fashion_mnist import CLASS_NAMES, load, load_split
 from fmnist.runtime.console import log_to_console, one_line_errors
-from fmnist.trained import open_predictor
+from fmnist.trained import open_trained
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
 
@@ -99,8 +99,8 @@ def scorers(features: Tensor, labels: Tensor) -> dict[str, Scorer]:
 
 def rates(run: Path, held_out: list[int]) -> None:
     """Print the share flagged by each score, in percent, of each kind of image."""
-    predictor = open_predictor(run)
-    data = predictor.trained.cfg.data
+    trained = open_trained(run)
+    data = trained.cfg.data
     train, labels = load_split("train", data.root, data.val_size)
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:NUM_IMAGES]
     val = load_split("val", data.root, data.val_size)[0]
@@ -108,9 +108,9 @@ def rates(run: Path, held_out: list[int]) -> None:
     unseen = torch.isin(test_labels, torch.tensor(held_out, dtype=torch.long))
     kinds = {"test images": test[~unseen]}
     kinds |= {f"held out: {CLASS_NAMES[label]}": test[test_labels == label] for label in held_out}
-    seen = {kind: predictor(images) for kind, images in (kinds | other_images(test)).items()}
-    logits, features = predictor(val)
-    _, reference = predictor(train[chosen])
+    seen = {kind: trained(images) for kind, images in (kinds | other_images(test)).items()}
+    logits, features = trained(val)
+    _, reference = trained(train[chosen])
     print(f"flagged, in percent; threshold: {100 * FLAGGED:.0f} % of {len(val):,} validation images of {run}")
     scores = scorers(reference, labels[chosen])
     print("".join(f"{place + 1}. {name}\n" for place, name in enumerate(scores)), end="")

@@ -13,8 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from fmnist.checkpoint.run_directory import git_revision, versions
-from fmnist.runtime.hardware import processor
+from fmnist.runtime.provenance import git_revision, processor, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -1,7 +1,6 @@
 """Parameter groups, the optimizer, and the schedule: everything that is a function of the step."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +11,6 @@ from torch import nn
 from fmnist.config.schema import Config, OptimConfig
 
 
-def is_due(step: int, every: int, total: int) -> bool:
-    """Say whether something that happens every so many steps, and at the end, happens at this step.
-
-    Args:
-        step: completed optimizer updates, from 1.
-        every: period in steps; 0 is never, not even at the end.
-        total: steps of the whole run.
-    """
-    return every > 0 and (step % every == 0 or step == total)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """Step counts of a run and its learning rate; each method is a pure function of the step.
@@ -31,7 +19,8 @@ class Schedule:
         shape: cosine, linear or constant, after the warm-up.
         peak_lr, min_lr: learning rates after the warm-up and at the end.
         steps_per_epoch, total_steps, warmup_steps, head_only_steps: optimizer updates.
-        evaluation_steps: updates between evaluations.
+        log_steps, evaluation_steps, checkpoint_steps: updates between logged lines, evaluations and checkpoints beside
+            those of the evaluations; 0 is never.
     """
 
     shape: str
@@ -41,7 +30,9 @@ class Schedule:
     total_steps: int
     warmup_steps: int
     head_only_steps: int
+    log_steps: int
     evaluation_steps: int
+    checkpoint_steps: int
 
     @classmethod
     def from_config(cls, cfg: Config, steps_per_epoch: int) -> "Schedule":
@@ -67,7 +58,9 @@ class Schedule:
             total_steps=total,
             warmup_steps=warmup,
             head_only_steps=round(cfg.optim.head_only_epochs * steps_per_epoch),
+            log_steps=cfg.log.every_steps,
             evaluation_steps=evaluation.every_steps or max(1, round(evaluation.every_epochs * steps_per_epoch)),
+            checkpoint_steps=cfg.checkpoint.every_steps,
         )
 
     def lr(self, step: int) -> float:
@@ -78,6 +71,22 @@ class Schedule:
         remaining = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[self.shape]
         low = self.peak_lr if self.shape == "constant" else self.min_lr
         return low + (self.peak_lr - low) * remaining
+
+    def logs(self, step: int) -> bool:
+        """Say whether a line is logged after this many updates."""
+        return self._is_due(step, self.log_steps)
+
+    def validates(self, step: int) -> bool:
+        """Say whether the validation images are evaluated after this many updates."""
+        return self._is_due(step, self.evaluation_steps)
+
+    def saves(self, step: int) -> bool:
+        """Say whether a checkpoint is written after this many updates: after each evaluation, too."""
+        return self.validates(step) or self._is_due(step, self.checkpoint_steps)
+
+    def _is_due(self, step: int, every: int) -> bool:
+        """What happens every so many steps happens at the end too; every 0 is never, not even then."""
+        return every > 0 and (step % every == 0 or step == self.total_steps)
 
     def epoch(self, step: int) -> float:
         """Return the passes over the training images after `step` updates, with the fraction."""
@@ -140,8 +149,3 @@ def set_lr(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> f
         frozen = step < schedule.head_only_steps and not group["is_head"]
         group["lr"] = 0.0 if frozen else lr * group["lr_scale"]
     return lr
-
-
-def trainable(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
-    """Yield the parameters that the optimizer updates."""
-    return (p for group in optimizer.param_groups for p in group["params"])

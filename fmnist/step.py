@@ -1,6 +1,6 @@
 """One optimizer step: the only forward, backward and update in the project. The benchmark times this function."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +10,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from fmnist.config.schema import OptimConfig
 from fmnist.data.augment import Augment
-from fmnist.data.batches import MicroBatch, mix_key
-from fmnist.optim import trainable
-from fmnist.run import Run
+from fmnist.data.batches import MicroBatch
+from fmnist.runtime.gradients import Gradients
 
 
 def train_step(
@@ -20,27 +19,41 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     micro_batches: Sequence[MicroBatch],
     augment: Augment,
+    gradients: Gradients,
     cfg: OptimConfig,
-    run: Run,
     ema: ModelEmaV3 | None = None,
 ) -> dict[str, Tensor]:
     """Update the weights once from this process's micro-batches; nothing here waits for the device.
 
-    Returns float32 scalars on the device: `loss`, this process's mean, and `grad_norm`, the L2 norm before clipping.
+    Args:
+        model: wrapped, as `Compute.prepare` returned it.
+        optimizer: over the same parameters.
+        micro_batches: this process's share of the global batch, by reference.
+        augment: makes images and targets of one.
+        gradients: sums over micro-batches and processes, from `Compute.prepare` too.
+        cfg: label smoothing and gradient clipping.
+        ema: the weights' moving average, if there is one.
+
+    Returns:
+        float32 scalars on the device: `loss`, this process's mean, and `grad_norm`, the L2 norm before clipping.
     """
-    loss_sum = torch.zeros((), device=run.device)
-    for i, batch in enumerate(micro_batches):
-        images, targets = augment(batch)
-        torch.manual_seed(mix_key(*batch.key))  # dropout and drop path depend on the batch, not on what ran before
-        with run.gradient_sync(model, enabled=i + 1 == len(micro_batches)):
-            logits = model(images)
-            loss = F.cross_entropy(logits, targets, label_smoothing=cfg.label_smoothing)
-            run.backward(loss := loss / run.loss_divisor(len(micro_batches)))
-        loss_sum += loss.detach()
-    loss_sum = run.sum_shards(loss_sum)
+    # forward and backward: gradients add up over the micro-batches
+    for batch in gradients.over(model, micro_batches):
+        images, targets = augment(batch)  # uint8 on the device -> [B, C, S, S]; int64 [B], or [B, K] where mixed
+        torch.manual_seed(batch.seed)  # dropout and drop path depend on the batch, not on what ran before
+        loss = F.cross_entropy(model(images), targets, label_smoothing=cfg.label_smoothing)
+        gradients.backward(loss)  # scaled so that the sum is the mean over the global batch
+    loss = gradients.total()
+
+    # update: clip, step, and move the average of the weights
     grad_norm = clip_grad_norm_(trainable(optimizer), cfg.grad_clip_norm or float("inf"))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if ema is not None:
-        ema.update(run.unwrap(model), step=micro_batches[0].key[1])
-    return {"loss": loss_sum, "grad_norm": grad_norm}
+        ema.update(gradients.model, step=batch.step)
+    return {"loss": loss, "grad_norm": grad_norm}
+
+
+def trainable(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
+    """Yield the parameters that the optimizer updates."""
+    return (p for group in optimizer.param_groups for p in group["params"])

@@ -1,36 +1,87 @@
-"""A trained run as a function of images: what predict, search, monitor and export open."""
+"""A trained run, or one of its checkpoints, as a function of images: logits and features."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fmnist.checkpoint.contents import MODEL, read_state, verify, weights_to_use
+from fmnist.checkpoint.run_directory import read_summary
+from fmnist.checkpoint.store import Checkpoints
+from fmnist.checkpoint.tensors import load_strict, non_finite, read_tensors_and_digest
+from fmnist.config.parse import load_config
+from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
-from fmnist.network import Trained, open_trained
-from fmnist.runtime.hardware import resolve_precision
+from fmnist.network import build_network
+from fmnist.runtime.hardware import autocast
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predictor:
-    """Trained weights, ready for images.
+class Trained:
+    """Trained weights and how to use them; the model is built, and the weights are read, when first asked for.
 
     Attributes:
-        trained: the run, its config and its name.
-        model: in evaluation mode, on the device.
-        augment: resizes and normalises as the run did.
+        name: for titles and tables: the run's name, with the step for a checkpoint.
+        directory: the run directory.
+        checkpoint: the name of the checkpoint in it; empty for the run's own weights.
+        weights: the safetensors file.
+        cfg: the run's config.
+        summary: the run's summary.json, empty while it has none.
         device: where the model lives.
     """
 
-    trained: Trained
-    model: nn.Module
-    augment: Augment
+    name: str
+    directory: Path
+    checkpoint: str
+    weights: Path
+    cfg: Config
+    summary: dict[str, Any]
     device: torch.device
+
+    def folder(self, kind: str) -> Path:
+        """Return where a command keeps what it makes of these weights.
+
+        That is `<directory>/<kind>`, and in there a folder of its own for a checkpoint: a further file inside one would
+        make it a damaged one.
+        """
+        return self.directory / kind / self.checkpoint
+
+    @cached_property
+    def _loaded(self) -> tuple[nn.Module, Augment, str]:
+        tensors, digest = read_tensors_and_digest(self.weights)
+        if bad := non_finite(tensors):
+            raise ValueError(f"{self.weights} holds non-finite values in {', '.join(bad[:3])}")
+        model, augment = build_network(self.cfg, self.device, load_weights=False)
+        load_strict(model, tensors, self.weights)
+        return model.eval(), augment, digest
+
+    @property
+    def model(self) -> nn.Module:
+        """The network in evaluation mode with these weights.
+
+        Raises:
+            ValueError: the weights do not fit the config's model, or hold a non-finite value.
+        """
+        return self._loaded[0]
+
+    @property
+    def augment(self) -> Augment:
+        """What resizes and normalises images as the run did."""
+        return self._loaded[1]
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the very bytes that the weights were read from."""
+        return self._loaded[2]
 
     @property
     def size(self) -> int:
         """Pixels per side that the model sees."""
-        return self.trained.cfg.evaluation.size or self.augment.final_size
+        return self.cfg.evaluation.size or self.augment.final_size
 
     @torch.no_grad()
     def __call__(self, images: Tensor, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
@@ -38,62 +89,90 @@ class Predictor:
 
         Args:
             images: uint8 [N, H, W], 0 to 255, as Fashion-MNIST: light on black.
-            batch_size: images of one forward; none is the run's.
+            batch_size: images of one forward; None takes the run's.
 
         Returns:
             float32 [N, num_classes] logits and float32 [N, D] penultimate features, what the classifier takes, on
             the CPU.
         """
         logits, features = [], []
-        bf16 = resolve_precision(self.trained.cfg.model.precision) == "bf16"
         hook = classifier(self.model).register_forward_pre_hook(lambda _, taken: features.append(taken[0].float()))
         try:
-            for part in images.split(batch_size or self.trained.cfg.evaluation.batch_size):
+            for part in images.split(batch_size or self.cfg.evaluation.batch_size):
                 prepared = self.augment.evaluation(part.to(self.device), self.size)
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                with autocast(self.device, self.augment.dtype):
                     logits.append(self.model(prepared).float())
         finally:
             hook.remove()
-        empty = torch.zeros(0, self.augment.num_classes)
         if not logits:
-            return empty, torch.zeros(0, classifier(self.model).in_features)
+            return torch.zeros(0, self.augment.num_classes), torch.zeros(0, classifier(self.model).in_features)
         return torch.cat(logits).cpu(), torch.cat(features).cpu()
 
 
 def classifier(model: nn.Module) -> nn.Linear:
     """Return the layer that makes the logits."""
-    get_classifier = getattr(model, "get_classifier", None)  # timm's, whose models call the layer head, fc, ...
+    get_classifier: Callable[[], object] | None = getattr(model, "get_classifier", None)  # timm's models have it
     layer: object = get_classifier() if callable(get_classifier) else model.head
     if not isinstance(layer, nn.Linear):
         raise ValueError(f"the classifier of {type(model).__name__} is a {type(layer).__name__}, not a linear layer")
     return layer
 
 
-def open_predictor(path: Path, device: str | None = None) -> Predictor:
-    """Open a run directory or a checkpoint for prediction.
+def open_trained(path: Path, device: torch.device | str | None = None) -> Trained:
+    """Open a run directory (its weights to use; while it trains, its newest valid checkpoint) or a checkpoint.
 
     Args:
         path: what train.py wrote.
-        device: as torch names it; none is the accelerator where there is one, else the CPU.
+        device: as torch names it; None takes the accelerator where there is one, else the CPU.
 
     Raises:
-        ValueError: one line, for a path that is neither, weights that do not fit, or a device that is not there.
+        ValueError: one line, for a path that is neither, a checkpoint that does not verify, or a device that is not
+            there.
     """
-    trained = open_trained(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory: give a run directory or one of its checkpoints")
+    place = find_device(device)
+    if path.name.startswith("step_") and (path / "manifest.json").is_file():
+        verify(path)
+        return _open(path.parent.parent, path, place)
+    if (path / MODEL).is_file() and (path / "config.yaml").is_file():
+        return _open(path, None, place)
+    newest = Checkpoints(path / "checkpoints", 1, {}).newest_good()
+    if newest is None:
+        raise ValueError(f"{path} holds no model.safetensors and no checkpoint: not a run directory of train.py")
+    return _open(path, newest, place)
+
+
+def find_device(device: torch.device | str | None) -> torch.device:
+    """Return a device that is there.
+
+    Args:
+        device: as torch names it; None takes the accelerator where there is one, else the CPU.
+
+    Raises:
+        ValueError: one line, for a device that is not there.
+    """
     try:
         place = torch.device(device) if device else torch.accelerator.current_accelerator(check_available=True)
         place = place or torch.device("cpu")
         torch.zeros(1, device=place)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device is {device}: {str(error).splitlines()[0]}") from None
-    return load_predictor(trained, place)
+    return place
 
 
-def load_predictor(trained: Trained, device: torch.device) -> Predictor:
-    """Load the weights of a run or checkpoint that is open.
-
-    Raises:
-        ValueError: the weights do not fit the config's model, or hold a non-finite value.
-    """
-    model, augment = trained.load(device)
-    return Predictor(trained=trained, model=model, augment=augment, device=device)
+def _open(directory: Path, checkpoint: Path | None, device: torch.device) -> Trained:
+    name = directory.resolve().name
+    weights = directory / MODEL
+    if checkpoint is not None:
+        name += f" step {read_state(checkpoint).step}"
+        weights = weights_to_use(checkpoint)
+    return Trained(
+        name=name,
+        directory=directory,
+        checkpoint=checkpoint.name if checkpoint is not None else "",
+        weights=weights,
+        cfg=load_config(directory / "config.yaml"),
+        summary=read_summary(directory),
+        device=device,
+    )

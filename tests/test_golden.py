@@ -14,14 +14,15 @@ import pytest
 import torch
 from timm.utils import ModelEmaV3
 
-from fmnist.checkpoint.run_directory import versions
 from fmnist.config.schema import AugmentConfig, BatchConfig, Config, ModelConfig, OptimConfig, ScheduleConfig
 from fmnist.data.batches import Loader, Split
 from fmnist.data.fashion_mnist import load_split
 from fmnist.metrics import predict, score
 from fmnist.network import build_network
 from fmnist.optim import Schedule, build_optimizer, set_lr
-from fmnist.run import Run
+from fmnist.runtime.compute import Compute
+from fmnist.runtime.gradients import AllReduce
+from fmnist.runtime.provenance import versions
 from fmnist.step import train_step
 
 FOLDER = Path(__file__).parent / "golden"
@@ -61,14 +62,15 @@ def golden_config(name: str) -> Config:
     )
 
 
-def train_and_record(name: str, directory: Path) -> dict[str, Any]:
+def train_and_record(name: str) -> dict[str, Any]:
     """Train on the first 1,000 images: every loss and gradient norm, and the moving average's loss on 200 others."""
     cfg = golden_config(name)
-    run = Run(cfg, directory)
-    images, labels = (tensor.to(run.device) for tensor in load_split("train", None, 5000))
+    compute = Compute(precision=cfg.model.precision, seed=cfg.seed)
+    images, labels = (tensor.to(compute.device) for tensor in load_split("train", None, 5000))
     split = Split(images=images[:1000], labels=labels[:1000])
     held_out = Split(images=images[1000:1200], labels=labels[1000:1200])
-    model, augment = build_network(cfg, run.device, load_weights=True)
+    model, augment = build_network(cfg, compute.device, load_weights=True)
+    gradients = AllReduce(model, compute.accelerator)
     optimizer, average = build_optimizer(model, cfg.optim), ModelEmaV3(model, decay=0.9, use_warmup=True)
     loader = Loader(split, global_batch_size=64, micro_batch_size=32, seed=cfg.seed)
     schedule = Schedule.from_config(cfg, loader.steps_per_epoch)
@@ -76,10 +78,10 @@ def train_and_record(name: str, directory: Path) -> dict[str, Any]:
     model.train()
     for step in range(STEPS):
         set_lr(optimizer, schedule, step)
-        metrics = train_step(model, optimizer, loader.micro_batches(step), augment, cfg.optim, run, average)
+        metrics = train_step(model, optimizer, loader.micro_batches(step), augment, gradients, cfg.optim, average)
         for key in found:
             found[key].append(float(metrics[key]))
-    logits = predict(average.module, held_out, augment, cfg.evaluation, run)
+    logits = predict(average.module, held_out, augment, cfg.evaluation, compute)
     return found | {"val_loss": float(score(logits, held_out.labels)["loss"])}
 
 
@@ -105,12 +107,12 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_losses_are_the_golden_ones(name: str, tmp_path: Path, one_thread: None) -> None:
+def test_the_losses_are_the_golden_ones(name: str, one_thread: None) -> None:
     kept = json.loads((FOLDER / f"{name}.json").read_text())
-    found = train_and_record(name, tmp_path)
+    found = train_and_record(name)
     assert len(found["loss"]) == len(kept["found"]["loss"]) == STEPS
     assert found["loss"][-1] < found["loss"][0]
-    here = machine() | {"device": Run(golden_config(name), tmp_path).device.type}
+    here = machine() | {"device": Compute().device.type}
     if here == kept["made_on"]:
         assert found == kept["found"]
         return
@@ -121,13 +123,10 @@ def test_the_losses_are_the_golden_ones(name: str, tmp_path: Path, one_thread: N
 
 def remake() -> None:
     """Write the golden files."""
-    import tempfile
-
     torch.set_num_threads(1)
     for name in MODELS:
-        with tempfile.TemporaryDirectory() as folder:
-            found = train_and_record(name, Path(folder))
-            made_on = machine() | {"device": Run(golden_config(name), Path(folder)).device.type}
+        found = train_and_record(name)
+        made_on = machine() | {"device": Compute().device.type}
         (FOLDER / f"{name}.json").write_text(json.dumps({"made_on": made_on, "found": found}, indent=1) + "\n")
         print(name, found["loss"][0], "to", found["loss"][-1], "val", found["val_loss"])
 

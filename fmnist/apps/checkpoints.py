@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fmnist.checkpoint.contents import EMA, MODEL, read_meta, read_state, verify
+from fmnist.checkpoint.run_directory import read_summary
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.checkpoint.tensors import non_finite, read_tensors
 from fmnist.config.parse import load_config
@@ -77,19 +78,13 @@ def inspect(run: Path) -> tuple[list[Entry], list[str]]:
         if entry.step == best:
             entry.roles.append("best")
     copied = any("weights" in entry.roles for entry in entries)
-    if weights is not None and not copied and read_status(run) == "finished":  # one that goes on drops older ones
+    if (
+        weights is not None and not copied and read_summary(run).get("status") == "finished"
+    ):  # one that goes on drops older ones
         damaged.append(f"{run / MODEL} is not a copy of any good checkpoint here: its own is gone, or it is damaged")
     if not entries:
         damaged.append(f"{checkpoints.directory} holds no checkpoint")
     return entries, damaged
-
-
-def read_status(run: Path) -> str | None:
-    """Return the status of the run's summary.json, if it has one."""
-    try:
-        return json.loads((run / "summary.json").read_bytes()).get("status")
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 def broken(path: Path) -> list[str]:

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from fmnist.data.fashion_mnist import load_split
-from fmnist.runtime.files import sha256_of
-from fmnist.trained import Predictor, classifier
+from fmnist.evaluation.features import Features, features_of, kept_features, unit
+from fmnist.trained import Trained
 
 logger = logging.getLogger("fmnist")
-FILE = "reference.safetensors"
-FORMAT = "1"
 NUM_IMAGES = 5000  # of each kind: seconds on a CPU; ten thousand change the error rates by less than a point
 NEIGHBOURS = 10
 FLAGGED = 0.05  # of the validation images, which are all clothes
@@ -29,7 +21,7 @@ SEED = 20171
 
 
 @dataclass(frozen=True)
-class Reference:
+class NoveltyReference:
     """What a trained model makes of images it should know.
 
     Attributes:
@@ -72,93 +64,38 @@ class Reference:
         return torch.cat(scores) if scores else torch.zeros(0)
 
 
-def unit(features: Tensor) -> Tensor:
-    """Scale each row to length 1, in float32."""
-    return F.normalize(features.float(), dim=1)
+def open_reference(trained: Trained, root: str | None = None) -> NoveltyReference:
+    """Return what a trained model makes of at most NUM_IMAGES training and as many validation images.
 
-
-def open_reference(predictor: Predictor, root: str | None = None) -> Reference:
-    """Read the reference of these weights from the run's directory; where it is not there, compute and keep it.
+    Which images those are is drawn with a fixed seed; their features are kept beside the run. Where the run kept no
+    validation images, other training images stand in for them.
 
     Args:
-        predictor: the trained run.
-        root: folder of Fashion-MNIST; none is the run's.
+        trained: the run.
+        root: folder of Fashion-MNIST; None takes the run's.
 
     Raises:
-        ValueError: the images are missing and cannot be fetched.
+        ValueError: the images are missing and cannot be fetched, or too few.
     """
-    path = predictor.trained.output / FILE
-    weights = predictor.trained.weights
-    data = predictor.trained.cfg.data
-    key = {
-        "format": FORMAT,
-        "weights": sha256_of(weights),
-        "val_size": str(data.val_size),
-        "size": str(predictor.size),
-        "root": str(root or data.root),
-    }
-    if (kept := _read(path, key, classifier(predictor.model).in_features)) is not None:
-        return kept
-    logger.info("calibrating on %s training and validation images, once for these weights", f"{NUM_IMAGES:,}")
-    reference = compute_reference(predictor, root)
-    _write(path, reference, key)
-    return reference
-
-
-def compute_reference(predictor: Predictor, root: str | None = None) -> Reference:
-    """Run the model over at most NUM_IMAGES training and as many validation images, drawn with a fixed seed.
-
-    Where the run kept no validation images, other training images stand in for them.
-    """
-    data = predictor.trained.cfg.data
-    train = load_split("train", root or data.root, data.val_size)[0]
+    data = trained.cfg.data
     generator = torch.Generator().manual_seed(SEED)
-    order = torch.randperm(len(train), generator=generator)
-    count = NUM_IMAGES if data.val_size else min(NUM_IMAGES, len(train) // 2)
-    chosen = train[order[:count]]
+    images = load_split("train", root or data.root, data.val_size)[0]
+    order = torch.randperm(len(images), generator=generator)
+    count = NUM_IMAGES if data.val_size else min(NUM_IMAGES, len(images) // 2)
+    if not count:
+        raise ValueError(f"{len(images):,} training image and no validation images: too few to calibrate on")
+    train = _features(trained, "train", images, order[:count])
     if data.val_size:
-        val = load_split("val", root or data.root, data.val_size)[0]
-        val = val[torch.randperm(len(val), generator=generator)[:NUM_IMAGES]]
+        images = load_split("val", root or data.root, data.val_size)[0]
+        val = _features(trained, "val", images, torch.randperm(len(images), generator=generator)[:NUM_IMAGES])
     else:
         logger.warning("the run has no validation images: calibrated on training images, so more will be flagged")
-        val = train[order[count : 2 * count]]
-        if not count:
-            raise ValueError(f"{len(train):,} training image and no validation images: too few to calibrate on")
-    _, train_features = predictor(chosen)
-    val_logits, val_features = predictor(val)
-    return Reference(unit(train_features).half(), unit(val_features).half(), val_logits)
+        val = _features(trained, "train_held_out", images, order[count : 2 * count])
+    return NoveltyReference(train.features, val.features, val.logits)
 
 
-def _read(path: Path, key: dict[str, str], width: int) -> Reference | None:
-    """Return what is kept if it is of this key and sound."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            if file.metadata() != key:
-                return None
-            # Copied: a mapped file that shrinks would end the process.
-            reference = Reference(*(file.get_tensor(name).clone() for name in ("train", "val", "val_logits")))
-    except (OSError, SafetensorError, ValueError):
-        return None
-    shapes = reference.train.ndim == reference.val.ndim == reference.val_logits.ndim == 2
-    sound = shapes and reference.train.shape[1] == reference.val.shape[1] == width
-    sound = sound and len(reference.val) == len(reference.val_logits) > 0 < len(reference.train)
-    tensors = (reference.train, reference.val, reference.val_logits)
-    return reference if sound and all(bool(tensor.isfinite().all()) for tensor in tensors) else None
-
-
-def _write(path: Path, reference: Reference, key: dict[str, str]) -> None:
-    """Keep a reference whole or not at all; a run that may not be written to is used without."""
-    tensors = {"train": reference.train, "val": reference.val, "val_logits": reference.val_logits}
-    part = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A name of its own: two commands may calibrate the same run at once.
-        descriptor, part = tempfile.mkstemp(prefix=f".{FILE}.", dir=path.parent)
-        os.close(descriptor)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=key)
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        logger.warning("%s: not kept (%s); calibrated again next time", path, " ".join(str(error).split()))
-        if part is not None:
-            Path(part).unlink(missing_ok=True)
+def _features(trained: Trained, name: str, images: Tensor, chosen: Tensor) -> Features:
+    """Return the features of some images of a split: out of the whole split's where those are kept."""
+    if (whole := kept_features(trained, name, images)) is not None:
+        return whole[chosen]
+    return features_of(trained, f"{name}_sample", images[chosen])

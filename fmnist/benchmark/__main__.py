@@ -17,9 +17,9 @@ from fmnist.benchmark.gate import Verdict
 from fmnist.benchmark.pipelines import Pipeline, Setting
 from fmnist.benchmark.registry import OURS, PIPELINES, build
 from fmnist.benchmark.timing import Pace
-from fmnist.config.schema import Config, DataConfig, ModelConfig
+from fmnist.config.schema import DataConfig
 from fmnist.data.batches import Split
-from fmnist.run import Run
+from fmnist.runtime.compute import Compute
 from fmnist.runtime.console import log_to_console, one_line_errors
 
 
@@ -29,47 +29,47 @@ class Benchmark:
     Args:
         options: with the defaults of the device filled in.
         argv: the command line, for the record.
-        run: the device and the other processes.
+        compute: the device and the other processes.
     """
 
-    def __init__(self, options: Options, argv: list[str], run: Run) -> None:
-        self.options, self.run = options, run
-        self.dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
-        self.split = Split.load("train", DataConfig(root=options.data_root), run.device)
+    def __init__(self, options: Options, argv: list[str], compute: Compute) -> None:
+        self.options, self.compute = options, compute
+        self.dtype = torch.bfloat16 if compute.precision == "bf16" else torch.float32
+        self.split = Split.load("train", DataConfig(root=options.data_root), compute.device)
         seconds = options.seconds or 1.0
         self.pace = Pace(rounds=options.rounds or 1, steps=options.steps, warmup=options.warmup, seconds=seconds)
         self.ceilings = races.Ceilings(
-            copy_bytes_per_second=copy_bytes_per_second(run.device),
-            matmul_flops_per_second=matmul_flops_per_second(run.device, self.dtype),
+            copy_bytes_per_second=copy_bytes_per_second(compute.device),
+            matmul_flops_per_second=matmul_flops_per_second(compute.device, self.dtype),
         )
-        self.result = output.describe(run, argv, asdict(options))
+        self.result = output.describe(compute, argv, asdict(options))
         self.result |= {"ceilings": asdict(self.ceilings), "gate": [], "skipped": {}, "tables": []}
         self.say(
-            f"{run.device_name}, {run.world_size} process(es), {run.precision}; measured ceilings: copy "
+            f"{compute.device_name}, {compute.world_size} process(es), {compute.precision}; measured ceilings: copy "
             f"{output.scaled(self.ceilings.copy_bytes_per_second, 'B/s')}, matrix product "
             f"{output.scaled(self.ceilings.matmul_flops_per_second, 'FLOP/s')} ({self.dtype})"
         )
 
     def say(self, text: str) -> None:
         """Print on the main process."""
-        self.run.on_main(print, text, flush=True)
+        self.compute.on_main(print, text, flush=True)
 
     def admitted(self, names: tuple[str, ...], size: int, batch_size: int) -> list[Pipeline]:
         """Build the loaders, send them through the gate, and say in a line what becomes of each that is left out."""
         torch.compiler.reset()  # a compiler keeps few versions of one function, then runs it uncompiled in silence
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.run.world_size))
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.compute.world_size))
         setting = Setting(
             split=self.split,
             size=size,
             batch_size=batch_size,
             dtype=self.dtype,
             seed=self.options.seed,
-            rank=self.run.rank,
-            world_size=self.run.world_size,
+            rank=self.compute.rank,
+            world_size=self.compute.world_size,
             workers=max(1, len(os.sched_getaffinity(0)) // local),
         )
         pipelines, skipped, verdicts = races.admit(
-            names, setting, self.run, lambda verdict: self.announce(verdict, size)
+            names, setting, self.compute, lambda verdict: self.announce(verdict, size)
         )
         for name, reason in skipped.items():
             if self.result["skipped"].get(name) != reason:
@@ -87,7 +87,7 @@ class Benchmark:
     def finish(self, table: dict[str, Any]) -> None:
         """Print a table and save what there is so far."""
         if self.options.baseline:
-            add_efficiency(table, json.loads(self.options.baseline.read_text()), self.run.world_size)
+            add_efficiency(table, json.loads(self.options.baseline.read_text()), self.compute.world_size)
         self.result["tables"].append(table)
         self.say(output.render_table(table))
         self.save()
@@ -95,7 +95,7 @@ class Benchmark:
     def save(self) -> None:
         """Write the JSON file, on the main process."""
         self.result["hardware"]["clocks_after"] = output.gpu_clocks()
-        self.run.on_main(output.write_json, with_suffix(self.options.output, "json"), self.result)
+        self.compute.on_main(output.write_json, with_suffix(self.options.output, "json"), self.result)
 
     def data(self) -> None:
         """Race the loaders alone, at every size; then ours again at a batch that hides the cost of launching."""
@@ -109,7 +109,7 @@ class Benchmark:
             title = f"loaders alone, {resize}, batch {batch}"
             try:
                 if pipelines := self.admitted(loaders, size, batch):
-                    self.finish(races.race_loaders(pipelines, self.pace, self.run, self.ceilings, title))
+                    self.finish(races.race_loaders(pipelines, self.pace, self.compute, self.ceilings, title))
             except torch.OutOfMemoryError:
                 self.result["skipped"][title] = "not enough device memory"
                 self.say(f"skipped  {title}: not enough device memory")
@@ -119,7 +119,7 @@ class Benchmark:
         for model, size in self.options.models or ():
             for variant in self.options.variants or ():
                 if pipelines := self.admitted(self.training_loaders(size), size, self.options.batch):
-                    table = races.race_training(model, variant, pipelines, self.pace, self.run, self.ceilings)
+                    table = races.race_training(model, variant, pipelines, self.pace, self.compute, self.ceilings)
                     self.finish(table)
 
     def training_loaders(self, size: int) -> tuple[str, ...]:
@@ -182,23 +182,26 @@ def main(argv: list[str]) -> int:
         if options.file is not None:
             plot(json.loads(options.file.read_text()), options.file.with_suffix(".png"))
             return 0
-        cfg = Config(model=ModelConfig(precision=options.precision))  # type: ignore[arg-type]
-        run = Run(cfg, Path("runs"), keep_memory=options.allocator == "kept")
-        benchmark = Benchmark(with_defaults(options, on_cpu=run.device.type == "cpu"), argv, run)
-        if options.mode in ("data", "all"):
-            benchmark.data()
-        if options.mode in ("train", "all"):
-            benchmark.train()
-        benchmark.save()
-        refused = sorted({item["name"] for item in benchmark.result["gate"] if not item["passed"]})
-        if benchmark.result["tables"]:
-            run.on_main(plot, benchmark.result, with_suffix(options.output, "png"), benchmark.say)
-        elif not refused:
-            raise ValueError(f"nothing to race: none of {', '.join(options.loaders)} runs here in {options.mode}")
-        run.close()
+        with Compute(precision=options.precision, keep_memory=options.allocator == "kept") as compute:  # type: ignore[arg-type]
+            return race(options, argv, compute)
+
+
+def race(options: Options, argv: list[str], compute: Compute) -> int:
+    """Run the races that the options name; return the exit status, 1 where the gate refused something."""
+    benchmark = Benchmark(with_defaults(options, on_cpu=compute.device.type == "cpu"), argv, compute)
+    if options.mode in ("data", "all"):
+        benchmark.data()
+    if options.mode in ("train", "all"):
+        benchmark.train()
+    benchmark.save()
+    refused = sorted({item["name"] for item in benchmark.result["gate"] if not item["passed"]})
+    if benchmark.result["tables"]:
+        compute.on_main(plot, benchmark.result, with_suffix(options.output, "png"), benchmark.say)
+    elif not refused:
+        raise ValueError(f"nothing to race: none of {', '.join(options.loaders)} runs here in {options.mode}")
     if refused:
         line = f"fmnist.benchmark: error: the gate refused {', '.join(refused)}: wrong images or labels\n"
-        run.on_main(sys.stderr.write, line)
+        compute.on_main(sys.stderr.write, line)
     return 1 if refused else 0
 
 

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from fmnist.checkpoint.run_directory import git_revision, versions
-from fmnist.run import Run
+from fmnist.runtime.compute import Compute
 from fmnist.runtime.files import write_atomic
-from fmnist.runtime.hardware import processor
+from fmnist.runtime.provenance import git_revision, processor, versions
 
 CLOCKS = ("name", "driver_version", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
@@ -41,14 +40,14 @@ def all_versions() -> dict[str, str]:
     return found | {"cuda_toolkit": torch.version.cuda or "none"}
 
 
-def describe(run: Run, argv: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+def describe(compute: Compute, argv: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a result depends on: command, date, hardware, versions, commit, options."""
     return {
         "name": "benchmark",
         "command": shlex.join(["python", "-m", "fmnist.benchmark", *argv]),
         "date": datetime.date.today().isoformat(),
         "hardware": {
-            "device": run.device_name,
+            "device": compute.device_name,
             "processor": processor(),
             "cpu_cores": len(os.sched_getaffinity(0)),
             "threads": torch.get_num_threads(),
@@ -56,8 +55,8 @@ def describe(run: Run, argv: Sequence[str], options: Mapping[str, Any]) -> dict[
         },
         "versions": all_versions(),
         "git_revision": git_revision(),
-        "world_size": run.world_size,
-        "precision": run.precision,
+        "world_size": compute.world_size,
+        "precision": compute.precision,
         "options": {key: value.name if isinstance(value, Path) else value for key, value in options.items()},
     }
 

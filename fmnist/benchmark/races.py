@@ -3,11 +3,10 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmnist.benchmark import gate
 from fmnist.benchmark.ceilings import bytes_per_image
@@ -18,7 +17,7 @@ from fmnist.config.schema import AugmentConfig, Config, ModelConfig, OptimConfig
 from fmnist.data.batches import MicroBatch
 from fmnist.network import build_network
 from fmnist.optim import build_optimizer
-from fmnist.run import Run
+from fmnist.runtime.compute import Compute
 from fmnist.step import train_step
 from fmnist.training.plan import flops_per_image
 
@@ -54,13 +53,14 @@ class Trainer:
         loss: of the last step, on the device.
     """
 
-    def __init__(self, cfg: Config, run: Run, size: int) -> None:
+    def __init__(self, cfg: Config, compute: Compute, size: int) -> None:
         torch.manual_seed(cfg.seed)
-        model = build_network(cfg, run.device, load_weights=False)[0]
+        model = build_network(cfg, compute.device, load_weights=False)[0]
         self.flops = flops_per_image(model, 1, size)[1]
         self.optimizer = build_optimizer(model, cfg.optim)
-        self.cfg, self.run = cfg, run
-        self.model: nn.Module = run.prepare(model).train()
+        self.cfg, self.compute = cfg, compute
+        self.model, self.gradients = compute.prepare(model, compiled=cfg.model.compile)
+        self.model.train()
         self.loss = torch.zeros(())
 
     def train(self, micro_batches: Sequence[MicroBatch], augment: Callable[[MicroBatch], tuple[Tensor, Tensor]]) -> int:
@@ -74,7 +74,7 @@ class Trainer:
             return images, targets
 
         # `augment` is annotated as the class; the step only calls it.
-        metrics = train_step(self.model, self.optimizer, micro_batches, counted, self.cfg.optim, self.run)  # type: ignore[arg-type]
+        metrics = train_step(self.model, self.optimizer, micro_batches, counted, self.gradients, self.cfg.optim)  # type: ignore[arg-type]
         self.loss = metrics["loss"]
         return trained
 
@@ -93,7 +93,7 @@ class Training:
 
 
 def admit(
-    names: tuple[str, ...], setting: Setting, run: Run, on_verdict: Callable[[gate.Verdict], None]
+    names: tuple[str, ...], setting: Setting, compute: Compute, on_verdict: Callable[[gate.Verdict], None]
 ) -> tuple[list[Pipeline], dict[str, str], list[gate.Verdict]]:
     """Build the loaders and send each through the gate; only those that pass, on every process, are returned."""
     pipelines, skipped = build(names, setting)
@@ -101,7 +101,7 @@ def admit(
     for pipeline in pipelines:
         if pipeline.checked:
             verdict = gate.check(pipeline)
-            failures = int(run.sum(torch.tensor(int(not verdict.passed), device=run.device)))
+            failures = int(compute.sum(torch.tensor(int(not verdict.passed), device=compute.device)))
             if failures and verdict.passed:
                 verdict = replace(verdict, passed=False, reason="refused on another process")
             verdicts[pipeline.name] = verdict
@@ -110,37 +110,39 @@ def admit(
     return passed, skipped, list(verdicts.values())
 
 
-def race_loaders(pipelines: list[Pipeline], pace: Pace, run: Run, ceilings: Ceilings, title: str) -> dict[str, Any]:
+def race_loaders(
+    pipelines: list[Pipeline], pace: Pace, compute: Compute, ceilings: Ceilings, title: str
+) -> dict[str, Any]:
     """Race the loaders alone.
 
     Returns:
         The table as JSON: what was raced, and one row per loader.
     """
-    samples = race([Loading(pipeline) for pipeline in pipelines], pace, run)
+    samples = race([Loading(pipeline) for pipeline in pipelines], pace, compute)
     rows = []
     for pipeline in pipelines:
         row = {"name": pipeline.name, "description": pipeline.description} | summarize(samples[pipeline.name])
-        rows.append(row | memory_share(pipeline, row["images_per_second"]["median"], run, ceilings))
+        rows.append(row | memory_share(pipeline, row["images_per_second"]["median"], compute, ceilings))
     return finish_table("data", title, pipelines[0].setting, rows, DATA_YARDSTICK)
 
 
-def memory_share(pipeline: Pipeline, rate: float, run: Run, ceilings: Ceilings) -> dict[str, Any]:
+def memory_share(pipeline: Pipeline, rate: float, compute: Compute, ceilings: Ceilings) -> dict[str, Any]:
     """Return the bytes that an image costs, the rate in bytes, and where the roofline lies."""
     needed = bytes_per_image(pipeline)
     if needed is None:
         return {"bytes_per_image": None, "bytes_rule": "none"}
-    per_process = rate / run.world_size
+    per_process = rate / compute.world_size
     return {
         "bytes_per_image": needed,
         "bytes_rule": pipeline.bytes_rule,
         "bytes_per_second": per_process * needed,
         "share_of_copy_ceiling": per_process * needed / ceilings.copy_bytes_per_second,
-        "roofline_images_per_second": ceilings.copy_bytes_per_second / needed * run.world_size,
+        "roofline_images_per_second": ceilings.copy_bytes_per_second / needed * compute.world_size,
     }
 
 
 def race_training(
-    model: str, variant: str, pipelines: list[Pipeline], pace: Pace, run: Run, ceilings: Ceilings
+    model: str, variant: str, pipelines: list[Pipeline], pace: Pace, compute: Compute, ceilings: Ceilings
 ) -> dict[str, Any]:
     """Race the loaders as they feed one model.
 
@@ -148,12 +150,12 @@ def race_training(
         FloatingPointError: the loss is not finite at the end: what was timed is not training.
     """
     setting = pipelines[0].setting
-    cfg = training_config(model, variant, setting.size, run.precision, setting.seed)
-    trainer = Trainer(cfg, Run(cfg, Path("runs")), setting.size)
-    samples = race([Training(pipeline, trainer) for pipeline in pipelines], pace, run)
+    cfg = training_config(model, variant, setting.size, compute.precision, setting.seed)
+    trainer = Trainer(cfg, compute, setting.size)
+    samples = race([Training(pipeline, trainer) for pipeline in pipelines], pace, compute)
     if not math.isfinite(float(trainer.loss)):
         raise FloatingPointError(f"the loss of {model} is {float(trainer.loss)} at the end of the race")
-    roof = ceilings.matmul_flops_per_second / trainer.flops * run.world_size
+    roof = ceilings.matmul_flops_per_second / trainer.flops * compute.world_size
     rows = []
     for pipeline in pipelines:
         row = {"name": pipeline.name, "description": pipeline.description} | summarize(samples[pipeline.name])

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fmnist.run import Run
+from fmnist.runtime.compute import Compute
 
 PROBE_STEPS = 3
 
@@ -83,30 +83,30 @@ class Stopwatch:
     """Time steps on a device, over all processes.
 
     Args:
-        run: the device and the other processes.
+        compute: the device and the other processes.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.run, self.on_cpu = run, run.device.type == "cpu"
+    def __init__(self, compute: Compute) -> None:
+        self.compute, self.on_cpu = compute, compute.device.type == "cpu"
 
     def over_processes(self, values: Sequence[float]) -> list[list[float]]:
         """Return every process's values, in the order of the ranks."""
-        table = torch.zeros(self.run.world_size, len(values), dtype=torch.float64, device=self.run.device)
-        table[self.run.rank] = torch.tensor(values, dtype=torch.float64)
-        return self.run.sum(table).tolist()
+        table = torch.zeros(self.compute.world_size, len(values), dtype=torch.float64, device=self.compute.device)
+        table[self.compute.rank] = torch.tensor(values, dtype=torch.float64)
+        return self.compute.sum(table).tolist()
 
     def synchronize(self) -> None:
         """Wait for the device and for the other processes."""
         if not self.on_cpu:
-            torch.cuda.synchronize(self.run.device)
-        if self.run.world_size > 1:
-            self.run.join()
+            torch.cuda.synchronize(self.compute.device)
+        if self.compute.world_size > 1:
+            self.compute.join()
 
     def measure(self, entrant: Entrant, steps: int) -> Sample:
         """Time this many steps; the device's queue is empty before and after."""
         self.synchronize()
         if not self.on_cpu:
-            torch.cuda.reset_peak_memory_stats(self.run.device)
+            torch.cuda.reset_peak_memory_stats(self.compute.device)
             first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             first.record()
         images, begun = 0, time.perf_counter()
@@ -123,11 +123,11 @@ class Stopwatch:
             seconds=max(row[1] for row in rows),
             wall_seconds=max(row[2] for row in rows),
             steps=steps,
-            peak_memory_bytes=None if self.on_cpu else torch.cuda.max_memory_allocated(self.run.device),
+            peak_memory_bytes=None if self.on_cpu else torch.cuda.max_memory_allocated(self.compute.device),
         )
 
 
-def race(entrants: Sequence[Entrant], pace: Pace, run: Run) -> dict[str, list[Sample]]:
+def race(entrants: Sequence[Entrant], pace: Pace, compute: Compute) -> dict[str, list[Sample]]:
     """Time all entrants in turn, `pace.rounds` times over.
 
     One more round goes before: it compiles what is to be compiled, and finds how many steps take `pace.seconds`.
@@ -135,7 +135,7 @@ def race(entrants: Sequence[Entrant], pace: Pace, run: Run) -> dict[str, list[Sa
     Returns:
         One sample per round for each entrant.
     """
-    watch = Stopwatch(run)
+    watch = Stopwatch(compute)
     steps = {entrant.name: _probe(entrant, pace, watch) for entrant in entrants}
     samples: dict[str, list[Sample]] = {entrant.name: [] for entrant in entrants}
     for _ in range(pace.rounds):

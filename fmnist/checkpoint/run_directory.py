@@ -1,33 +1,29 @@
-"""The run directory: may it be used, is it finished, what made it."""
+"""The run directory: may it be used, is it finished."""
 
 import errno
-import fcntl
 import json
 import logging
-import math
 import os
 import platform
 import shutil
-import subprocess
-import time
 from pathlib import Path
+from typing import Any
 
-import accelerate
-import timm
-import torch
+from filelock import BaseFileLock, FileLock, Timeout
 
 from fmnist.config.parse import load_config
 from fmnist.config.same_run import differences
 from fmnist.config.schema import Config
 
 logger = logging.getLogger("fmnist")
+SUMMARY = "summary.json"
 # Everything a run writes into its directory; nothing else there is ever touched.
 RUN_FILES = (
     "config.yaml",
     "metrics.jsonl",
     "checkpoints",
     "model.safetensors",
-    "summary.json",
+    SUMMARY,
     "train.log",
     "learning_curves.png",
     "evaluation",
@@ -67,55 +63,49 @@ def has_run(directory: Path) -> bool:
     return (directory / "config.yaml").exists()
 
 
-def lock_directory(directory: Path) -> int:
+def lock_directory(directory: Path) -> BaseFileLock:
     """Lock a run directory until this process ends, however it ends: the kernel lets go of an flock.
 
     It holds between the machines of a network file system too where that passes flock on, as NFS on Linux does; after a
-    machine's crash until the server gives its lock up (NFSv4: about 90 s). Where there is no flock, it is said. Where a
-    mount keeps it to one machine (Lustre's localflock), two machines do not see each other.
-
-    Returns:
-        The file descriptor that holds the lock.
+    machine's crash until the server gives its lock up (NFSv4: about 90 s). Where there is no flock, a warning says so.
+    Where a mount keeps it to one machine (Lustre's localflock), two machines do not see each other.
 
     Raises:
         ValueError: another process holds it after a few seconds, or the directory cannot be written.
     """
     path = directory / LOCK
+    lock = FileLock(path, timeout=LOCK_WAIT_S)  # one that was just killed may not be gone yet
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        lock.acquire()
+    except Timeout:
+        holder = path.read_text(errors="replace")[:200].strip()
+        raise ValueError(f"output_dir {directory} is in use by another process ({holder})") from None
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise ValueError(f"output_dir {directory} cannot be written: {error.strerror}") from None
-        raise
-    deadline = time.monotonic() + LOCK_WAIT_S  # one that was just killed may not be gone yet
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(0.1)
-                continue
-            holder = os.read(descriptor, 200).decode(errors="replace").strip()
-            os.close(descriptor)
-            raise ValueError(f"output_dir {directory} is in use by another process ({holder})") from None
-        except OSError as error:
-            logger.warning("%s cannot be locked (%s): see to it that no second run writes here", path, error.strerror)
-            break
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"host {platform.node()}, process {os.getpid()}\n".encode())
-    return descriptor
+        logger.warning("%s cannot be locked (%s): make sure that no second run writes here", path, error.strerror)
+        return lock
+    path.write_text(f"host {platform.node()}, process {os.getpid()}\n")
+    return lock
+
+
+def read_summary(directory: Path) -> dict[str, Any]:
+    """Return what summary.json holds; empty where there is none, or it is no summary."""
+    try:
+        summary = json.loads((directory / SUMMARY).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def is_finished(directory: Path) -> bool:
     """Say whether the run in this directory has reached its end, and tell people so."""
-    try:
-        summary = json.loads((directory / "summary.json").read_bytes())
-    except (OSError, ValueError):
-        return False
+    summary = read_summary(directory)
     if summary.get("status") != "finished":
         return False
-    logger.info("%s is finished: test top1 %.2f %%", directory, 100 * summary.get("test.top1", math.nan))
+    top1 = summary.get("test.top1")
+    accuracy = f"test top1 {100 * top1:.2f} %" if isinstance(top1, int | float) else "it names no test accuracy"
+    logger.info("%s is finished: %s", directory, accuracy)
     return True
 
 
@@ -126,22 +116,3 @@ def clear_directory(directory: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "accelerate": accelerate.__version__,
-    }
-
-
-def git_revision() -> str:
-    """Return the commit of the code, with -dirty where it was changed, or unknown."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"

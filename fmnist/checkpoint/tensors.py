@@ -1,11 +1,12 @@
 """Named tensors: out of a model and its optimizer, back into them, and looked at before they are used."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 
@@ -81,7 +82,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: one line, for a file that is missing or not safetensors.
     """
+    return read_tensors_and_digest(path)[0]
+
+
+def read_tensors_and_digest(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Read a safetensors file, and the sha256 of the very bytes that the tensors were read from.
+
+    Raises:
+        ValueError: one line, for a file that is missing or not safetensors.
+    """
     try:
-        return load_file(path)
+        data = path.read_bytes()
+        return load(data), hashlib.sha256(data).hexdigest()
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:120]}") from None

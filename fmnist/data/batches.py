@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fmnist.config.schema import DataConfig
-from fmnist.data.fashion_mnist import load_split
+from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
 
-NUM_UNIFORMS = 15  # random numbers of one sample and epoch; augment.py says what each decides
+NUM_UNIFORMS = 15  # random numbers of one sample and epoch; augment_table.py says what each decides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +23,12 @@ class Split:
     Attributes:
         images: uint8 [N, H, W], or [N, C, H, W] where there are colours; 0 to 255.
         labels: int64 [N].
+        class_names: in label order.
     """
 
     images: Tensor
     labels: Tensor
+    class_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -39,7 +41,7 @@ class Split:
             ValueError: files that are missing and cannot be fetched, or that are not what they should be.
         """
         images, labels = load_split(name, cfg.root, cfg.val_size)
-        return cls(images=images.to(device), labels=labels.to(device))
+        return cls(images=images.to(device), labels=labels.to(device), class_names=CLASS_NAMES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,16 @@ class MicroBatch:
     uniforms: Tensor
     epoch: int
     key: tuple[int, int, int]
+
+    @property
+    def step(self) -> int:
+        """Optimizer updates completed before the one that takes this micro-batch."""
+        return self.key[1]
+
+    @property
+    def seed(self) -> int:
+        """What seeds dropout and drop path."""
+        return mix_key(*self.key)
 
 
 def mix_key(*key: int) -> int:
@@ -165,8 +177,3 @@ class Loader:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor without making the host wait for the device's queue."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-
-def rank_slice(num_images: int, rank: int, world_size: int) -> slice:
-    """Return this process's contiguous share of an evaluation; shares cover every image exactly once."""
-    return slice(num_images * rank // world_size, num_images * (rank + 1) // world_size)

@@ -11,7 +11,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmnist.report.write import calibration_error
+from fmnist.evaluation.numbers import calibration_error
 
 LOWEST, HIGHEST = 0.05, 20.0  # temperatures that are searched
 

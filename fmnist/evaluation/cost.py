@@ -9,10 +9,10 @@ from statistics import quantiles
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fmnist.data.augment import Augment
-from fmnist.run import Run
+from fmnist.runtime.hardware import autocast
+from fmnist.trained import Trained
 from fmnist.training.plan import flops_per_image
 
 BATCH_SIZES = (1, 256)
@@ -99,36 +99,36 @@ def time_batches(forward: Callable[[], object], batch_size: int, synchronize: Ca
     )
 
 
-def measure_cost(model: nn.Module, augment: Augment, images: Tensor, size: int, run: Run) -> Cost:
-    """Measure what a model costs on the run's device; timings are of one process alone.
+def measure_cost(trained: Trained, images: Tensor, device_name: str) -> Cost:
+    """Measure what a model costs on its device; timings are of one process alone.
 
     Args:
-        model: in evaluation mode, on the device.
-        augment: prepares its images.
+        trained: the run.
         images: uint8 [N, H, W] on the device.
-        size: pixels per side that the model sees.
-        run: the device and precision.
+        device_name: as people know it.
     """
+    model, augment, device = trained.model, trained.augment, trained.device
 
     def timing(batch_size: int) -> Timing:
         batch = images[torch.arange(batch_size, device=images.device) % len(images)]
 
         @torch.inference_mode()
         def forward() -> None:
-            with run.autocast():
-                model(augment.evaluation(batch, size))
+            with autocast(device, augment.dtype):
+                model(augment.evaluation(batch, trained.size))
 
-        on_cpu = run.device.type == "cpu"
-        return time_batches(forward, batch_size, (lambda: None) if on_cpu else torch.accelerator.synchronize)
+        return time_batches(
+            forward, batch_size, (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
+        )
 
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
-        flops_per_image=flops_per_image(model, len(augment.mean), size)[0],
+        flops_per_image=flops_per_image(model, len(augment.mean), trained.size)[0],
         timings=tuple(timing(batch_size) for batch_size in BATCH_SIZES),
-        device=run.device_name,
-        precision=run.precision,
+        device=device_name,
+        precision="bf16" if augment.dtype == torch.bfloat16 else "fp32",
         torch=torch.__version__,
-        image_size=size,
+        image_size=trained.size,
     )
 
 

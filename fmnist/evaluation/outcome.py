@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +14,8 @@ from fmnist.data.batches import Split
 from fmnist.evaluation.calibration import average_probabilities
 from fmnist.evaluation.cost import Cost, measure_cost, sum_of_costs
 from fmnist.metrics import predict
-from fmnist.network import Trained
-from fmnist.run import Run
-from fmnist.runtime.hardware import resolve_precision
+from fmnist.runtime.compute import Compute
+from fmnist.trained import Trained
 
 Tta = Literal["none", "flip"]
 
@@ -30,7 +29,7 @@ class Request:
         tta: flip averages an image and its mirror; none takes the run's own setting.
         batch_size: images of one forward; none takes the run's own.
         root: folder of the IDX files; none takes the run's own.
-        quick: metrics and figures only: no honest sets, calibration, timing or report.html.
+        quick: metrics and figures only: skips accuracy on subsets, calibration, timing and report.html.
     """
 
     split: Literal["test", "val", "train"] = "test"
@@ -54,6 +53,7 @@ class Outcome:
         logits: float32 [N, C], by `tta`.
         by_tta: the same for none and for flip; empty where quick.
         validation: logits and labels of the validation images; none where there are none.
+        class_names: C names, in label order.
         cost: none where quick.
         trained: the run; none for an ensemble.
         members: names of an ensemble's models.
@@ -67,10 +67,11 @@ class Outcome:
     images: Tensor
     labels: Tensor
     logits: Tensor
-    by_tta: Mapping[str, Tensor]
-    validation: tuple[Tensor, Tensor] | None
-    cost: Cost | None
-    trained: Trained | None
+    by_tta: Mapping[str, Tensor] = field(default_factory=dict)
+    class_names: tuple[str, ...]
+    validation: tuple[Tensor, Tensor] | None = None
+    cost: Cost | None = None
+    trained: Trained | None = None
     members: tuple[str, ...] = ()
 
     @property
@@ -84,7 +85,7 @@ class Outcome:
         return self.logits.argmax(dim=1) == self.labels
 
 
-def evaluate(trained: Trained, run: Run, request: Request) -> Outcome | None:
+def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | None:
     """Run one model over a split, on all processes.
 
     Returns:
@@ -93,17 +94,16 @@ def evaluate(trained: Trained, run: Run, request: Request) -> Outcome | None:
     Raises:
         ValueError: the weights do not fit, or there are no validation images to evaluate on.
     """
-    run.precision = resolve_precision(trained.cfg.model.precision)  # that of its training: the same numbers
-    model, augment = trained.load(run.device)
+    model, augment = trained.model, trained.augment
     data = replace(trained.cfg.data, root=request.root or trained.cfg.data.root)
-    split = Split.load(request.split, data, run.device)
+    split = Split.load(request.split, data, compute.device)
     if not len(split):
         raise ValueError(f"{trained.name} was trained with data.val_size 0: it has no validation images")
     cfg = trained.cfg.evaluation
     cfg = replace(cfg, tta=request.tta or cfg.tta, batch_size=request.batch_size or cfg.batch_size)
 
     def logits_of(images: Split, tta: Tta) -> Tensor:
-        return predict(model, images, augment, replace(cfg, tta=tta), run).cpu()
+        return predict(model, images, augment, replace(cfg, tta=tta), compute).cpu()
 
     logits, validation, cost = logits_of(split, cfg.tta), None, None
     by_tta: dict[str, Tensor] = {}
@@ -113,24 +113,25 @@ def evaluate(trained: Trained, run: Run, request: Request) -> Outcome | None:
         if data.val_size and request.split == "val":
             validation = logits, split.labels.cpu()
         elif data.val_size:
-            val_split = Split.load("val", data, run.device)
+            val_split = Split.load("val", data, compute.device)
             validation = logits_of(val_split, cfg.tta), val_split.labels.cpu()
-        cost = run.on_main(measure_cost, model, augment, split.images, cfg.size or augment.final_size, run)
+        cost = compute.on_main(measure_cost, trained, split.images, compute.device_name)
     outcome = Outcome(
         name=trained.name,
         model=trained.cfg.model.name,
-        directory=trained.output / request.split,
+        directory=trained.folder("evaluation") / request.split,
         split=request.split,
         tta=cfg.tta,
         images=split.images.cpu(),
         labels=split.labels.cpu(),
         logits=logits,
         by_tta=by_tta,
+        class_names=split.class_names,
         validation=validation,
         cost=cost,
         trained=trained,
     )
-    return run.on_main(lambda: outcome)
+    return compute.on_main(lambda: outcome)
 
 
 def ensemble(outcomes: list[Outcome], folder: Path) -> Outcome:

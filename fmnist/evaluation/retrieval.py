@@ -1,29 +1,31 @@
-"""How often a run's features find images of the same class, for its report, where that takes minutes and not hours."""
+"""How often a run's features find images of the same class."""
 
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from fmnist.apps.search.retrieval import measure_precision, precision_file, read_precision, write_precision
-from fmnist.data.fashion_mnist import load_split
+from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
+from fmnist.evaluation.features import features_of
+from fmnist.evaluation.neighbours import Neighbours, precision_at_k
 from fmnist.evaluation.outcome import Outcome
-from fmnist.trained import load_predictor
+from fmnist.trained import Trained
 
 logger = logging.getLogger("fmnist")
 
 LIMIT_S = 180.0
 
 
-def precision_of(outcome: Outcome, device: torch.device, root: str | None = None) -> dict[str, Any] | None:
-    """Return retrieval precision of test images among the training images, kept once measured.
+def retrieval_of(outcome: Outcome, root: str | None = None) -> dict[str, Any] | None:
+    """Measure retrieval precision of test images among the training images, where that takes minutes and not hours.
 
     Args:
         outcome: an evaluation with its cost.
-        device: where the model and the search run.
-        root: folder with the IDX files; none is the run's.
+        root: folder with the IDX files; None takes the run's.
 
     Returns:
         What `measure_precision` returns. None for an ensemble and for other images than the test images; and, with a
@@ -32,24 +34,79 @@ def precision_of(outcome: Outcome, device: torch.device, root: str | None = None
     trained, cost = outcome.trained, outcome.cost
     if trained is None or cost is None or outcome.split != "test":
         return None
-    if (known := read_precision(trained, root)) is not None:
-        return known
     data = trained.cfg.data
     count = len(outcome.labels) + len(load_split("train", root or data.root, data.val_size)[1])
     seconds = count / cost.timings[-1].images_per_second
     if seconds > LIMIT_S:
-        measure = f"python -m fmnist.apps.search evaluate {trained.weights.parent}"
         logger.info(
-            "retrieval precision is left out: %s images take about %.0f minutes here; %s measures it for the report",
+            "retrieval precision is left out: %s images take about %.0f minutes here; `fmnist search evaluate %s` "
+            "measures it for the report",
             f"{count:,}",
             seconds / 60,
-            measure,
+            trained.weights.parent,
         )
         return None
     try:
-        result = measure_precision(load_predictor(trained, device), root=root)
+        return measure_precision(trained, root=root)
     except ValueError as error:
         logger.warning("retrieval precision is left out: %s", error)
         return None
-    write_precision(result, precision_file(trained))
+
+
+def measure_precision(trained: Trained, *, k: int = 10, root: str | None = None) -> dict[str, Any]:
+    """Search the training images for every test image, by the run's features and by raw pixels.
+
+    Args:
+        trained: the run.
+        k: nearest items counted.
+        root: folder with the IDX files; None takes the run's.
+
+    Returns:
+        A JSON-ready dict: `k`, `num_queries`, `num_items`, `run`, `weights_sha256`, `data_root`, and under `features`
+        and `pixels` (cosine of the 784 grey values, the baseline) what `summarize_precision` returns.
+
+    Raises:
+        ValueError: k is out of range, the images cannot be had, or the features are not finite.
+    """
+    data = trained.cfg.data
+    (items, item_labels), (images, labels) = (
+        load_split(split, root or data.root, data.val_size) for split in ("train", "test")
+    )
+    spaces = {
+        "features": tuple(features_of(trained, *part).features for part in (("train", items), ("test", images))),
+        "pixels": (items.flatten(1).half(), images.flatten(1).half()),  # 0 to 255 are exact in float16
+    }
+    result: dict[str, Any] = {
+        "k": k,
+        "num_queries": len(labels),
+        "num_items": len(items),
+        "run": trained.name,
+        **retrieval_key(trained, root),
+    }
+    for space, (catalogue, queries) in spaces.items():
+        precision = precision_at_k(Neighbours(catalogue, trained.device), item_labels, queries, labels, k)
+        result[space] = summarize_precision(precision, labels, CLASS_NAMES)
     return result
+
+
+def retrieval_key(trained: Trained, root: str | None) -> dict[str, str]:
+    """Return what a measured precision belongs to: the weights and the images."""
+    return {"weights_sha256": trained.digest, "data_root": str(root or trained.cfg.data.root)}
+
+
+def summarize_precision(precision: Tensor, labels: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
+    """Return the mean over queries with a 95 % interval (normal approximation) and the mean of each class.
+
+    Args:
+        precision: float64 [Q].
+        labels: int [Q], classes of the queries.
+        class_names: in label order; a class without a query is None.
+    """
+    half = 1.96 * float(precision.std()) / math.sqrt(len(precision)) if len(precision) > 1 else 0.0
+    mean = float(precision.mean())
+    per_class = {name: precision[labels == label] for label, name in enumerate(class_names)}
+    return {
+        "mean": mean,
+        "interval": [max(0.0, mean - half), min(1.0, mean + half)],
+        "per_class": {name: float(values.mean()) if len(values) else None for name, values in per_class.items()},
+    }

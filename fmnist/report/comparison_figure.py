@@ -14,25 +14,6 @@ from matplotlib.ticker import PercentFormatter
 from fmnist.report.figures import BLUE, GREEN, GREY, ORANGE, write_file
 
 
-def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
-    """Return the positions that no other beats: none is as cheap and as good, and better in one of the two.
-
-    Args:
-        costs: less is better.
-        scores: more is better.
-
-    Returns:
-        Positions, cheapest first.
-    """
-    points = list(zip(costs, scores, strict=True))
-
-    def beaten(cost: float, score: float) -> bool:
-        return any(c <= cost and s >= score and (c, s) != (cost, score) for c, s in points)
-
-    kept = [i for i, point in enumerate(points) if not beaten(*point)]
-    return sorted(kept, key=lambda i: points[i])
-
-
 def plot_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw top1 with its 95 % interval, and against FLOPs and latency with the Pareto front where costs are known.
 
@@ -80,7 +61,7 @@ def _draw_intervals(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _draw_front(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str) -> None:
     costs, scores = [row[key] for row in rows], [100 * row["top1"] for row in rows]
-    front = pareto_front(costs, scores)
+    front = sorted((i for i, row in enumerate(rows) if key in row.get("front", ())), key=lambda i: costs[i])
     # A staircase: up to the next model of the front, paying more buys nothing.
     left, right = min(costs) / 2, max(costs) * 2
     steps = [*(costs[i] for i in front), right]

@@ -5,116 +5,44 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from torch import Tensor
 
 from fmnist.config.schema import to_yaml
-from fmnist.data.fashion_mnist import CLASS_NAMES
+from fmnist.evaluation.findings import Findings
+from fmnist.evaluation.misclassified import Misclassified
 from fmnist.evaluation.outcome import Outcome
 from fmnist.report.figures import write_file
 from fmnist.report.page_figures import learning_curves, picture, reliability
-from fmnist.tracking.tracker import METRICS_FILE
+from fmnist.tracking.metrics_file import METRICS_FILE
 
 # People without fashion expertise, 1,000 test images, majority of three labels: the data set's own benchmark table.
 HUMAN_TOP1 = 0.835
 NUM_PAIRS, PICTURES_OF_A_PAIR, NUM_ERRORS = 4, 8, 24
 
 
-@dataclass(frozen=True, kw_only=True)
-class Error:
-    """A picture that was taken for another class.
-
-    Attributes:
-        index: its position in the split.
-        label, prediction: class names.
-        confidence: probability of the prediction.
-        p_label: probability of the label.
-    """
-
-    index: int
-    label: str
-    prediction: str
-    confidence: float
-    p_label: float
-
-    def row(self, outcome: Outcome) -> dict[str, Any]:
-        """Return a row of an error table, with the picture."""
-        return {
-            "picture": outcome.images[self.index].numpy(),
-            "index": self.index,
-            "label": self.label,
-            "prediction": self.prediction,
-            "confidence": self.confidence,
-            "p_label": self.p_label,
-        }
-
-
-def confident_errors(outcome: Outcome, limit: int | None = None) -> list[Error]:
-    """Return the errors, most confident first.
-
-    Args:
-        outcome: of an evaluation.
-        limit: how many at most; none is all.
-    """
-    probabilities = outcome.logits.double().softmax(dim=1)
-    confidence, predictions = probabilities.max(dim=1)
-    wrong = (predictions != outcome.labels).nonzero().flatten()
-    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)][:limit]
-    return [
-        Error(
-            index=index,
-            label=CLASS_NAMES[outcome.labels[index]],
-            prediction=CLASS_NAMES[predictions[index]],
-            confidence=float(confidence[index]),
-            p_label=float(probabilities[index, outcome.labels[index]]),
-        )
-        for index in wrong.tolist()
-    ]
-
-
-def confused_pairs(confusion: Sequence[Sequence[int]]) -> list[tuple[int, int, int, int]]:
-    """Return pairs of classes that are taken for each other, the most confused first.
-
-    Args:
-        confusion: [C, C] counts; rows true class, columns predicted.
-
-    Returns:
-        a, b, how many a were taken for b and how many b for a; the first is the larger. Pairs without any are left out.
-    """
-    counts, pairs = np.asarray(confusion), []
-    for low in range(len(counts)):
-        for high in range(low + 1, len(counts)):
-            a, b = (low, high) if counts[low, high] >= counts[high, low] else (high, low)
-            if counts[a, b]:
-                pairs.append((a, b, int(counts[a, b]), int(counts[b, a])))
-    return sorted(pairs, key=lambda pair: -(pair[2] + pair[3]))
-
-
-def _pairs(outcome: Outcome, confusion: Sequence[Sequence[int]], errors: list[Error]) -> list[dict[str, Any]]:
+def _pairs(findings: Findings) -> list[dict[str, Any]]:
+    outcome, errors = findings.outcome, findings.errors
     shown = []
-    total = max(1, len(errors))
-    for a, b, forth, back in confused_pairs(confusion)[:NUM_PAIRS]:
+    for a, b, forth, back in findings.pairs[:NUM_PAIRS]:
         ways = []
         for label, prediction, count in ((a, b, forth), (b, a, back)):
-            names = CLASS_NAMES[label], CLASS_NAMES[prediction]
+            names = outcome.class_names[label], outcome.class_names[prediction]
             of_way = [error for error in errors if (error.label, error.prediction) == names]
-            ways.append({"label": names[0], "prediction": names[1], "count": count, "errors": []})
-            ways[-1]["errors"] = [_shown(outcome, error) for error in of_way[:PICTURES_OF_A_PAIR]]
-        share = (forth + back) / total
-        shown.append({"names": (CLASS_NAMES[a], CLASS_NAMES[b]), "count": forth + back, "share": share, "ways": ways})
+            pictures = [_shown(outcome, error) for error in of_way[:PICTURES_OF_A_PAIR]]
+            ways.append({"label": names[0], "prediction": names[1], "count": count, "errors": pictures})
+        names = outcome.class_names[a], outcome.class_names[b]
+        shown.append({"names": names, "count": forth + back, "share": (forth + back) / len(errors), "ways": ways})
     return shown
 
 
-def _shown(outcome: Outcome, error: Error) -> dict[str, Any]:
+def _shown(outcome: Outcome, error: Misclassified) -> dict[str, Any]:
     return {"error": error, "uri": picture(outcome.images[error.index])}
 
 
-def _matrix(confusion: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+def _matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of cells with their colours: blue for right, orange for wrong, by the square root of the share."""
     rows = []
     for i, counts in enumerate(confusion):
@@ -133,7 +61,7 @@ def _matrix(confusion: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
                     "right": i == j,
                 }
             )
-        rows.append({"name": CLASS_NAMES[i], "cells": cells, "recall": counts[i] / total})
+        rows.append({"name": class_names[i], "cells": cells, "recall": counts[i] / total})
     return rows
 
 
@@ -155,34 +83,25 @@ def _strip(top1: float, interval: Sequence[float], human: float | None) -> dict[
     }
 
 
-def _scaled(outcome: Outcome, temperature: float) -> Tensor:
-    return outcome.logits.double() / temperature
-
-
-def context(outcome: Outcome, result: dict[str, Any]) -> dict[str, Any]:
-    """Collect what the template shows.
-
-    Args:
-        outcome: the evaluation.
-        result: what its metrics.json holds.
-    """
-    errors, trained = confident_errors(outcome), outcome.trained
-    metrics = trained.directory / METRICS_FILE if trained else None
-    calibration = result.get("calibration")
+def context(findings: Findings) -> dict[str, Any]:
+    """Collect what the template shows."""
+    outcome, metrics = findings.outcome, findings.metrics
+    trained = outcome.trained
+    lines = trained.directory / METRICS_FILE if trained else None
     return {
         "outcome": outcome,
-        "result": result,
+        "result": metrics,
         "human": HUMAN_TOP1,
-        "strip": _strip(result["top1"], result["top1_interval"], HUMAN_TOP1),
-        "num_errors": len(errors),
-        "curves": learning_curves(metrics) if metrics is not None and metrics.is_file() else [],
-        "matrix": _matrix(result["confusion_matrix"]),
-        "class_names": CLASS_NAMES,
-        "pairs": _pairs(outcome, result["confusion_matrix"], errors),
-        "errors": [_shown(outcome, error) for error in errors[:NUM_ERRORS]],
-        "before": reliability(outcome.logits, outcome.labels),
-        "after": reliability(_scaled(outcome, calibration["temperature"]), outcome.labels) if calibration else None,
-        "retrieval": result.get("retrieval"),
+        "strip": _strip(metrics["top1"], metrics["top1_interval"], HUMAN_TOP1),
+        "num_errors": len(findings.errors),
+        "curves": learning_curves(lines) if lines is not None and lines.is_file() else [],
+        "matrix": _matrix(metrics["confusion_matrix"], outcome.class_names),
+        "class_names": outcome.class_names,
+        "pairs": _pairs(findings),
+        "errors": [_shown(outcome, error) for error in findings.errors[:NUM_ERRORS]],
+        "before": reliability(findings.bins),
+        "after": reliability(findings.scaled_bins) if findings.scaled_bins else None,
+        "retrieval": metrics["retrieval"],
         "config": to_yaml(trained.cfg) if trained else None,
         "summary": trained.summary if trained else {},
         "date": datetime.date.today().isoformat(),
@@ -201,12 +120,6 @@ def render(values: dict[str, Any]) -> str:
     return environment.get_template("report.html").render(values)
 
 
-def write_html(outcome: Outcome, result: dict[str, Any], path: Path) -> None:
-    """Write report.html.
-
-    Args:
-        outcome: the evaluation.
-        result: what its metrics.json holds.
-        path: the file.
-    """
-    write_file(path, render(context(outcome, result)))
+def write_html(findings: Findings, path: Path) -> None:
+    """Write report.html."""
+    write_file(path, render(context(findings)))

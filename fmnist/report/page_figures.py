@@ -12,7 +12,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from fmnist.report.figures import BLUE, NUM_BINS, ORANGE, draw_loss, draw_top1, read_metrics, reliability_bins, series
+from fmnist.evaluation.numbers import NUM_BINS, ReliabilityBins
+from fmnist.report.curves import draw_loss, draw_top1, series
+from fmnist.report.figures import BLUE, ORANGE
+from fmnist.tracking.metrics_file import read_metrics
 
 INK, MUTED, RULE = "#1f2933", "#52606d", "#d9dee4"
 SIZE = (4.3, 3.1)  # inches: on a phone about as wide as the screen, so that its 9 point text stays readable
@@ -88,23 +91,14 @@ def learning_curves(metrics_path: Path) -> list[tuple[str, str]]:
     return [(words, _svg(figure, axes)) for words, figure, axes in panels]
 
 
-def reliability(logits: Tensor, labels: Tensor) -> str:
-    """Draw top1 against confidence; a bin is the darker the more images it holds.
-
-    Args:
-        logits: float [N, C], CPU.
-        labels: int64 [N], CPU.
-
-    Returns:
-        The figure's URI.
-    """
-    bins = reliability_bins(logits, labels)
+def reliability(bins: ReliabilityBins) -> str:
+    """Draw top1 against confidence; a bin is the darker the more images it holds; return the figure's URI."""
     figure, axes = _panel()
-    share = bins["count"] / bins["count"].max()
-    bars = axes.bar(bins["center"], bins["top1"], width=0.92 / NUM_BINS, color=BLUE)
+    share = bins.count / bins.count.max()
+    bars = axes.bar(bins.center, bins.top1, width=0.92 / NUM_BINS, color=BLUE)
     for bar, part in zip(bars, share, strict=True):
         bar.set_alpha(0.25 + 0.75 * float(part) ** 0.33)
     axes.plot([0, 1], [0, 1], color=INK, linestyle=(0, (4, 3)), linewidth=1)
-    axes.plot(bins["confidence"], bins["top1"], "o", color=ORANGE, markersize=4)
+    axes.plot(bins.confidence, bins.top1, "o", color=ORANGE, markersize=4)
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
     return _svg(figure, axes)

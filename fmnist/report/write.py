@@ -1,156 +1,128 @@
-"""Turn an evaluation into files: numbers, tables, one JSON summary. Runs no model, knows no ranks."""
+"""Write every file of one evaluation: metrics, tables, figures, report.html, and W&B's copy. Runs no model."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from scipy.stats import binomtest
-from sklearn.metrics import classification_report, confusion_matrix, precision_recall_fscore_support
-from torch import Tensor
-from torch.nn import functional as F
-from torchmetrics.functional.classification import multiclass_calibration_error
+from sklearn.metrics import classification_report
 
-from fmnist.report.figures import NUM_BINS, plot_confusion_matrix, plot_reliability, write_file
+from fmnist.config.schema import flatten
+from fmnist.evaluation.findings import Findings
+from fmnist.report.curves import plot_learning_curves
+from fmnist.report.figures import plot_confusion_matrix, plot_reliability, write_file
+from fmnist.report.page import write_html
+from fmnist.report.retrieval_table import precision_line
+from fmnist.tracking.metrics_file import METRICS_FILE
+from fmnist.tracking.wandb_run import log_evaluation
 
-
-def _check(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:
-    num_images, num_classes = len(labels), len(class_names)
-    if num_images == 0 or logits.shape != (num_images, num_classes):
-        expected = f"[{num_images}, {num_classes}] (labels, class_names)"
-        raise ValueError(f"logits must be {expected} with at least one image, got {list(logits.shape)}")
-    if labels.min() < 0 or labels.max() >= num_classes:
-        bounds = f"{int(labels.min())}..{int(labels.max())}"
-        raise ValueError(f"labels must lie in 0..{num_classes - 1}, got {bounds}")
-    if not torch.isfinite(logits).all():
-        raise ValueError(f"logits must be finite, got {int((~logits.isfinite()).sum())} that are not")
-    if len(set(class_names)) != num_classes:
-        raise ValueError(f"class_names must differ from each other, got {list(class_names)}")
+SUBSETS = {
+    "all": "all images, without flip averaging",
+    "flip_averaging": "all images, with flip averaging",
+    "without_near_copies": "without near copies of training images (correlation > {correlation})",
+    "without_similar": "without similar ones too (correlation > {correlation})",
+}
 
 
-def wilson_interval(correct: int, num_images: int) -> list[float]:
-    """Return the 95 % interval of a fraction, low then high; Wilson 1927."""
-    interval = binomtest(correct, num_images).proportion_ci(confidence_level=0.95, method="wilson")
-    return [float(interval.low), float(interval.high)]
-
-
-def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
-    """Compute the top-label calibration error in 15 equal-width bins.
+def write_evaluation(findings: Findings) -> None:
+    """Write metrics.json, report.txt, predictions.csv and the figures; of a complete evaluation also report.html.
 
     Args:
-        probabilities: float [N, C], CPU.
-        labels: int64 [N], CPU, in 0..C-1.
-
-    Source:
-        Guo et al. 2017.
+        findings: what was computed; `findings.outcome.directory` is made, files of the same names are replaced.
     """
-    # torchmetrics puts a confidence of exactly 1 in a 16th bin of its own, and takes a row that rounding left
-    # above 1 for logits. One float32 step below 1 keeps the 15 bins that the definition asks for.
-    clamped = probabilities.float().clamp(max=1.0 - 2.0**-24)
-    return float(multiclass_calibration_error(clamped, labels, probabilities.shape[1], NUM_BINS, norm="l1"))
+    outcome, metrics = findings.outcome, findings.metrics
+    directory, names = outcome.directory, outcome.class_names
+    write_file(directory / "report.txt", report_text(findings))
+    write_file(directory / "predictions.csv", predictions_csv(findings))
+    plot_confusion_matrix(metrics["confusion_matrix"], names, outcome.title, directory / "confusion_matrix.png")
+    plot_reliability(findings.bins, metrics["ece"], outcome.title, directory / "reliability.png")
+    # Last, so that a directory with a metrics.json is a complete one.
+    write_file(directory / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+
+    trained = outcome.trained
+    if trained is not None and (lines := trained.directory / METRICS_FILE).is_file():
+        plot_learning_curves(lines, trained.directory / "learning_curves.png", outcome.name)
+    if findings.complete:
+        write_html(findings, directory / "report.html")
+        if trained is not None and not trained.checkpoint:
+            _log_to_wandb(findings)
 
 
-def summarize(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
-    """Compute every number of an evaluation.
-
-    Args:
-        logits: float32 [N, C], CPU, finite, N >= 1.
-        labels: int64 [N], CPU, in 0..C-1.
-        class_names: C different names, in label order.
-
-    Returns:
-        A JSON-ready dict: `top1` (fraction), `top1_interval` (95 %, Wilson), `loss` (mean cross-entropy, nats),
-        `ece` (top-label, 15 equal-width bins), `num_images`, `confusion_matrix` (rows true, columns predicted),
-        `per_class` (name -> precision, recall, f1, support; 0 where a ratio is 0/0).
-
-    Raises:
-        ValueError: If a shape, a label or a logit is outside the ranges above.
-
-    Source:
-        Guo et al. 2017 (calibration error); Wilson 1927 (interval).
-    """
-    _check(logits, labels, class_names)
-    classes = range(len(class_names))
-    logits64 = logits.double()  # so that the sum over images is exact to more digits than anyone prints
-    predictions = logits.argmax(dim=1)
-    num_images, correct = len(labels), int((predictions == labels).sum())
-    # Labels are stated: a class that a small split lacks keeps its row.
-    pair = labels.numpy(), predictions.numpy()
-    columns = precision_recall_fscore_support(*pair, labels=classes, zero_division=0.0)
-    return {
-        "top1": correct / num_images,
-        "top1_interval": wilson_interval(correct, num_images),
-        "loss": float(F.cross_entropy(logits64, labels, reduction="sum")) / num_images,
-        "ece": calibration_error(logits64.softmax(dim=1), labels),
-        "num_images": num_images,
-        "confusion_matrix": confusion_matrix(*pair, labels=classes).tolist(),
-        "per_class": {
-            name: {"precision": float(p), "recall": float(r), "f1": float(f1), "support": int(support)}
-            for name, p, r, f1, support in zip(class_names, *columns, strict=True)
-        },
-    }
-
-
-def write_evaluation(
-    directory: Path,
-    logits: Tensor,
-    labels: Tensor,
-    indices: Tensor,
-    class_names: Sequence[str],
-    *,
-    title: str,
-    more: Mapping[str, Any] | None = None,
-    notes: str = "",
-) -> dict[str, Any]:
-    """Write metrics.json, report.txt, predictions.csv, confusion_matrix.png and reliability.png.
-
-    Args:
-        directory: Where the files go; made if absent, files of the same names are replaced.
-        logits: float32 [N, C], CPU, finite, N >= 1.
-        labels: int64 [N], CPU, in 0..C-1.
-        indices: int64 [N], CPU; the position of each image in its source split.
-        class_names: C different names, in label order.
-        title: Heading of the report and the figures.
-        more: Further entries of metrics.json, JSON-ready.
-        notes: Further lines at the end of report.txt.
-
-    Returns:
-        What `summarize` returns and `more`, which is also what metrics.json holds.
-
-    Raises:
-        ValueError: As `summarize`, or if indices are not [N].
-    """
-    summary = summarize(logits, labels, class_names) | dict(more or {})
-    if indices.shape != labels.shape:
-        raise ValueError(f"indices must be {list(labels.shape)} (one per image), got {list(indices.shape)}")
-    low, high = summary["top1_interval"]
+def report_text(findings: Findings) -> str:
+    """Return report.txt: the headline, the classification report, and what else is known."""
+    outcome, metrics = findings.outcome, findings.metrics
+    low, high = metrics["top1_interval"]
     headline = (
-        f"{title}: top1 {100 * summary['top1']:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f}), "
-        f"loss {summary['loss']:.4f}, ECE {summary['ece']:.4f}, {summary['num_images']:,} images"
+        f"{outcome.title}: top1 {100 * metrics['top1']:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f}), "
+        f"loss {metrics['loss']:.4f}, ECE {metrics['ece']:.4f}, {metrics['num_images']:,} images"
     )
-    predictions = logits.argmax(dim=1)
-    pair, names = (labels.numpy(), predictions.numpy()), list(class_names)
-    options = {"labels": range(len(names)), "target_names": names, "zero_division": 0.0}
-    table = classification_report(*pair, digits=4, **options)
-    write_file(directory / "report.txt", f"{headline}\n\n{table}" + (f"\n{notes}\n" if notes else ""))
+    table = classification_report(
+        outcome.labels.numpy(),
+        outcome.logits.argmax(dim=1).numpy(),
+        labels=range(len(outcome.class_names)),
+        target_names=list(outcome.class_names),
+        digits=4,
+        zero_division=0.0,
+    )
+    notes = _notes(metrics) if findings.complete else ""
+    return f"{headline}\n\n{table}" + (f"\n{notes}\n" if notes else "")
 
-    rows = io.StringIO()
-    writer = csv.writer(rows, lineterminator="\n")
-    writer.writerow(["index", "label", "prediction", "confidence", *(f"p_{name}" for name in class_names)])
-    probabilities = logits.double().softmax(dim=1).float()
-    columns = (indices.tolist(), labels.tolist(), predictions.tolist(), probabilities.tolist())
-    for index, label, prediction, row in zip(*columns, strict=True):
+
+def _notes(metrics: Mapping[str, Any]) -> str:
+    """Return the last lines of report.txt: accuracy on subsets, calibration, precision of the neighbours."""
+    lines = []
+    for key, entry in metrics["subsets"].items():
+        low, high = (100 * bound for bound in entry["top1_interval"])
+        text = SUBSETS[key].format(**entry)
+        lines.append(f"{text:<68} {entry['num_images']:>7,} {100 * entry['top1']:6.2f} % ({low:.2f} to {high:.2f})")
+    if (calibration := metrics["calibration"]) is None:
+        lines.append("\nno validation images: no temperature is fitted")
+    else:
+        images = "these validation images themselves" if calibration["same_images"] else "validation images"
+        lines.append(
+            f"\ntemperature {calibration['temperature']:.3f}, fitted on {calibration['num_images']:,} {images}: "
+            f"ECE {calibration['ece_before']:.4f} -> {calibration['ece_after']:.4f}, "
+            f"loss {calibration['loss_before']:.4f} -> {calibration['loss_after']:.4f}"
+        )
+    if metrics["retrieval"] is not None:
+        lines.append("\n" + precision_line(metrics["retrieval"]))
+    return "\n".join(lines)
+
+
+def predictions_csv(findings: Findings) -> str:
+    """Return one line per image: index, label, prediction, confidence, and the probability of each class."""
+    outcome = findings.outcome
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["index", "label", "prediction", "confidence", *(f"p_{name}" for name in outcome.class_names)])
+    predictions = outcome.logits.argmax(dim=1).tolist()
+    probabilities = outcome.logits.double().softmax(dim=1).float().tolist()
+    rows = zip(outcome.labels.tolist(), predictions, probabilities, strict=True)
+    for index, (label, prediction, row) in enumerate(rows):
         cells = [f"{p:.9g}" for p in row]  # nine digits give a float32 back unchanged
         writer.writerow([index, label, prediction, cells[prediction], *cells])
-    write_file(directory / "predictions.csv", rows.getvalue())
+    return text.getvalue()
 
-    plot_confusion_matrix(summary["confusion_matrix"], class_names, title, directory / "confusion_matrix.png")
-    plot_reliability(logits, labels, summary["ece"], title, directory / "reliability.png")
-    # Last, so that a directory with a metrics.json is a complete one.
-    write_file(directory / "metrics.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    return summary
+
+def _log_to_wandb(findings: Findings) -> None:
+    outcome, metrics = findings.outcome, findings.metrics
+    trained = outcome.trained
+    assert trained is not None
+    files = [outcome.directory / f"{name}.png" for name in ("confusion_matrix", "reliability")]
+    files.append(trained.directory / "learning_curves.png")
+    scalars = {key: metrics[key] for key in ("top1", "loss", "ece")}
+    scalars |= {f"subsets.{key}": entry["top1"] for key, entry in metrics["subsets"].items()}
+    if (retrieval := metrics["retrieval"]) is not None:
+        scalars[f"precision_at_{retrieval['k']}"] = retrieval["features"]["mean"]
+    log_evaluation(
+        trained.directory,
+        trained.cfg.log,
+        flatten(trained.cfg),
+        prefix=f"evaluation/{outcome.split}",
+        scalars=scalars,
+        files=[file for file in files if file.is_file()],
+        errors=[error.row(outcome) for error in findings.errors[:200]],
+    )

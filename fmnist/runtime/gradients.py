@@ -1,4 +1,4 @@
-"""Bit-identical training for any process count: the sums over virtual shards, taken in a fixed order.
+"""How the gradients of a step are summed over micro-batches and processes: by DDP's all-reduce, or in a fixed order.
 
 A sum of floats depends on its order, and the order of an all-reduce depends on the process count. With `exact: V` the
 global batch is V shards, whoever computes them; what each contributes is kept apart, gathered, and added from shard 0
@@ -8,18 +8,75 @@ The cost: V copies of the gradients in memory, gathered instead of reduced, no o
 one CPU thread a process, and only deterministic kernels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+Batch = TypeVar("Batch")
+
+
+class Gradients(Protocol):
+    """Sums the gradients of one step.
+
+    Attributes:
+        model: the bare model, inside any wrapper, whose parameters hold the gradients.
+    """
+
+    model: nn.Module
+
+    def over(self, wrapped: nn.Module, micro_batches: Sequence[Batch]) -> Iterator[Batch]:
+        """Yield the micro-batches of one step; the body of the loop calls `backward` once for each."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradients of one micro-batch's mean loss, weighted so that they sum to the global batch's."""
+
+    def total(self) -> Tensor:
+        """Put the summed gradients in place after the last micro-batch, and return the step's loss, float32 []."""
+
+
+class AllReduce:
+    """One all-reduce a step, which DDP runs beside the last micro-batch's backward; none on a single process.
+
+    Args:
+        model: the bare model.
+        accelerator: Accelerate's, which wrapped it.
+    """
+
+    def __init__(self, model: nn.Module, accelerator: Any) -> None:
+        self.model, self._accelerator = model, accelerator
+        self._loss = torch.zeros((), device=accelerator.device)
+        self._num_micro_batches = 1
+
+    def over(self, wrapped: nn.Module, micro_batches: Sequence[Batch]) -> Iterator[Batch]:
+        """See `Gradients`."""
+        self._loss = torch.zeros_like(self._loss)
+        self._num_micro_batches = len(micro_batches)
+        *first, last = micro_batches
+        for batch in first:
+            with self._accelerator.no_sync(wrapped):
+                yield batch
+        yield last
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Gradients`; DDP divides by the number of processes besides."""
+        loss = loss / self._num_micro_batches
+        self._accelerator.backward(loss)
+        self._loss += loss.detach()
+
+    def total(self) -> Tensor:
+        """Return this process's mean loss; DDP has put the gradients in place."""
+        return self._loss
+
 
 class ShardSum:
-    """Sum gradients, loss and BatchNorm statistics over the shards of a step.
+    """Sum gradients, loss and BatchNorm statistics over the shards of a step, in their order.
 
     Args:
         model: its parameters receive the summed gradients; not wrapped for distributed training.
+        accelerator: Accelerate's.
         shards: V, over all processes.
         gather: from this process's rows [V / processes, P] to all of them, [V, P] in the order of the shards.
 
@@ -27,8 +84,8 @@ class ShardSum:
         ValueError: a BatchNorm layer averages over all batches (momentum None), which has no order to keep.
     """
 
-    def __init__(self, model: nn.Module, shards: int, gather: Callable[[Tensor], Tensor]) -> None:
-        self.shards, self._gather = shards, gather
+    def __init__(self, model: nn.Module, accelerator: Any, shards: int, gather: Callable[[Tensor], Tensor]) -> None:
+        self.model, self._accelerator, self._shards, self._gather = model, accelerator, shards, gather
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
         if any(m.momentum is None for m in self._norms):
@@ -42,16 +99,22 @@ class ShardSum:
     def _statistics(self) -> list[Tensor]:
         return [t for m in self._norms for t in (m.running_mean, m.running_var) if t is not None]
 
-    def keep(self, loss: Tensor) -> None:
+    def over(self, wrapped: nn.Module, micro_batches: Sequence[Batch]) -> Iterator[Batch]:
+        """See `Gradients`; each micro-batch is one shard."""
+        yield from micro_batches
+
+    def backward(self, loss: Tensor) -> None:
         """Set one shard's loss, gradients and batch statistics aside; the gradients are then cleared."""
+        loss = loss / self._shards
+        self._accelerator.backward(loss)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         parts = [loss.detach(), *grads, *self._statistics()]
         self._rows.append(torch.cat([part.reshape(-1).float() for part in parts]))
         for parameter in self._parameters:
             parameter.grad = None
 
-    def reduce(self) -> Tensor:
-        """Add up all shards in order; set gradients and running statistics, and return the summed loss."""
+    def total(self) -> Tensor:
+        """Add up all shards in order; set gradients and running statistics, and return the global batch's loss."""
         rows = self._gather(torch.stack(self._rows))
         local, self._rows = len(self._rows), []
         total = rows[0].clone()
@@ -70,5 +133,5 @@ class ShardSum:
             start = stop
         for module in self._norms:
             if module.num_batches_tracked is not None:
-                module.num_batches_tracked += self.shards - local
+                module.num_batches_tracked += self._shards - local
         return total[0]

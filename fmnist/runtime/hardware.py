@@ -4,8 +4,6 @@ import ctypes
 import os
 import platform
 import sys
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,6 +15,11 @@ def resolve_precision(precision: str) -> str:
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return the context in which a forward computes in the given dtype, float32 or bfloat16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
 def make_deterministic(device: torch.device) -> None:
     """Let only kernels run whose result depends on nothing but their operands."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -25,11 +28,11 @@ def make_deterministic(device: torch.device) -> None:
         torch.set_num_threads(1)  # how a sum is cut among threads would be part of the result
 
 
-def use_all_cores(state: Any) -> None:
+def use_all_cores(num_processes: int) -> None:
     """Share this node's cores among its processes where a launcher has set one thread each, which both do unasked."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if launched and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))
 
 
@@ -53,12 +56,3 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({platform.machine()}), {torch.get_num_threads()} thread(s)"
-
-
-def processor() -> str:
-    """Return the CPU's name, e.g. as /proc/cpuinfo has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()

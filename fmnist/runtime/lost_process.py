@@ -42,7 +42,7 @@ def share_status(status: int, group: Any) -> int:
     return int(flag)
 
 
-def is_lost_peer(error: RuntimeError) -> bool:
+def is_lost_process(error: RuntimeError) -> bool:
     """Say whether a collective failed because another process died or hangs."""
     return any(sign in str(error) for sign in SIGNS)
 

@@ -1,13 +1,13 @@
 """The processes of a run: sums and small messages between them, one that acts while the others wait, one that is lost.
 
-This module, `run.py` and `data/batches.py` are the only ones that know rank or world size.
+The files beside this one and `data/batches.py` are the only ones that know rank or world size.
 """
 
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fmnist.runtime.lost_process import LINGER_S, PATIENCE, describe_loss, is_lost_peer, share_status
+from fmnist.runtime.lost_process import LINGER_S, PATIENCE, describe_loss, is_lost_process, share_status
 
 logger = logging.getLogger("fmnist")
 T = TypeVar("T")
@@ -77,18 +77,23 @@ class Processes:
             dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Return this process's contiguous share; the shares of all processes cover every item exactly once."""
+        first, last = (len(items) * rank // self.world_size for rank in (self.rank, self.rank + 1))
+        return items[first:last]
+
     def join(self) -> None:
         """Wait for all processes."""
         if self.control is not None:
             dist.barrier(group=self.control)
 
     @contextmanager
-    def watch_peers(self) -> Iterator[None]:
+    def watch_lost_processes(self) -> Iterator[None]:
         """End this process with one line and status 1 where a collective fails because another one died or hangs."""
         try:
             yield
         except RuntimeError as error:
-            if self.control is None or not is_lost_peer(error):
+            if self.control is None or not is_lost_process(error):
                 raise
             others = [rank for rank in range(self.world_size) if rank != self.rank]
             loss = describe_loss(error, self.control, others)

@@ -12,17 +12,10 @@ from typing import Any
 from tqdm import tqdm
 
 from fmnist.config.schema import LogConfig
-from fmnist.runtime.files import write_atomic
+from fmnist.tracking.metrics_file import METRICS_FILE, metric_name, truncate_metrics
 from fmnist.tracking.wandb_run import start_wandb, without_secrets
 
 logger = logging.getLogger("fmnist")
-METRICS_FILE = "metrics.jsonl"
-PERF_KEYS = ("images_per_second", "step_time_s")
-
-
-def metric_name(prefix: str, key: str) -> str:
-    """Return the name a scalar has everywhere outside metrics.jsonl, e.g. train/loss or perf/step_time_s."""
-    return f"perf/{key}" if key in PERF_KEYS else f"{prefix}/{key}"
 
 
 class NullTracker:
@@ -125,18 +118,3 @@ class Tracker(NullTracker):
         if self.wandb is not None:
             self.wandb.summary.update({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
             self.wandb.finish()
-
-
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines after `step`, which the run writes again, and a line cut short by a crash."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-            if entry["step"] <= step and entry.get("prefix") != "test":  # the test images are evaluated again
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_atomic(path, "".join(kept).encode())

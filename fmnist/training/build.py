@@ -1,96 +1,115 @@
-"""What the training loop works with: built from a config, put back from a checkpoint, saved, and concluded."""
+"""What the training loop works with: built from a config, and put back from a checkpoint."""
 
 import json
 import logging
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 
 from fmnist.checkpoint.contents import EMA, MODEL, OPTIMIZER, STATE, TrainState, read_meta, read_state
-from fmnist.checkpoint.run_directory import git_revision, versions
 from fmnist.checkpoint.store import Checkpoints
-from fmnist.checkpoint.tensors import load_optimizer_tensors, load_strict, non_finite, optimizer_tensors, read_tensors
+from fmnist.checkpoint.tensors import load_optimizer_tensors, load_strict, read_tensors
 from fmnist.config.same_run import changes, recipe
 from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader, Split
-from fmnist.data.fashion_mnist import CLASS_NAMES
-from fmnist.metrics import predict
 from fmnist.network import build_network
 from fmnist.optim import Schedule, build_optimizer
 from fmnist.run import Run
+from fmnist.runtime.provenance import versions
 from fmnist.training.clock import Clock
-from fmnist.training.non_finite import Watch, write_batch
+from fmnist.training.non_finite import NonFiniteWatch
 
 logger = logging.getLogger("fmnist")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What the loop works with; `evaluated` is the weights' moving average where there is one, else the model."""
+    """What the training loop works with.
+
+    Attributes:
+        model: the network, not wrapped; its parameters are the optimizer's.
+        ema: the moving average of its weights, if `optim.ema_decay` asks for one.
+        eval_model: what is validated: the moving average where there is one, else the model.
+        optimizer: AdamW or SGD over the parameter groups.
+        augment: makes images and targets from a micro-batch.
+        loader: cuts the training images into batches.
+        schedule: the learning rate and what is due, as functions of the step.
+        val_split: the validation images; it may be empty.
+        test_split: the test images, read once, after the last step.
+        checkpoints: those of the run directory.
+        state: where training stands.
+        clock: images per second of training alone.
+        non_finite: traces a NaN to its step.
+    """
 
     model: nn.Module
     ema: ModelEmaV3 | None
-    evaluated: nn.Module
+    eval_model: nn.Module
     optimizer: torch.optim.Optimizer
     augment: Augment
     loader: Loader
     schedule: Schedule
     val_split: Split
+    test_split: Split
     checkpoints: Checkpoints
     state: TrainState
     clock: Clock
-    watch: Watch
+    non_finite: NonFiniteWatch
 
 
 def build(cfg: Config, run: Run) -> Training:
-    """Build everything the loop needs and put back the newest good checkpoint, if there is one.
+    """Build everything the loop needs and put back the newest valid checkpoint, if there is one.
 
     Raises:
         ValueError: data, weights, options or checkpoints that cannot be used; one line each.
     """
+    # data: all three splits, so that a damaged file is found now and not after the training
+    train_split, val_split, test_split = (Split.load(name, cfg.data, run.device) for name in ("train", "val", "test"))
     if cfg.exact and cfg.exact % run.world_size:
-        raise ValueError(f"exact is {cfg.exact}; legal with {run.world_size} processes: a multiple of that")
-    micro_batch_size = cfg.batch.global_batch_size // cfg.exact if cfg.exact else cfg.batch.micro_batch_size
-    Split.load("test", cfg.data, run.device)  # not looked at, but a damaged file is said now, not after the training
+        raise ValueError(f"exact is {cfg.exact}; valid with {run.world_size} processes: a multiple of that")
     loader = Loader(
-        Split.load("train", cfg.data, run.device),
+        train_split,
         global_batch_size=cfg.batch.global_batch_size,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=cfg.batch.global_batch_size // cfg.exact if cfg.exact else cfg.batch.micro_batch_size,
         seed=cfg.seed,
         rank=run.rank,
         world_size=run.world_size,
     )
+
+    # model, and what feeds it: pretrained weights only where no checkpoint will fill it
     schedule = Schedule.from_config(cfg, loader.steps_per_epoch)
-    checkpoints = Checkpoints(
-        run.directory / "checkpoints",
-        cfg.checkpoint.keep_last,
-        {"model": cfg.model.name, "world_size": run.world_size, "versions": versions(), "config": recipe(cfg)},
-    )
+    meta = {"model": cfg.model.name, "world_size": run.world_size, "versions": versions(), "config": recipe(cfg)}
+    checkpoints = Checkpoints(run.directory / "checkpoints", cfg.checkpoint.keep_last, meta)
     newest = None if cfg.overwrite else checkpoints.newest_good()
     model, augment = build_network(cfg, run.device, load_weights=newest is None)
+
+    logger.info("augmentation: %s", augment.backend)
+
+    # optimizer, and the moving average of the weights
     optimizer = build_optimizer(model, cfg.optim)
     ema = ModelEmaV3(model, decay=cfg.optim.ema_decay, use_warmup=True) if cfg.optim.ema_decay else None
+
+    # resume: weights, optimizer and step of the newest checkpoint
     state = TrainState() if newest is None else restore(newest, cfg, model, ema, optimizer)
+
     return Training(
         model=model,
         ema=ema,
-        evaluated=ema.module if ema else model,
+        eval_model=ema.module if ema else model,
         optimizer=optimizer,
         augment=augment,
         loader=loader,
         schedule=schedule,
-        val_split=Split.load("val", cfg.data, run.device),
+        val_split=val_split,
+        test_split=test_split,
         checkpoints=checkpoints,
         state=state,
         clock=Clock(cfg.batch.global_batch_size, state.train_seconds),
-        watch=Watch(cfg.log.every_steps, run.device),
+        non_finite=NonFiniteWatch(run, loader, augment, run.directory, cfg.log.every_steps),
     )
 
 
@@ -110,105 +129,9 @@ def restore(
     load_optimizer_tensors(model, optimizer, read_tensors(moments), moments)
     if ema is not None:
         load_strict(ema.module, read_tensors(path / EMA), path / EMA)
-    logger.info("continuing from %s", path)
+    logger.info("resuming from %s", path)
     if (made_with := meta.get("versions", {}).get("torch", torch.__version__)) != torch.__version__:
         logger.warning(
             "it was written with torch %s, this is %s: the last bits may differ", made_with, torch.__version__
         )
     return state
-
-
-def save(training: Training, run: Run) -> None:
-    """Write a checkpoint, unless a value in it is not finite.
-
-    Raises:
-        FloatingPointError: on every process, naming the tensors; nothing is written.
-        OSError: on the main process, which cannot write; the others end with it.
-    """
-    t = training
-    groups: dict[str, Mapping[str, Tensor]] = {
-        MODEL: t.model.state_dict(),
-        OPTIMIZER: optimizer_tensors(t.model, t.optimizer),
-    }
-    if t.ema is not None:
-        groups[EMA] = t.ema.module.state_dict()
-    bad = [f"{file}: {name}" for file, tensors in groups.items() for name in non_finite(tensors)]
-    if run.mean({"bad": torch.tensor(len(bad), device=run.device)})["bad"]:
-        stop_not_finite(f"{'; '.join(next(filter(None, run.gather(bad)))[:3])} not finite, not saved,", t, run)
-    t.state.train_seconds = t.clock.total_seconds
-    run.on_main(t.checkpoints.save, t.state, groups)
-
-
-def raise_if_not_finite(scalars: Mapping[str, float], training: Training, run: Run) -> None:
-    """Raise FloatingPointError if a mean over processes, the same on each of them, is a NaN or an infinity."""
-    if bad := [f"{name} is {value}" for name, value in scalars.items() if not math.isfinite(value)]:
-        stop_not_finite(", ".join(bad), training, run)
-
-
-def stop_not_finite(what: str, training: Training, run: Run) -> NoReturn:
-    """Draw the batch of the first step that was not finite, and end all processes with one line."""
-    t, noticed = training, training.state.step
-    firsts = run.gather(t.watch.first(noticed))
-    first = min((found[0] for found in firsts if found), default=noticed)
-    ranks = [rank for rank, found in enumerate(firsts) if found == (first, True)]
-    where = f" (the loss of rank {', '.join(map(str, ranks))})" if 0 < len(ranks) < len(firsts) else ""
-    began = "" if first == noticed else f", begun at step {first}"
-    picture = run.directory / f"non_finite_step_{first:08d}.png"
-    run.on_main(write_batch, picture, t.loader, t.augment, first, CLASS_NAMES)
-    raise FloatingPointError(
-        f"{what} at step {noticed}{began}{where}; the batch is drawn in {picture}; the last checkpoint is from before"
-    )
-
-
-def conclude(training: Training, cfg: Config, run: Run, *, finished: bool) -> None:
-    """Write the weights to use and the summary; after the last step also evaluate the test images, once."""
-    t, state = training, training.state
-    summary: dict[str, Any] = {
-        "model": cfg.model.name,
-        "parameters": sum(p.numel() for p in t.model.parameters()),
-        "epochs": round(t.schedule.epoch(state.step), 4),
-        "steps": state.step,
-        "world_size": run.world_size,
-        "seed": cfg.seed,
-        "val.top1": state.best_top1 if state.best_top1 >= 0 else None,
-        "images_per_second": round(t.clock.median_rate(), 1),
-        "train_seconds": round(state.train_seconds, 1),
-        "device": run.device_name,
-        "versions": versions(),
-        "git_revision": git_revision(),
-        "status": "finished" if finished else "stopped",
-    }
-    if state.best_step:
-        run.on_main(t.checkpoints.export, state.best_step, run.directory / "model.safetensors")
-    if finished:
-        summary |= evaluate_test(t, cfg, run)
-    run.finish(summary)
-
-
-def evaluate_test(training: Training, cfg: Config, run: Run) -> dict[str, float]:
-    """Evaluate the weights to use on the test images; write `evaluation/test/` and the learning curves."""
-    from fmnist.report.figures import plot_learning_curves  # three seconds of libraries, needed only here
-    from fmnist.report.write import write_evaluation
-
-    t, weights = training, run.directory / "model.safetensors"
-    run.on_main(lambda: load_strict(t.model, read_tensors(weights), weights))
-    run.broadcast(t.model.state_dict().values())
-    split = Split.load("test", cfg.data, run.device)
-    logits = predict(t.model, split, t.augment, cfg.evaluation, run).cpu()
-    result = run.on_main(
-        write_evaluation,
-        run.directory / "evaluation" / "test",
-        logits,
-        split.labels.cpu(),
-        torch.arange(len(split)),
-        CLASS_NAMES,
-        title=f"{run.directory.name}: test images",
-    )
-    if result is None:
-        return {}
-    scores = {key: result[key] for key in ("top1", "loss", "num_images")}
-    run.log("test", scores, t.state.step, t.schedule.epoch(t.state.step))
-    plot_learning_curves(run.directory / "metrics.jsonl", run.directory / "learning_curves.png", run.directory.name)
-    logger.info((run.directory / "evaluation" / "test" / "report.txt").read_text())
-    logger.info("test top1 %.2f %%; everything is in %s", 100 * result["top1"], run.directory)
-    return {f"test.{key}": value for key, value in scores.items()}

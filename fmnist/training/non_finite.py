@@ -1,32 +1,38 @@
 """NaN and infinity: at which step it began, on which process, and what the model was looking at."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader
+from fmnist.runtime.processes import Processes
 
 logger = logging.getLogger("fmnist")
 MAX_WINDOW, MAX_IMAGES = 10_000, 256
 
 
-class Watch:
+class NonFiniteWatch:
     """Keep the metrics of the last steps on the device, so that a NaN noticed late is traced to its step.
 
     Args:
+        processes: agree on where it began.
+        loader: makes the batch of that step again.
+        augment: makes its images.
+        directory: where the batch is drawn.
         every_steps: steps between two looks at the metrics.
-        device: where the metrics are.
     """
 
-    def __init__(self, every_steps: int, device: torch.device) -> None:
-        self.window = torch.zeros(min(every_steps, MAX_WINDOW), 2, device=device)
+    def __init__(
+        self, processes: Processes, loader: Loader, augment: Augment, directory: Path, every_steps: int
+    ) -> None:
+        self.processes, self.loader, self.augment, self.directory = processes, loader, augment, directory
+        self.window = torch.zeros(min(every_steps, MAX_WINDOW), 2, device=loader.split.labels.device)
 
     def note(self, metrics: Mapping[str, Tensor], step: int) -> None:
         """Keep the loss and gradient norm of one step; nothing here waits for the device."""
@@ -41,17 +47,48 @@ class Watch:
                 return past, not loss_is
         return None
 
+    def check(self, scalars: Mapping[str, float], step: int) -> None:
+        """Stop if a mean over processes, the same on each of them, is a NaN or an infinity.
 
-def write_batch(path: Path, loader: Loader, augment: Augment, step: int, class_names: Sequence[str]) -> None:
+        Raises:
+            FloatingPointError: see `stop`.
+        """
+        if bad := [f"{name} is {value}" for name, value in scalars.items() if not math.isfinite(value)]:
+            self.stop(", ".join(bad), step)
+
+    def stop(self, message: str, step: int) -> NoReturn:
+        """Draw the batch of the first step that was not finite, and end all processes with one line.
+
+        Args:
+            message: what is not finite.
+            step: completed updates when it was noticed.
+
+        Raises:
+            FloatingPointError: always.
+        """
+        firsts = self.processes.gather(self.first(step))
+        first = min((found[0] for found in firsts if found), default=step)
+        ranks = [rank for rank, found in enumerate(firsts) if found == (first, True)]
+        where = f" (the loss of rank {', '.join(map(str, ranks))})" if 0 < len(ranks) < len(firsts) else ""
+        began = "" if first == step else f", begun at step {first}"
+        picture = self.directory / f"non_finite_step_{first:08d}.png"
+        self.processes.on_main(write_batch, picture, self.loader, self.augment, first)
+        raise FloatingPointError(
+            f"{message} at step {step}{began}{where}; the batch is drawn in {picture}; the last checkpoint is older"
+        )
+
+
+def write_batch(path: Path, loader: Loader, augment: Augment, step: int) -> None:
     """Draw the global batch of one step as the model saw it, with its labels; pixels that are not finite are red.
 
     Args:
         path: the PNG.
         loader: of any process: the batch is made again whole.
-        augment: what made the images from it.
+        augment: makes the images.
         step: the optimizer update, counted from 1, that took this batch.
-        class_names: in label order.
     """
+    from fmnist.report.grid import draw_grid  # seconds of libraries, needed only here
+
     whole = Loader(
         loader.split,
         global_batch_size=loader.global_batch_size,
@@ -66,9 +103,9 @@ def write_batch(path: Path, loader: Loader, augment: Augment, step: int, class_n
         broken = ~pixels.isfinite().flatten(1).all(1)
         shown = torch.argsort(broken.int(), descending=True, stable=True)[:room]  # broken ones first
         images += list(visible(pixels[shown], augment).cpu())
-        titles += [title(target, class_names) for target in targets[shown].cpu()]
+        titles += [title(target, loader.split.class_names) for target in targets[shown].cpu()]
     try:
-        draw(path, torch.stack(images).clamp(0, 1), titles, f"step {step}: {len(images)} images of the batch")
+        draw_grid(path, torch.stack(images).clamp(0, 1), titles, f"step {step}: {len(images)} images of the batch")
     except OSError as error:  # the picture must not hide what it is about
         logger.warning("%s cannot be written: %s", path, error)
 
@@ -89,29 +126,3 @@ def title(target: Tensor, class_names: Sequence[str]) -> str:
     if len(shares) == 1:
         return shares[0][1]
     return "\n".join(f"{name} {share:.2f}" for share, name in sorted(shares, reverse=True)[:2])
-
-
-def draw(path: Path, images: Tensor, titles: Sequence[str], heading: str) -> None:
-    """Write a grid of images [N, S, S, 3] in [0, 1], each under its title."""
-    from matplotlib.figure import Figure  # seconds of libraries, needed only here
-
-    from fmnist.report.figures import write_file
-
-    count, size = len(images), images.shape[1]
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    pitch = size + max(1, size // 3)  # a strip above each image for its title
-    canvas = torch.ones(rows * pitch, columns * (size + 1), 3)
-    figure = Figure(
-        figsize=(max(4.0, 0.75 * columns), max(3.0, 0.75 * rows * pitch / size) + 0.4), layout="constrained"
-    )
-    axes = figure.add_subplot()
-    for i, (image, text) in enumerate(zip(images, titles, strict=True)):
-        row, column = divmod(i, columns)
-        top, left = row * pitch + pitch - size, column * (size + 1)
-        canvas[top : top + size, left : left + size] = image
-        axes.text(left, top - 1, text, fontsize=5, va="bottom", linespacing=0.9)
-    axes.imshow(canvas.numpy(), interpolation="nearest")
-    axes.set_axis_off()
-    axes.set_title(heading, fontsize=9)
-    write_file(path, figure)

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from fmnist.apps.export.expected import open_reference
+from fmnist.apps.export.expected import open_expected
 from fmnist.apps.export.hub import write_hub
 from fmnist.apps.export.onnx import write_onnx
 from fmnist.runtime.console import log_to_console, one_line_errors
@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     log_to_console()
     write, name = WRITERS[args.to]
     with one_line_errors(PROGRAM):
-        reference = open_reference(args.run, args.root)
-        print(write(reference, args.output or reference.predictor.trained.folder("export") / name))
+        expected = open_expected(args.run, args.root)
+        print(write(expected, args.output or expected.trained.folder("export") / name))
 
 
 if __name__ == "__main__":

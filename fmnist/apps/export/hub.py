@@ -13,58 +13,54 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
-from fmnist.apps.export.expected import Reference
+from fmnist.apps.export.expected import Expected
 from fmnist.apps.export.model_card import Measured, model_card, read_measured
 from fmnist.config.schema import to_yaml
 from fmnist.data.fashion_mnist import CLASS_NAMES, NUM_CLASSES
 from fmnist.models import REGISTRY
-from fmnist.network import Trained
-from fmnist.runtime.files import sha256_of
-from fmnist.trained import Predictor, open_predictor
+from fmnist.trained import Trained, open_trained
 
 LARGEST_DIFFERENCE = 1e-5  # of any logit
 FILES = ("config.json", "model.safetensors", "config.yaml", "README.md")
 
 
-def write_hub(reference: Reference, folder: Path) -> str:
+def write_hub(expected: Expected, folder: Path) -> str:
     """Write the folder where a fresh load of it agrees with the run, else leave none; return what was seen.
 
     Args:
-        reference: the run and its answers.
+        expected: the run and its answers.
         folder: made if absent; files of the same names in it are replaced.
 
     Raises:
         ValueError: one line: the run has no metrics, or the folder, opened again, gives other numbers.
     """
-    predictor = reference.predictor
-    ours = predictor.trained.cfg.model.name in REGISTRY
-    measured = read_measured(reference)
+    trained = expected.trained
+    ours = trained.cfg.model.name in REGISTRY
+    measured = read_measured(expected)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {folder} is a file; give a folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         part.mkdir()
-        _write(predictor, measured, part, ours)
-        difference = check(part, reference, ours)
+        _write(trained, measured, part, ours)
+        difference = check(part, expected, ours)
         folder.mkdir(exist_ok=True)
         for name in FILES:
             (part / name).replace(folder / name)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    opener = (
-        f'open_predictor(Path("{folder}"))' if ours else f'timm.create_model("local-dir:{folder}", pretrained=True)'
-    )
-    return f"{folder}: {opener} gives the run's logits within {difference:.1e} on {len(reference.images):,} test images"
+    opener = f'open_trained(Path("{folder}"))' if ours else f'timm.create_model("local-dir:{folder}", pretrained=True)'
+    return f"{folder}: {opener} gives the run's logits within {difference:.1e} on {len(expected.images):,} test images"
 
 
-def _write(predictor: Predictor, measured: Measured, folder: Path, ours: bool) -> None:
-    tensors = {name: tensor.contiguous() for name, tensor in predictor.model.state_dict().items()}
+def _write(trained: Trained, measured: Measured, folder: Path, ours: bool) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
     (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
-    config = _own_config(predictor) if ours else _timm_config(predictor)
+    config = _own_config(trained) if ours else _timm_config(trained)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / "config.yaml").write_text(_portable_config(predictor.trained), encoding="utf-8")
-    (folder / "README.md").write_text(model_card(predictor, measured, ours=ours), encoding="utf-8")
+    (folder / "config.yaml").write_text(_portable_config(trained), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(trained, measured, ours=ours), encoding="utf-8")
 
 
 def _portable_config(trained: Trained) -> str:
@@ -78,24 +74,24 @@ def _portable_config(trained: Trained) -> str:
     return to_yaml(cfg)
 
 
-def _own_config(predictor: Predictor) -> dict[str, Any]:
+def _own_config(trained: Trained) -> dict[str, Any]:
     """What our own models are; timm does not know them, and says so when it is asked to build one."""
-    cfg, augment = predictor.trained.cfg.model, predictor.augment
+    cfg, augment = trained.cfg.model, trained.augment
     return {
         "library_name": "fmnist",
         "architecture": cfg.name,
         "num_classes": NUM_CLASSES,
         "label_names": list(CLASS_NAMES),
         "model_args": {"drop_rate": cfg.drop_rate} | cfg.options,
-        "image_size": predictor.size,
+        "image_size": trained.size,
         "mean": list(augment.mean),
         "std": list(augment.std),
     }
 
 
-def _timm_config(predictor: Predictor) -> dict[str, Any]:
+def _timm_config(trained: Trained) -> dict[str, Any]:
     """timm's config.json: the architecture, the arguments that build it, and how its images are prepared."""
-    cfg, augment, size = predictor.trained.cfg.model, predictor.augment, predictor.size
+    cfg, augment, size = trained.cfg.model, trained.augment, trained.size
     known = asdict(default) if (default := timm.get_pretrained_cfg(cfg.name)) is not None else {}
     num_channels = len(augment.mean)
     args: dict[str, Any] = {"in_chans": num_channels} | cfg.options
@@ -120,17 +116,17 @@ def _timm_config(predictor: Predictor) -> dict[str, Any]:
             "first_conv": known.get("first_conv"),
             "classifier": known.get("classifier"),
             "license": known.get("license") if cfg.pretrained or cfg.weights else "mit",
-            "notes": [f"weights sha256 {sha256_of(predictor.trained.weights)}"],
+            "notes": [f"weights sha256 {trained.digest}"],
         },
     }
 
 
-def check(folder: Path, reference: Reference, ours: bool, limit: float = LARGEST_DIFFERENCE) -> float:
-    """Open the folder as a user would and compare logits on the reference's images.
+def check(folder: Path, expected: Expected, ours: bool, limit: float = LARGEST_DIFFERENCE) -> float:
+    """Open the folder as a user would and compare logits on the expected's images.
 
     Args:
         folder: what was written.
-        reference: the run's images and logits.
+        expected: the run's images and logits.
         ours: open it with fmnist; else with timm.
         limit: largest difference that passes.
 
@@ -141,22 +137,22 @@ def check(folder: Path, reference: Reference, ours: bool, limit: float = LARGEST
         ValueError: one line, for a folder that cannot be opened, or a difference that is not under the limit.
     """
     try:
-        logits = open_predictor(folder, "cpu")(reference.images)[0] if ours else _timm_logits(folder, reference)
+        logits = open_trained(folder, "cpu")(expected.images)[0] if ours else _timm_logits(folder, expected)
     except Exception as error:  # whatever timm or torch make of it: the folder is of no use
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"the folder cannot be opened again: {reason}") from error
-    difference = float((logits - reference.logits).abs().max())
+    difference = float((logits - expected.logits).abs().max())
     if not difference < limit:
         raise ValueError(f"the folder's logits differ from the run's by {difference:.1e}; the limit is {limit:.0e}")
     return difference
 
 
 @torch.no_grad()
-def _timm_logits(folder: Path, reference: Reference) -> Tensor:
+def _timm_logits(folder: Path, expected: Expected) -> Tensor:
     """As the model card tells a user to: nothing of fmnist, the numbers from config.json."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     cfg = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
     mean, std = (torch.tensor(cfg[key])[:, None, None] for key in ("mean", "std"))
-    grey = reference.images[:, None].float() / 255
+    grey = expected.images[:, None].float() / 255
     grey = F.interpolate(grey, tuple(cfg["input_size"][1:]), mode="bilinear", align_corners=False)
     return torch.cat([model(part) for part in ((grey - mean) / std).split(250)])

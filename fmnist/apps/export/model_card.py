@@ -11,9 +11,8 @@ import timm
 import torch
 import yaml
 
-from fmnist.apps.export.expected import Reference
-from fmnist.network import Trained
-from fmnist.trained import Predictor
+from fmnist.apps.export.expected import Expected
+from fmnist.trained import Trained
 
 SAME_PROBABILITIES = 0.01  # mean absolute difference: bf16 stays far below, other weights lie above
 FASHION_MNIST = """\
@@ -59,45 +58,45 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", html.escape(one_line))
 
 
-def read_measured(reference: Reference) -> Measured:
+def read_measured(expected: Expected) -> Measured:
     """Read the run's own test metrics, and find out from its predictions whether they are of these weights.
 
     Args:
-        reference: the run and its answers.
+        expected: the run and its answers.
 
     Raises:
         ValueError: one line: there is no evaluation of the test images, or it is of other weights.
     """
-    trained = reference.predictor.trained
-    folder = trained.output / "test"
+    trained = expected.trained
+    folder = trained.folder("evaluation") / "test"
     again = f"run: python evaluate.py {trained.weights.parent}"
     try:
         metrics = json.loads((folder / "metrics.json").read_bytes())
         with (folder / "predictions.csv").open(newline="") as file:
-            rows = [row[4:] for row, _ in zip(csv.reader(file), range(1 + len(reference.images)), strict=False)][1:]
+            rows = [row[4:] for row, _ in zip(csv.reader(file), range(1 + len(expected.images)), strict=False)][1:]
         written = torch.tensor([[float(cell) for cell in row] for row in rows])
-        distance = (written - reference.logits.softmax(-1)).abs().mean()
+        distance = (written - expected.logits.softmax(-1)).abs().mean()
     except FileNotFoundError as error:
         raise ValueError(f"a model card states measured figures, and there is no {error.filename}; {again}") from None
     except (OSError, ValueError, RuntimeError):
         raise ValueError(f"{folder} does not hold a whole evaluation; {again}") from None
-    mirrored, _ = reference.predictor(reference.images.flip(-1))
-    averaged = (reference.logits.softmax(-1) + mirrored.softmax(-1)) / 2
+    mirrored, _ = expected.trained(expected.images.flip(-1))
+    averaged = (expected.logits.softmax(-1) + mirrored.softmax(-1)) / 2
     distance_flipped = (written - averaged).abs().mean()
     if not min(distance, distance_flipped) < SAME_PROBABILITIES:
         raise ValueError(f"{folder} was evaluated with other weights; {again}")
     return Measured(metrics=metrics, flip=bool(distance_flipped < distance))
 
 
-def model_card(predictor: Predictor, measured: Measured, *, ours: bool) -> str:
+def model_card(trained: Trained, measured: Measured, *, ours: bool) -> str:
     """Return the card as Markdown with its YAML head.
 
     Args:
-        predictor: the run.
+        trained: the run.
         measured: its test metrics.
         ours: a model of this project, which timm does not know.
     """
-    trained, metrics = predictor.trained, measured.metrics
+    trained, metrics = trained, measured.metrics
     known = None if ours else timm.get_pretrained_cfg(trained.cfg.model.name)
     from_pretrained = trained.cfg.model.pretrained or bool(trained.cfg.model.weights)
     weights_licence = (known.license if known else None) or "other"
@@ -118,15 +117,15 @@ def model_card(predictor: Predictor, measured: Measured, *, ours: bool) -> str:
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
         f"# {escape(trained.name)}",
-        f"{escape(trained.cfg.model.name)}, {_count(predictor):,} parameters, classifies Fashion-MNIST at "
-        f"{predictor.size} px.",
+        f"{escape(trained.cfg.model.name)}, {_count(trained):,} parameters, classifies Fashion-MNIST at "
+        f"{trained.size} px.",
         "## Measured",
         f"On {metrics['num_images']:,} test images{averaging}: {accuracy}, loss {metrics['loss']:.4f}, expected "
         f"calibration error {metrics['ece']:.4f} (15 bins). {chosen}",
         _class_table(metrics),
         "## Use",
-        _own_snippet() if ours else _timm_snippet(predictor),
-        _stem(predictor, ours=ours, from_pretrained=from_pretrained),
+        _own_snippet() if ours else _timm_snippet(trained),
+        _stem(trained, ours=ours, from_pretrained=from_pretrained),
         "## Training",
         _training(trained, weights_licence if from_pretrained else None),
         "## Intended use and limits",
@@ -137,8 +136,8 @@ def model_card(predictor: Predictor, measured: Measured, *, ours: bool) -> str:
     return "\n\n".join(parts)
 
 
-def _count(predictor: Predictor) -> int:
-    return sum(parameter.numel() for parameter in predictor.model.parameters())
+def _count(trained: Trained) -> int:
+    return sum(parameter.numel() for parameter in trained.model.parameters())
 
 
 def _class_table(metrics: dict[str, Any]) -> str:
@@ -149,8 +148,8 @@ def _class_table(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _timm_snippet(predictor: Predictor) -> str:
-    size, mean, std = predictor.size, predictor.augment.mean, predictor.augment.std
+def _timm_snippet(trained: Trained) -> str:
+    size, mean, std = trained.size, trained.augment.mean, trained.augment.std
     return f"""\
 ```python
 import timm
@@ -177,19 +176,18 @@ opens it like a run (`python evaluate.py FOLDER` works too):
 ```python
 from pathlib import Path
 
-from fmnist.trained import open_predictor
 
-predictor = open_predictor(Path("FOLDER"))  # FOLDER: where this README.md is
+trained = open_trained(Path("FOLDER"))  # FOLDER: where this README.md is
 
 
 def logits(images):
     \"\"\"Take uint8 [N, 28, 28], light on black, as Fashion-MNIST.\"\"\"
-    return predictor(images)[0]
+    return trained(images)[0]
 ```"""
 
 
-def _stem(predictor: Predictor, *, ours: bool, from_pretrained: bool) -> str:
-    mean = predictor.augment.mean
+def _stem(trained: Trained, *, ours: bool, from_pretrained: bool) -> str:
+    mean = trained.augment.mean
     if ours or not from_pretrained:
         return "The model reads one grey channel (`in_chans=1`); it was trained so from the start."
     if len(mean) > 1:

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmnist.apps.export.expected import Reference
+from fmnist.apps.export.expected import Expected
 from fmnist.data.fashion_mnist import CLASS_NAMES
-from fmnist.runtime.files import sha256_of
-from fmnist.trained import Predictor
+from fmnist.trained import Trained
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LARGEST_DIFFERENCE = 1e-4  # of any logit or probability; where logits exceed 10, in proportion: fp32 rounds so
@@ -26,12 +25,12 @@ class Deployed(nn.Module):
     """Resize, normalise and classify: the run as evaluation uses it, in one module.
 
     Args:
-        predictor: the run, in float32.
+        trained: the run, in float32.
     """
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, trained: Trained) -> None:
         super().__init__()
-        self.model, self.augment, self.size = predictor.model, predictor.augment, predictor.size
+        self.model, self.augment, self.size = trained.model, trained.augment, trained.size
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits and probabilities, float32 [B, num_classes], of images uint8 [B, H, W]."""
@@ -39,11 +38,11 @@ class Deployed(nn.Module):
         return logits, logits.softmax(-1)
 
 
-def write_onnx(reference: Reference, path: Path) -> str:
+def write_onnx(expected: Expected, path: Path) -> str:
     """Write the graph where it agrees with torch, else leave no file; return what was seen, for people.
 
     Args:
-        reference: the run and its answers.
+        expected: the run and its answers.
         path: the .onnx file.
 
     Raises:
@@ -55,14 +54,14 @@ def write_onnx(reference: Reference, path: Path) -> str:
         )
     import onnx
 
-    trained = reference.predictor.trained
-    proto = _trace(reference)
+    trained = expected.trained
+    proto = _trace(expected)
     about = {
         "class_names": json.dumps(CLASS_NAMES),
         "run": trained.name,
         "model": trained.cfg.model.name,
-        "weights_sha256": sha256_of(trained.weights),
-        "image_size": str(reference.predictor.size),
+        "weights_sha256": trained.digest,
+        "image_size": str(expected.trained.size),
     }
     onnx.helper.set_model_props(proto, about)
     onnx.checker.check_model(proto)
@@ -70,20 +69,20 @@ def write_onnx(reference: Reference, path: Path) -> str:
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         onnx.save(proto, part)
-        seen = check(part, reference)
+        seen = check(part, expected)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
     return (
-        f"{path}: {path.stat().st_size / 1e6:.2f} MB; on {len(reference.images):,} test images the largest difference "
+        f"{path}: {path.stat().st_size / 1e6:.2f} MB; on {len(expected.images):,} test images the largest difference "
         f"from torch is {seen['logits']:.1e} in logits, {seen['probabilities']:.1e} in probabilities; "
         f"onnxruntime {seen['images_per_second']:,.0f} images/s on this CPU"
     )
 
 
-def _trace(reference: Reference) -> Any:
+def _trace(expected: Expected) -> Any:
     """Export with torch.export, the batch dimension free."""
-    deployed = Deployed(reference.predictor).eval()
+    deployed = Deployed(expected.trained).eval()
     noisy = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in noisy]
     try:
@@ -93,7 +92,7 @@ def _trace(reference: Reference) -> Any:
             warnings.simplefilter("ignore")  # of the exporter's own future
             program = torch.onnx.export(
                 deployed,
-                (reference.images[:2],),  # two: a batch of one would be taken for a constant
+                (expected.images[:2],),  # two: a batch of one would be taken for a constant
                 dynamo=True,
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
                 input_names=["images"],
@@ -113,19 +112,19 @@ def _trace(reference: Reference) -> Any:
             del entry.metadata_props[:]  # stack traces, with the paths of this machine
         return proto
     except Exception as error:  # the exporter raises what it meets; the user's way on is the same
-        name = reference.predictor.trained.cfg.model.name
+        name = expected.trained.cfg.model.name
         raise ValueError(f"torch cannot export {name} to ONNX: {str(error).strip().splitlines()[0]}") from error
     finally:
         for logger, level in zip(noisy, levels, strict=True):
             logger.setLevel(level)
 
 
-def check(path: Path, reference: Reference, limit: float = LARGEST_DIFFERENCE) -> dict[str, float]:
-    """Run a graph in onnxruntime over the reference's images, in batches of several sizes.
+def check(path: Path, expected: Expected, limit: float = LARGEST_DIFFERENCE) -> dict[str, float]:
+    """Run a graph in onnxruntime over the expected's images, in batches of several sizes.
 
     Args:
         path: the .onnx file.
-        reference: the run's images and logits.
+        expected: the run's images and logits.
         limit: largest difference that passes, for values of up to 10.
 
     Returns:
@@ -136,17 +135,17 @@ def check(path: Path, reference: Reference, limit: float = LARGEST_DIFFERENCE) -
     """
     import onnxruntime
 
-    count = len(reference.images)
+    count = len(expected.images)
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        parts = [session.run(None, {"images": part.numpy()}) for part in reference.images.split([1, 7, count - 8])]
+        parts = [session.run(None, {"images": part.numpy()}) for part in expected.images.split([1, 7, count - 8])]
         start = time.perf_counter()
-        session.run(None, {"images": reference.images[8:].numpy()})
+        session.run(None, {"images": expected.images[8:].numpy()})
         seconds = time.perf_counter() - start
     except Exception as error:  # onnxruntime's exceptions share no type of their own
         raise ValueError(f"onnxruntime cannot run the graph: {str(error).strip().splitlines()[0]}") from error
     logits, probabilities = (torch.cat([torch.from_numpy(part[i]) for part in parts]) for i in (0, 1))
-    pairs = {"logits": (logits, reference.logits), "probabilities": (probabilities, reference.logits.softmax(-1))}
+    pairs = {"logits": (logits, expected.logits), "probabilities": (probabilities, expected.logits.softmax(-1))}
     differences = {name: float((got - wanted).abs().max()) for name, (got, wanted) in pairs.items()}
     for name, difference in differences.items():
         legal = limit * max(1.0, float(pairs[name][1].abs().max()) / 10)

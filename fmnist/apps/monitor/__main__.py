@@ -26,7 +26,7 @@ from fmnist.data.idx import MAX_FILE_BYTES, read_idx
 from fmnist.data.photos import find_pictures, read_photo
 from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.runtime.files import write_atomic
-from fmnist.trained import open_predictor
+from fmnist.trained import open_trained
 
 CHUNK = 256
 UNREADABLE = 0.1  # share of the files above which their errors are themselves a reason to worry
@@ -157,12 +157,12 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors("python -m fmnist.apps.monitor"):
         if not args.batch.exists():
             raise ValueError(f"{args.batch}: no such file or folder")
-        predictor = open_predictor(args.run, args.device)
-        batch, errors = BatchSums(open_reference(predictor, args.root)), 0
+        trained = open_trained(args.run, args.device)
+        batch, errors = BatchSums(open_reference(trained, args.root)), 0
         for images, failed in read_batch(args.batch):
             errors += failed
             if len(images):
-                batch.add(*predictor(images))
+                batch.add(*trained(images))
         judgement = judge(batch, args.false_alarms) if batch.num_images >= MIN_PICTURES else None
         result = report(batch, judgement, errors, args)
         if args.json is not None:

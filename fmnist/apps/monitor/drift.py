@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmnist.apps.novelty import Reference, unit
+from fmnist.apps.novelty import NoveltyReference
+from fmnist.evaluation.features import unit
 
 SIGNALS = ("class mix", "confidence", "unlike", "drift")
 REPLICATES = 2000
@@ -22,7 +23,7 @@ SEED = 20172
 class BatchSums:
     """What the signals need of a batch, summed: the memory does not grow with the pictures."""
 
-    def __init__(self, reference: Reference) -> None:
+    def __init__(self, reference: NoveltyReference) -> None:
         self.reference = reference
         self.num_images = 0
         self._sums: Tensor | None = None
@@ -40,7 +41,7 @@ class BatchSums:
         return np.asarray(self._sums / self.num_images)
 
 
-def describe(reference: Reference, logits: Tensor, features: Tensor) -> Tensor:
+def describe(reference: NoveltyReference, logits: Tensor, features: Tensor) -> Tensor:
     """Return one row per picture whose means make the signals.
 
     Returns:

@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fmnist.apps.novelty import Reference, open_reference
+from fmnist.apps.novelty import NoveltyReference, open_reference
 from fmnist.apps.predict.photo_sheet import BLACK, GREY, ORANGE, Entry, draw_sheet
 from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.data.photos import Photo, find_pictures, read_photo
 from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.runtime.files import write_atomic
-from fmnist.trained import Predictor, open_predictor
+from fmnist.trained import Trained, open_trained
 
 CHUNK = 64  # pictures in memory at a time
 
@@ -38,7 +38,7 @@ class Prediction:
     Attributes:
         photo: the picture, or why there is none.
         top: (class name, probability), the likeliest first; empty where there is an error.
-        score: how unlike the training images it is, see `Reference.score`; 0 where there is an error.
+        score: how unlike the training images it is, see `NoveltyReference.score`; 0 where there is an error.
         unlike: whether the score is above the calibrated threshold.
     """
 
@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def predict_pictures(
-    predictor: Predictor, reference: Reference, found: Iterable[tuple[str, str]], args: argparse.Namespace
+    trained: Trained, reference: NoveltyReference, found: Iterable[tuple[str, str]], args: argparse.Namespace
 ) -> Iterator[Prediction]:
     """Predict pictures in the order found, a chunk at a time."""
     pictures = iter(found)
@@ -88,7 +88,7 @@ def predict_pictures(
         ]
         views = [photo.cutout.view for photo in photos if photo.cutout]
         images = torch.from_numpy(np.stack(views)) if views else torch.zeros(0, 28, 28, dtype=torch.uint8)
-        logits, features = predictor(images)
+        logits, features = trained(images)
         scores = reference.score(features)
         rows = zip(logits.double().softmax(1), scores.tolist(), strict=True)
         for photo in photos:
@@ -181,10 +181,10 @@ def main(argv: list[str] | None = None) -> None:
             args.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--output is {args.output}: {error.strerror}") from None
-        predictor = open_predictor(args.run, args.device)
-        reference = open_reference(predictor, args.root)
-        items = predict_pictures(predictor, reference, find_pictures(args.paths), args)
-        counts = write_predictions(items, args, f"{predictor.trained.name}: each photo and what the model sees")
+        trained = open_trained(args.run, args.device)
+        reference = open_reference(trained, args.root)
+        items = predict_pictures(trained, reference, find_pictures(args.paths), args)
+        counts = write_predictions(items, args, f"{trained.name}: each photo and what the model sees")
     print(
         f"{counts['predicted']:,} pictures predicted, {counts['unlike']:,} of them unlike the training images, "
         f"{counts['whole']:,} taken whole (no plain background); {counts['failed']:,} errors"

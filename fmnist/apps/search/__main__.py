@@ -17,20 +17,21 @@ from fmnist.apps.search.catalogue import (
     SOURCES,
     UNKNOWN,
     Catalogue,
-    build_catalogue,
     check_same_weights,
-    embed,
+    folder_catalogue,
     index_file,
     load_catalogue,
     read_split,
     save_catalogue,
+    split_catalogue,
 )
 from fmnist.apps.search.hits import Hit, plot_hits, write_hits
-from fmnist.apps.search.retrieval import Neighbours, measure_precision, precision_file, precision_table, write_precision
 from fmnist.data.photos import read_view
-from fmnist.network import open_trained
+from fmnist.evaluation.neighbours import Neighbours
+from fmnist.evaluation.retrieval import measure_precision
+from fmnist.report.retrieval_table import RETRIEVAL_FILE, precision_table, write_precision
 from fmnist.runtime.console import log_to_console, one_line_errors
-from fmnist.trained import Predictor, open_predictor
+from fmnist.trained import Trained, open_trained
 
 PROGRAM = "python -m fmnist.apps.search"
 
@@ -70,11 +71,14 @@ def _positive(text: str) -> int:
 
 def make_index(args: argparse.Namespace) -> None:
     """Compute a catalogue's features and write them."""
-    predictor = open_predictor(args.run, args.device)
+    trained = open_trained(args.run, args.device)
     start = time.perf_counter()
-    catalogue = build_catalogue(predictor, args.folder or args.split, args.root)
+    if args.folder is not None:
+        catalogue = folder_catalogue(trained, args.folder)
+    else:
+        catalogue = split_catalogue(trained, args.split, args.root)
     seconds = time.perf_counter() - start
-    path = args.output or index_file(predictor.trained)
+    path = args.output or index_file(trained)
     save_catalogue(catalogue, path)
     size = f"{len(catalogue):,} items of {catalogue.features.shape[1]} features in {seconds:.1f} s"
     print(f"{path}: {size}, {path.stat().st_size / 1e6:.1f} MB")
@@ -89,15 +93,16 @@ def make_query(args: argparse.Namespace) -> None:
             raise ValueError(f"{args.index} has no index yet; make one: {PROGRAM} index {args.index}")
     catalogue = load_catalogue(path)
     run = args.run or (args.index if args.index.is_dir() else Path(catalogue.run_directory))
-    predictor = open_predictor(run, args.device)
-    check_same_weights(catalogue, predictor, path)
-    queries = [_read_query(name, predictor, args.root) for name in args.images]
+    trained = open_trained(run, args.device)
+    check_same_weights(catalogue, trained, path)
+    queries = [_read_query(name, trained, args.root) for name in args.images]
     images = torch.stack([image for image, _ in queries])
-    features, predictions = embed(predictor, images)
+    logits, features = trained(images)
+    predictions = logits.argmax(1)
     exclude = torch.tensor([_position(name, catalogue) for name in args.images])
     k = min(args.k, len(catalogue) - bool((exclude >= 0).any()))
 
-    neighbours = Neighbours(catalogue.features, predictor.device)
+    neighbours = Neighbours(catalogue.features, trained.device)
     neighbours(features[:1], k, exclude[:1])  # the first product also starts the device's libraries
     start = time.perf_counter()
     similarities, positions = neighbours(features, k, exclude)
@@ -117,15 +122,15 @@ def make_query(args: argparse.Namespace) -> None:
     plot_hits(hits, catalogue, sheet)
     write_hits(hits, catalogue, sheet.with_suffix(".csv"))
     print(f"{sheet}, {sheet.with_suffix('.csv').name}: the {k} nearest of {len(catalogue):,} items to each picture, ")
-    print(f"found in {milliseconds:.1f} ms a query on {predictor.device}")
+    print(f"found in {milliseconds:.1f} ms a query on {trained.device}")
 
 
-def _read_query(name: str, predictor: Predictor, root: str | None) -> tuple[Tensor, int]:
+def _read_query(name: str, trained: Trained, root: str | None) -> tuple[Tensor, int]:
     """Return the picture and its class (UNKNOWN for a file)."""
     match = re.fullmatch(r"(train|val|test):([0-9]{1,9})", name)
     if match is None:
         return read_view(name), UNKNOWN
-    images, labels, _ = read_split(predictor, match[1], root)  # type: ignore[arg-type]  # one of its three names
+    images, labels = read_split(trained, match[1], root)  # type: ignore[arg-type]  # one of its three names
     if (number := int(match[2])) >= len(images):
         raise ValueError(f"{name}: {match[1]} has images 0 to {len(images) - 1}")
     return images[number], int(labels[number])
@@ -141,9 +146,9 @@ def _position(name: str, catalogue: Catalogue) -> int:
 
 def make_evaluation(args: argparse.Namespace) -> None:
     """Measure retrieval precision, print the table and write the JSON."""
-    predictor = open_predictor(args.run, args.device)
-    result = measure_precision(predictor, k=args.k, root=args.root)
-    output = args.output or precision_file(predictor.trained)
+    trained = open_trained(args.run, args.device)
+    result = measure_precision(trained, k=args.k, root=args.root)
+    output = args.output or trained.folder("evaluation") / "test" / RETRIEVAL_FILE
     write_precision(result, output)
     print(f"{precision_table(result)}\n\nwritten to {output}; the next report.html of evaluate.py shows it")
 

@@ -1,8 +1,8 @@
-"""A catalogue to search in: pictures, what the model makes of them, and whose weights made it, in one file."""
+"""A catalogue to search in: pictures, what the model makes of them, and whose weights made it."""
 
+import io
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -10,18 +10,15 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from fmnist.data.fashion_mnist import NUM_CLASSES, load_split
+from fmnist.data.fashion_mnist import load_split
 from fmnist.data.photos import find_pictures, read_view
-from fmnist.network import Trained
-from fmnist.runtime.files import sha256_of
-from fmnist.trained import Predictor
+from fmnist.evaluation.features import compute_features, features_of
+from fmnist.runtime.files import write_atomic
+from fmnist.trained import Trained
 
 logger = logging.getLogger("fmnist")
-
 FORMAT = 1
 UNKNOWN = -1  # the label of a picture from a folder
 Source = Literal["train", "val", "test", "all"]
@@ -40,7 +37,7 @@ class Catalogue:
         images: uint8 [N, H, W], what the model was given.
         run: name of the run whose weights made the features.
         run_directory: where that run was; a query opens it again.
-        weights_sha256: of the weights file.
+        weights_sha256: of the weights.
         source: the split, or the folder.
     """
 
@@ -58,42 +55,53 @@ class Catalogue:
         return len(self.names)
 
 
-def read_split(predictor: Predictor, source: Source, root: str | None) -> tuple[Tensor, Tensor, list[str]]:
-    """Read a split, or all three, as the run divides the images.
-
-    Args:
-        predictor: of the run, whose config says how many images are for validation.
-        source: train, val, test or all.
-        root: folder with the IDX files; none is the run's.
-
-    Returns:
-        uint8 [N, H, W] images, int64 [N] labels and N names `split:number`, numbered as in predictions.csv.
+def read_split(trained: Trained, split: Literal["train", "val", "test"], root: str | None) -> tuple[Tensor, Tensor]:
+    """Read a split as the run divides the images: uint8 [N, H, W] images and int64 [N] labels.
 
     Raises:
         ValueError: the data cannot be had, or the run kept no validation images.
     """
-    data = predictor.trained.cfg.data
-    if source == "val" and data.val_size == 0:
-        raise ValueError(f"{predictor.trained.name} was trained with data.val_size 0: it has no validation images")
-    parts: tuple[Literal["train", "val", "test"], ...] = ("train", "val", "test") if source == "all" else (source,)
-    loaded = {part: load_split(part, root or data.root, data.val_size) for part in parts}
-    names = [f"{part}:{number}" for part, (_, labels) in loaded.items() for number in range(len(labels))]
-    images, labels = (torch.cat(tensors) for tensors in zip(*loaded.values(), strict=True))
-    return images, labels, names
+    data = trained.cfg.data
+    if split == "val" and data.val_size == 0:
+        raise ValueError(f"{trained.name} was trained with data.val_size 0: it has no validation images")
+    return load_split(split, root or data.root, data.val_size)
 
 
-def read_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
-    """Read the pictures in a folder and those below it; one that cannot be read is left out with a warning.
+def split_catalogue(trained: Trained, source: Source, root: str | None = None) -> Catalogue:
+    """Make a catalogue of a split, or of all three; the features are kept beside the run.
 
-    Returns:
-        uint8 [N, 28, 28] images, int64 [N] labels, all UNKNOWN, and the N paths below the folder.
+    Args:
+        trained: the run.
+        source: train, val, test or all.
+        root: folder with the IDX files; None takes the run's.
 
     Raises:
-        ValueError: no such folder, or no picture in it that can be read.
+        ValueError: images that cannot be had, or weights that give features that are not finite.
+    """
+    splits: tuple[Literal["train", "val", "test"], ...] = ("train", "val", "test") if source == "all" else (source,)
+    loaded = {split: read_split(trained, split, root) for split in splits}
+    found = [features_of(trained, split, images) for split, (images, _) in loaded.items()]
+    images, labels = (torch.cat(tensors) for tensors in zip(*loaded.values(), strict=True))
+    return Catalogue(
+        features=torch.cat([part.features for part in found]),
+        labels=labels.short(),
+        predictions=torch.cat([part.logits for part in found]).argmax(1).short(),
+        names=[f"{split}:{number}" for split, (_, part) in loaded.items() for number in range(len(part))],
+        images=images,
+        source=source,
+        **_made_by(trained),
+    )
+
+
+def folder_catalogue(trained: Trained, folder: Path) -> Catalogue:
+    """Make a catalogue of the pictures in a folder and those below it; one that cannot be read is left out.
+
+    Raises:
+        ValueError: no such folder, no picture in it that can be read, or features that are not finite.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    images, names = [], []
+    views, names = [], []
     found = list(find_pictures([str(folder)]))
     if found[0][0] == str(folder):  # the folder itself: nothing is in it
         raise ValueError(": ".join(found[0]))
@@ -101,62 +109,32 @@ def read_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
         try:
             if error:
                 raise ValueError(f"{name}: {error}")
-            images.append(read_view(name))
+            views.append(read_view(name))
         except ValueError as reason:
             logger.warning("left out: %s", reason)
         else:
             names.append(Path(name).relative_to(folder).as_posix())
-    if not images:
+    if not views:
         raise ValueError(f"{folder} holds no picture that can be read")
-    return torch.stack(images), torch.full((len(images),), UNKNOWN), names
-
-
-def embed(predictor: Predictor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return features float16 [N, D] of length 1, as a catalogue holds them, and predicted classes int16 [N].
-
-    Args:
-        predictor: gives the penultimate features.
-        images: uint8 [N, H, W].
-
-    Raises:
-        ValueError: a feature is not finite.
-    """
-    features, predictions = [], []
-    for part in tqdm(images.split(2000), desc="images", unit_scale=2000, disable=None, leave=False):
-        logits, part_features = predictor(part)
-        features.append(F.normalize(part_features, dim=1).half())
-        predictions.append(logits.argmax(1).short())
-    result = torch.cat(features)
-    if not result.isfinite().all():
-        raise ValueError(f"{predictor.trained.weights} gives features that are not finite")
-    return result, torch.cat(predictions)
-
-
-def build_catalogue(predictor: Predictor, source: Source | Path, root: str | None = None) -> Catalogue:
-    """Read the pictures of a split or a folder and compute their features.
-
-    Args:
-        predictor: the run.
-        source: a split's name, or a folder of pictures.
-        root: folder with the IDX files; none is the run's.
-
-    Raises:
-        ValueError: pictures that cannot be read, or weights that give no finite features.
-    """
-    images, labels, names = read_folder(source) if isinstance(source, Path) else read_split(predictor, source, root)
-    features, predictions = embed(predictor, images)
-    trained = predictor.trained
+    images = torch.stack(views)
+    made = compute_features(trained, images)
     return Catalogue(
-        features=features,
-        labels=labels.short(),
-        predictions=predictions,
+        features=made.features,
+        labels=torch.full((len(images),), UNKNOWN, dtype=torch.int16),
+        predictions=made.logits.argmax(1).short(),
         names=names,
         images=images,
-        run=trained.name,
-        run_directory=str(trained.weights.parent.resolve()),  # the run's, or the checkpoint's
-        weights_sha256=sha256_of(trained.weights),
-        source=str(source.resolve()) if isinstance(source, Path) else source,
+        source=str(folder.resolve()),
+        **_made_by(trained),
     )
+
+
+def _made_by(trained: Trained) -> dict[str, Any]:
+    return {
+        "run": trained.name,
+        "run_directory": str(trained.weights.parent.resolve()),  # the run's, or the checkpoint's
+        "weights_sha256": trained.digest,
+    }
 
 
 ARRAYS = ("features", "labels", "predictions", "images")
@@ -176,13 +154,9 @@ def save_catalogue(catalogue: Catalogue, path: Path) -> None:
     # Names as JSON too: an array of strings gives each one the room of the longest.
     texts = {"names": json.dumps(catalogue.names), "about": json.dumps(about)}
     arrays |= {key: np.frombuffer(text.encode(), dtype=np.uint8) for key, text in texts.items()}
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with part.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    write_atomic(path, buffer.getvalue())
 
 
 def load_catalogue(path: Path) -> Catalogue:
@@ -215,19 +189,19 @@ def _check(arrays: dict[str, Tensor], names: Any, about: dict[str, Any]) -> None
     if not all(isinstance(text, str) for text in (*names, *(about[word] for word in WORDS))):
         raise ValueError("a name in it is not a text")
     low, high = (int(bound) for bound in torch.cat([arrays["labels"], arrays["predictions"]]).aminmax())
-    if low < UNKNOWN or high >= NUM_CLASSES or not arrays["features"].isfinite().all():
+    if low < UNKNOWN or not arrays["features"].isfinite().all():
         raise ValueError(f"classes from {low} to {high}, or features that are not finite")
 
 
-def check_same_weights(catalogue: Catalogue, predictor: Predictor, path: Path) -> None:
+def check_same_weights(catalogue: Catalogue, trained: Trained, path: Path) -> None:
     """Refuse a catalogue whose features another model made: its similarities would mean nothing.
 
     Raises:
         ValueError: one line with both names and the way out.
     """
-    sha256 = sha256_of(predictor.trained.weights)
+    sha256 = trained.digest
     if sha256 != catalogue.weights_sha256:
         raise ValueError(
             f"{path} was made by other weights ({catalogue.run}, sha256 {catalogue.weights_sha256[:12]}) than those of "
-            f"{predictor.trained.name} (sha256 {sha256[:12]}); make it again: python -m fmnist.apps.search index"
+            f"{trained.name} (sha256 {sha256[:12]}); make it again: fmnist search index"
         )

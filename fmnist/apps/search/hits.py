@@ -29,7 +29,7 @@ class Hit:
         label: the query's class, or UNKNOWN.
         prediction: the class the model sees.
         positions: int64 [k], items of the catalogue, nearest first.
-        similarities: float64 [k], their cosines.
+        similarities: float32 [k], their cosines.
     """
 
     query: str

@@ -1,0 +1,116 @@
+"""The features of a split under given weights: computed once, and kept beside the run for whoever needs them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from fmnist.runtime.files import write_atomic
+from fmnist.trained import Trained
+
+logger = logging.getLogger("fmnist")
+FORMAT = "1"
+CHUNK = 2000  # images between two moves of the progress bar
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What a model makes of N images; on the CPU.
+
+    Attributes:
+        features: float16 [N, D], penultimate features, each scaled to length 1.
+        logits: float32 [N, num_classes].
+    """
+
+    features: Tensor
+    logits: Tensor
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def __getitem__(self, indices: Tensor) -> Features:
+        """Return those of some images, int64 [M]."""
+        return Features(features=self.features[indices], logits=self.logits[indices])
+
+
+def unit(features: Tensor) -> Tensor:
+    """Scale each row to length 1, in float32."""
+    return F.normalize(features.float(), dim=1)
+
+
+def features_of(trained: Trained, name: str, images: Tensor) -> Features:
+    """Return the features of images: those kept for these very weights and images, else computed and kept.
+
+    Args:
+        trained: the run or checkpoint.
+        name: of the file in its folder `features`, e.g. the split's.
+        images: uint8 [N, H, W].
+
+    Raises:
+        ValueError: a feature is not finite.
+    """
+    if (kept := kept_features(trained, name, images)) is not None:
+        return kept
+    found = compute_features(trained, images)
+    tensors = {"features": found.features.contiguous(), "logits": found.logits.contiguous()}
+    path = _file(trained, name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, save(tensors, metadata=_key(trained, images)))
+    except OSError as error:  # a run that may not be written to is used all the same
+        logger.warning("%s is not kept (%s): it is computed again next time", path, error.strerror)
+    return found
+
+
+def kept_features(trained: Trained, name: str, images: Tensor) -> Features | None:
+    """Return what `features_of` kept for these very weights and images; None where nothing valid is kept."""
+    try:
+        with safe_open(_file(trained, name), framework="pt") as file:
+            if file.metadata() != _key(trained, images):
+                return None
+            # Copied: a mapped file that shrinks would end the process.
+            features, logits = (file.get_tensor(key).clone() for key in ("features", "logits"))
+    except (OSError, SafetensorError, ValueError):
+        return None
+    fits = features.ndim == 2 and logits.shape == (len(images), trained.augment.num_classes)
+    if not fits or len(features) != len(images) or not features.isfinite().all() or not logits.isfinite().all():
+        return None
+    return Features(features=features, logits=logits)
+
+
+def compute_features(trained: Trained, images: Tensor) -> Features:
+    """Run the model over images, uint8 [N, H, W], with a progress bar on a terminal.
+
+    Raises:
+        ValueError: a feature is not finite.
+    """
+    features, logits = [], []
+    for part in tqdm(images.split(CHUNK), desc="features", unit_scale=CHUNK, unit="image", disable=None, leave=False):
+        part_logits, part_features = trained(part)
+        features.append(unit(part_features).half())
+        logits.append(part_logits)
+    if not features:
+        part_logits, part_features = trained(images)
+        return Features(features=part_features.half(), logits=part_logits)
+    found = Features(features=torch.cat(features), logits=torch.cat(logits))
+    if not found.features.isfinite().all():
+        raise ValueError(f"{trained.weights} gives features that are not finite")
+    return found
+
+
+def _file(trained: Trained, name: str) -> Path:
+    return trained.folder("features") / f"{name}.safetensors"
+
+
+def _key(trained: Trained, images: Tensor) -> dict[str, str]:
+    digest = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
+    return {"format": FORMAT, "weights_sha256": trained.digest, "images_sha256": digest, "size": str(trained.size)}

@@ -1,0 +1,93 @@
+"""Learning curves of a run, from its metrics.jsonl."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.ndimage import uniform_filter1d
+
+from fmnist.report.figures import BLUE, GREEN, ORANGE, write_file
+from fmnist.tracking.metrics_file import read_metrics
+
+
+def series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return steps and finite values of one scalar."""
+    pairs = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
+    pairs = [(step, value) for step, value in pairs if math.isfinite(value)]
+    steps, values = zip(*pairs, strict=True) if pairs else ((), ())
+    return np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
+
+
+def draw_loss(axes: Axes, train: Sequence[Mapping[str, Any]], val: Sequence[Mapping[str, Any]]) -> None:
+    """Draw training loss, as logged and smoothed, and validation loss."""
+    steps, loss = series(train, "loss")
+    if len(steps):
+        # A centred mean over a fiftieth of the run: unlike an exponential one it does not lag.
+        smooth = uniform_filter1d(loss, size=max(1, len(loss) // 50), mode="nearest")
+        axes.plot(steps, loss, color=BLUE, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smooth, color=BLUE, linewidth=1.8, label="train")
+    steps, loss = series(val, "loss")
+    if len(steps):
+        axes.plot(steps, loss, "o-", color=ORANGE, markersize=4, linewidth=1.2, label="val")
+    axes.set_ylabel("loss (nats)")
+    if axes.get_lines():
+        axes.legend()
+    else:
+        axes.text(0.5, 0.5, "nothing logged", ha="center", va="center", transform=axes.transAxes)
+
+
+def draw_top1(axes: Axes, val: Sequence[Mapping[str, Any]]) -> None:
+    """Draw validation top1, of which there must be some, with its best."""
+    steps, top1 = series(val, "top1")
+    best = int(top1.argmax())
+    label = f"best {100 * top1[best]:.2f} % at step {int(steps[best]):,}"
+    axes.plot(steps, 100 * top1, "o-", color=ORANGE, markersize=4, linewidth=1.2, label="val")
+    axes.plot(steps[best], 100 * top1[best], "*", color=GREEN, markersize=14, label=label)
+    axes.set_ylabel("validation top1 (%)")
+    axes.legend(loc="lower right")
+
+
+def plot_learning_curves(metrics_path: Path, path: Path, title: str) -> None:
+    """Draw loss, validation top1 and learning rate against the step, from a run's metrics.jsonl.
+
+    Args:
+        metrics_path: One JSON object per line with `step`, `epoch`, `prefix` and scalars. Lines that cannot
+            be read are passed over; a panel with no data (top1, lr) is left out.
+        path: The PNG to write.
+        title: Heading.
+    """
+    lines = read_metrics(metrics_path)
+    train, val = lines.get("train", []), lines.get("val", [])
+    lr_steps, lr = series(train, "lr")
+    has_top1, has_lr = len(series(val, "top1")[0]) > 0, len(lr_steps) > 0
+    num_panels = 1 + has_top1 + has_lr
+    figure = Figure(figsize=(5.2 * num_panels, 4.4), layout="constrained")
+    panels = list(figure.subplots(1, num_panels, squeeze=False)[0])
+    draw_loss(panels[0], train, val)
+    if has_top1:
+        draw_top1(panels[1], val)
+    if has_lr:
+        panels[-1].plot(lr_steps, lr, color=BLUE, linewidth=1.8)
+        panels[-1].set_ylabel("learning rate")
+        panels[-1].yaxis.set_major_formatter("{x:.3g}")  # an offset text would sit on the epoch axis
+
+    steps, epochs = series(train + val, "epoch")
+    steps_per_epoch = steps[epochs.argmax()] / epochs.max() if len(epochs) and epochs.max() > 0 else 0.0
+    last_step = max((line["step"] for line in train + val), default=0)
+    for axes in panels:
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+        if last_step > 0:
+            # The same span in every panel: one that starts at the first evaluation would mislead the eye.
+            axes.set_xlim(-0.02 * last_step, 1.02 * last_step)
+        if steps_per_epoch > 0:
+            scale = (lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch)
+            axes.secondary_xaxis("top", functions=scale).set_xlabel("epoch")
+    figure.suptitle(title, fontsize=13)
+    write_file(path, figure)

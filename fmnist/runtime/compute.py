@@ -1,0 +1,104 @@
+"""A device, and this process among others on it: what every program opens that runs a model."""
+
+from types import TracebackType
+from typing import Literal, Self
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import nn
+
+from fmnist.runtime.gradients import AllReduce, Gradients, ShardSum
+from fmnist.runtime.hardware import (
+    describe_device,
+    keep_freed_memory,
+    make_deterministic,
+    resolve_precision,
+    use_all_cores,
+)
+from fmnist.runtime.launcher import check_world_size, stop_with_launcher
+from fmnist.runtime.lost_process import PATIENCE
+from fmnist.runtime.processes import Processes
+
+
+class Compute(Processes):
+    """The device, its arithmetic, and the processes that share the work.
+
+    A context manager: at the end of its block all processes join and leave the process group.
+
+    Attributes:
+        device: where every tensor lives.
+        device_name: as people know it.
+        precision: fp32 or bf16.
+        rank, world_size: this process and how many there are (`Processes`).
+
+    Args:
+        precision: fp32, bf16, or auto: bf16 on a GPU that has it.
+        shards: of `--exact`: only deterministic kernels, gradients summed in a fixed order; None turns it off.
+        seed: of the initial weights.
+        keep_memory: on a CPU, see `keep_freed_memory`.
+
+    Raises:
+        ValueError: the launcher started another number of processes than the job asked for.
+    """
+
+    def __init__(
+        self,
+        *,
+        precision: Literal["auto", "fp32", "bf16"] = "auto",
+        shards: int | None = None,
+        seed: int = 0,
+        keep_memory: bool = True,
+    ) -> None:
+        stop_with_launcher()
+        self.accelerator = Accelerator(
+            mixed_precision={"fp32": "no", "bf16": "bf16"}[resolve_precision(precision)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=PATIENCE),
+            ],
+        )
+        self.device, self.shards = self.accelerator.device, shards
+        if self.device.type == "cpu" and keep_memory:
+            keep_freed_memory()
+        if shards:
+            make_deterministic(self.device)
+        elif self.device.type == "cpu":
+            use_all_cores(self.accelerator.num_processes)
+        self.device_name = describe_device(self.device)
+        super().__init__(self.accelerator.process_index, self.accelerator.num_processes)
+        check_world_size(self.world_size)
+        self.precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
+        torch.backends.cudnn.deterministic = True  # a resumed run ends with the bits of an unbroken one
+        torch.manual_seed(seed)
+
+    def prepare(self, model: nn.Module, *, compiled: bool = False) -> tuple[nn.Module, Gradients]:
+        """Wrap a model for autocast and DDP; its parameters stay the optimizer's.
+
+        Args:
+            model: on the device.
+            compiled: compile it in place, so that the names of its tensors stay as they are.
+
+        Returns:
+            The wrapped model, and what sums its gradients over micro-batches and processes.
+        """
+        if compiled:
+            model.compile()
+        if self.shards is None:
+            wrapped = self.accelerator.prepare_model(model)
+            return wrapped, AllReduce(model, self.accelerator)
+        self.broadcast(model.state_dict().values())  # what DDP does when it wraps
+        wrapped = self.accelerator.prepare_model(model, evaluation_mode=True)  # true leaves DDP out
+        return wrapped, ShardSum(model, self.accelerator, self.shards, self.gather_shards)
+
+    def close(self) -> None:
+        """Join all processes, then end the process group: without the join a fast one can abort a slow one."""
+        self.join()
+        self.accelerator.end_training()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        # After an error the other processes may be gone, and a join would wait for them: the group ends with this one.
+        if error is None or self.world_size == 1:
+            self.close()

@@ -1,0 +1,32 @@
+"""What made a result: versions, the commit, the processor."""
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    import torch  # late, for its build too (+cu130): its metadata have the number alone
+
+    libraries = {name: metadata.version(name) for name in ("timm", "accelerate")}
+    return {"python": platform.python_version(), "torch": torch.__version__, **libraries}
+
+
+def git_revision() -> str:
+    """Return the commit of the code, with -dirty where it was changed, or unknown."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def processor() -> str:
+    """Return the CPU's name, e.g. as /proc/cpuinfo has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()

@@ -1,0 +1,71 @@
+"""When to stop: what signals and the time limit ask of one process, agreed on by all of them."""
+
+import signal
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fmnist.runtime.lost_process import limit_waits
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopVote:
+    """Decide on all processes alike whether to stop.
+
+    With several processes the answer at step n is the vote of step n - 1: its small all-reduce ran beside the step, on
+    the host, and costs neither a wait nor a device sync.
+
+    Args:
+        control: a gloo group of all processes; None for one process.
+        max_minutes: from now; None is no limit.
+        timeout_s: how long a process waits for the others' votes.
+    """
+
+    def __init__(self, control: Any, *, max_minutes: float | None, timeout_s: float) -> None:
+        self.control, self.max_minutes, self.timeout_s = control, max_minutes, timeout_s
+        self._started, self._signal = time.monotonic(), 0
+        self._cast: tuple[Tensor, Any] | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def watch_signals(self) -> None:
+        """Let SIGTERM, SIGUSR1 and SIGINT ask for a stop at the next step; a second SIGINT interrupts at once."""
+
+        def note(number: int, frame: object) -> None:
+            if self._signal and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._signal = number
+
+        self._handlers = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+
+    def restore_signals(self) -> None:
+        """Put back the handlers that `watch_signals` found."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def __call__(self) -> bool:
+        """Say whether to stop now; called by all processes after every step."""
+        minutes = (time.monotonic() - self._started) / 60
+        mine = bool(self._signal) or (self.max_minutes is not None and minutes >= self.max_minutes)
+        if self.control is None:
+            return mine
+        if self._cast is None:  # the first step is done, with all its compiling
+            limit_waits(self.timeout_s)
+        stop = self.last()
+        flag = torch.tensor(int(mine))
+        self._cast = (flag, dist.all_reduce(flag, group=self.control, async_op=True))
+        return stop
+
+    def last(self) -> bool:
+        """Wait for the vote that is under way and return its result; False where there is none."""
+        if self._cast is None:
+            return False
+        flag, work = self._cast
+        work.wait(timedelta(seconds=self.timeout_s))
+        self._cast = None
+        return bool(flag)
