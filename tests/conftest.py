@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fmnist.data.batches import Split
-from fmnist.data.fashion_mnist import load_split
+from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
 
 ROOT = Path(__file__).resolve().parent.parent
 # A run of 12 steps on real images that takes a few seconds, with everything on that could break exactness.
@@ -49,7 +49,7 @@ def untouched_logging() -> Iterator[None]:
 def train_images() -> Split:
     """The first 2,000 training images on the CPU: uint8 [2000, 28, 28]."""
     images, labels = load_split("train", None, 5000)
-    return Split(images=images[:2000], labels=labels[:2000])
+    return Split(images=images[:2000], labels=labels[:2000], class_names=CLASS_NAMES)
 
 
 @pytest.fixture

@@ -204,7 +204,7 @@ def train_here(job: dict[str, Any], rank: int) -> None:
     import numpy
     import torch
 
-    import fmnist.training.build
+    import fmnist.training.finish
     import train as entry
     from fmnist.config.conflicts import validate
     from fmnist.config.schema import Config
@@ -223,7 +223,7 @@ def train_here(job: dict[str, Any], rank: int) -> None:
         options["augment"] = type(default.augment)(**(job["config"]["augment"] | {"size": sizes}))
     cfg = Config(**options, output_dir=job["directory"])
     validate(cfg)
-    fmnist.training.build.evaluate_test = lambda *args: {}
+    fmnist.training.finish.evaluate_test = lambda *args: None
     if "strike" in job and job.get("rank", 0) == rank:
         set_trap(*job["strike"], job.get("signal", signal.SIGKILL))
     if "record" in job:
@@ -236,6 +236,7 @@ def set_trap(step: int, moment: str, number: int) -> None:
     import train as entry
     from fmnist.data.augment import Augment
     from fmnist.run import Run
+    from fmnist.runtime.stop_vote import StopVote
 
     state: dict[str, Any] = {"step": 0, "micro_batches": 0}
     assert moment in MOMENTS
@@ -244,8 +245,8 @@ def set_trap(step: int, moment: str, number: int) -> None:
         if now == moment and (state["step"] == step or now in ("end", "exported")):
             os.kill(os.getpid(), number)
 
-    real_step, real_augment, real_stop = entry.train_step, Augment.__call__, Run.should_stop
-    real_predict, real_lr, real_conclude, real_finish = entry.predict, entry.set_lr, entry.conclude, Run.finish
+    real_step, real_augment, real_stop = entry.train_step, Augment.__call__, StopVote.__call__
+    real_validate, real_lr, real_end, real_finish = entry.validate, entry.set_lr, entry.finish, Run.finish
 
     def set_lr(optimizer: Any, schedule: Any, done: int) -> float:
         strike("saved")  # of the step before
@@ -264,25 +265,25 @@ def set_trap(step: int, moment: str, number: int) -> None:
         strike("update")
         return metrics
 
-    def predict(*args: Any) -> Any:
+    def validate(*args: Any) -> Any:
         strike("evaluation")
-        return real_predict(*args)
+        return real_validate(*args)
 
     def should_stop(self: Any) -> bool:
         strike("logged")
         return real_stop(self)
 
-    def conclude(*args: Any, **kwargs: Any) -> None:
+    def end(*args: Any) -> None:
         strike("saved")
         strike("end")
-        real_conclude(*args, **kwargs)
+        real_end(*args)
 
     def finish(self: Any, summary: Any) -> None:
         strike("exported")
         real_finish(self, summary)
 
-    entry.train_step, entry.predict, entry.set_lr, entry.conclude = train_step, predict, set_lr, conclude
-    Augment.__call__, Run.should_stop, Run.finish = augment, should_stop, finish
+    entry.train_step, entry.validate, entry.set_lr, entry.finish = train_step, validate, set_lr, end
+    Augment.__call__, StopVote.__call__, Run.finish = augment, should_stop, finish
 
 
 def record_batches(path: Path) -> None:

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 
 import fmnist.data.batches
 import fmnist.step
-import fmnist.training.build
 import train
 from fmnist.config.parse import parse_config
+from fmnist.training.non_finite import NonFiniteWatch
 
 STEP = 7  # the update that goes wrong, counted from 1
 RANK, NAN = int(os.environ.get("RANK", "0")), float("nan")
@@ -180,7 +180,7 @@ def run_one(kind: str, cfg: Any) -> None:
     directory = Path(cfg.output_dir) / kind
     fmnist.step.F, fault.training, fault.stopped_at, fault.step = F, None, None, 0
     fault.before = fault.after = lambda: None
-    real = train.build, train.train_step, train.set_lr, fmnist.training.build.stop_not_finite
+    real = train.build, train.train_step, train.set_lr, NonFiniteWatch.stop
 
     def build(*args: Any) -> Any:
         fault.training = real[0](*args)
@@ -189,7 +189,7 @@ def run_one(kind: str, cfg: Any) -> None:
         return fault.training
 
     def train_step(model: Any, optimizer: Any, micro_batches: Any, *args: Any) -> Any:
-        fault.step = micro_batches[0].key[1] + 1
+        fault.step = micro_batches[0].step + 1
         if fault.now():
             fault.before()
         metrics = real[1](model, optimizer, micro_batches, *args)
@@ -197,18 +197,18 @@ def run_one(kind: str, cfg: Any) -> None:
             fault.after()
         return metrics
 
-    def stop(what: str, training: Any, run: Any) -> None:
-        fault.stopped_at = training.state.step
-        real[3](what, training, run)
+    def stop(self: NonFiniteWatch, message: str, step: int) -> None:
+        fault.stopped_at = step
+        real[3](self, message, step)
 
-    train.build, train.train_step, fmnist.training.build.stop_not_finite = build, train_step, stop
+    train.build, train.train_step, NonFiniteWatch.stop = build, train_step, stop
     status = 0
     try:
         train.main(replace(cfg, output_dir=str(directory)))
     except SystemExit as end:
         status = int(end.code or 0)
     finally:
-        train.build, train.train_step, train.set_lr, fmnist.training.build.stop_not_finite = real
+        train.build, train.train_step, train.set_lr, NonFiniteWatch.stop = real
     report = {"status": status, "step": fault.stopped_at}
     (directory / f"rank_{RANK}.json").write_text(json.dumps(report))
 

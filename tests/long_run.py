@@ -19,10 +19,11 @@ real_log = Run.log
 seen: list[tuple[float, int]] = []
 
 
-def log(run: Run, prefix: str, scalars: Any, step: int, epoch: float) -> None:
-    real_log(run, prefix, scalars, step, epoch)
+def log(run: Run, prefix: str, scalars: Any, step: int) -> None:
+    real_log(run, prefix, scalars, step)
     if prefix == "train":
         on_gpu = run.device.type == "cuda"
+        epoch = step / run.steps_per_epoch
         seen.append((epoch, torch.cuda.memory_reserved() if on_gpu else psutil.Process().memory_info().rss))
 
 

@@ -170,13 +170,15 @@ def test_without_an_fsync_the_power_loss_is_seen(
 
 
 def write_summary(run: Path) -> None:
-    Run(Config(), run)._conclude({"status": "stopped", "steps": 3})
+    with Run(Config(), run) as stopped:
+        stopped.finish({"status": "stopped", "steps": 3})
 
 
 def write_config(run: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:  # the tracker's own faults stop nothing
         patch.setattr("fmnist.run.Tracker", lambda *_, **__: NullTracker())
-        Run(replace(Config(), log=LogConfig(wandb="disabled")), run)._open(0, 10)
+        with Run(replace(Config(), log=LogConfig(wandb="disabled")), run) as begun:
+            begun.start(0, 10, 1)
 
 
 @pytest.mark.parametrize(

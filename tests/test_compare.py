@@ -10,11 +10,13 @@ import torch
 
 from fmnist.config.schema import Config, OptimConfig
 from fmnist.evaluation.cost import Cost, Timing, sum_of_costs
+from fmnist.evaluation.numbers import summarize
 from fmnist.evaluation.outcome import Outcome, ensemble
-from fmnist.network import Trained
-from fmnist.report.comparison import check_comparable, comparison_table, mcnemar, seed_groups, write_comparison
-from fmnist.report.comparison_figure import pareto_front, plot_comparison
-from fmnist.report.write import summarize
+from fmnist.evaluation.ranking import check_comparable, comparison_rows, mcnemar, pareto_front, seed_groups
+from fmnist.report.comparison import comparison_table
+from fmnist.report.comparison import write_comparison as write_rows
+from fmnist.report.comparison_figure import plot_comparison
+from fmnist.trained import Trained
 
 NAMES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
@@ -56,12 +58,19 @@ def outcome(name: str, errors: range, *, cfg: Config | None = None, spent: Cost 
     labels = torch.arange(200) % 10
     logits = 5 * torch.nn.functional.one_hot(labels, 10).float()
     logits[errors.start : errors.stop] = logits[errors.start : errors.stop].roll(1, dims=1)
-    trained = Trained(name=name, directory=Path(name), weights=Path(name), cfg=cfg or Config(), summary={})
+    trained = Trained(
+        name=name, directory=Path(name), checkpoint="", weights=Path(name), cfg=cfg or Config(), summary={},
+        device=torch.device("cpu"),
+    )  # fmt: skip
     return Outcome(
         name=name, model="cnn", directory=Path(name), split="test", tta="none", labels=labels, logits=logits,
         images=torch.zeros(200, 28, 28, dtype=torch.uint8), by_tta={"none": logits, "flip": logits},
-        validation=(logits, labels), cost=spent or cost(1_000_000, 2.0), trained=trained,
+        class_names=tuple(NAMES), validation=(logits, labels), cost=spent or cost(1_000_000, 2.0), trained=trained,
     )  # fmt: skip
+
+
+def write_comparison(outcomes: list[Outcome], found: list[dict[str, Any]], folder: Path) -> str:
+    return write_rows(comparison_rows(outcomes, found), outcomes, found, folder)
 
 
 def results(outcomes: list[Outcome]) -> list[dict[str, Any]]:

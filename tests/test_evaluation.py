@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,16 @@ from conftest import ROOT, environment, metrics, train
 from test_metrics import Share
 from torch import Tensor, nn
 
-from fmnist.config.schema import AugmentConfig, Config, EvaluationConfig
+from fmnist.config.schema import AugmentConfig, EvaluationConfig
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
+from fmnist.evaluation.numbers import summarize
 from fmnist.metrics import predict, score
 from fmnist.models.cnn import Cnn
 from fmnist.models.mlp import Mlp
-from fmnist.report.write import summarize
 
 WORLD_SIZES = (1, 2, 3, 4)
-CFG = replace(Config(), model=replace(Config().model, precision="fp32"))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +47,7 @@ def evaluate(model: nn.Module, split: Split, world_size: int, batch_size: int) -
     """The sum of the ranks' shares, as an all-reduce makes it."""
     augment = Augment(AugmentConfig(), num_classes=10, mean=(0.286,), std=(0.353,))
     cfg = EvaluationConfig(batch_size=batch_size)
-    shares = [predict(model, split, augment, cfg, Share(CFG, rank, world_size)) for rank in range(world_size)]
+    shares = [predict(model, split, augment, cfg, Share(rank, world_size)) for rank in range(world_size)]
     counted = torch.stack([(share != 0).any(1) for share in shares]).sum(0)
     assert (counted == 1).all()  # each image on one rank
     return torch.stack(shares).sum(0)
@@ -124,7 +122,7 @@ def test_what_two_processes_logged_is_what_evaluate_finds_with_one_or_two(tmp_pa
     assert alone["num_images"] == test_line["num_images"] == 10_000
     two = run_evaluate(run, "--batch_size", 7777, processes=2)
     assert two["confusion_matrix"] == alone["confusion_matrix"]
-    assert two["honest"]["all"]["top1"] == alone["top1"] and two["retrieval"]["num_queries"] == 10_000
+    assert two["subsets"]["all"]["top1"] == alone["top1"] and two["retrieval"]["num_queries"] == 10_000
     on_val = run_evaluate(run, "--split", "val", "--quick")
     assert on_val["top1"] == best["top1"]
     assert on_val["loss"] == pytest.approx(best["loss"], abs=1e-6)

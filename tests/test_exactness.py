@@ -22,7 +22,7 @@ from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import load_split
 from fmnist.metrics import predict, score
 from fmnist.network import build_network
-from fmnist.run import Run
+from fmnist.runtime.compute import Compute
 
 STEPS = 24  # three epoch edges (7, 14, 21) and evaluations at 5, 10, 15, 20, 24
 MODELS: dict[str, dict[str, Any]] = {
@@ -325,11 +325,11 @@ def test_two_processes_evaluate_the_weights_and_statistics_that_are_saved(forks:
     forks.start(tmp_path / "run", config, 2)
     (val,) = (line for line in metrics(tmp_path / "run") if line["prefix"] == "val" and line["step"] == STEPS)
     cfg = load_config(tmp_path / "run/config.yaml")
-    run = Run(cfg, tmp_path / "run")
-    model, augment = build_network(cfg, run.device, load_weights=False)
+    compute = Compute(precision=cfg.model.precision, shards=cfg.exact, seed=cfg.seed)
+    model, augment = build_network(cfg, compute.device, load_weights=False)
     model.load_state_dict(load_file(tmp_path / f"run/checkpoints/step_{STEPS:08d}/model.safetensors"))
-    images, labels = (tensor[: NUM_IMAGES["val"]].to(run.device) for tensor in load_split("val", None, 5000))
-    scores = score(predict(model, Split(images=images, labels=labels), augment, cfg.evaluation, run), labels)
+    images, labels = (tensor[: NUM_IMAGES["val"]].to(compute.device) for tensor in load_split("val", None, 5000))
+    scores = score(predict(model, Split(images=images, labels=labels), augment, cfg.evaluation, compute), labels)
     assert float(scores["loss"]) == pytest.approx(val["loss"], abs=1e-6)
     assert float(scores["top1"]) == val["top1"]
 

@@ -19,9 +19,11 @@ from conftest import SMALL_RUN, train
 import evaluate
 from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import CLASS_NAMES
+from fmnist.evaluation.findings import Findings, findings
+from fmnist.evaluation.misclassified import confident_errors, confused_pairs
 from fmnist.evaluation.outcome import Outcome
-from fmnist.evaluation.write import write_outcome
-from fmnist.report.page import _strip, confident_errors, confused_pairs, context, render
+from fmnist.report.page import context, place_on_scale, render
+from fmnist.report.write import write_evaluation
 
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "chromium-browser")
 
@@ -70,7 +72,7 @@ def test_the_page_holds_every_part_and_loads_nothing(report: Path) -> None:
     text = report.read_text(encoding="utf-8")
     metrics = json.loads((report.parent / "metrics.json").read_text())
     for part in (
-        "honest",
+        "subsets",
         "confused",
         "matrix",
         "classes",
@@ -99,12 +101,12 @@ def test_the_page_holds_every_part_and_loads_nothing(report: Path) -> None:
 def test_metrics_and_report_hold_the_same_figures(report: Path) -> None:
     metrics = json.loads((report.parent / "metrics.json").read_text())
     text = (report.parent / "report.txt").read_text()
-    honest, calibration, cost = metrics["honest"], metrics["calibration"], metrics["cost"]
-    assert honest["all"]["top1"] == metrics["top1"]
-    assert honest["without_near_copies"]["removed"] == 89
-    assert honest["without_near_copies"]["num_images"] == 10_000 - 89
-    assert honest["without_similar"]["num_images"] == 10_000 - 682
-    for entry in honest.values():
+    subsets, calibration, cost = metrics["subsets"], metrics["calibration"], metrics["cost"]
+    assert subsets["all"]["top1"] == metrics["top1"]
+    assert subsets["without_near_copies"]["removed"] == 89
+    assert subsets["without_near_copies"]["num_images"] == 10_000 - 89
+    assert subsets["without_similar"]["num_images"] == 10_000 - 682
+    for entry in subsets.values():
         low, high = entry["top1_interval"]
         assert low < entry["top1"] < high
         assert f"{entry['num_images']:,} {100 * entry['top1']:6.2f} % ({100 * low:.2f} to {100 * high:.2f})" in text
@@ -154,14 +156,19 @@ def small_outcome(images: Split, directory: Path) -> Outcome:
     logits[:20] = logits[:20].roll(1, dims=1)
     return Outcome(
         name="run", model="cnn", directory=directory, split="test", tta="none", images=images.images[:200],
-        labels=labels, logits=logits, by_tta={"none": logits, "flip": logits}, validation=None, cost=None,
-        trained=None,
+        labels=labels, logits=logits, class_names=images.class_names, by_tta={"none": logits, "flip": logits},
     )  # fmt: skip
+
+
+def written(outcome: Outcome, *, quick: bool = False) -> Findings:
+    found = findings(outcome, quick=quick)
+    write_evaluation(found)
+    return found
 
 
 def test_names_are_escaped_and_a_page_without_validation_images_says_so(train_images: Split, tmp_path: Path) -> None:
     outcome = replace(small_outcome(train_images, tmp_path), name='<script>alert("x")</script>', members=("<b>a", "b"))
-    write_outcome(outcome, None, quick=False)
+    written(outcome)
     text = (tmp_path / "report.html").read_text()
     assert "<script" not in text and "&lt;script&gt;" in text
     assert "<b>a" not in text and "&lt;b&gt;a" in text
@@ -171,8 +178,8 @@ def test_names_are_escaped_and_a_page_without_validation_images_says_so(train_im
 
 
 def test_quick_writes_no_page(train_images: Split, tmp_path: Path) -> None:
-    result = write_outcome(small_outcome(train_images, tmp_path), None, quick=True)
-    assert "honest" not in result
+    found = written(small_outcome(train_images, tmp_path), quick=True)
+    assert "subsets" not in found.metrics
     assert not (tmp_path / "report.html").exists()
     assert (tmp_path / "reliability.png").exists()
 
@@ -181,9 +188,9 @@ def test_a_model_without_errors_has_a_page(train_images: Split, tmp_path: Path) 
     outcome = small_outcome(train_images, tmp_path)
     perfect = 4 * torch.nn.functional.one_hot(outcome.labels, 10).float()
     outcome = replace(outcome, logits=perfect, by_tta={"none": perfect, "flip": perfect})
-    result = write_outcome(outcome, None, quick=False)
-    assert result["top1"] == 1.0
-    assert "there is no error" in render(context(outcome, result))
+    found = written(outcome)
+    assert found.metrics["top1"] == 1.0
+    assert "there is no error" in render(context(found))
 
 
 def test_confused_pairs_by_hand() -> None:
@@ -209,16 +216,16 @@ def test_confident_errors_by_hand(train_images: Split, tmp_path: Path) -> None:
 
 def test_the_strip_by_hand() -> None:
     # Lowest 0.835: 20 * 0.835 - 0.5 = 16.2 -> 16 / 20 = 0.80. 0.93 is at (0.93 - 0.8) / 0.2 = 65 %.
-    strip = _strip(0.93, [0.925, 0.935], 0.835)
+    strip = place_on_scale(0.93, [0.925, 0.935], 0.835)
     assert strip["ticks"][0] == (0.0, pytest.approx(0.80))
     assert strip["top1"] == pytest.approx(65.0)
     assert strip["human"] == pytest.approx(17.5)
-    assert _strip(0.02, [0.01, 0.04], None)["ticks"][0] == (0.0, 0.0)
+    assert place_on_scale(0.02, [0.01, 0.04], None)["ticks"][0] == (0.0, 0.0)
 
 
 def test_retrieval_is_shown_where_it_was_measured(train_images: Split, tmp_path: Path) -> None:
     outcome = small_outcome(train_images, tmp_path)
-    values = context(outcome, write_outcome(outcome, None, quick=False))
+    values = context(written(outcome))
     assert values["retrieval"] is None and '<section id="retrieval">' not in render(values)
     space = {"mean": 0.9125, "interval": [0.9, 0.92], "per_class": dict.fromkeys(CLASS_NAMES, 0.5) | {"Bag": None}}
     values["retrieval"] = {"k": 10, "num_queries": 10000, "num_items": 55000, "features": space, "pixels": space}

@@ -1,26 +1,23 @@
 """Evaluation counts every image once, for any process count and batch size."""
 
-from dataclasses import replace
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, log_loss
 
-from fmnist.config.schema import AugmentConfig, Config, EvaluationConfig
+from fmnist.config.schema import AugmentConfig, EvaluationConfig
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Split
 from fmnist.metrics import predict, score
 from fmnist.models.cnn import Cnn
-from fmnist.run import Run
+from fmnist.runtime.processes import Processes
 
 
-class Share(Run):
-    """A run that plays one of several ranks: the sum over them is left to the test."""
+class Share(Processes):
+    """One of several ranks, played alone: the sum over them is left to the test."""
 
-    def __init__(self, cfg: Config, rank: int, world_size: int) -> None:
-        super().__init__(cfg, Path("unused"))
+    def __init__(self, rank: int, world_size: int) -> None:
+        super().__init__(0, 1)
         self.rank, self.world_size = rank, world_size
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -37,11 +34,11 @@ def model() -> Cnn:
 
 
 def run_share(model: Cnn, split: Split, rank: int, world_size: int, **kwargs: object) -> torch.Tensor:
-    cfg = Config()
-    run = Share(replace(cfg, model=replace(cfg.model, precision="fp32")), rank, world_size)
     augment = Augment(AugmentConfig(), num_classes=10, mean=(0.286,), std=(0.353,))
-    on_device = Split(images=split.images.to(run.device), labels=split.labels.to(run.device))
-    return predict(model.to(run.device), on_device, augment, EvaluationConfig(**kwargs), run).cpu()
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    on_device = Split(images=split.images.to(device), labels=split.labels.to(device))
+    share = Share(rank, world_size)
+    return predict(model.to(device), on_device, augment, EvaluationConfig(**kwargs), share).cpu()
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 999])

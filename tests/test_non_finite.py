@@ -14,7 +14,8 @@ from fmnist.config.schema import AugmentConfig
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader, Split
 from fmnist.data.fashion_mnist import CLASS_NAMES
-from fmnist.training.non_finite import Watch, title, visible, write_batch
+from fmnist.runtime.processes import Processes
+from fmnist.training.non_finite import NonFiniteWatch, title, visible, write_batch
 
 # Kind: the step at which it is noticed where every step is logged and saved, and a word of the message.
 AT_ONCE = {
@@ -89,8 +90,10 @@ def test_between_two_logged_lines_it_is_noticed_at_the_save_or_the_line_and_trac
     check(tmp_path / "runs/moment", 1, 9, 9, "not finite, not saved, at step 9", err)
 
 
-def test_the_window_remembers_the_first_bad_step_and_nothing_older() -> None:
-    watch = Watch(4, torch.device("cpu"))
+def test_the_window_remembers_the_first_bad_step_and_nothing_older(train_images: Split, tmp_path: Path) -> None:
+    augment = Augment(AugmentConfig(), num_classes=10, mean=(0.286,), std=(0.353,))
+    loader = Loader(train_images, global_batch_size=64, seed=0)
+    watch = NonFiniteWatch(Processes(0, 1), loader, augment, tmp_path, every_steps=4)
     for step in range(1, 11):
         loss, norm = (float("nan") if step == bad else 1.0 for bad in (9, 8))
         watch.note({"loss": torch.tensor(loss), "grad_norm": torch.tensor(norm)}, step)
@@ -113,8 +116,8 @@ def test_the_picture_is_the_whole_global_batch_as_the_processes_saw_it(
     parts = [[augment(batch) for batch in loader.micro_batches(11)] for loader in loaders]
     seen = [parts[rank][accumulation] for accumulation in range(2) for rank in range(2)]  # in the global batch's order
     drawn: list[Any] = []
-    monkeypatch.setattr("fmnist.training.non_finite.draw", lambda _path, *drawing: drawn.append(drawing[:2]))
-    write_batch(tmp_path / "x.png", loaders[1], augment, 12, CLASS_NAMES)
+    monkeypatch.setattr("fmnist.report.grid.draw_grid", lambda _path, *drawing: drawn.append(drawing[:2]))
+    write_batch(tmp_path / "x.png", loaders[1], augment, 12)
     images, titles = drawn[0]
     expected = torch.cat([visible(pixels, augment) for pixels, _ in seen]).clamp(0, 1)
     assert torch.equal(images, expected)
@@ -139,8 +142,8 @@ def test_pixels_that_are_not_finite_are_red_and_shown_first(
 
     augment._make = broken
     drawn: list[Any] = []
-    monkeypatch.setattr("fmnist.training.non_finite.draw", lambda _path, *drawing: drawn.append(drawing[:2]))
-    write_batch(tmp_path / "x.png", loader, augment, 1, CLASS_NAMES)
+    monkeypatch.setattr("fmnist.report.grid.draw_grid", lambda _path, *drawing: drawn.append(drawing[:2]))
+    write_batch(tmp_path / "x.png", loader, augment, 1)
     images, titles = drawn[0]
     assert len(images) == len(titles) == 256  # half of the batch, the broken one among them
     assert images[0, 3, 4].tolist() == [1.0, 0.0, 0.0]

@@ -10,7 +10,7 @@ from torch import nn
 
 from fmnist.config.schema import Config, OptimConfig, ScheduleConfig
 from fmnist.models.cnn import Cnn
-from fmnist.optim import Schedule, build_optimizer, is_due, parameter_groups, set_lr
+from fmnist.optim import Schedule, build_optimizer, parameter_groups, set_lr
 
 
 def schedule(**kwargs: object) -> Schedule:
@@ -46,9 +46,14 @@ def test_a_schedule_that_cannot_be_is_refused(kwargs: dict[str, float], message:
         schedule(**kwargs)
 
 
-def test_is_due_at_the_period_and_at_the_end() -> None:
-    assert [step for step in range(1, 11) if is_due(step, 4, 10)] == [4, 8, 10]
-    assert not any(is_due(step, 0, 10) for step in range(1, 11))
+def test_what_is_due_is_due_at_its_period_and_at_the_end() -> None:
+    s = replace(schedule(steps=10), log_steps=4, evaluation_steps=5, checkpoint_steps=3)
+    steps = range(1, 11)
+    assert [step for step in steps if s.logs(step)] == [4, 8, 10]
+    assert [step for step in steps if s.validates(step)] == [5, 10]
+    assert [step for step in steps if s.saves(step)] == [3, 5, 6, 9, 10]  # after each validation, too
+    never = replace(s, checkpoint_steps=0)
+    assert [step for step in steps if never.saves(step)] == [5, 10]
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "vit_tiny_patch16_224", "tf_efficientnet_lite0", "cnn"])

@@ -12,7 +12,7 @@ from conftest import ROOT, train
 import fmnist.runtime.lost_process
 from fmnist.checkpoint.contents import read_state
 from fmnist.checkpoint.store import Checkpoints
-from fmnist.runtime.lost_process import LINGER_S, describe_loss, is_lost_peer
+from fmnist.runtime.lost_process import LINGER_S, describe_loss, is_lost_process
 
 
 def lose(
@@ -84,7 +84,7 @@ def test_the_default_timeout_ends_the_other_within_a_minute(tmp_path: Path, smal
     ],
 )
 def test_only_a_failed_collective_is_laid_to_another_process(text: str, lost: bool) -> None:
-    assert is_lost_peer(RuntimeError(text)) == lost
+    assert is_lost_process(RuntimeError(text)) == lost
 
 
 def test_the_lost_rank_is_named_where_it_can_be_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,13 @@ import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
 from torch import Tensor
 
+from fmnist.evaluation.findings import Findings, findings
+from fmnist.evaluation.numbers import summarize
+from fmnist.evaluation.outcome import Outcome
 from fmnist.report import figures
-from fmnist.report import write as report
+from fmnist.report.curves import plot_learning_curves, series
+from fmnist.report.write import write_evaluation
+from fmnist.tracking.metrics_file import read_metrics
 
 NAMES = [
     "T-shirt/top",
@@ -47,6 +52,17 @@ def random_evaluation(num_images: int = 2000) -> tuple[Tensor, Tensor]:
     return logits, labels
 
 
+def write(directory: Path, logits: Tensor, labels: Tensor) -> Findings:
+    """Write an evaluation of images that nobody looks at."""
+    outcome = Outcome(
+        name="cnn", model="cnn", directory=directory, split="test", tta="none", labels=labels, logits=logits,
+        images=torch.zeros(len(labels), 28, 28, dtype=torch.uint8), class_names=tuple(NAMES),
+    )  # fmt: skip
+    found = findings(outcome, quick=True)
+    write_evaluation(found)
+    return found
+
+
 def check_png(path: Path, min_width: int, min_height: int) -> tuple[int, int]:
     """A real PNG, of a sensible size, with something drawn on it; gives back (width, height)."""
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -58,7 +74,7 @@ def check_png(path: Path, min_width: int, min_height: int) -> tuple[int, int]:
 
 
 def test_tiny_case_by_hand() -> None:
-    summary = report.summarize(tiny_logits(), TINY_LABELS, TINY_NAMES)
+    summary = summarize(tiny_logits(), TINY_LABELS, TINY_NAMES)
     # Predictions a, b, b, c against labels a, a, b, c: 3 of 4.
     assert summary["top1"] == 0.75
     assert summary["num_images"] == 4
@@ -77,7 +93,7 @@ def test_tiny_case_by_hand() -> None:
 
 
 def test_wilson_interval_by_formula() -> None:
-    low, high = report.summarize(tiny_logits(), TINY_LABELS, TINY_NAMES)["top1_interval"]
+    low, high = summarize(tiny_logits(), TINY_LABELS, TINY_NAMES)["top1_interval"]
     # n = 4, p = 0.75, z = 1.959964, z^2 = 3.841459:
     # center = (p + z^2 / 2n) / (1 + z^2 / n) = (0.75 + 0.480182) / 1.960365 = 0.627527
     # half = z sqrt(p (1 - p) / n + z^2 / 4n^2) / 1.960365
@@ -88,7 +104,7 @@ def test_wilson_interval_by_formula() -> None:
 
 def test_agrees_with_scikit_learn() -> None:
     logits, labels = random_evaluation()
-    summary = report.summarize(logits, labels, NAMES)
+    summary = summarize(logits, labels, NAMES)
     predictions = logits.argmax(dim=1)
     assert summary["confusion_matrix"] == confusion_matrix(labels, predictions).tolist()
     assert summary["top1"] == accuracy_score(labels, predictions)
@@ -99,7 +115,7 @@ def test_agrees_with_scikit_learn() -> None:
 
 
 def test_a_class_without_images_keeps_its_row() -> None:
-    summary = report.summarize(tiny_logits()[:1], TINY_LABELS[:1], TINY_NAMES)
+    summary = summarize(tiny_logits()[:1], TINY_LABELS[:1], TINY_NAMES)
     assert summary["confusion_matrix"] == [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
     assert summary["per_class"]["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
 
@@ -109,14 +125,14 @@ def test_ece_of_one_confidence(num_correct: int, expected: float) -> None:
     # Ten images, each predicted as class 0 with confidence 0.8: the error is |num_correct / 10 - 0.8|.
     logits = torch.tensor([[0.8, 0.2]]).log().expand(10, 2)
     labels = (torch.arange(10) >= num_correct).long()
-    assert report.summarize(logits, labels, ["a", "b"])["ece"] == pytest.approx(expected, abs=1e-6)
+    assert summarize(logits, labels, ["a", "b"])["ece"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_ece_shares_the_last_bin_with_confidence_one() -> None:
     # Image 1: confidence 1, wrong. Image 2: confidence 0.95, right. Both in bin [14/15, 1]:
     # |0.5 - 0.975| = 0.475. With a bin of its own for 1: 0.5 * 1 + 0.5 * 0.05 = 0.525.
     logits = torch.tensor([[200.0, 0.0], [math.log(0.95), math.log(0.05)]])
-    ece = report.summarize(logits, torch.tensor([1, 0]), ["a", "b"])["ece"]
+    ece = summarize(logits, torch.tensor([1, 0]), ["a", "b"])["ece"]
     assert ece == pytest.approx(0.475, abs=1e-6)
 
 
@@ -132,14 +148,13 @@ def test_ece_shares_the_last_bin_with_confidence_one() -> None:
 )
 def test_mistakes_are_named(logits: Tensor, labels: Tensor, names: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        report.summarize(logits, labels, names)
+        summarize(logits, labels, names)
 
 
 def test_write_evaluation(tmp_path: Path) -> None:
     logits, labels = random_evaluation(500)
-    indices = torch.arange(500).flip(0) + 1000
     directory = tmp_path / "evaluation" / "test"
-    summary = report.write_evaluation(directory, logits, labels, indices, NAMES, title="cnn")
+    summary = write(directory, logits, labels).metrics
     # Five files, and no temporary one left behind.
     files = {"metrics.json", "report.txt", "predictions.csv", "confusion_matrix.png", "reliability.png"}
     assert {path.name for path in directory.iterdir()} == files
@@ -148,7 +163,7 @@ def test_write_evaluation(tmp_path: Path) -> None:
     text = (directory / "report.txt").read_text()
     low, high = summary["top1_interval"]
     assert text.startswith(
-        f"cnn: top1 {100 * summary['top1']:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f}), "
+        f"cnn: test images: top1 {100 * summary['top1']:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f}), "
         f"loss {summary['loss']:.4f}, ECE {summary['ece']:.4f}, 500 images\n"
     )
     assert all(name in text for name in NAMES) and "macro avg" in text
@@ -160,24 +175,17 @@ def test_write_evaluation(tmp_path: Path) -> None:
 
 def test_predictions_round_trip(tmp_path: Path) -> None:
     logits, labels = random_evaluation(200)
-    indices = torch.arange(200) * 3
-    report.write_evaluation(tmp_path, logits, labels, indices, NAMES, title="cnn")
+    write(tmp_path, logits, labels)
     with (tmp_path / "predictions.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["index", "label", "prediction", "confidence", *(f"p_{name}" for name in NAMES)]
     table = np.asarray(rows, dtype=np.float64)
     probabilities = logits.double().softmax(dim=1).numpy()
-    assert table[:, 0].tolist() == indices.tolist()
+    assert table[:, 0].tolist() == list(range(200))
     assert table[:, 1].tolist() == labels.tolist()
     assert table[:, 2].tolist() == logits.argmax(dim=1).tolist()
     assert table[:, 3].tolist() == table[:, 4:].max(axis=1).tolist()
     np.testing.assert_array_equal(table[:, 4:].astype(np.float32), probabilities.astype(np.float32))
-
-
-def test_indices_must_fit_and_nothing_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"indices must be \[4\]"):
-        report.write_evaluation(tmp_path / "out", tiny_logits(), TINY_LABELS, torch.arange(3), TINY_NAMES, title="t")
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +220,7 @@ def test_learning_curves_tolerate_broken_lines(tmp_path: Path, with_val: bool) -
     lines.append('{"step": 410, "prefix": "tr')
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join(lines))
-    figures.plot_learning_curves(path, tmp_path / "curves.png", "cnn")
+    plot_learning_curves(path, tmp_path / "curves.png", "cnn")
     width, height = check_png(tmp_path / "curves.png", 1000, 500)
     # 5.2 inches at 150 dpi for each panel: loss, top1 where there is validation, learning rate.
     assert (width, height) == (780 * (3 if with_val else 2), 660)
@@ -223,12 +231,12 @@ def test_a_step_logged_twice_counts_once(tmp_path: Path) -> None:
     pairs = [(10, 1.0), (20, 0.8), (20, 0.7), (30, math.nan)]
     lines = [json.dumps({"step": step, "epoch": 0.1, "prefix": "train", "loss": loss}) for step, loss in pairs]
     path.write_text("\n".join(lines))
-    steps, loss = figures.series(figures.read_metrics(path)["train"], "loss")
+    steps, loss = series(read_metrics(path)["train"], "loss")
     # The later of the two lines of step 20; the NaN of step 30 cannot be drawn.
     assert steps.tolist() == [10.0, 20.0] and loss.tolist() == [1.0, 0.7]
 
 
 def test_learning_curves_of_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
-    figures.plot_learning_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", "cnn")
+    plot_learning_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", "cnn")
     assert check_png(tmp_path / "curves.png", 500, 500) == (780, 660)

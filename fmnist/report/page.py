@@ -65,7 +65,7 @@ def _matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> l
     return rows
 
 
-def _strip(top1: float, interval: Sequence[float], human: float | None) -> dict[str, Any]:
+def place_on_scale(top1: float, interval: Sequence[float], human: float | None) -> dict[str, Any]:
     """Positions, in percent of its width, on the scale under the headline."""
     lowest = min([interval[0], *([human] if human else [])])
     start = max(0.0, math.floor(20 * lowest - 0.5) / 20)  # a multiple of 5 %, with room to its right
@@ -92,7 +92,7 @@ def context(findings: Findings) -> dict[str, Any]:
         "outcome": outcome,
         "result": metrics,
         "human": HUMAN_TOP1,
-        "strip": _strip(metrics["top1"], metrics["top1_interval"], HUMAN_TOP1),
+        "strip": place_on_scale(metrics["top1"], metrics["top1_interval"], HUMAN_TOP1),
         "num_errors": len(findings.errors),
         "curves": learning_curves(lines) if lines is not None and lines.is_file() else [],
         "matrix": _matrix(metrics["confusion_matrix"], outcome.class_names),
