@@ -8,7 +8,7 @@ from typing import Any
 
 from filelock import BaseFileLock
 
-from fmnist.checkpoint.run_directory import clear_directory, has_run, lock_directory
+from fmnist.checkpoint.run_directory import SUMMARY, clear_directory, has_run, lock_directory
 from fmnist.config.schema import Config, flatten, to_yaml
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.console import log_to_file
@@ -76,7 +76,7 @@ class Run(Compute):
         if self.cfg.overwrite:
             clear_directory(self.directory)
         (self.directory / "REQUEUE").unlink(missing_ok=True)
-        write_atomic(self.directory / "config.yaml", to_yaml(self.cfg).encode())
+        write_atomic(self.directory / "config.yaml", to_yaml(self.cfg))
         log_to_file(self.directory / "train.log")
         announce()
         self.tracker = Tracker(self.directory, self.cfg.log, flatten(self.cfg), step=step, total_steps=total_steps)
@@ -92,9 +92,9 @@ class Run(Compute):
         self.on_main(self._conclude, summary)
 
     def _conclude(self, summary: Mapping[str, Any]) -> None:
-        write_atomic(self.directory / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        write_atomic(self.directory / SUMMARY, json.dumps(summary, indent=2) + "\n")
         if summary["status"] == "stopped":
-            (self.directory / "REQUEUE").write_text("continue with the same command\n")
+            write_atomic(self.directory / "REQUEUE", "continue with the same command\n")
         self.tracker.finish(summary)
 
     def close(self) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from fmnist.evaluation.findings import Findings, findings
 from fmnist.evaluation.numbers import summarize
 from fmnist.evaluation.outcome import Outcome
-from fmnist.report import figures
 from fmnist.report.curves import plot_learning_curves, series
 from fmnist.report.write import write_evaluation
 from fmnist.tracking.metrics_file import read_metrics
@@ -186,20 +185,6 @@ def test_predictions_round_trip(tmp_path: Path) -> None:
     assert table[:, 2].tolist() == logits.argmax(dim=1).tolist()
     assert table[:, 3].tolist() == table[:, 4:].max(axis=1).tolist()
     np.testing.assert_array_equal(table[:, 4:].astype(np.float32), probabilities.astype(np.float32))
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "report.txt"
-    target.write_text("old")
-
-    def full_disk(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(figures.os, "replace", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        figures.write_file(target, "new")
-    assert target.read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["report.txt"]
 
 
 def metrics_lines(with_val: bool) -> list[str]:

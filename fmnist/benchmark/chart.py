@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fmnist.benchmark.output import scaled
-from fmnist.report.figures import BLUE, GREEN, GREY, ORANGE, write_file
+from fmnist.report.figures import BLUE, GREEN, GREY, ORANGE, save_figure
 
 WIDEST = 4.5  # a roofline farther off, in highest bars, is only told
 ROW_INCHES, HEAD_INCHES, WIDTH_INCHES = 0.42, 1.5, 7.6
@@ -45,7 +45,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     processes = f", {result['world_size']} processes" if result["world_size"] > 1 else ""
     machine = f"{hardware['device']}{processes}, {hardware['cpu_cores']} CPU cores"
     figure.suptitle(f"{machine}, torch {versions['torch']}, {result['date']}", fontsize=11)
-    write_file(path, figure)
+    save_figure(path, figure)
 
 
 def _draw_table(axes: Axes, table: Mapping[str, Any]) -> None:

@@ -1,11 +1,12 @@
 """What a checkpoint holds: its files, where training stood, and the manifest that they are verified against."""
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from fmnist.runtime.files import read_json
 
 FORMAT = 1
 MANIFEST, STATE, MODEL, EMA, OPTIMIZER = (
@@ -46,10 +47,10 @@ def verify(directory: Path) -> dict[str, str]:
         ValueError: one line naming the file that is missing, unexpected, or not as it was written.
     """
     try:
-        manifest = json.loads((directory / MANIFEST).read_bytes())
+        manifest = read_json(directory / MANIFEST)
         version = manifest["format"]
         files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{directory / MANIFEST} is missing or not readable") from None
     if version != FORMAT:
         raise ValueError(f"{directory / MANIFEST} has format {version}; this version reads {FORMAT}")
@@ -80,13 +81,13 @@ def read_state(directory: Path) -> TrainState:
         ValueError: one line, for a file that does not hold a state, or that of another step.
     """
     try:
-        values = json.loads((directory / STATE).read_bytes())
+        values = read_json(directory / STATE)
         values.pop("meta", None)
         state = TrainState(**values)
         legal = state.step > 0 and 0 <= state.best_step <= state.step and -1 <= state.best_top1 <= 1
         if not (legal and isinstance(state.step, int) and 0 <= state.train_seconds < float("inf")):
             raise ValueError
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError):
         raise ValueError(f"{directory / STATE} does not hold the state of a run") from None
     if directory.name != f"step_{state.step:08d}":
         raise ValueError(f"{directory} holds step {state.step}: it is another checkpoint under this name")
@@ -95,5 +96,5 @@ def read_state(directory: Path) -> TrainState:
 
 def read_meta(directory: Path) -> dict[str, Any]:
     """Return what a verified checkpoint says about itself: model, config, world size, versions."""
-    meta = json.loads((directory / STATE).read_bytes()).get("meta")
+    meta = read_json(directory / STATE).get("meta")
     return meta if isinstance(meta, dict) else {}

@@ -1,7 +1,6 @@
 """The run directory: may it be used, is it finished."""
 
 import errno
-import json
 import logging
 import os
 import platform
@@ -14,6 +13,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from fmnist.config.parse import load_config
 from fmnist.config.same_run import differences
 from fmnist.config.schema import Config
+from fmnist.runtime.files import read_json
 
 logger = logging.getLogger("fmnist")
 SUMMARY = "summary.json"
@@ -33,6 +33,7 @@ RUN_FILES = (
     "non_finite_step_*.png",
 )
 LOCK, LOCK_WAIT_S = ".lock", 5.0
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # of a file system without them
 
 
 def open_directory(cfg: Config) -> Path:
@@ -83,6 +84,8 @@ def lock_directory(directory: Path) -> BaseFileLock:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise ValueError(f"output_dir {directory} cannot be written: {error.strerror}") from None
+        if error.errno not in NO_LOCKS:
+            raise
         logger.warning("%s cannot be locked (%s): make sure that no second run writes here", path, error.strerror)
         return lock
     path.write_text(f"host {platform.node()}, process {os.getpid()}\n")
@@ -92,10 +95,9 @@ def lock_directory(directory: Path) -> BaseFileLock:
 def read_summary(directory: Path) -> dict[str, Any]:
     """Return what summary.json holds; empty where there is none, or it is no summary."""
     try:
-        summary = json.loads((directory / SUMMARY).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_json(directory / SUMMARY)
+    except ValueError:
         return {}
-    return summary if isinstance(summary, dict) else {}
 
 
 def is_finished(directory: Path) -> bool:

@@ -81,7 +81,7 @@ class Checkpoints:
                 "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             }
             sync_path(path)
-        write_atomic(part / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=2).encode())
+        write_atomic(part / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=2))
 
     def newest_good(self) -> Path | None:
         """Return the newest checkpoint that verifies, warning about each newer one that does not.

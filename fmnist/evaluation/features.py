@@ -64,7 +64,6 @@ def features_of(trained: Trained, name: str, images: Tensor) -> Features:
     tensors = {"features": found.features.contiguous(), "logits": found.logits.contiguous()}
     path = _file(trained, name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, save(tensors, metadata=_key(trained, images)))
     except OSError as error:  # a run that may not be written to is used all the same
         logger.warning("%s is not kept (%s): it is computed again next time", path, error.strerror)

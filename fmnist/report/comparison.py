@@ -11,7 +11,7 @@ from typing import Any
 from fmnist.evaluation.outcome import Outcome
 from fmnist.evaluation.ranking import seed_groups
 from fmnist.report.comparison_figure import plot_comparison
-from fmnist.report.figures import write_file
+from fmnist.runtime.files import write_atomic
 
 # The costs against which a row may lie on the Pareto front, in a word each.
 FRONTS = {"flops_per_image": "FLOPs", "latency_ms_1": "ms"}
@@ -99,7 +99,7 @@ def write_comparison(
         if any(outcome.members for outcome in outcomes):
             lines.append("What an ensemble costs is the sum of its members.")
     text = "\n".join(lines) + "\n"
-    write_file(folder / "comparison.txt", text)
-    write_file(folder / "comparison.json", json.dumps({"rows": rows, "seeds": seeds}, indent=2) + "\n")
+    write_atomic(folder / "comparison.txt", text)
+    write_atomic(folder / "comparison.json", json.dumps({"rows": rows, "seeds": seeds}, indent=2) + "\n")
     plot_comparison(rows, folder / "comparison.png")
     return text

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from fmnist.report.figures import BLUE, GREEN, GREY, ORANGE, write_file
+from fmnist.report.figures import BLUE, GREEN, GREY, ORANGE, save_figure
 
 
 def plot_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -36,7 +36,7 @@ def plot_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axes, (key, label) in zip(panels[1:], costs.items(), strict=True):
         _draw_front(axes, known, key)
         axes.set_xlabel(label)
-    write_file(path, figure)
+    save_figure(path, figure)
 
 
 def _shorten(name: str) -> str:

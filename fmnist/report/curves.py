@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.ndimage import uniform_filter1d
 
-from fmnist.report.figures import BLUE, GREEN, ORANGE, write_file
+from fmnist.report.figures import BLUE, GREEN, ORANGE, save_figure
 from fmnist.tracking.metrics_file import read_metrics
 
 
@@ -90,4 +90,4 @@ def plot_learning_curves(metrics_path: Path, path: Path, title: str) -> None:
             scale = (lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch)
             axes.secondary_xaxis("top", functions=scale).set_xlabel("epoch")
     figure.suptitle(title, fontsize=13)
-    write_file(path, figure)
+    save_figure(path, figure)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,25 +12,17 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from fmnist.evaluation.numbers import NUM_BINS, ReliabilityBins
+from fmnist.runtime.files import write_atomic
 
 # Okabe and Ito, "Color Universal Design" (2008): told apart with any common colour blindness.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 DPI = 150
 
 
-def write_file(path: Path, content: str | Figure) -> None:
-    """Write a text or a PNG under a temporary name, then rename: a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        if isinstance(content, Figure):
-            FigureCanvasAgg(content)
-            content.savefig(temporary, format="png", dpi=DPI)
-        else:
-            temporary.write_text(content, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    FigureCanvasAgg(figure)
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=DPI))
 
 
 def plot_confusion_matrix(
@@ -76,7 +67,7 @@ def plot_confusion_matrix(
     axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="both", length=0)
     axes.set_title(f"{title}\ntop1 {100 * np.trace(counts) / max(counts.sum(), 1):.2f} %", fontsize=14, pad=12)
-    write_file(path, figure)
+    save_figure(path, figure)
 
 
 def plot_reliability(bins: ReliabilityBins, ece: float, title: str, path: Path) -> None:
@@ -104,4 +95,4 @@ def plot_reliability(bins: ReliabilityBins, ece: float, title: str, path: Path) 
         axes.grid(alpha=0.25)
         axes.set_axisbelow(True)
     figure.suptitle(f"{title}\nexpected calibration error {ece:.4f}", fontsize=13)
-    write_file(path, figure)
+    save_figure(path, figure)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmnist.report.figures import write_file
+from fmnist.report.figures import save_figure
 
 
 def draw_grid(path: Path, images: Tensor, titles: Sequence[str], heading: str) -> None:
@@ -34,4 +34,4 @@ def draw_grid(path: Path, images: Tensor, titles: Sequence[str], heading: str) -
     axes.imshow(canvas.numpy(), interpolation="nearest")
     axes.set_axis_off()
     axes.set_title(heading, fontsize=9)
-    write_file(path, figure)
+    save_figure(path, figure)

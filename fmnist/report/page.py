@@ -14,8 +14,8 @@ from fmnist.config.schema import to_yaml
 from fmnist.evaluation.findings import Findings
 from fmnist.evaluation.misclassified import Misclassified
 from fmnist.evaluation.outcome import Outcome
-from fmnist.report.figures import write_file
 from fmnist.report.page_figures import learning_curves, picture, reliability
+from fmnist.runtime.files import write_atomic
 from fmnist.tracking.metrics_file import METRICS_FILE
 
 # People without fashion expertise, 1,000 test images, majority of three labels: the data set's own benchmark table.
@@ -122,4 +122,4 @@ def render(values: dict[str, Any]) -> str:
 
 def write_html(findings: Findings, path: Path) -> None:
     """Write report.html."""
-    write_file(path, render(context(findings)))
+    write_atomic(path, render(context(findings)))

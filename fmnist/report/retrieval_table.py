@@ -7,23 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fmnist.report.figures import write_file
+from fmnist.runtime.files import read_json, write_atomic
 
 RETRIEVAL_FILE = "retrieval.json"
 
 
 def write_precision(result: Mapping[str, Any], path: Path) -> None:
     """Keep what `measure_precision` returned."""
-    write_file(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    write_atomic(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 def read_precision(path: Path, key: Mapping[str, str]) -> dict[str, Any] | None:
     """Return what was kept for this key, the weights and images; None where it was not measured for them."""
     try:
-        result: dict[str, Any] = json.loads(path.read_bytes())
-        return result if {name: result[name] for name in key} == key else None
-    except (OSError, ValueError, KeyError, TypeError):
+        result = read_json(path)
+    except ValueError:
         return None
+    return result if {name: result.get(name) for name in key} == key else None
 
 
 def precision_table(result: dict[str, Any]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -13,9 +11,10 @@ from sklearn.metrics import classification_report
 from fmnist.config.schema import flatten
 from fmnist.evaluation.findings import Findings
 from fmnist.report.curves import plot_learning_curves
-from fmnist.report.figures import plot_confusion_matrix, plot_reliability, write_file
+from fmnist.report.figures import plot_confusion_matrix, plot_reliability
 from fmnist.report.page import write_html
 from fmnist.report.retrieval_table import precision_line
+from fmnist.runtime.files import csv_bytes, write_atomic
 from fmnist.tracking.metrics_file import METRICS_FILE
 from fmnist.tracking.wandb_run import log_evaluation
 
@@ -35,12 +34,12 @@ def write_evaluation(findings: Findings) -> None:
     """
     outcome, metrics = findings.outcome, findings.metrics
     directory, names = outcome.directory, outcome.class_names
-    write_file(directory / "report.txt", report_text(findings))
-    write_file(directory / "predictions.csv", predictions_csv(findings))
+    write_atomic(directory / "report.txt", report_text(findings))
+    write_atomic(directory / "predictions.csv", predictions_csv(findings))
     plot_confusion_matrix(metrics["confusion_matrix"], names, outcome.title, directory / "confusion_matrix.png")
     plot_reliability(findings.bins, metrics["ece"], outcome.title, directory / "reliability.png")
     # Last, so that a directory with a metrics.json is a complete one.
-    write_file(directory / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+    write_atomic(directory / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
 
     trained = outcome.trained
     if trained is not None and (lines := trained.directory / METRICS_FILE).is_file():
@@ -92,19 +91,19 @@ def _notes(metrics: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def predictions_csv(findings: Findings) -> str:
+def predictions_csv(findings: Findings) -> bytes:
     """Return one line per image: index, label, prediction, confidence, and the probability of each class."""
     outcome = findings.outcome
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["index", "label", "prediction", "confidence", *(f"p_{name}" for name in outcome.class_names)])
     predictions = outcome.logits.argmax(dim=1).tolist()
     probabilities = outcome.logits.double().softmax(dim=1).float().tolist()
-    rows = zip(outcome.labels.tolist(), predictions, probabilities, strict=True)
-    for index, (label, prediction, row) in enumerate(rows):
+    rows = []
+    for index, (label, prediction, row) in enumerate(
+        zip(outcome.labels.tolist(), predictions, probabilities, strict=True)
+    ):
         cells = [f"{p:.9g}" for p in row]  # nine digits give a float32 back unchanged
-        writer.writerow([index, label, prediction, cells[prediction], *cells])
-    return text.getvalue()
+        rows.append([index, label, prediction, cells[prediction], *cells])
+    header = ["index", "label", "prediction", "confidence", *(f"p_{name}" for name in outcome.class_names)]
+    return csv_bytes(header, rows)
 
 
 def _log_to_wandb(findings: Findings) -> None:

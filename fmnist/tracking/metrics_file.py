@@ -43,4 +43,4 @@ def truncate_metrics(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    write_atomic(path, "".join(kept).encode())
+    write_atomic(path, "".join(kept))

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fmnist.config.schema import LogConfig
+from fmnist.runtime.files import write_atomic
 
 logger = logging.getLogger("fmnist")
 RUN_ID = r"[A-Za-z0-9_-]{1,64}"
@@ -133,7 +134,7 @@ def _run_id(path: Path) -> str:
         run_id = os.environ.get("WANDB_RUN_ID", "")  # a sweep's agent has chosen one
         if not re.fullmatch(RUN_ID, run_id):
             run_id = secrets.token_hex(4)
-        path.write_text(run_id + "\n")
+        write_atomic(path, run_id + "\n")
     return run_id
 
 

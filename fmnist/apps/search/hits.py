@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fmnist.apps.search.catalogue import UNKNOWN, Catalogue
 from fmnist.data.fashion_mnist import CLASS_NAMES
-from fmnist.report.figures import BLUE, GREEN, ORANGE, write_file
+from fmnist.report.figures import BLUE, GREEN, ORANGE, save_figure
+from fmnist.runtime.files import write_atomic
 
 COLUMNS = 10  # items of one line of the sheet; more go on below
 CELL_INCHES, CAPTION_INCHES, HEAD_INCHES = 0.98, 0.46, 0.62
@@ -59,7 +60,7 @@ def write_hits(hits: Sequence[Hit], catalogue: Catalogue, path: Path) -> None:
             writer.writerow(
                 [hit.query, rank, catalogue.names[position], name, CLASS_NAMES[prediction], f"{similarity:.6f}"]
             )
-    write_file(path, text.getvalue())
+    write_atomic(path, text.getvalue())
 
 
 def plot_hits(hits: Sequence[Hit], catalogue: Catalogue, path: Path) -> None:
@@ -100,7 +101,7 @@ def plot_hits(hits: Sequence[Hit], catalogue: Catalogue, path: Path) -> None:
             if known and label != UNKNOWN:
                 color = GREEN if label == hit.label else ORANGE
             _draw(axes, catalogue.images[position], color, 1.2, name, f"{similarity:.4f}", "normal")
-    write_file(path, figure)
+    save_figure(path, figure)
 
 
 def _draw(axes: Axes, image: Tensor, color: str, width: float, first: str, second: str, weight: str) -> None:
