@@ -191,7 +191,7 @@ def work(job: dict[str, Any], rank: int, port: int, log: Path) -> None:
         status = 0
     except SystemExit as end:
         status = int(end.code or 0)
-    except BaseException:  # noqa: BLE001 - a fork must never go on in its parent's loop
+    except BaseException:  # a fork must never go on in its parent's loop
         traceback.print_exc()
     finally:
         with contextlib.suppress(Exception):

@@ -1,7 +1,7 @@
 """Augmentation parameters: one row of 16 numbers says all that happens to a sample in an epoch.
 
 The rows are pure functions of the sample's uniforms, made for all samples at once when an epoch begins. The plain torch
-code of `augment.py` and the kernel of `resample.py` read the same rows: what they do cannot drift apart.
+code of `augment_torch.py` and the kernel of `augment_triton.py` read the same rows: what they do cannot drift apart.
 """
 
 import functools

@@ -110,7 +110,7 @@ class Tracker(NullTracker):
         """Call Weights & Biases; at its first failure say so once and go on without it."""
         try:
             call()
-        except Exception as error:  # noqa: BLE001 - whatever a tracker raises, training goes on
+        except Exception as error:  # whatever a tracker raises, training goes on
             logger.warning("Weights & Biases is off from here: %s", without_secrets(error))
             self.wandb = None
 

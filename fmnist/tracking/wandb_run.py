@@ -71,7 +71,7 @@ def start_wandb(directory: Path, cfg: LogConfig, resolved: Mapping[str, Any]) ->
     )
     try:
         started = wandb.init(mode=mode, settings=settings, **options)
-    except Exception as error:  # noqa: BLE001 - server away, key refused: the numbers are kept on disk instead
+    except Exception as error:  # server away, key refused: the numbers are kept on disk instead
         if mode != "online":
             raise
         logger.warning("Weights & Biases cannot be used (%s): offline", without_secrets(error))
@@ -120,7 +120,7 @@ def log_evaluation(
         started.log({**pictures, f"{prefix}/errors": table})
         started.summary.update({f"{prefix}/{key}": value for key, value in scalars.items()})
         started.finish()
-    except Exception as error:  # noqa: BLE001 - the files are written; whatever a tracker raises, evaluation goes on
+    except Exception as error:  # the files are written; whatever a tracker raises, evaluation goes on
         logger.warning("Weights & Biases has no evaluation: %s", without_secrets(error))
 
 
@@ -146,7 +146,7 @@ def answers(url: str) -> bool:
         try:
             urllib.request.urlopen(url, timeout=PROBE_TIMEOUT_S).close()
             replies.put(True)
-        except Exception as error:  # noqa: BLE001 - refused, unreachable, no such name, not HTTP
+        except Exception as error:  # refused, unreachable, no such name, not HTTP
             replies.put(isinstance(error, urllib.error.HTTPError))
 
     threading.Thread(target=ask, daemon=True).start()  # a thread: a name look-up obeys no timeout
