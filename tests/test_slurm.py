@@ -3,16 +3,17 @@
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, SMALL_RUN, metrics, train
+from conftest import ROOT, SMALL_RUN, environment, metrics, train
 from slurm_cluster import Cluster, missing_programs
 
-from fmnist.config.parse import parse_config
+from fmnist.config.parse import load_config
 from fmnist.runtime.launcher import signal_warning
 
 pytestmark = pytest.mark.skipif(
@@ -240,10 +241,29 @@ def test_a_real_time_limit_is_survived(cluster: Cluster, config: Path, tmp_path:
     assert (summary(run)["status"], summary(run)["steps"]) == ("finished", 6000)
 
 
-def test_the_sweep_calls_options_that_exist() -> None:
+def sweep_command(sweep: dict, program: str, chosen: list[str]) -> list[str]:
+    """What W&B's agent makes of the command: each macro that stands alone is replaced."""
+    values = {"${env}": ["/usr/bin/env"], "${program}": [program], "${args}": chosen}
+    return [part for word in sweep["command"] for part in values.get(word, [word])]
+
+
+def test_two_agents_of_a_sweep_at_once_train_in_directories_of_their_own(tmp_path: Path) -> None:
     sweep = yaml.safe_load((ROOT / "slurm" / "sweep.yaml").read_text())
-    command = sweep["command"]
-    flags = command[command.index("${program}") + 1 : command.index("${args}")]
     chosen = [f"--{name}={(p.get('values') or [p['min']])[0]}" for name, p in sweep["parameters"].items()]
-    cfg = parse_config([*flags, *chosen])
-    assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.overwrite) == (0.0005, 0.0, True)
+    small = ["--schedule.steps=2", "--schedule.warmup_epochs=0", "--augment.size=28", "--log.wandb=disabled"]
+    command = sweep_command(sweep, str(ROOT / "train.py"), [*chosen, *small, "--model.options={widths: [4, 8]}"])
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    agents = []
+    for trial in ("a1", "b2"):
+        environ = environment() | {"WANDB_RUN_ID": trial, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        agents.append(subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True))
+    for agent in agents:
+        _, err = agent.communicate(timeout=300)
+        assert agent.returncode == 0, err[-2000:]
+    runs = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert runs == ["sweep_a1", "sweep_b2"]
+    for run in runs:
+        found = summary(tmp_path / "runs" / run)
+        assert (found["status"], found["steps"]) == ("finished", 2)
+    cfg = load_config(tmp_path / "runs" / "sweep_a1" / "config.yaml")
+    assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.overwrite) == (0.0005, 0.0, False)
