@@ -17,6 +17,7 @@ from fmnist.step import train_step
 from fmnist.training.build import Training, build
 from fmnist.training.finish import finish
 from fmnist.training.plan import print_plan
+from fmnist.training.profile import StepProfiler
 from fmnist.training.save import save
 
 
@@ -24,6 +25,7 @@ def train(training: Training, cfg: Config, run: Run) -> None:
     """Train to the schedule's end, or until a stop is asked for."""
     state, schedule, clock, non_finite = training.state, training.schedule, training.clock, training.non_finite
     model, gradients = run.prepare(training.model, compiled=cfg.model.compile)
+    profiler = StepProfiler(cfg.profile if run.is_main else None, run.directory / "profile", run.device)
     model.train()
     clock.start()
 
@@ -37,6 +39,7 @@ def train(training: Training, cfg: Config, run: Run) -> None:
         state.step += 1
         non_finite.note(metrics, state.step)  # so that a NaN noticed late has a first step
         clock.tick()
+        profiler.step()  # does nothing unless --profile asks for a trace
 
         # log: the loop's one device sync
         if schedule.logs(state.step):

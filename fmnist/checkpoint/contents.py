@@ -20,7 +20,7 @@ MANIFEST, STATE, MODEL, EMA, OPTIMIZER = (
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Everything a run needs beside tensors to go on.
+    """Everything a run needs beside tensors to resume.
 
     Attributes:
         step: completed optimizer updates.
@@ -84,8 +84,8 @@ def read_state(directory: Path) -> TrainState:
         values = read_json(directory / STATE)
         values.pop("meta", None)
         state = TrainState(**values)
-        legal = state.step > 0 and 0 <= state.best_step <= state.step and -1 <= state.best_top1 <= 1
-        if not (legal and isinstance(state.step, int) and 0 <= state.train_seconds < float("inf")):
+        valid = state.step > 0 and 0 <= state.best_step <= state.step and -1 <= state.best_top1 <= 1
+        if not (valid and isinstance(state.step, int) and 0 <= state.train_seconds < float("inf")):
             raise ValueError
     except (ValueError, TypeError):
         raise ValueError(f"{directory / STATE} does not hold the state of a run") from None

@@ -50,7 +50,7 @@ def open_directory(cfg: Config) -> Path:
         raise ValueError(f"output_dir {directory} is not empty; add --overwrite true to delete the run in it")
     if cfg.resume == "auto" and present:
         if "config.yaml" not in present:
-            raise ValueError(f"output_dir {directory} holds {present[0]} but no config.yaml: not a run to go on with")
+            raise ValueError(f"output_dir {directory} holds {present[0]} but no config.yaml: no run to resume")
         if changed := differences(load_config(directory / "config.yaml"), cfg):
             raise ValueError(
                 f"{directory} holds a run with another config: {'; '.join(changed[:3])}. "

@@ -94,7 +94,7 @@ class Checkpoints:
             try:
                 verify(self.path(step))
             except ValueError as error:
-                logger.warning("checkpoint passed over: %s", error)
+                logger.warning("checkpoint skipped: %s", error)
             else:
                 return self.path(step)
         if steps:
@@ -106,7 +106,7 @@ class Checkpoints:
     def export(self, step: int, target: Path) -> None:
         """Copy the weights to use of one checkpoint (the moving average where there is one) to a file.
 
-        A damaged or lost one is said, and the newest good one taken.
+        A damaged or lost one is reported, and the newest valid one taken.
 
         Raises:
             ValueError: no checkpoint verifies.

@@ -123,7 +123,7 @@ def choose_backend(wish: str, device: torch.device) -> str:
     runs = device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
     if wish == "triton" and not (installed and runs):
         missing = "a GPU" if installed else "the package triton"
-        raise ValueError(f"augment.backend is triton, which needs {missing}; legal here: auto, compiled, eager")
+        raise ValueError(f"augment.backend is triton, which needs {missing}; valid here: auto, compiled, eager")
     if wish != "auto":
         return wish
     return "triton" if installed and device.type != "cpu" else "eager"

@@ -1,4 +1,4 @@
-"""The features of a split under given weights: computed once, and kept beside the run for whoever needs them."""
+"""The features of a split under given weights: computed once, and kept beside the run."""
 
 from __future__ import annotations
 

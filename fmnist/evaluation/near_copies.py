@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="CSV file to write; none prints it")
     args = parser.parse_args()
     if not SIMILAR <= args.threshold < 1:
-        parser.error(f"--threshold is {args.threshold}; legal: {SIMILAR} to below 1")
+        parser.error(f"--threshold is {args.threshold}; valid range: {SIMILAR} to below 1")
     log_to_console()
     with one_line_errors("fmnist.evaluation.near_copies"):
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

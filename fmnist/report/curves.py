@@ -58,7 +58,7 @@ def plot_learning_curves(metrics_path: Path, path: Path, title: str) -> None:
 
     Args:
         metrics_path: One JSON object per line with `step`, `epoch`, `prefix` and scalars. Lines that cannot
-            be read are passed over; a panel with no data (top1, lr) is left out.
+            be read are skipped; a panel with no data (top1, lr) is left out.
         path: The PNG to write.
         title: Heading.
     """

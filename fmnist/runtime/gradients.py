@@ -1,7 +1,7 @@
 """How the gradients of a step are summed over micro-batches and processes: by DDP's all-reduce, or in a fixed order.
 
 A sum of floats depends on its order, and the order of an all-reduce depends on the process count. With `exact: V` the
-global batch is V shards, whoever computes them; what each contributes is kept apart, gathered, and added from shard 0
+global batch is V shards, on whichever process; what each contributes is kept apart, gathered, and added from shard 0
 to shard V - 1 on every process. BatchNorm's running statistics are updated in the same order.
 
 The cost: V copies of the gradients in memory, gathered instead of reduced, no overlap of communication with backward,

@@ -56,3 +56,26 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({platform.machine()}), {torch.get_num_threads()} thread(s)"
+
+
+# Dense bf16 matrix products, operations per second, by a part of the name that the driver gives.
+# Source: NVIDIA's data sheets.
+PEAK_FLOPS = {
+    "H200": 989.5e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989.5e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Return the bf16 operations per second that a GPU's data sheet states; None where it is not known, or for fp32."""
+    if precision != "bf16":
+        return None
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)

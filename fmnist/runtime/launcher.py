@@ -28,7 +28,7 @@ def check_world_size(world_size: int, environ: Mapping[str, str] = os.environ) -
     """
     expected = environ.get(EXPECTED_WORLD_SIZE, "")
     if expected and not (expected.isascii() and expected.isdigit() and int(expected) > 0):
-        raise ValueError(f"{EXPECTED_WORLD_SIZE} is {expected!r}; legal: a number of processes, 1 or more")
+        raise ValueError(f"{EXPECTED_WORLD_SIZE} is {expected!r}; valid range: 1 process or more")
     if expected and int(expected) != world_size:
         raise ValueError(
             f"{world_size} process(es) are running and {EXPECTED_WORLD_SIZE} is {expected}: "

@@ -33,6 +33,11 @@ class Processes:
         self.rank, self.world_size = rank, world_size
         self.control: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if world_size > 1 else None
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that speaks and writes."""
+        return self.rank == 0
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over processes, in place."""
         if self.world_size > 1:
@@ -99,7 +104,7 @@ class Processes:
             loss = describe_loss(error, self.control, others)
             said = " ".join(str(error).split())[:160]
             logger.error(
-                "rank %d ends: %s; the same command goes on from the last checkpoint (%s)", self.rank, loss, said
+                "rank %d ends: %s; the same command resumes from the last checkpoint (%s)", self.rank, loss, said
             )
             logging.shutdown()
             sys.stderr.flush()

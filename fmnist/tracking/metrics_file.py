@@ -7,7 +7,7 @@ from typing import Any
 from fmnist.runtime.files import write_atomic
 
 METRICS_FILE = "metrics.jsonl"
-PERF_KEYS = ("images_per_second", "step_time_s")
+PERF_KEYS = ("images_per_second", "step_time_s", "mfu")
 
 
 def metric_name(prefix: str, key: str) -> str:
@@ -26,7 +26,7 @@ def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
             step, prefix = int(line["step"]), str(line["prefix"])
         except (ValueError, KeyError, TypeError):
             continue  # a killed run leaves half a line, in the middle too once the run has gone on
-        # A run that goes on from a checkpoint logs some steps twice: the later line is the one that counts.
+        # A run that resumes from a checkpoint logs some steps twice: the later line is the one that counts.
         lines.setdefault(prefix, {})[step] = line
     return {prefix: [by_step[step] for step in sorted(by_step)] for prefix, by_step in lines.items()}
 

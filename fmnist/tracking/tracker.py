@@ -96,7 +96,7 @@ class Tracker(NullTracker):
         try:
             size = os.fstat(self.file.fileno()).st_size
             if self.file.write(data) != len(data):
-                os.ftruncate(self.file.fileno(), size)  # no half line for the next one to go on with
+                os.ftruncate(self.file.fileno(), size)  # no half line that the next one would continue
                 raise OSError("the disk is full")
         except OSError as error:  # a full disk must not end the training that may yet save elsewhere
             self._warn(error)
@@ -107,10 +107,10 @@ class Tracker(NullTracker):
         self._warned = True
 
     def _try_wandb(self, call: Callable[[], Any]) -> None:
-        """Call Weights & Biases; at its first failure say so once and go on without it."""
+        """Call Weights & Biases; at its first failure warn once and drop it."""
         try:
             call()
-        except Exception as error:  # whatever a tracker raises, training goes on
+        except Exception as error:  # whatever a tracker raises must not end a training
             logger.warning("Weights & Biases is off from here: %s", without_secrets(error))
             self.wandb = None
 

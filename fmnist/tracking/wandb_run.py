@@ -120,7 +120,7 @@ def log_evaluation(
         started.log({**pictures, f"{prefix}/errors": table})
         started.summary.update({f"{prefix}/{key}": value for key, value in scalars.items()})
         started.finish()
-    except Exception as error:  # the files are written; whatever a tracker raises, evaluation goes on
+    except Exception as error:  # the files are written; whatever a tracker raises must not end an evaluation
         logger.warning("Weights & Biases has no evaluation: %s", without_secrets(error))
 
 

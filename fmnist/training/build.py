@@ -108,9 +108,17 @@ def build(cfg: Config, run: Run) -> Training:
         test_split=test_split,
         checkpoints=checkpoints,
         state=state,
-        clock=Clock(cfg.batch.global_batch_size, state.train_seconds),
+        clock=Clock(cfg.batch.global_batch_size, state.train_seconds, peak_images_per_second(model, augment, run)),
         non_finite=NonFiniteWatch(run, loader, augment, run.directory, cfg.log.every_steps),
     )
+
+
+def peak_images_per_second(model: nn.Module, augment: Augment, run: Run) -> float | None:
+    """Return what the peak arithmetic of all processes' hardware would allow; None where it is not known."""
+    peak = peak_flops(run.device_name, run.precision)
+    if peak is None:
+        return None
+    return peak * run.world_size / flops_per_image(model, len(augment.mean), augment.final_size)[1]
 
 
 def restore(

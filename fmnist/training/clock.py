@@ -1,4 +1,4 @@
-"""Images per second of training alone."""
+"""Images per second of training alone, and the share of the hardware's arithmetic that they use."""
 
 import time
 from collections.abc import Iterator
@@ -11,10 +11,14 @@ class Clock:
     Args:
         global_batch_size: images of one step.
         total_seconds: what earlier starts of the run have trained.
+        peak_images_per_second: that the hardware's peak arithmetic would allow; None where it is not known.
     """
 
-    def __init__(self, global_batch_size: int, total_seconds: float = 0.0) -> None:
+    def __init__(
+        self, global_batch_size: int, total_seconds: float = 0.0, peak_images_per_second: float | None = None
+    ) -> None:
         self.global_batch_size, self.total_seconds = global_batch_size, total_seconds
+        self.peak_images_per_second = peak_images_per_second
         self._window_seconds, self._steps = 0.0, 0
         self.rates: list[float] = []
         self._since = time.perf_counter()
@@ -34,8 +38,10 @@ class Clock:
         self._window_seconds, self._steps = 0.0, 0
         if steps == 0:
             return {}
-        self.rates.append(self.global_batch_size / seconds)
-        return {"images_per_second": self.global_batch_size / seconds, "step_time_s": seconds}
+        rate = self.global_batch_size / seconds
+        self.rates.append(rate)
+        mfu = {"mfu": rate / self.peak_images_per_second} if self.peak_images_per_second else {}
+        return {"images_per_second": rate, "step_time_s": seconds, **mfu}
 
     def median_rate(self) -> float:
         """Return the median images/s over the windows, the first (warm-up, compilation) apart where there are more."""
