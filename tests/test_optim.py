@@ -72,8 +72,7 @@ def test_every_parameter_is_in_one_group_and_vectors_have_no_decay(name: str, la
         for p in group["params"]:
             assert p.ndim > 1 or group["weight_decay"] == 0
     scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
-    head = model.head if name == "cnn" else model.get_classifier()
-    assert scales[id(head.weight)] == 5.0  # the head has no layer below it: 1 * head_lr_scale
+    assert scales[id(model.get_classifier().weight)] == 5.0  # the head has no layer below it: 1 * head_lr_scale
     if layer_decay:
         body = [scale for scale in scales.values() if scale != 5.0]
         assert min(body) < 0.2
