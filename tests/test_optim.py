@@ -10,6 +10,7 @@ from torch import nn
 
 from fmnist.config.schema import Config, OptimConfig, ScheduleConfig
 from fmnist.models.cnn import Cnn
+from fmnist.models.mlp import Mlp
 from fmnist.optim import Schedule, build_optimizer, parameter_groups, set_lr
 
 
@@ -99,12 +100,11 @@ def test_only_the_head_moves_in_head_only_steps() -> None:
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_both_optimizers_are_fused_and_learn(name: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
-    model.head = nn.Identity()
+    model = Mlp(2, image_size=2, width=8)
     optimizer = build_optimizer(model, OptimConfig(name=name, lr=0.1))
     assert optimizer.defaults["fused"]
-    images, labels = torch.randn(64, 4), torch.arange(64) % 2
-    images[:, 0] += labels * 4.0
+    images, labels = torch.randn(64, 1, 2, 2), torch.arange(64) % 2
+    images[:, 0, 0, 0] += labels * 4.0
     for _ in range(30):
         loss = nn.functional.cross_entropy(model(images), labels)
         optimizer.zero_grad()
