@@ -386,6 +386,14 @@ def test_unknown_options():
     assert "cannot be set here" in error_of("convnext_atto", options={"checkpoint_path": "x.pth"})
     assert "model.options" in error_of("convnext_atto", options={"depths": "many"})
     assert "model.options" in error_of("cnn", options={"widths": "many"})
+    message = error_of("caformer_s18", options={"depths": [1, 1, 1, 1]})  # timm sets it itself
+    assert "does not take depths; valid: dims" in message
+    assert "csatv2 for 64 px" in error_of("csatv2", 64, options={"depths": [1, 1, 1, 1]})
+
+
+def test_options_of_a_base_class():
+    model, _ = build("deit_tiny_distilled_patch16_224", options={"depth": 2})
+    assert len(model.blocks) == 2
 
 
 def test_settings_without_effect():

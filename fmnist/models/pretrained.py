@@ -1,6 +1,7 @@
 """Any timm model, from scratch or from pretrained weights with a new head and a one-channel stem."""
 
 import inspect
+import logging
 import re
 from typing import Any, cast
 
@@ -11,6 +12,8 @@ from fmnist.config.schema import ModelConfig
 from fmnist.models.stem import Normalization, to_one_channel
 from fmnist.models.trial import try_model
 from fmnist.models.weights import fetch_weights, mismatches, read_weights
+
+log = logging.getLogger("fmnist")
 
 # Not for model.options: set by this project, or they would read files or change what the model returns.
 RESERVED = {
@@ -49,12 +52,10 @@ def build_timm(
         model = _create(cfg, num_classes, 1, sizes)
         try:
             try_model(model, cfg.name, 1, sizes)
-        except ValueError as error:
-            try:  # a few read colour only: CSATv2 splits RGB into frequencies
-                model = _create(cfg, num_classes, 3, sizes)
-                try_model(model, cfg.name, 3, sizes)
-            except ValueError:
-                raise error from None
+        except ValueError:  # some read colour only: CSATv2 splits RGB into frequencies
+            model = _create(cfg, num_classes, 3, sizes)
+            try_model(model, cfg.name, 3, sizes)
+            log.info("%s reads three channels: it takes no grey images", cfg.name)
             return model, Normalization(normalization.mean * 3, normalization.std * 3)
         return model, normalization
 
@@ -86,7 +87,7 @@ def _create(cfg: ModelConfig, num_classes: int, in_chans: int, sizes: list[int],
             if key not in ("drop_rate", "drop_path_rate") or kwargs[key] != 0:
                 raise _refusal(cfg, key, sizes, error) from error
             del kwargs[key]  # the model has no such dropout, and none was requested
-        except (AssertionError, AttributeError, LookupError, RuntimeError, ValueError) as error:
+        except Exception as error:  # timm's constructors raise anything on an option that they do not expect
             raise _refusal(cfg, "", sizes, error) from error
     if ignored := set(cfg.options) - _parameters(model):  # a **kwargs on the way to the constructor dropped it
         raise _refusal(cfg, min(ignored), sizes, TypeError("it has no effect"))
@@ -100,7 +101,7 @@ def _refusal(cfg: ModelConfig, key: str, sizes: list[int], error: Exception) -> 
     if key in ("drop_rate", "drop_path_rate"):
         return ValueError(f"model.{key}: {cfg.name} does not take it; leave it at 0")
     if key in cfg.options:
-        valid = ", ".join(sorted(_parameters(timm.create_model(cfg.name))))
+        valid = ", ".join(sorted(_parameters(timm.create_model(cfg.name)) - {key}))
         return ValueError(f"model.options: {cfg.name} does not take {key}; valid: {valid}")
     where = f"model.options: {cfg.options}" if cfg.options else "model.name"
     reason = str(error).strip().split("\n")[0]
@@ -108,7 +109,8 @@ def _refusal(cfg: ModelConfig, key: str, sizes: list[int], error: Exception) -> 
 
 
 def _parameters(model: nn.Module) -> set[str]:
-    return set(inspect.signature(type(model)).parameters) - RESERVED
+    classes = [cls for cls in type(model).__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
+    return {name for cls in classes for name in inspect.signature(cls).parameters} - RESERVED
 
 
 def _load(model: nn.Module, cfg: ModelConfig, sizes: list[int]) -> None:
