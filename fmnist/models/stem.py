@@ -45,12 +45,12 @@ def to_one_channel(model: nn.Module, name: str, sizes: Sequence[int]) -> Normali
     pretrained_cfg = cast(dict[str, Any], model.pretrained_cfg)
     mean, std = tuple(pretrained_cfg["mean"]), tuple(pretrained_cfg["std"])
     names = pretrained_cfg.get("first_conv") or ()
-    stems = [model.get_submodule(name) for name in ((names,) if isinstance(names, str) else names)]
+    stems = [model.get_submodule(path) for path in ((names,) if isinstance(names, str) else names)]
     readers = try_model(model, name, 3, sizes)
 
     padded = any(_pads(stem) for stem in stems)
     equal = len(set(mean)) == len(set(std)) == 1
-    if set(stems) != readers or not all(_is_plain(stem) for stem in stems):
+    if not stems or set(stems) != readers or not all(_is_plain(stem) for stem in stems):
         reason = "its first layer is not a plain convolution of the image"
     elif padded and not equal:
         reason = f"its stem pads and its channels differ in mean {mean} or std {std}"
