@@ -104,7 +104,7 @@ def _refusal(cfg: ModelConfig, key: str, sizes: list[int], error: Exception) -> 
         valid = ", ".join(sorted(_parameters(timm.create_model(cfg.name)) - {key}))
         return ValueError(f"model.options: {cfg.name} does not take {key}; valid: {valid}")
     where = f"model.options: {cfg.options}" if cfg.options else "model.name"
-    reason = str(error).strip().split("\n")[0]
+    reason = (str(error).strip() or type(error).__name__).split("\n")[0]
     return ValueError(f"{where}: timm cannot build {cfg.name} for {sizes[0]} px: {reason}")
 
 
