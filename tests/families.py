@@ -26,11 +26,10 @@ def read_families() -> list[dict[str, Any]]:
 
 
 def kind_of(model: nn.Module) -> tuple[str, str]:
-    """Return the class of a model and of its classifier, e.g. ("DPN", "Conv2d")."""
-    heads: Any = model.get_classifier()  # type: ignore[operator]
-    return type(model).__name__, "+".join(type(h).__name__ for h in heads) if isinstance(heads, tuple) else type(
-        heads
-    ).__name__
+    """Return the class of a model and of its classifier, e.g. ("DPN", "Conv2d"), ("Levit", "NormLinear+NormLinear")."""
+    found: Any = model.get_classifier()  # type: ignore[operator]
+    heads = found if isinstance(found, tuple) else (found,)
+    return type(model).__name__, "+".join(type(head).__name__ for head in heads)
 
 
 def smallest_models() -> list[dict[str, Any]]:

@@ -126,7 +126,7 @@ def test_features_and_logits_are_float32_under_autocast() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("qwen3_vit_88m_enc", {"depth": 1}, "model.name: qwen3_vit_88m_enc is not a classifier"),
+        ("qwen3_vit_88m_enc", {"depth": 1}, "model.name: qwen3_vit_88m_enc is not a classifier: it has no "),
         ("dla46x_c", {"global_pool": ""}, "model.name: dla46x_c cannot be trained: it returns shape (1, 10, 1, 1)"),
     ],
 )
@@ -155,3 +155,14 @@ def test_a_model_of_colour_alone_reads_grey_images_three_times() -> None:
     model, normalization = build("csatv2", 64, {})
     assert normalization == Normalization((0.5,) * 3, (0.25,) * 3)
     assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
+    cfg = ModelConfig(name="csatv2", pretrained=True)  # no convolution reads the image, so there is nothing to fold
+    model, normalization = build_model(cfg, num_classes=10, mean=0.5, std=0.25, image_size=64, load_weights=False)
+    assert len(normalization.mean) == 3 and model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
+
+
+def test_tied_weights_are_saved_each_by_its_name(tmp_path: Path) -> None:
+    tied = torch.arange(6.0).view(2, 3)
+    save_file(apart({"a": tied, "b": tied, "row": tied[1]}), tmp_path / "tied")
+    found = read_tensors(tmp_path / "tied")
+    assert torch.equal(found["a"], tied) and torch.equal(found["b"], tied)
+    assert found["row"].tolist() == [3.0, 4.0, 5.0]

@@ -23,8 +23,9 @@ def try_model(model: nn.Module, name: str, num_channels: int, sizes: Sequence[in
     Raises:
         ValueError: an image size that the model cannot take, or a head without logits, parameters or features.
     """
-    if not all(hasattr(model, needed) for needed in ("forward_features", "forward_head", "get_classifier")):
-        raise ValueError(f"model.name: {name} is not a classifier")
+    needed = ("forward_features", "forward_head", "get_classifier", "head_hidden_size")
+    if missing := [method for method in needed if not hasattr(model, method)]:
+        raise ValueError(f"model.name: {name} is not a classifier: it has no {', '.join(missing)}")
     seen: list[set[nn.Module]] = []
     image = torch.empty(0)
     dtype = next(model.parameters()).dtype
