@@ -5,7 +5,7 @@ from torch import nn
 
 from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
-from fmnist.data.fashion_mnist import NUM_CLASSES
+from fmnist.data.fashion_mnist import MEAN, NUM_CLASSES, STD
 from fmnist.models import build_model
 from fmnist.runtime.hardware import resolve_precision
 
@@ -25,7 +25,13 @@ def build_network(cfg: Config, device: torch.device, *, load_weights: bool) -> t
     sizes = tuple(size.values()) if isinstance(size, dict) else (size,)
     final = cfg.evaluation.size or sizes[-1]
     model, normalization = build_model(
-        cfg.model, num_classes=NUM_CLASSES, image_size=final, image_sizes=sizes, load_weights=load_weights
+        cfg.model,
+        num_classes=NUM_CLASSES,
+        mean=MEAN,
+        std=STD,
+        image_size=final,
+        image_sizes=sizes,
+        load_weights=load_weights,
     )
     memory_format = torch.channels_last if cfg.model.channels_last else torch.contiguous_format
     model = model.to(device).to(memory_format=memory_format)

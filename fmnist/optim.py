@@ -9,6 +9,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from fmnist.config.schema import Config, OptimConfig
+from fmnist.models.head import head_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +114,7 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]
         groups = param_groups_layer_decay(model, cfg.weight_decay, excluded, layer_decay=cfg.layer_decay)
     else:
         raise ValueError(f"optim.layer_decay is {cfg.layer_decay} but this model has no layers known to timm")
-    classifier = network.get_classifier() if hasattr(model, "get_classifier") else network.head
-    head = {id(p) for p in classifier.parameters()}
+    head = {id(p) for p in head_parameters(model)}
     split = []
     for group in groups:
         for is_head, scale in ((True, cfg.head_lr_scale), (False, 1.0)):

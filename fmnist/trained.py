@@ -1,6 +1,5 @@
 """A trained run, or one of its checkpoints, as a function of images: logits and features."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from fmnist.checkpoint.tensors import load_strict, non_finite, read_tensors_and_
 from fmnist.config.parse import load_config
 from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
+from fmnist.models.head import feature_width, logits_and_features
 from fmnist.network import build_network
 from fmnist.runtime.hardware import autocast
 
@@ -96,26 +96,15 @@ class Trained:
             the CPU.
         """
         logits, features = [], []
-        hook = classifier(self.model).register_forward_pre_hook(lambda _, taken: features.append(taken[0].float()))
-        try:
-            for part in images.split(batch_size or self.cfg.evaluation.batch_size):
-                prepared = self.augment.evaluation(part.to(self.device), self.size)
-                with autocast(self.device, self.augment.dtype):
-                    logits.append(self.model(prepared).float())
-        finally:
-            hook.remove()
+        for part in images.split(batch_size or self.cfg.evaluation.batch_size):
+            prepared = self.augment.evaluation(part.to(self.device), self.size)
+            with autocast(self.device, self.augment.dtype):
+                part_logits, part_features = logits_and_features(self.model, prepared)
+            logits.append(part_logits)
+            features.append(part_features)
         if not logits:
-            return torch.zeros(0, self.augment.num_classes), torch.zeros(0, classifier(self.model).in_features)
+            return torch.zeros(0, self.augment.num_classes), torch.zeros(0, feature_width(self.model))
         return torch.cat(logits).cpu(), torch.cat(features).cpu()
-
-
-def classifier(model: nn.Module) -> nn.Linear:
-    """Return the layer that makes the logits."""
-    get_classifier: Callable[[], object] | None = getattr(model, "get_classifier", None)  # timm's models have it
-    layer: object = get_classifier() if callable(get_classifier) else model.head
-    if not isinstance(layer, nn.Linear):
-        raise ValueError(f"the classifier of {type(model).__name__} is a {type(layer).__name__}, not a linear layer")
-    return layer
 
 
 def open_trained(path: Path, device: torch.device | str | None = None) -> Trained:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from fmnist.config.schema import AugmentConfig, BatchConfig, Config, DataConfig, ModelConfig, to_yaml
-from fmnist.data.fashion_mnist import load
+from fmnist.data.fashion_mnist import MEAN, STD, load
 from fmnist.models import build_model
 
 NUM_TRAIN, NUM_TEST, VAL_SIZE = 2000, 1100, 500
@@ -38,7 +38,7 @@ def untrained(folder: Path, model: ModelConfig, size: int) -> Path:
         output_dir=str(folder),
     )
     torch.manual_seed(0)
-    built, _ = build_model(model, num_classes=10, image_size=size, load_weights=False)
+    built, _ = build_model(model, num_classes=10, mean=MEAN, std=STD, image_size=size, load_weights=False)
     with torch.no_grad():
         for tensor in (*built.parameters(), *built.buffers()):
             if tensor.is_floating_point():

@@ -10,6 +10,7 @@ from torch import nn
 
 from fmnist.config.schema import Config, OptimConfig, ScheduleConfig
 from fmnist.models.cnn import Cnn
+from fmnist.models.mlp import Mlp
 from fmnist.optim import Schedule, build_optimizer, parameter_groups, set_lr
 
 
@@ -72,8 +73,7 @@ def test_every_parameter_is_in_one_group_and_vectors_have_no_decay(name: str, la
         for p in group["params"]:
             assert p.ndim > 1 or group["weight_decay"] == 0
     scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
-    head = model.head if name == "cnn" else model.get_classifier()
-    assert scales[id(head.weight)] == 5.0  # the head has no layer below it: 1 * head_lr_scale
+    assert scales[id(model.get_classifier().weight)] == 5.0  # the head has no layer below it: 1 * head_lr_scale
     if layer_decay:
         body = [scale for scale in scales.values() if scale != 5.0]
         assert min(body) < 0.2
@@ -100,12 +100,11 @@ def test_only_the_head_moves_in_head_only_steps() -> None:
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_both_optimizers_are_fused_and_learn(name: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
-    model.head = nn.Identity()
+    model = Mlp(2, image_size=2, width=8)
     optimizer = build_optimizer(model, OptimConfig(name=name, lr=0.1))
     assert optimizer.defaults["fused"]
-    images, labels = torch.randn(64, 4), torch.arange(64) % 2
-    images[:, 0] += labels * 4.0
+    images, labels = torch.randn(64, 1, 2, 2), torch.arange(64) % 2
+    images[:, 0, 0, 0] += labels * 4.0
     for _ in range(30):
         loss = nn.functional.cross_entropy(model(images), labels)
         optimizer.zero_grad()

@@ -5,8 +5,9 @@ import timm
 import torch
 from torch import nn
 
+from fmnist.models.flops import flops_per_image
 from fmnist.models.mlp import Mlp
-from fmnist.training.plan import flops_per_image, memory_bytes
+from fmnist.training.plan import memory_bytes
 
 
 def test_a_linear_layer_by_hand() -> None:

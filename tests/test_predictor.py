@@ -17,7 +17,7 @@ from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import load_split
 from fmnist.metrics import predict
 from fmnist.run import Run
-from fmnist.trained import classifier, open_predictor
+from fmnist.trained import open_predictor
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_logits_are_those_of_evaluation_and_features_make_them(run_directory: Pa
     expected = predict(predictor.model, part, predictor.augment, cfg.evaluation, Run(cfg, run_directory))
     assert torch.allclose(logits, expected, atol=1e-5)
     assert features.shape == (300, 32)  # the small CNN's last width
-    assert torch.allclose(classifier(predictor.model)(features), logits, atol=1e-5)
+    assert torch.allclose(predictor.model.get_classifier()(features), logits, atol=1e-5)
     assert predictor(train_images.images[:0])[1].shape == (0, 32)
 
 

@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from fmnist.config.schema import AugmentConfig, ModelConfig, OptimConfig
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader, Split
-from fmnist.data.fashion_mnist import load_split
+from fmnist.data.fashion_mnist import MEAN, STD, load_split
 from fmnist.models import build_model
 from fmnist.models.mlp import Mlp
 from fmnist.optim import build_optimizer
@@ -155,7 +155,7 @@ def test_ten_real_steps_of_convnext_tiny_at_224_px(compute: Compute) -> None:
     split = Split(images=images[:8].to(compute.device), labels=labels[:8].to(compute.device))
     cfg = ModelConfig(name="convnext_tiny")
     torch.manual_seed(0)
-    model, normalization = build_model(cfg, num_classes=10, image_size=224)
+    model, normalization = build_model(cfg, num_classes=10, mean=MEAN, std=STD, image_size=224)
     model = model.to(compute.device)
     augment = Augment(AugmentConfig(size=224), num_classes=10, mean=normalization.mean, std=normalization.std)
     loader = Loader(split, global_batch_size=8, micro_batch_size=4, seed=0)

@@ -15,11 +15,11 @@ from fmnist.benchmark.registry import build
 from fmnist.benchmark.timing import Pace, race, summarize
 from fmnist.config.schema import AugmentConfig, Config, ModelConfig, OptimConfig
 from fmnist.data.batches import MicroBatch
+from fmnist.models.flops import flops_per_image
 from fmnist.network import build_network
 from fmnist.optim import build_optimizer
 from fmnist.runtime.compute import Compute
 from fmnist.step import train_step
-from fmnist.training.plan import flops_per_image
 
 DATA_YARDSTICK, TRAIN_YARDSTICK = "torchvision-pil-2", "synthetic"  # what ratios are to
 OPTIM = OptimConfig(lr=1e-4)  # AdamW; the rate is small: what is timed must not diverge

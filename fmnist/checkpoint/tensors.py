@@ -67,6 +67,19 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) 
     module.load_state_dict(dict(tensors))
 
 
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors on the CPU, each with memory of its own, as safetensors wants them (CoaT ties weights)."""
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        if plain.untyped_storage().data_ptr() in taken:
+            plain = plain.clone()
+        taken.add(plain.untyped_storage().data_ptr())
+        found[name] = plain
+    return found
+
+
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Name the tensors that hold a NaN or an infinity."""
     floats = {name: t for name, t in tensors.items() if t.is_floating_point()}

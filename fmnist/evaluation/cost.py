@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmnist.models.flops import flops_per_image
 from fmnist.runtime.hardware import autocast
 from fmnist.trained import Trained
-from fmnist.training.plan import flops_per_image
 
 BATCH_SIZES = (1, 256)
 WARM_UP, SECONDS, MIN_REPEATS, MAX_REPEATS = 3, 1.0, 10, 1000

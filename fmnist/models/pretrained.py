@@ -1,16 +1,21 @@
-"""Any timm model: from scratch, or from pretrained weights with a new head and a one-channel stem."""
+"""Any timm model, from scratch or from pretrained weights with a new head and a one-channel stem."""
 
 import inspect
+import logging
 import re
 from typing import Any, cast
 
 import timm
 from torch import nn
 
-from fmnist.models.stem import FASHION_MNIST, Normalization, modules_that_see_the_image, to_one_channel
-from fmnist.models.weights import differences, fetch_weights, read_weights
+from fmnist.config.schema import ModelConfig
+from fmnist.models.stem import Normalization, to_one_channel
+from fmnist.models.trial import try_model
+from fmnist.models.weights import fetch_weights, mismatches, read_weights
 
-# Set by this project, or would read files or change what a model returns behind its back.
+log = logging.getLogger("fmnist")
+
+# Not for model.options: set by this project, or they would read files or change what the model returns.
 RESERVED = {
     *("self", "args", "kwargs", "num_classes", "in_chans", "img_size", "dynamic_img_size"),
     *("drop_rate", "drop_path_rate", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"),
@@ -20,20 +25,24 @@ RESERVED = {
 }
 
 
-def build_timm(cfg: Any, num_classes: int, sizes: list[int], load_weights: bool) -> tuple[nn.Module, Normalization]:
-    """Build a timm model as build_model promises.
+def build_timm(
+    cfg: ModelConfig, num_classes: int, normalization: Normalization, sizes: list[int], load_weights: bool
+) -> tuple[nn.Module, Normalization]:
+    """Build a timm model for `build_model`.
 
     Args:
-        cfg: a ModelConfig whose name timm knows.
+        cfg: its name is known to timm.
         num_classes: logits per image.
+        normalization: of one-channel images, for a model trained from scratch.
         sizes: distinct image sizes in pixels; the first is the one of the last epochs and of evaluation.
-        load_weights: read or fetch the pretrained weights; else only the structure they would go into.
+        load_weights: read or fetch the pretrained weights; otherwise build only the structure for them.
 
     Returns:
         The model and the normalization of its images.
 
     Raises:
-        ValueError: an option or size the model does not take, or weights that cannot be had or do not fit.
+        ValueError: an option or size the model does not take, a head that cannot be used, or weights that are
+            missing or do not fit.
     """
     try:
         pretrained_cfg = timm.get_pretrained_cfg(cfg.name)
@@ -41,23 +50,29 @@ def build_timm(cfg: Any, num_classes: int, sizes: list[int], load_weights: bool)
         raise ValueError(f"model.name: {error}") from error
     if not (cfg.pretrained or cfg.weights):
         model = _create(cfg, num_classes, 1, sizes)
-        modules_that_see_the_image(model, 1, sizes)  # a size it cannot take is an error now, not later
-        return model, FASHION_MNIST
+        try:
+            try_model(model, cfg.name, 1, sizes)
+        except ValueError:  # some read colour only: CSATv2 splits RGB into frequencies
+            model = _create(cfg, num_classes, 3, sizes)
+            try_model(model, cfg.name, 3, sizes)
+            log.info("%s reads three channels: it takes no grey images", cfg.name)
+            return model, Normalization(normalization.mean * 3, normalization.std * 3)
+        return model, normalization
 
     if pretrained_cfg is None:
         raise ValueError(f"model.name: timm has no pretrained form of {cfg.name}")
     model = _create(cfg, num_classes, 3, sizes)
     if load_weights:
         _load(model, cfg, sizes)
-    return model, to_one_channel(model, sizes)
+    return model, to_one_channel(model, cfg.name, sizes)
 
 
-def _create(cfg: Any, num_classes: int, in_chans: int, sizes: list[int], **weights: Any) -> nn.Module:
-    """Call timm's constructor; what it does not take is a ValueError naming our key."""
+def _create(cfg: ModelConfig, num_classes: int, in_chans: int, sizes: list[int], **weights: Any) -> nn.Module:
+    """Call timm's constructor; an argument it does not take is a ValueError naming our key."""
     if reserved := sorted(RESERVED & set(cfg.options)):
         raise ValueError(f"model.options: {', '.join(reserved)} cannot be set here")
     pretrained_cfg = timm.get_pretrained_cfg(cfg.name)
-    kwargs = {"drop_rate": cfg.drop_rate, "drop_path_rate": cfg.drop_path_rate}
+    kwargs: dict[str, Any] = {"drop_rate": cfg.drop_rate, "drop_path_rate": cfg.drop_path_rate}
     if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
         kwargs |= {"img_size": sizes[0]} | ({"dynamic_img_size": True} if len(sizes) > 1 else {})
     common = {"num_classes": num_classes, "in_chans": in_chans} | cfg.options | weights
@@ -67,38 +82,39 @@ def _create(cfg: Any, num_classes: int, in_chans: int, sizes: list[int], **weigh
             model = timm.create_model(cfg.name, **kwargs, **common)
             break
         except TypeError as error:
-            match = re.search(r"(?:unexpected|multiple values for) keyword argument '(\w+)'", str(error))
+            match = re.search(r"keyword argument[^']*'(\w+)'", str(error))
             key = match[1] if match else ""
             if key not in ("drop_rate", "drop_path_rate") or kwargs[key] != 0:
                 raise _refusal(cfg, key, sizes, error) from error
-            del kwargs[key]  # the model has no such dropout, and none was asked for
-        except (AssertionError, AttributeError, LookupError, RuntimeError, ValueError) as error:
+            del kwargs[key]  # the model has no such dropout, and none was requested
+        except Exception as error:  # timm's constructors raise anything on an option that they do not expect
             raise _refusal(cfg, "", sizes, error) from error
-    if swallowed := set(cfg.options) - _parameters(model):  # by a **kwargs on the way to the constructor
-        raise _refusal(cfg, min(swallowed), sizes, TypeError("it has no effect"))
+    if ignored := set(cfg.options) - _parameters(model):  # a **kwargs on the way to the constructor dropped it
+        raise _refusal(cfg, min(ignored), sizes, TypeError("it has no effect"))
     return model
 
 
-def _refusal(cfg: Any, key: str, sizes: list[int], error: Exception) -> ValueError:
+def _refusal(cfg: ModelConfig, key: str, sizes: list[int], error: Exception) -> ValueError:
     if key in ("img_size", "dynamic_img_size"):
-        wish = "several image sizes" if key == "dynamic_img_size" else "an image size of its own"
-        return ValueError(f"augment.size: {cfg.name} does not take {wish} ({sizes} px)")
+        what = "several image sizes" if key == "dynamic_img_size" else "another image size than timm's"
+        return ValueError(f"augment.size: {cfg.name} does not take {what} ({', '.join(map(str, sizes))} px)")
     if key in ("drop_rate", "drop_path_rate"):
-        return ValueError(f"model.{key}: {cfg.name} takes none; leave it at 0")
+        return ValueError(f"model.{key}: {cfg.name} does not take it; leave it at 0")
     if key in cfg.options:
-        legal = ", ".join(sorted(_parameters(timm.create_model(cfg.name))))
-        return ValueError(f"model.options: {cfg.name} does not take {key}; legal: {legal}")
+        valid = ", ".join(sorted(_parameters(timm.create_model(cfg.name)) - {key}))
+        return ValueError(f"model.options: {cfg.name} does not take {key}; valid: {valid}")
     where = f"model.options: {cfg.options}" if cfg.options else "model.name"
-    reason = str(error).strip().split("\n")[0]
+    reason = (str(error).strip() or type(error).__name__).split("\n")[0]
     return ValueError(f"{where}: timm cannot build {cfg.name} for {sizes[0]} px: {reason}")
 
 
 def _parameters(model: nn.Module) -> set[str]:
-    return set(inspect.signature(type(model)).parameters) - RESERVED
+    classes = [cls for cls in type(model).__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
+    return {name for cls in classes for name in inspect.signature(cls).parameters} - RESERVED
 
 
-def _load(model: nn.Module, cfg: Any, sizes: list[int]) -> None:
-    """Load all tensors but the head's, strictly; the head stays as it was drawn."""
+def _load(model: nn.Module, cfg: ModelConfig, sizes: list[int]) -> None:
+    """Load all tensors but the head's, strictly; the head keeps its random initialisation."""
     tensors = read_weights(cfg.weights) if cfg.weights else fetch_weights(cfg.name)
     pretrained_cfg = cast(dict[str, Any], model.pretrained_cfg)
     heads = pretrained_cfg.get("classifier") or ()
@@ -107,21 +123,21 @@ def _load(model: nn.Module, cfg: Any, sizes: list[int]) -> None:
     head = {key: value for key, value in own.items() if key.startswith(prefixes)}
     body = {key: value for key, value in tensors.items() if not key.startswith(prefixes)}
 
-    if unlike := differences(body, {key: value for key, value in own.items() if key not in head}):
+    if misfits := mismatches(body, {key: value for key, value in own.items() if key not in head}):
         source = f"model.weights: {cfg.weights}" if cfg.weights else f"model.pretrained: {cfg.name}"
-        misfit = ValueError(f"{source} does not fit {cfg.name}: {'; '.join(unlike.values())}")
-        if "of another type" in unlike:  # load_state_dict would cast it in silence
+        misfit = ValueError(f"{source} does not fit {cfg.name}: {'; '.join(misfits.values())}")
+        if "of another type" in misfits:  # load_state_dict would cast it silently
             raise misfit
-        # Position embeddings for another image size, or names as in the paper's repository: timm converts
-        # what it knows while it loads, and loads strictly if the number of classes is that of its overlay.
-        # A file without timm's head comes with a foreign one, of as many classes as timm's weights have.
+        # Position embeddings for another image size, or the names of the paper's repository: timm converts
+        # those it knows while it loads, and loads strictly if the number of classes is that of its overlay.
+        # A file without timm's head has another repository's, of as many classes as timm's weights have.
         has_head = len(body) < len(tensors)
         num_classes = cast(int, model.num_classes) if has_head else pretrained_cfg["num_classes"]
         overlay = {"state_dict": body | (head if has_head else {}), "num_classes": num_classes}
         overlay["label_offset"] = 0
         try:
             converted = _create(cfg, num_classes, 3, sizes, pretrained=True, pretrained_cfg_overlay=overlay)
-        except Exception as error:  # whatever a foreign file makes timm's converters do: it does not fit
+        except Exception as error:  # timm's converters raise anything on a file they do not know
             raise misfit from error
         body = {k: value for k, value in converted.state_dict().items() if not k.startswith(prefixes)}
     model.load_state_dict(body | head, strict=True)

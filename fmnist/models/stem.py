@@ -1,4 +1,4 @@
-"""The channels a model reads: an RGB stem turned into a one-channel stem that gives the same numbers."""
+"""The channels a model reads: an RGB stem folded into a one-channel stem that computes the same numbers."""
 
 import logging
 from collections.abc import Sequence
@@ -7,69 +7,22 @@ from typing import Any, cast
 
 import torch
 from timm.layers.conv2d_same import Conv2dSame
-from torch import Tensor, nn
+from torch import nn
+
+from fmnist.models.trial import try_model
 
 log = logging.getLogger("fmnist")
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """What the model reads: len(mean) channels, channel c being (image / 255 - mean[c]) / std[c]."""
+    """How images become the model's input: len(mean) channels, channel c being (image / 255 - mean[c]) / std[c]."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
-# Mean and standard deviation of the 60,000 training images in [0, 1].
-FASHION_MNIST = Normalization((0.2860,), (0.3530,))
-
-
-def modules_that_see_the_image(model: nn.Module, num_channels: int, sizes: Sequence[int]) -> set[nn.Module]:
-    """Run one image of each size through the model and return the layers that read the image itself.
-
-    Args:
-        model: left as it was: parameters, buffers and training mode.
-        num_channels: channels of the image.
-        sizes: heights (and widths) to try, in pixels.
-
-    Returns:
-        The leaf modules whose first operand was the image, unchanged, at every size.
-
-    Raises:
-        ValueError: an image size that the model cannot take.
-    """
-    seen: list[set[nn.Module]] = []
-    image = torch.empty(0)
-    dtype = next(model.parameters()).dtype
-
-    def note(module: nn.Module, operands: tuple[object, ...]) -> None:
-        if operands and isinstance(operands[0], Tensor) and torch.equal(operands[0], image):
-            seen[-1].add(module)
-
-    leaves = [m for m in model.modules() if not any(m.children()) and not isinstance(m, nn.Identity)]
-    hooks = [leaf.register_forward_pre_hook(note) for leaf in leaves]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()  # or BatchNorm would count this image
-    try:
-        for size in sizes:
-            # Fixed numbers: drawing them would move the global random state that the run depends on.
-            image = torch.linspace(0, 1, num_channels * size * size, dtype=dtype)
-            image = image.view(1, num_channels, size, size)
-            seen.append(set())
-            with torch.no_grad():
-                model(image)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"augment.size: this model cannot take images of {size} px: {reason}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    return set.intersection(*seen)
-
-
-def to_one_channel(model: nn.Module, sizes: Sequence[int]) -> Normalization:
+def to_one_channel(model: nn.Module, name: str, sizes: Sequence[int]) -> Normalization:
     """Fold the RGB stem of a pretrained timm model, in place, for gray images where that is exact.
 
     A gray image g reaches the RGB stem as channels (g - m_c) / s_c, m and s from the model's pretrained_cfg.
@@ -80,6 +33,7 @@ def to_one_channel(model: nn.Module, sizes: Sequence[int]) -> Normalization:
 
     Args:
         model: a timm model of three channels; its weights may be random (the structure comes out the same).
+        name: for messages, `model.name`.
         sizes: image sizes it will be given, in pixels.
 
     Returns:
@@ -91,12 +45,12 @@ def to_one_channel(model: nn.Module, sizes: Sequence[int]) -> Normalization:
     pretrained_cfg = cast(dict[str, Any], model.pretrained_cfg)
     mean, std = tuple(pretrained_cfg["mean"]), tuple(pretrained_cfg["std"])
     names = pretrained_cfg.get("first_conv") or ()
-    stems = [model.get_submodule(name) for name in ((names,) if isinstance(names, str) else names)]
-    readers = modules_that_see_the_image(model, 3, sizes)
+    stems = [model.get_submodule(path) for path in ((names,) if isinstance(names, str) else names)]
+    readers = try_model(model, name, 3, sizes)
 
     padded = any(_pads(stem) for stem in stems)
     equal = len(set(mean)) == len(set(std)) == 1
-    if set(stems) != readers or not all(_is_plain(stem) for stem in stems):
+    if not stems or set(stems) != readers or not all(_is_plain(stem) for stem in stems):
         reason = "its first layer is not a plain convolution of the image"
     elif padded and not equal:
         reason = f"its stem pads and its channels differ in mean {mean} or std {std}"
@@ -104,7 +58,7 @@ def to_one_channel(model: nn.Module, sizes: Sequence[int]) -> Normalization:
         for stem in stems:
             _fold(cast(nn.Conv2d, stem), None if padded else Normalization(mean, std))
         return Normalization(mean[:1], std[:1]) if padded else Normalization((0.0,), (1.0,))
-    log.info("%s keeps three channels: %s", type(model).__name__, reason)
+    log.info("%s keeps three channels: %s", name, reason)
     return Normalization(mean, std)
 
 

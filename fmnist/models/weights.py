@@ -1,4 +1,4 @@
-"""Pretrained tensors, from a local file or from timm's hub; nothing here runs what a file holds."""
+"""Pretrained tensors, from a local file or from timm's hub; no code in a file is ever executed."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +24,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
         The tensors by name, on the CPU.
 
     Raises:
-        ValueError: no such file, unreadable, more than tensors in it, or a value that is not finite.
+        ValueError: no such file, an unreadable one, more than tensors in it, or a non-finite value.
     """
     file = Path(path)
     if not file.is_file():
@@ -37,7 +37,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
             tensors = safetensors.torch.load_file(file, device="cpu")
         else:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise a dozen types; torch's own text advises the unsafe way
+    except Exception as error:  # the readers raise a dozen types; torch's own message advises unsafe loading
         kind = type(error).__name__
         raise ValueError(f"model.weights: {path} is damaged or holds more than tensors ({kind})") from error
 
@@ -61,19 +61,19 @@ def fetch_weights(name: str) -> dict[str, Tensor]:
         All tensors of the model in timm's own shape, on the CPU.
 
     Raises:
-        ValueError: neither cached nor to be had; after HUB_TIMEOUT_S and a name look-up at most.
+        ValueError: neither cached nor available; raised after HUB_TIMEOUT_S and a name look-up at most.
     """
     offline = hub.HF_HUB_OFFLINE
     try:
-        # The client tries each of several files six times: 47 s without a name server, minutes behind a
-        # silent firewall. So one question first; without an answer the client reads only its cache.
+        # The client tries each of several files six times: 47 s without a name server, minutes behind a firewall
+        # that drops packets. So ask once first; without an answer the client reads only its cache.
         hub.HF_HUB_OFFLINE = offline or not _hub_answers()
         return timm.create_model(name, pretrained=True).state_dict()
-    except Exception as error:  # client, HTTP, file and timm errors alike: the way on is the same
+    except Exception as error:  # client, HTTP, file and timm errors alike: the remedy is the same
         kind = type(error).__name__
         raise ValueError(
-            f"model.pretrained: the weights of {name} are neither cached nor to be had ({kind}); fetch them "
-            "once where there is a network, or give a local file: model.weights PATH"
+            f"model.pretrained: the weights of {name} are neither cached nor available ({kind}); download them "
+            "once on a machine with network access, or give a local file: model.weights PATH"
         ) from error
     finally:
         hub.HF_HUB_OFFLINE = offline
@@ -87,16 +87,16 @@ def _hub_answers() -> bool:
     return True
 
 
-def differences(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, str]:
-    """Compare two sets of tensors by name, shape and kind of number.
+def mismatches(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, str]:
+    """Compare two sets of tensors by name, shape and type (floating point or not).
 
     Args:
-        tensors: those given, by name.
-        wanted: those the model has, by name.
+        tensors: by name, from a file.
+        wanted: by name, from the model.
 
     Returns:
-        By kind (missing, unexpected, of another shape, of another type) a count and the first names;
-        empty if all agree.
+        For each kind of mismatch (missing, unexpected, of another shape, of another type) a count and the first
+        names; empty if all agree.
     """
     both = [key for key in wanted if key in tensors]
     shapes = {key: (tuple(tensors[key].shape), tuple(wanted[key].shape)) for key in both}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fmnist.apps.export.expected import Expected
 from fmnist.apps.export.model_card import Measured, model_card, read_measured
+from fmnist.checkpoint.tensors import apart
 from fmnist.config.schema import to_yaml
 from fmnist.data.fashion_mnist import CLASS_NAMES, NUM_CLASSES
 from fmnist.models import REGISTRY
@@ -55,7 +56,7 @@ def write_hub(expected: Expected, folder: Path) -> str:
 
 
 def _write(trained: Trained, measured: Measured, folder: Path, ours: bool) -> None:
-    tensors = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
+    tensors = apart(trained.model.state_dict())
     (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     config = _own_config(trained) if ours else _timm_config(trained)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
