@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from fmnist.config.schema import Config
-from fmnist.data.fashion_mnist import locate
+from fmnist.data.find import locate
 from fmnist.run import Run
 
 if TYPE_CHECKING:  # evaluate.py counts FLOPs too, and imports no training code
