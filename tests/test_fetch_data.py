@@ -72,9 +72,7 @@ def test_the_mirrors_are_those_of_torchvision() -> None:
     assert list(fetch.MIRRORS) == torchvision.datasets.FashionMNIST.mirrors
 
 
-def test_without_a_named_folder_the_data_folder_is_filled(
-    tmp_path: Path, packed: dict[str, bytes], serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_named_folder_the_data_folder_is_filled(tmp_path: Path, packed: dict[str, bytes], serve) -> None:
     mirror = serve(lambda name, handler: send(handler, packed[name]))
     images, labels = load("test", fetch=True)
     folder = tmp_path / "data" / "FashionMNIST" / "raw"
@@ -185,7 +183,7 @@ def test_if_nothing_works_the_line_names_every_source(tmp_path: Path, monkeypatc
     assert_one_line(error, *urls, "refused", "apt-get is not installed", *WAYS_OUT)
 
 
-def test_a_data_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("a file")
     with pytest.raises(ValueError) as error:
         locate(fetch=True)
@@ -233,9 +231,7 @@ def test_four_processes_fetch_once(tmp_path: Path, packed: dict[str, bytes], ser
     assert names_in(folder) == set(NAMES)
 
 
-def test_killed_in_the_middle_of_a_download(
-    tmp_path: Path, packed: dict[str, bytes], serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_in_the_middle_of_a_download(tmp_path: Path, packed: dict[str, bytes], serve) -> None:
     half_sent = threading.Event()
 
     def stall_once(name: str, handler: Handler) -> None:
@@ -260,7 +256,7 @@ def test_killed_in_the_middle_of_a_download(
 def test_killed_between_two_renames(
     tmp_path: Path, small: dict[str, bytes], serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mirror = serve(lambda name, handler: send(handler, small[name]))
+    serve(lambda name, handler: send(handler, small[name]))
     replace_file = os.replace
     done: list[Path] = []
 
