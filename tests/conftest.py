@@ -1,8 +1,10 @@
 """What several tests share: real images, and a way to run the two commands as a user does."""
 
+import gzip
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +16,8 @@ import torch
 
 from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
+from fmnist.data.fetch import PUBLISHED, find_file
+from fmnist.data.find import locate
 
 ROOT = Path(__file__).resolve().parent.parent
 # A run of 12 steps on real images that takes a few seconds, with everything on that could break exactness.
@@ -46,10 +50,40 @@ def untouched_logging() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def train_images() -> Split:
+def train_images(real_folder: Path) -> Split:
     """The first 2,000 training images on the CPU: uint8 [2000, 28, 28]."""
-    images, labels = load_split("train", None, 5000)
+    images, labels = load_split("train", str(real_folder), 5000)
     return Split(images=images[:2000], labels=labels[:2000], class_names=CLASS_NAMES)
+
+
+@pytest.fixture(scope="session")
+def real_folder() -> Path:
+    """The folder of the real data; fetched into data/ of the repository if this machine has none."""
+    before = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        return locate(fetch=True)
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture(scope="session")
+def packed(real_folder: Path) -> dict[str, bytes]:
+    """The four real files as .gz, by name."""
+    paths = {name: find_file(real_folder, name) for name in PUBLISHED}
+    content = {name: path.read_bytes() for name, path in paths.items() if path}
+    return {name: data if data[:2] == b"\x1f\x8b" else gzip.compress(data, 1) for name, data in content.items()}
+
+
+@pytest.fixture
+def no_data_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Hide the caller's data folder, $FMNIST_DATA and proxy from a test, and leave none of its files behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FMNIST_DATA", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path)
 
 
 @pytest.fixture

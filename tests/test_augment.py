@@ -20,8 +20,9 @@ from fmnist.data.augment_table import (
     augmentation_table,
     beta_quantile,
 )
-from fmnist.data.augment_torch import FILL, in_box, pack_neighbours, resample, resample_packed, shift_and_flip
+from fmnist.data.augment_torch import in_box, pack_neighbours, resample, resample_packed, shift_and_flip
 from fmnist.data.batches import NUM_UNIFORMS, MicroBatch, Split
+from fmnist.data.fashion_mnist import MEAN
 
 OFF = AugmentConfig(flip=0.0)
 ALL = AugmentConfig(flip=0.5, rotation=10, shift=0.1, scale=0.1, erase=0.5, mixup_alpha=0.2, cutmix_alpha=1.0)
@@ -146,7 +147,7 @@ def test_erasing_takes_2_to_33_percent_of_half_the_images(train_images: Split) -
     assert 430 < len(hit) < 570  # 500 expected, deviation 16
     assert hit.min() > 0.01
     assert hit.max() < 0.36  # 33 %, and a pixel row more where the box is cut by the grid
-    assert augmented(cfg, white, uniforms(1000)).unique().tolist() == pytest.approx([FILL, 1.0])
+    assert augmented(cfg, white, uniforms(1000)).unique().tolist() == pytest.approx([MEAN, 1.0])
 
 
 @pytest.mark.parametrize(("alphas", "kind"), [((0.4, 0.0), "mixup"), ((0.0, 1.0), "cutmix"), ((0.4, 1.0), "both")])

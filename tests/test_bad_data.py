@@ -1,4 +1,4 @@
-"""Bad data files beyond those of test_fashion_mnist.py: 2,000 damaged files against a second parser, and processes."""
+"""Bad data files beyond those of test_parse_idx.py: 2,000 damaged files against a second parser, and processes."""
 
 import gzip
 import math
@@ -17,8 +17,8 @@ from conftest import train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmnist.data.fashion_mnist import locate
 from fmnist.data.fetch import PUBLISHED
+from fmnist.data.find import locate
 from fmnist.data.idx import read_idx
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = tuple(PUBLISHED)

@@ -11,11 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from small import NUM_TEST, NUM_TRAIN, VAL_SIZE, command, untrained, write_small_data
-
-from fmnist.apps.search.__main__ import main as search_main
-from fmnist.apps.search.catalogue import Catalogue, load_catalogue, save_catalogue
 from fmnist.apps.search.retrieval import (
     Neighbours,
     precision_at_k,
@@ -23,11 +18,16 @@ from fmnist.apps.search.retrieval import (
     read_precision,
     summarize_precision,
 )
+from fmnist.evaluation.write import write_outcome
+from PIL import Image
+from small import NUM_TEST, NUM_TRAIN, VAL_SIZE, command, untrained, write_small_data
+
+from fmnist.apps.search.__main__ import main as search_main
+from fmnist.apps.search.catalogue import Catalogue, load_catalogue, save_catalogue
 from fmnist.config.schema import ModelConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
 from fmnist.evaluation.outcome import Request, evaluate
 from fmnist.evaluation.retrieval import precision_of
-from fmnist.evaluation.write import write_outcome
 from fmnist.network import open_trained
 from fmnist.run import Run
 

@@ -19,9 +19,10 @@ import pytest
 from conftest import SMALL_RUN, metrics, train
 
 from fmnist.config.schema import LogConfig
+from fmnist.runtime.probe import answers
 from fmnist.tracking import wandb_run
 from fmnist.tracking.tracker import Tracker
-from fmnist.tracking.wandb_run import _run_id, answers, has_api_key, without_secrets
+from fmnist.tracking.wandb_run import _run_id, has_api_key, without_secrets
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 RUN = {
@@ -286,12 +287,11 @@ def test_a_server_that_is_asked(serve: Callable[[str], object], monkeypatch: pyt
     for kind, expected in (("refused", False), ("bad key", True), ("silent", False)):
         serve(kind)
         start = time.monotonic()
-        assert answers(os.environ["WANDB_BASE_URL"]) is expected
+        assert answers(os.environ["WANDB_BASE_URL"], wandb_run.PROBE_TIMEOUT_S) is expected
         assert time.monotonic() - start < wandb_run.PROBE_TIMEOUT_S + 1
-    monkeypatch.setattr(wandb_run, "PROBE_TIMEOUT_S", 0.3)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(5))
     start = time.monotonic()
-    assert not answers("http://wandb.invalid")
+    assert not answers("http://wandb.invalid", 0.3)
     assert time.monotonic() - start < 3
 
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, environment, metrics, train
 from safetensors.torch import load_file
 
-from fmnist.data.fashion_mnist import locate
+from fmnist.data.find import locate
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 

@@ -136,7 +136,7 @@ def parser(loaders: tuple[str, ...]) -> argparse.ArgumentParser:
         help="on a CPU: freed memory is kept, as in train.py, or left to the C library, as in other programs",
     )
     add("--seed", type=_between(0, 2**31 - 1), default=0, help="of the order and the weights (default: %(default)s)")
-    add("--data_root", metavar="DIR", help="folder of the IDX files (default: found or fetched, as train.py does)")
+    add("--data_root", metavar="DIR", help="folder of the IDX files (default: found as by train.py, not fetched)")
     add(
         "--output",
         type=Path,

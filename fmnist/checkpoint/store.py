@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fmnist.checkpoint.contents import FORMAT, MANIFEST, STATE, TrainState, verify, weights_to_use
 from fmnist.checkpoint.tensors import apart
+from fmnist.runtime.console import one_line
 from fmnist.runtime.files import sync_path, write_atomic
 
 logger = logging.getLogger("fmnist")
@@ -73,7 +74,7 @@ class Checkpoints:
             try:
                 save_file(apart(tensors), part / name)
             except SafetensorError as error:  # the library's name for a full disk
-                raise OSError(f"{part / name} cannot be written: {' '.join(str(error).split())[:200]}") from None
+                raise OSError(f"{part / name} cannot be written: {one_line(error, 200)}") from None
         (part / STATE).write_text(json.dumps(asdict(state) | {"meta": self.meta}, indent=2), encoding="utf-8")
         files = {}
         for path in sorted(part.iterdir()):

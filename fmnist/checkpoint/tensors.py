@@ -9,6 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from fmnist.runtime.console import one_line
+
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's state by parameter name, e.g. {"exp_avg/head.weight": ...}."""
@@ -108,4 +110,4 @@ def read_tensors_and_digest(path: Path) -> tuple[dict[str, Tensor], str]:
         data = path.read_bytes()
         return load(data), hashlib.sha256(data).hexdigest()
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:120]}") from None
+        raise ValueError(f"{path} cannot be read: {one_line(error, 120)}") from None

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmnist.data.augment_table import CUT_BOX, ERASE_BOX, MATRIX, OWN_WEIGHT
-
-FILL = 0.2860  # what an erased pixel becomes, as a fraction of 255: the mean of Fashion-MNIST
+from fmnist.data.fashion_mnist import MEAN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +24,7 @@ class Plan:
         size: pixels per side of the output.
         mean: per channel of the output, in [0, 1] units; its length is the number of channels.
         std: likewise.
-        fill: what an erased pixel becomes, in [0, 1] units.
+        fill: value of an erased pixel, in [0, 1] units: the mean of Fashion-MNIST.
         dtype: of the output, float32 or bfloat16.
         channels_last: memory format of the output.
         erases: some rows have a box to erase.
@@ -36,7 +35,7 @@ class Plan:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    fill: float = FILL
+    fill: float = MEAN
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
     erases: bool = False

@@ -34,13 +34,15 @@ class Split:
         return len(self.labels)
 
     @classmethod
-    def load(cls, name: Literal["train", "val", "test"], cfg: DataConfig, device: torch.device) -> "Split":
-        """Read a split of Fashion-MNIST and move it to the device.
+    def load(
+        cls, name: Literal["train", "val", "test"], cfg: DataConfig, device: torch.device, *, fetch: bool = False
+    ) -> "Split":
+        """Read a split of Fashion-MNIST and move it to the device; with `fetch`, download it if no root was named.
 
         Raises:
-            ValueError: files that are missing and cannot be fetched, or that are not what they should be.
+            ValueError: files that are missing, cannot be fetched, or are invalid.
         """
-        images, labels = load_split(name, cfg.root, cfg.val_size)
+        images, labels = load_split(name, cfg.root, cfg.val_size, fetch=fetch)
         return cls(images=images.to(device), labels=labels.to(device), class_names=CLASS_NAMES)
 
 

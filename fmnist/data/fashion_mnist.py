@@ -1,17 +1,16 @@
-"""Fashion-MNIST as tensors: find the four IDX files (or have them fetched), verify, parse, split."""
+"""Fashion-MNIST as tensors: find the four IDX files, verify and parse them, split off the validation images."""
 
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fmnist.data.fetch import DEBIAN_FOLDER, PUBLISHED, STAGING, fetch, find_file, missing_files, one_line
-from fmnist.data.idx import parse_idx as parse_idx
+from fmnist.data.fetch import PUBLISHED, find_file
+from fmnist.data.find import locate
 from fmnist.data.idx import read_idx
 
 logger = logging.getLogger("fmnist")
@@ -24,72 +23,29 @@ IMAGE_SIZE = 28
 MEAN = 0.2860  # of all pixels of the 60,000 training images, in 0..1
 STD = 0.3530
 
-SPLIT_SEED = 20170825  # one split for every run, seed and process count: validation numbers can be compared
+SPLIT_SEED = 20170825  # every run, seed and process count has the same split, so validation numbers are comparable
 
 
-def locate(root: str | None = None) -> Path:
-    """Find the folder that holds the four files, each plain or .gz; fetch them where there is none.
-
-    A given root is `root`, else `$FMNIST_DATA`: the folder of the files or torchvision's root above it; where
-    it has none of them, its `FashionMNIST/raw` is filled. Without one: `data/FashionMNIST/raw`, which is
-    torchvision's layout, `data/`, Debian's folder; else the first of these is filled.
-
-    Args:
-        root: `data.root` of the config.
-
-    Returns:
-        The folder. What the files hold is not looked at.
-
-    Raises:
-        ValueError: If a folder holds some but not all of the files, or they cannot be fetched; one line.
-    """
-    given = root or os.environ.get("FMNIST_DATA")
-    origin = "data.root" if root else "$FMNIST_DATA" if given else "data folder"
-    home = Path(os.path.expanduser(given)) if given else Path.cwd() / "data"
-    target = home / "FashionMNIST" / "raw"
-    try:
-        if home.exists() and not home.is_dir():
-            raise ValueError(f"{origin}: {home} is not a folder")
-        for folder in (target, home) if given else (target, home, DEBIAN_FOLDER):
-            if not missing_files(folder):
-                return folder
-        for folder in (target, home):
-            if not 0 < len(missing_files(folder)) < len(PUBLISHED):
-                continue
-            if (folder / STAGING).is_dir():
-                target = folder  # a fetch is under way there, or was killed between two renames
-                break
-            # Looked at again: the fetch of another process may have ended since.
-            if missing := missing_files(folder):
-                names = ", ".join(missing)
-                raise ValueError(f"{origin}: {folder} lacks {names} (plain or .gz), but holds the rest")
-            return folder
-        fetch(target)
-    except OSError as error:
-        line = one_line(error)
-        raise ValueError(f"{origin}: no Fashion-MNIST in {home}, nor can it be put there: {line}") from error
-    return target
-
-
-def load(split: Literal["train", "test"], root: str | None = None) -> tuple[Tensor, Tensor]:
+def load(split: Literal["train", "test"], root: str | None = None, *, fetch: bool = False) -> tuple[Tensor, Tensor]:
     """Load the 60,000 images (train) or the 10,000 (test) with their labels.
 
-    Data in the same format that is not the published Fashion-MNIST is used, with one warning.
+    Other data in the same format is used too, with one warning.
 
     Args:
         split: "train" or "test".
         root: See `locate`.
+        fetch: See `locate`.
 
     Returns:
         Images, uint8 [N, H, W] (28 x 28 in the published files), and labels, int64 [N] in 0..9, on the CPU.
 
     Raises:
-        ValueError: If a file is missing, unreadable or wrong, or the two do not fit; one line, with the file.
+        ValueError: If a file is missing, unreadable or invalid, or the two do not match; one line that names the file.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split {split!r}: expected train or test")
     prefix = "train" if split == "train" else "t10k"
-    folder = locate(root)
+    folder = locate(root, fetch=fetch)
     images, images_path, images_known = _load_file(folder, f"{prefix}-images-idx3-ubyte", "images", 3)
     labels, labels_path, labels_known = _load_file(folder, f"{prefix}-labels-idx1-ubyte", "labels", 1)
     if len(images) != len(labels):
@@ -99,12 +55,12 @@ def load(split: Literal["train", "test"], root: str | None = None) -> tuple[Tens
         raise ValueError(f"{labels_path}: label {int(labels[position])} at position {position}, expected 0 to 9")
     if not (images_known and labels_known):
         path = labels_path if images_known else images_path
-        logger.warning("%s: not the published Fashion-MNIST (its sha256 differs); used as it is", path)
+        logger.warning("%s: not the published Fashion-MNIST (its sha256 differs); used anyway", path)
     return images, labels.long()
 
 
 def _load_file(folder: Path, name: str, kind: str, dimensions: int) -> tuple[Tensor, Path, bool]:
-    """Return the tensor, the path and whether the bytes are the published ones."""
+    """Return the tensor, its path, and whether its bytes are the published ones."""
     path = find_file(folder, name)
     if path is None:
         raise ValueError(f"{folder / name}: no such file, plain or .gz")
@@ -120,8 +76,8 @@ def _load_file(folder: Path, name: str, kind: str, dimensions: int) -> tuple[Ten
 def stratified_split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
     """Split positions into train and validation, with the same share of each class in both.
 
-    The split depends on `labels` and `val_size` alone, not on the run's seed. What the rounded-down shares
-    leave over goes to the classes with the largest remainders, the lower class first.
+    The split depends only on `labels` and `val_size`, not on the run's seed. Each class gets its share rounded down;
+    the remaining images come from the classes with the largest remainders, lower classes first.
 
     Args:
         labels: int64 [N] on the CPU, in 0..9.
@@ -150,13 +106,16 @@ def stratified_split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
     return torch.nonzero(~in_val).flatten(), torch.nonzero(in_val).flatten()
 
 
-def load_split(name: Literal["train", "val", "test"], root: str | None, val_size: int) -> tuple[Tensor, Tensor]:
-    """Load one of the three splits; train and val are the two parts of the 60,000.
+def load_split(
+    name: Literal["train", "val", "test"], root: str | None, val_size: int, *, fetch: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Load one of the three splits; train and val partition the 60,000.
 
     Args:
         name: "train", "val" or "test".
         root: See `locate`.
         val_size: See `stratified_split`.
+        fetch: See `locate`.
 
     Returns:
         Images, uint8 [N, H, W], and labels, int64 [N], on the CPU, in the order of the files.
@@ -167,8 +126,8 @@ def load_split(name: Literal["train", "val", "test"], root: str | None, val_size
     if name not in ("train", "val", "test"):
         raise ValueError(f"split {name!r}: expected train, val or test")
     if name == "test":
-        return load("test", root)
-    images, labels = load("train", root)
+        return load("test", root, fetch=fetch)
+    images, labels = load("train", root, fetch=fetch)
     train, val = stratified_split(labels, val_size)
     indices = train if name == "train" else val
     return images[indices], labels[indices]

@@ -1,4 +1,4 @@
-"""Fetch Fashion-MNIST: torchvision's mirrors, then Debian's package; only the published bytes are kept."""
+"""Fetch Fashion-MNIST from torchvision's mirrors, then from Debian's package; keep only the published bytes."""
 
 from __future__ import annotations
 
@@ -8,27 +8,24 @@ import hashlib
 import io
 import logging
 import os
-import queue
 import shutil
 import subprocess
-import threading
 import time
-import urllib.request
 import zlib
-from collections.abc import Callable
-from http.client import HTTPException
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 from tqdm import tqdm
 
-from fmnist.data.idx import CHUNK_BYTES, read_at_most
+from fmnist.runtime.console import one_line
+from fmnist.runtime.files import CHUNK_BYTES, read_at_most
+from fmnist.runtime.probe import URL_ERRORS, open_url
 
 logger = logging.getLogger("fmnist")
 
-# Size and sha256 of the decompressed files: repacked gzip headers (Debian's) then make no difference, and the
-# mirrors may be plain http, because nothing that differs from these is ever kept.
+# Size and sha256 of the decompressed files, so repacked gzip headers (Debian's) make no difference. The mirrors may be
+# plain http, because no file that differs from these is kept.
 PUBLISHED = {
     "train-images-idx3-ubyte": (
         47_040_016,
@@ -38,45 +35,50 @@ PUBLISHED = {
     "t10k-images-idx3-ubyte": (7_840_016, "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"),
     "t10k-labels-idx1-ubyte": (10_008, "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
 }
+MIRRORS = ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",)  # torchvision's, without its slow import
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FILES = "usr/share/datasets/fashion-mnist"  # inside the package
 DEBIAN_FOLDER = Path("/") / DEBIAN_FILES
-STAGING = ".fetching"  # its presence in a folder says that a fetch is under way there, or was killed
+STAGING = ".fetching"  # a folder that holds this is being filled, or the fetch into it was killed
 
-PROBE_S = 10.0  # an unreachable or silent mirror costs this much at most
-MIN_BYTES_PER_S = 10_000  # a mirror slower than this is given up
+PROBE_S = 10.0  # longest wait for an unreachable or silent mirror
+MIN_BYTES_PER_S = 10_000  # a slower mirror is abandoned
 APT_TIMEOUT_S = 600.0
 LOCK_TIMEOUT_S = 3600.0
-# What reading a bad file or asking a bad server can raise.
-READ_ERRORS = (OSError, EOFError, zlib.error, ValueError, HTTPException, subprocess.SubprocessError)
+# What a bad server, a bad file or a failing command raises.
+SOURCE_ERRORS = (*URL_ERRORS, EOFError, zlib.error, subprocess.SubprocessError)
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """Return the path of one of the four files in `folder`, plain before .gz, or None."""
-    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+    """Return the path of one of the four files in `folder`, plain or .gz, or None.
+
+    Args:
+        folder: holds the files, or as Kaggle's archive unpacks a folder for each: `NAME/NAME`.
+        name: the published name; `train-images.idx3-ubyte`, as some tools unpack it, is found too.
+    """
+    names = (name, name.replace("-idx", ".idx"))
+    places = (folder, *(folder / part for part in names))
+    paths = (place / f"{spelled}{suffix}" for place in places for spelled in names for suffix in ("", ".gz"))
+    return next((path for path in paths if path.is_file()), None)
 
 
 def missing_files(folder: Path) -> list[str]:
-    """Return the names of those of the four files that `folder` lacks."""
+    """Return the names of the published files that `folder` lacks."""
     return [name for name in PUBLISHED if find_file(folder, name) is None]
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error's message on one line, of at most 300 characters."""
-    text = " ".join(str(error).split())[:300]
-    return text or type(error).__name__
-
-
-def fetch(target: Path) -> None:
-    """Fill the folder `target` with the four published files, decompressed; wait if another process does.
+def fetch_files(target: Path, *, mirrors: Sequence[str] | None = None, debian: bool = True) -> None:
+    """Fill the folder `target` with the four published files, decompressed; wait while another process does so.
 
     Each file appears under its name complete and verified, or not at all.
 
     Args:
-        target: The folder to fill; made where it is absent.
+        target: The folder to fill; created if absent.
+        mirrors: URLs of the folders of the .gz files, tried in order; default MIRRORS.
+        debian: Try Debian's package last.
 
     Raises:
-        ValueError: If no source could give the data; one line that says what was tried and the ways out.
+        ValueError: If every source fails; one line with what was tried and how to go on.
         OSError: If `target` cannot be written.
     """
     target.mkdir(parents=True, exist_ok=True)
@@ -86,29 +88,28 @@ def fetch(target: Path) -> None:
             return
         staging.mkdir(exist_ok=True)
         try:
-            _stage(staging)
+            _stage(staging, MIRRORS if mirrors is None else mirrors, debian=debian)
             for name in PUBLISHED:
                 os.replace(staging / name, target / name)
         finally:
-            # Between two renames the folder stays: it tells the next start that the gap is ours to fill.
+            # Killed between two renames, the folder stays: it tells the next start to fill the gap.
             if len(missing_files(target)) in (0, len(PUBLISHED)):
                 shutil.rmtree(staging, ignore_errors=True)
 
 
-def _stage(staging: Path) -> None:
-    from torchvision.datasets import FashionMNIST  # late: its import takes longer than finding the files
-
+def _stage(staging: Path, mirrors: Sequence[str], *, debian: bool) -> None:
     sources: list[tuple[str, Callable[[Path], None]]]
-    sources = [(mirror, functools.partial(_from_mirror, mirror)) for mirror in FashionMNIST.mirrors]
-    sources.append((f"apt-get download {DEBIAN_PACKAGE}", _from_debian))
+    sources = [(mirror, functools.partial(_from_mirror, mirror)) for mirror in mirrors]
+    if debian:
+        sources.append((f"apt-get download {DEBIAN_PACKAGE}", _from_debian))
     reasons = []
     for label, source in sources:
         logger.info("fetching Fashion-MNIST: %s", label)
         try:
             return source(staging)
-        except READ_ERRORS as error:
+        except SOURCE_ERRORS as error:
             reasons.append(f"{label} ({one_line(error)})")
-            logger.info("not from there: %s", reasons[-1])
+            logger.info("failed: %s", reasons[-1])
     raise ValueError(
         f"Fashion-MNIST could not be fetched into {staging.parent}; tried {'; '.join(reasons)}. Put the four "
         f"files in a folder and pass --data.root FOLDER, or run: apt-get install {DEBIAN_PACKAGE}"
@@ -134,34 +135,14 @@ def _from_mirror(mirror: str, staging: Path) -> None:
             _keep(staging, name, stream)
 
 
-def _open(url: str) -> Any:
-    # In a thread, because a name lookup and headers that trickle in obey no socket timeout.
-    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            answers.put(urllib.request.urlopen(url, timeout=PROBE_S))
-        except Exception as error:
-            answers.put(error)
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        answer = answers.get(timeout=PROBE_S)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {PROBE_S:g} s") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
 def _download(url: str, cap: int) -> bytes:
     body = bytearray()
     start = time.monotonic()
-    with _open(url) as response:
+    with open_url(url, PROBE_S) as response:
         total = int(response.headers.get("Content-Length") or 0) or None
-        # disable=None: no bar where stderr is not a terminal.
+        # disable=None: no bar if stderr is not a terminal
         with tqdm(total=total, unit="B", unit_scale=True, desc=url.rpartition("/")[2], disable=None) as bar:
-            # read1 returns what one recv brought; read would wait for a whole piece, however slowly it comes.
+            # read1 returns the bytes of one recv; read would wait for a whole piece, however slowly it arrives.
             while piece := response.read1(CHUNK_BYTES):
                 body += piece
                 bar.update(len(piece))
@@ -174,8 +155,7 @@ def _download(url: str, cap: int) -> bytes:
 
 
 def _from_debian(staging: Path) -> None:
-    # The installed package fills a given root too: so the advice to install it holds.
-    folder = _unpack_debian_package(staging / "apt") if missing_files(DEBIAN_FOLDER) else DEBIAN_FOLDER
+    folder = _unpack_debian_package(staging / "apt")
     for name in PUBLISHED:
         path = find_file(folder, name)
         if path is None:
@@ -185,15 +165,15 @@ def _from_debian(staging: Path) -> None:
 
 
 def _unpack_debian_package(folder: Path) -> Path:
-    """Download the package without installing it, which needs no root; return the folder of its files."""
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed fetch left
+    """Download and unpack the package, which needs no root rights; return the folder of its files."""
+    shutil.rmtree(folder, ignore_errors=True)  # left by a killed fetch
     folder.mkdir()
     options = ["-o", f"Acquire::http::Timeout={PROBE_S:.0f}", "-o", "Acquire::Retries=1"]
     download = ["apt-get", *options, "download", DEBIAN_PACKAGE]
     try:
         _run(download, folder)
     except ValueError as error:
-        # Images are often shipped without package lists, or with old ones that name files since replaced.
+        # Container images often ship without package lists, or with stale ones that name files since replaced.
         signs = ("Unable to locate package", "Can't find a source", "no installation candidate", "404")
         if os.geteuid() != 0 or not any(sign in str(error) for sign in signs):
             raise

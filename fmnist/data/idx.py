@@ -1,10 +1,9 @@
-"""Read IDX, the format of the MNIST family: a header with the dimensions, then the numbers."""
+"""Read IDX, the format of the MNIST family: a header with the dimensions, then the values."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import math
 import struct
 import zlib
@@ -13,8 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 1 << 20
-MAX_FILE_BYTES = 1 << 30  # a header that announces more is refused before anything is read for it
+from fmnist.runtime.console import one_line
+from fmnist.runtime.files import read_at_most
+
+MAX_FILE_BYTES = 1 << 30  # a header that announces more is refused before its content is read
 MAX_DIMENSIONS = 8
 TYPE_UINT8 = 0x08
 
@@ -24,13 +25,13 @@ def parse_idx(data: bytes, name: str) -> Tensor:
 
     Args:
         data: The whole file, decompressed.
-        name: What an error message calls it.
+        name: The file's name in error messages.
 
     Returns:
-        uint8 tensor on the CPU with the dimensions of the header.
+        uint8 tensor on the CPU with the header's dimensions.
 
     Raises:
-        ValueError: If magic, type, dimensions or length are not exactly right; one line.
+        ValueError: If the magic number, type, dimensions or length are invalid; one line.
 
     Source: the description of IDX on Y. LeCun's MNIST page.
     """
@@ -39,50 +40,37 @@ def parse_idx(data: bytes, name: str) -> Tensor:
     if len(data) != expected:
         found = "more" if len(data) > expected else f"{len(data):,} bytes"
         raise ValueError(f"{name}: {found}, expected {expected:,} bytes: a header of {header_bytes} + {_times(shape)}")
-    # A bytearray, because torch wants memory that it may write.
+    # bytearray: torch requires writable memory
     return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=header_bytes).view(shape)
 
 
 def read_idx(path: Path) -> tuple[Tensor, str]:
-    """Read one IDX file, decompressed where its name ends in .gz.
+    """Read one IDX file, and decompress it if its name ends in .gz.
 
     Args:
         path: The file.
 
     Returns:
-        The tensor, see `parse_idx`, and the sha256 of the decompressed bytes.
+        The tensor (see `parse_idx`) and the sha256 of the decompressed bytes.
 
     Raises:
-        ValueError: If the file cannot be read or is not exactly an IDX file; one line that names it.
+        ValueError: If the file cannot be read or is not a valid IDX file; one line that names it.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream:
-            # The header first: it says how much to read, which is what stops a decompression bomb.
+            # The header first: it bounds how much is read, which stops a decompression bomb.
             data = stream.read(4 + 4 * MAX_DIMENSIONS)
             shape, header_bytes = _parse_header(data, str(path))
             data += read_at_most(stream, max(0, header_bytes + math.prod(shape) - len(data)))
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: cannot be read: {one_line(error)}") from error
     return parse_idx(data, str(path)), hashlib.sha256(data).hexdigest()
-
-
-def read_at_most(stream: io.BufferedIOBase, limit: int) -> bytes:
-    """Read `limit` bytes, and one more where there is one: so a caller sees that the stream is too long.
-
-    In pieces, because one read of `limit` bytes allocates them before any has arrived. Reading on to the end
-    also makes gzip check its CRC.
-    """
-    pieces, left = [], limit + 1
-    while left > 0 and (piece := stream.read(min(left, CHUNK_BYTES))):
-        pieces.append(piece)
-        left -= len(piece)
-    return b"".join(pieces)
 
 
 def _parse_header(data: bytes, name: str) -> tuple[tuple[int, ...], int]:
     """Return the shape, whose product is in 1..MAX_FILE_BYTES, and the length of the header."""
     if len(data) < 4:
-        raise ValueError(f"{name}: {len(data)} bytes, an IDX file starts with 4 bytes of magic number")
+        raise ValueError(f"{name}: {len(data)} bytes, an IDX file starts with a magic number of 4 bytes")
     if data[:3] != bytes((0, 0, TYPE_UINT8)) or not 1 <= data[3] <= MAX_DIMENSIONS:
         hint = " (gzip: its name should end in .gz)" if data[:2] == b"\x1f\x8b" else ""
         raise ValueError(

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fmnist.apps.cutout import Cutout, Floats, Invert, cut_out
+from fmnist.runtime.console import one_line
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")  # every other decoder of Pillow stays closed to files from outside
@@ -99,7 +100,7 @@ def read_photo(name: str, *, invert: Invert = "auto", crop: bool = True) -> Phot
         return Photo(name=name, error=f"more than {Image.MAX_IMAGE_PIXELS:,} pixels")
     except Exception as error:  # decoders raise what they like on a damaged file: struct.error, SyntaxError, KeyError
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return Photo(name=name, error=" ".join(text.split()) or type(error).__name__)
+        return Photo(name=name, error=one_line(text) or type(error).__name__)
     try:
         cutout = cut_out(*_arrays(image), invert=invert, crop=crop)
     except ValueError as error:

@@ -10,6 +10,18 @@ from pathlib import Path
 from tqdm import tqdm
 
 logger = logging.getLogger("fmnist")
+MAX_ERROR = 2000  # characters of the line that ends a command: it may name several files and the ways out
+
+
+def one_line(text: str | BaseException, limit: int = 300) -> str:
+    """Put a text or an error's message on one line; control characters become spaces.
+
+    Args:
+        text: an error without a message gives its type.
+        limit: characters at most.
+    """
+    said = str(text) or (type(text).__name__ if isinstance(text, BaseException) else "")
+    return " ".join("".join(c if c.isprintable() else " " for c in said).split())[:limit]
 
 
 class _AboveTheBar(logging.StreamHandler):
@@ -50,8 +62,8 @@ def one_line_errors(program: str) -> Iterator[None]:
         yield
     except (ValueError, FloatingPointError) as error:  # the same on all processes: one of them says it
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            sys.stderr.write(f"{program}: error: {' '.join(str(error).split())}\n")
+            sys.stderr.write(f"{program}: error: {one_line(error, MAX_ERROR)}\n")
         raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
     except OSError as error:  # one process' own
-        sys.stderr.write(f"{program}: error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"{program}: error: {one_line(error, MAX_ERROR)}\n")
         raise SystemExit(1) from None

@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fmnist.runtime.console import one_line
+
 MAX_JSON_BYTES = 1 << 26
+CHUNK_BYTES = 1 << 20  # read at once from a file or server whose length is not known
 LEFTOVER_AGE_S = 3600.0  # a temporary file this old is no longer being written
 # A spreadsheet runs a cell that begins with one of these.
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -85,8 +88,21 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:120]}") from None
+        raise ValueError(f"{path} cannot be read: {one_line(error, 120)}") from None
     return content
+
+
+def read_at_most(stream: io.BufferedIOBase, limit: int) -> bytes:
+    """Read `limit` bytes, plus one if the stream is longer, so that the caller can tell.
+
+    Reads in pieces, because a single read of `limit` bytes allocates them all before any arrives. Reading to the end
+    also makes gzip check its CRC.
+    """
+    pieces, left = [], limit + 1
+    while left > 0 and (piece := stream.read(min(left, CHUNK_BYTES))):
+        pieces.append(piece)
+        left -= len(piece)
+    return b"".join(pieces)
 
 
 def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:

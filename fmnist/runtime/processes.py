@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fmnist.runtime.console import one_line
 from fmnist.runtime.lost_process import LINGER_S, PATIENCE, describe_loss, is_lost_process, share_status
 
 logger = logging.getLogger("fmnist")
@@ -102,7 +103,7 @@ class Processes:
                 raise
             others = [rank for rank in range(self.world_size) if rank != self.rank]
             loss = describe_loss(error, self.control, others)
-            said = " ".join(str(error).split())[:160]
+            said = one_line(error, 160)
             logger.error(
                 "rank %d ends: %s; the same command resumes from the last checkpoint (%s)", self.rank, loss, said
             )

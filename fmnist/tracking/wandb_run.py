@@ -3,19 +3,17 @@
 import logging
 import netrc
 import os
-import queue
 import re
 import secrets
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from fmnist.config.schema import LogConfig
+from fmnist.runtime.console import one_line
 from fmnist.runtime.files import write_atomic
+from fmnist.runtime.probe import answers
 
 logger = logging.getLogger("fmnist")
 RUN_ID = r"[A-Za-z0-9_-]{1,64}"
@@ -45,7 +43,7 @@ def start_wandb(directory: Path, cfg: LogConfig, resolved: Mapping[str, Any]) ->
     mode = cfg.wandb
     if mode == "auto":
         mode = "online" if has_api_key() else "offline"
-    if mode == "online" and not answers(wandb.setup().settings.base_url):
+    if mode == "online" and not answers(wandb.setup().settings.base_url, PROBE_TIMEOUT_S):
         logger.warning("Weights & Biases does not answer: offline")
         mode = "offline"
     run_id = _run_id(directory / WANDB_ID_FILE)
@@ -138,29 +136,11 @@ def _run_id(path: Path) -> str:
     return run_id
 
 
-def answers(url: str) -> bool:
-    """Say whether a server answers at all, with whatever HTTP status, within PROBE_TIMEOUT_S."""
-    replies: queue.SimpleQueue[bool] = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(url, timeout=PROBE_TIMEOUT_S).close()
-            replies.put(True)
-        except Exception as error:  # refused, unreachable, no such name, not HTTP
-            replies.put(isinstance(error, urllib.error.HTTPError))
-
-    threading.Thread(target=ask, daemon=True).start()  # a thread: a name look-up obeys no timeout
-    try:
-        return replies.get(timeout=PROBE_TIMEOUT_S)
-    except queue.Empty:
-        return False
-
-
 def without_secrets(error: Exception) -> str:
     """Put an error on one line of at most 200 characters, without the key and without passwords of URLs."""
-    line = re.sub(r"//[^/@\s]+@", "//***@", " ".join(str(error).split()))
+    text = re.sub(r"//[^/@\s]+@", "//***@", str(error))
     key = os.environ.get("WANDB_API_KEY")
-    return (line.replace(key, "***") if key else line)[:200]
+    return one_line(text.replace(key, "***") if key else text, 200)  # cut last: half a key is a secret too
 
 
 def has_api_key() -> bool:

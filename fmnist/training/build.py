@@ -68,7 +68,9 @@ def build(cfg: Config, run: Run) -> Training:
         ValueError: data, weights, options or checkpoints that cannot be used; one line each.
     """
     # data: all three splits, so that a damaged file is found now and not after the training
-    train_split, val_split, test_split = (Split.load(name, cfg.data, run.device) for name in ("train", "val", "test"))
+    train_split, val_split, test_split = (
+        Split.load(name, cfg.data, run.device, fetch=True) for name in ("train", "val", "test")
+    )
     if cfg.exact and cfg.exact % run.world_size:
         raise ValueError(f"exact is {cfg.exact}; valid with {run.world_size} processes: a multiple of that")
     loader = Loader(

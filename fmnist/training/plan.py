@@ -3,7 +3,7 @@
 from torch import nn
 
 from fmnist.config.schema import Config
-from fmnist.data.fashion_mnist import locate
+from fmnist.data.find import locate
 from fmnist.models.flops import flops_per_image
 from fmnist.run import Run
 from fmnist.training.build import Training
