@@ -61,7 +61,7 @@ class Schedule:
                 f"valid range: 0 to {total / steps_per_epoch:.4g}"
             )
         if schedule.min_lr > cfg.optim.lr:
-            raise ValueError(f"schedule.min_lr is {schedule.min_lr}; legal: up to optim.lr {cfg.optim.lr}")
+            raise ValueError(f"schedule.min_lr is {schedule.min_lr}; valid range: 0 to optim.lr {cfg.optim.lr}")
         return cls(
             shape=schedule.name,
             peak_lr=cfg.optim.lr,

@@ -1,8 +1,4 @@
-"""Options that contradict each other or have no effect together, and names that become file names."""
-
-import json
-import re
-from pathlib import Path
+"""Options that contradict each other, or have no effect together."""
 
 from fmnist.config.schema import Config, OptimConfig, check_values
 
@@ -15,8 +11,6 @@ def validate(cfg: Config) -> None:
     """
     check_values(cfg)
     augment, batch, optim, schedule = cfg.augment, cfg.batch, cfg.optim, cfg.schedule
-    if isinstance(augment.size, dict) and (0 not in augment.size or min(augment.size) < 0):
-        raise ValueError(f"augment.size is {augment.size}; valid: {{0: pixels, later epoch: pixels}}")
     if augment.mix_probability < 1 and not (augment.mixup_alpha or augment.cutmix_alpha):
         reason = "mixup_alpha and cutmix_alpha are 0"
         raise ValueError(f"augment.mix_probability {augment.mix_probability} has no effect: {reason}")
@@ -35,13 +29,3 @@ def validate(cfg: Config) -> None:
             raise ValueError(f"batch.micro_batch_size is {batch.micro_batch_size}, but {reason}: leave it out")
     if cfg.overwrite and cfg.resume != "never":
         raise ValueError("overwrite is true but resume is auto: give --resume never to start again")
-    try:  # JSON has no NaN, which would not equal itself at the next start
-        json.dumps(cfg.model.options, allow_nan=False)
-    except (ValueError, TypeError):
-        raise ValueError(
-            "model.options holds a number that is not finite; valid: finite numbers, text, lists"
-        ) from None
-    run_name = Path(cfg.output_dir or "run").resolve().name
-    for key, name in (("log.project", cfg.log.project), ("the last part of output_dir", run_name)):
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
-            raise ValueError(f"{key} is {name[:100]!r}; valid: 1 to 64 of A-Z, a-z, 0-9, dot, dash, underscore")

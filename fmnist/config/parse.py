@@ -139,13 +139,12 @@ def _parser(prog: str | None, defaults: dict[str, Any], origin: str = "") -> arg
     for name in (*SECTIONS, *OPTIONS):
         # all in one list, in the order given: --optim '{lr: 1}' --optim.lr 2
         flag: dict[str, Any] = {"dest": "flags", "action": "append", "type": lambda text, name=name: (name, text)}
-        if name in SECTIONS:
-            flag |= {"metavar": "'{FIELD: VALUE, ...}'", "help": "Several of the options below."}
-        else:
+        flag |= {"metavar": "'{FIELD: VALUE, ...}'", "help": "Several of the options below."}
+        if name in OPTIONS:
             default = defaults[name] if isinstance(defaults[name], str) else json.dumps(defaults[name])
             flag["help"] = f"{explained[name]} (default: {default})".replace("%", "%%")
             flag["metavar"] = type_name(OPTIONS[name].type)
-        if name in OPTIONS and OPTIONS[name].type is bool:
-            flag |= {"nargs": "?", "const": "true"}  # a bare --dry_run
+            if OPTIONS[name].type is bool:
+                flag |= {"nargs": "?", "const": "true"}  # a bare --dry_run
         groups.get(name.partition(".")[0], parser).add_argument(f"--{name}", **flag)
     return parser

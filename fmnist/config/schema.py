@@ -5,12 +5,15 @@ The docstring behind a field is what `--help` shows.
 
 import ast
 import inspect
+import json
+import re
 import sys
 from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from itertools import pairwise
 from operator import attrgetter
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
@@ -267,7 +270,7 @@ def _typed(value: Any, kind: Any) -> Any:
 
 
 def check_values(cfg: Config) -> None:
-    """Refuse a number outside its field's valid range, and text that is blank, too long or not printable.
+    """Refuse a value that its option cannot take, whatever the others are.
 
     Raises:
         ValueError: one line with the option, its value and the valid range.
@@ -280,6 +283,19 @@ def check_values(cfg: Config) -> None:
             for number in value.values() if isinstance(value, dict) else [value]:
                 if number is not None and not low <= number <= high:  # NaN fails both comparisons
                     raise ValueError(f"{name} is {value}; valid range: {low} to {high}")
+    size = cfg.augment.size
+    if isinstance(size, dict) and (0 not in size or min(size) < 0):
+        raise ValueError(f"augment.size is {size}; valid: {{0: pixels, later epoch: pixels}}")
+    try:  # JSON has no NaN, which would not equal itself at the next start
+        json.dumps(cfg.model.options, allow_nan=False)
+    except (ValueError, TypeError):
+        raise ValueError(
+            "model.options holds a number that is not finite; valid: finite numbers, text, lists"
+        ) from None
+    run_name = Path(cfg.output_dir or "run").resolve().name
+    for name, text in (("log.project", cfg.log.project), ("the last part of output_dir", run_name)):
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", text):
+            raise ValueError(f"{name} is {text[:100]!r}; valid: 1 to 64 of A-Z, a-z, 0-9, dot, dash, underscore")
 
 
 def flatten(cfg: Config) -> dict[str, Any]:

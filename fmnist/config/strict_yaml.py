@@ -50,11 +50,8 @@ def load(text: str) -> Any:
     if len(text) > MAX_LENGTH:
         raise ValueError(f"longer than {MAX_LENGTH:,} characters")
     try:  # syntax alone: nothing is constructed from a tag
-        events = (
-            event
-            for event in yaml.parse(text, Loader=yaml.BaseLoader)
-            if isinstance(event, yaml.NodeEvent | yaml.CollectionEndEvent)
-        )
+        values = yaml.NodeEvent, yaml.CollectionEndEvent  # not the marks of streams and documents
+        events = (event for event in yaml.parse(text, Loader=yaml.BaseLoader) if isinstance(event, values))
         first = next(events, None)
         value = None if first is None else _read(first, events, 0)
         if next(events, None) is not None:
