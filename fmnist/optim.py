@@ -40,7 +40,7 @@ class Schedule:
         """Turn durations in epochs into steps.
 
         Raises:
-            ValueError: the warm-up is as long as the run, or min_lr lies above lr.
+            ValueError: the warm-up is as long as the run, the head-only phase longer, or min_lr lies above lr.
         """
         schedule, evaluation = cfg.schedule, cfg.evaluation
         total = schedule.steps or max(1, round(schedule.epochs * steps_per_epoch))
@@ -48,9 +48,21 @@ class Schedule:
         if warmup is None:
             warmup = round(schedule.warmup_epochs * steps_per_epoch)
         if warmup and warmup >= total:
-            raise ValueError(f"schedule.warmup is {warmup} steps but the run has {total}: legal: fewer")
+            flag = (
+                f"epochs below {total / steps_per_epoch:.4g}" if schedule.warmup_steps is None else "steps below that"
+            )
+            raise ValueError(
+                f"schedule.warmup is {warmup} steps but the run has {total}; "
+                f"valid: --schedule.warmup_{flag}, 0 disables it"
+            )
+        head_only = round(cfg.optim.head_only_epochs * steps_per_epoch)
+        if head_only > total:
+            raise ValueError(
+                f"optim.head_only_epochs is {cfg.optim.head_only_epochs}, {head_only} steps, but the run has {total}; "
+                f"valid range: 0 to {total / steps_per_epoch:.4g}"
+            )
         if schedule.min_lr > cfg.optim.lr:
-            raise ValueError(f"schedule.min_lr is {schedule.min_lr}; legal: up to optim.lr {cfg.optim.lr}")
+            raise ValueError(f"schedule.min_lr is {schedule.min_lr}; valid range: 0 to optim.lr {cfg.optim.lr}")
         return cls(
             shape=schedule.name,
             peak_lr=cfg.optim.lr,
@@ -58,7 +70,7 @@ class Schedule:
             steps_per_epoch=steps_per_epoch,
             total_steps=total,
             warmup_steps=warmup,
-            head_only_steps=round(cfg.optim.head_only_epochs * steps_per_epoch),
+            head_only_steps=head_only,
             log_steps=cfg.log.every_steps,
             evaluation_steps=evaluation.every_steps or max(1, round(evaluation.every_epochs * steps_per_epoch)),
             checkpoint_steps=cfg.checkpoint.every_steps,

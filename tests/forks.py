@@ -132,7 +132,6 @@ def serve() -> None:
     import train  # noqa: F401 - imported once, for all forks
 
     torch.set_num_threads(1)
-    options._parser = functools.cache(options._parser)  # half of a restart's time, and always the same
     options.load_config(options.DEFAULT_CONFIG)
     load = batches.load_split
 

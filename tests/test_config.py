@@ -1,4 +1,4 @@
-"""Options: what is legal, what is refused and how, and that a config survives its own YAML."""
+"""Options: valid values, refusals in one line, help, and a config that survives its own YAML."""
 
 import re
 from dataclasses import replace
@@ -8,7 +8,8 @@ import pytest
 
 from fmnist.config.parse import load_config, parse_config
 from fmnist.config.same_run import differences
-from fmnist.config.schema import Config, flatten, to_yaml
+from fmnist.config.schema import OPTIONS, Config, flatten, meanings, to_yaml, unflatten
+from fmnist.optim import Schedule
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -30,17 +31,17 @@ def refuse(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["--modell.name", "cnn"], "did you mean model.name?"),
         (["--optim.lr", "fast"], "optim.lr"),
         (["--optim.lr", "nan"], "optim.lr"),
-        (["--batch.global_batch_size", "0"], "batch.global_batch_size is 0; legal: 1 to 60000"),
+        (["--batch.global_batch_size", "0"], "batch.global_batch_size is 0; valid range: 1 to 60000"),
         (["--batch.global_batch_size", "1.5"], "batch.global_batch_size"),
-        (["--augment.flip", "1.01"], "augment.flip is 1.01; legal: 0 to 1"),
-        (["--augment.size", "4"], "augment.size is 4; legal: 8 to 1024"),
+        (["--augment.flip", "1.01"], "augment.flip is 1.01; valid range: 0 to 1"),
+        (["--augment.size", "4"], "augment.size is 4; valid range: 8 to 1024"),
         (["--augment.size", '{"1": 32}'], "augment.size"),
         (["--augment.mix_probability", "0.5"], "has no effect"),
         (["--optim.name", "adamm"], "optim.name"),
         (["--config", "no_such_file.yaml"], "no_such_file.yaml"),
         (["--overwrite", "true"], "give --resume never"),
         (["--output_dir", "runs/a b"], "output_dir"),
-        (["--seed", "-1"], "seed is -1; legal: 0 to"),
+        (["--seed", "-1"], "seed is -1; valid range: 0 to 2147483647"),
         (["--log.wandb", "maybe"], "log.wandb"),
         (["stray"], "stray"),
     ],
@@ -74,7 +75,7 @@ def test_a_bad_yaml_file_is_one_line(
 def test_a_huge_yaml_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "huge.yaml"
     path.write_text("#" * (2 << 20))
-    assert "larger than" in refuse(capsys, "--config", str(path))
+    assert "longer than" in refuse(capsys, "--config", str(path))
 
 
 def test_flags_beat_the_file_and_the_file_beats_the_defaults(tmp_path: Path) -> None:
@@ -110,20 +111,144 @@ def test_a_resolved_config_reads_back_equal(tmp_path: Path) -> None:
     assert load_config(tmp_path / "config.yaml") == cfg
 
 
-def test_what_changes_the_result_is_named_and_what_does_not_is_free() -> None:
+def test_an_option_that_changes_the_result_is_named_and_any_other_is_free() -> None:
     old = Config()
     assert differences(old, replace(old, seed=1)) == ["seed was 0, now 1"]
     free = replace(old, max_minutes=1.0, output_dir="elsewhere", batch=replace(old.batch, micro_batch_size=8))
     assert differences(old, free) == []
 
 
-def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+def help_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     with pytest.raises(SystemExit) as caught:
-        parse_config(["--help"])
+        parse_config([*argv, "--help"], prog="train.py")
     assert caught.value.code == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    for name in flatten(Config()):
+    return capsys.readouterr().out
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of(capsys)
+    usage, _, rest = text.partition("\n\n")
+    assert usage.startswith("usage: train.py [--config FILE ...] [--SECTION.FIELD VALUE ...]")
+    assert usage.count("\n") == 1
+    assert rest.count("accelerate launch train.py") == 2  # the examples
+    shown = " ".join(text.split())
+    for name in OPTIONS:
         assert f"--{name} " in shown
-    # Its own docstring stands behind each; three of them, from three sections.
-    for text in ("Probability of a horizontal flip.", "Passes over the training images.", "Newest checkpoints kept"):
-        assert text in shown
+        assert meanings()[name] in shown
+    # Its type, docstring, valid range and default (of configs/cnn.yaml) stand behind each.
+    for words in (
+        "--augment.flip float Probability of a horizontal flip. Valid range: 0 to 1. (default: 0.5)",
+        "null disables it. Valid range: 0.01 to 1. (default: null)",
+        "--augment.size int|{int: int} Image size in pixels per side",
+        "--resume auto|never auto: resume from the newest valid checkpoint; never: refuse a non-empty directory.",
+        "--data.val_size int Images held out of the 60,000 for validation, stratified by class; "
+        "0 trains on all of them. Valid range: 0 to 59000. (default: 5000)",
+        "mlp, cnn, or any timm classifier",
+        *(path.stem for path in CONFIGS),
+    ):
+        assert words in shown
+
+
+def test_help_shows_the_defaults_of_the_recipe_that_would_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lr = "never rescaled. Valid range: 0 to 100. (default: {})"
+    shown = " ".join(help_of(capsys).split())
+    assert lr.format(0.004) in shown and '(default: {"0": 20, "5": 28})' in shown
+    (tmp_path / "mine.yaml").write_text("optim: {lr: 0.25}\nmodel: {name: mlp}")
+    shown = " ".join(help_of(capsys, "--config", str(tmp_path / "mine.yaml"), "--optim.lr", "3").split())
+    assert lr.format(0.25) in shown and "(default: mlp)" in shown
+    assert f"those of {tmp_path / 'mine.yaml'}." in shown
+    assert "no_such_file.yaml: there is no such file" in refuse(capsys, "--config", "no_such_file.yaml", "--help")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"schedule.epochs": 1.0}, "warmup is 10 steps but the run has 10; valid: --schedule.warmup_epochs below 1,"),
+        ({"schedule.steps": 4}, "warmup is 10 steps but the run has 4; valid: --schedule.warmup_epochs below 0.4,"),
+        ({"schedule.steps": 4, "schedule.warmup_steps": 5}, "the run has 4; valid: --schedule.warmup_steps below"),
+        ({"schedule.epochs": 2.0, "optim.head_only_epochs": 2.5},
+         "optim.head_only_epochs is 2.5, 25 steps, but the run has 20; valid range: 0 to 2"),
+    ],
+)  # fmt: skip
+def test_a_phase_longer_than_the_run_is_refused_with_the_flag_that_helps(
+    options: dict[str, float], expected: str
+) -> None:
+    cfg = unflatten(flatten(Config()) | {"schedule.warmup_epochs": 1.0} | options)
+    with pytest.raises(ValueError) as caught:
+        Schedule.from_config(cfg, steps_per_epoch=10)
+    assert expected in str(caught.value)
+
+
+def test_the_head_alone_may_be_trained_for_the_whole_run() -> None:
+    cfg = unflatten(flatten(Config()) | {"schedule.epochs": 2.0, "optim.head_only_epochs": 2.0})
+    assert Schedule.from_config(cfg, steps_per_epoch=10).head_only_steps == 20
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_number_has_a_valid_range_that_holds_its_default(name: str) -> None:
+    kind, limits = str(OPTIONS[name].type), OPTIONS[name].metadata.get("valid")
+    assert (limits is not None) == ("int" in kind or "float" in kind)
+    if limits and (default := flatten(Config())[name]) is not None:
+        assert limits[0] <= default <= limits[1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "option", "value"),
+    [
+        (["--optim.lr=1e-3"], "optim.lr", 0.001),
+        (["--optim.lr", ".5"], "optim.lr", 0.5),
+        (["--optim.lr", "1"], "optim.lr", 1.0),
+        (["--optim.lr", "1", "--optim.lr", "2"], "optim.lr", 2.0),
+        (["--optim", "{lr: 1, beta1: 0.5}", "--optim.lr", "2"], "optim.lr", 2.0),
+        (["--optim.lr", "2", "--optim={lr: 1}"], "optim.lr", 1.0),
+        (["--optim.layer_decay", "null"], "optim.layer_decay", None),
+        (["--augment.size", "32"], "augment.size", 32),
+        (["--augment.size", '{"0": 16, "4": 28}'], "augment.size", {0: 16, 4: 28}),
+        (["--augment", "{size: {0: 16, 4: 28}}"], "augment.size", {0: 16, 4: 28}),
+        (["--model.compile"], "model.compile", True),
+        (["--resume", "never", "--overwrite"], "overwrite", True),
+        (["--model.pretrained", "True"], "model.pretrained", True),
+        (["--log.project", "1e3"], "log.project", "1e3"),
+        (["--output_dir", "runs/2026-01-01"], "output_dir", "runs/2026-01-01"),
+        (["--output_dir", "null"], "output_dir", "runs/cnn"),
+        (["--model.options", "{widths: [8, 16], eps: 1e-6, act: off}"], "model.options",
+         {"widths": [8, 16], "eps": 1e-6, "act": "off"}),
+    ],
+)  # fmt: skip
+def test_a_flag_sets_its_option_to_a_value_of_its_type(argv: list[str], option: str, value: object) -> None:
+    found = flatten(parse_config(argv))[option]
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_print_config_prints_what_reads_back_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--augment.size", '{"0": 16, "4": 28}', "--log.project", "1e3"]
+    with pytest.raises(SystemExit) as caught:
+        parse_config([*argv, "--print_config"])
+    assert caught.value.code == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert parse_config(["--config", str(tmp_path / "printed.yaml")]) == parse_config(argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--optim.name", "sgd", "--optim.beta2", "0.9"], "optim.beta2 0.9 has no effect: optim.name is sgd"),
+        (["--schedule.name", "constant", "--schedule.min_lr", "0.001"], "schedule.min_lr 0.001 has no effect"),
+        (["--exact", "3"], "exact is 3; valid: a divisor of batch.global_batch_size 128"),
+        (["--exact", "4", "--batch.micro_batch_size", "16"], "exact makes it 128 / 4 = 32: leave it out"),
+        (["--augment.size", "{0: 16, -1: 28}"], "augment.size is {0: 16, -1: 28}; valid: {0: pixels, "),
+        (["--augment.size", '{"0": 16, 0: 28}'], "augment.size is "),
+        (["--optim.lr", "9" * 400], "optim.lr is 99999"),
+        (["--optim.lr", "1e999"], "optim.lr is inf; valid range: 0 to 100"),
+        (["--optim.layer_decay", ""], "optim.layer_decay is ''; expected float|null"),
+        (["--data.root", ""], "data.root is ''; valid: 1 to 4096 printable characters"),
+        (["--model.name", "null"], "model.name is None; expected text"),
+        (["--tta", "flip"], "did you mean evaluation.tta?"),
+    ],
+)  # fmt: skip
+def test_an_option_that_would_be_ignored_or_misread_is_refused(
+    argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in refuse(capsys, *argv)

@@ -11,6 +11,7 @@ MAY_CHANGE = (
     "resume",
     "overwrite",
     "max_minutes",
+    "profile",
     "dry_run",
     "timeout_s",
     "data.root",

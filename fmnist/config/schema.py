@@ -1,49 +1,68 @@
-"""Every option of a run, typed: one frozen dataclass per concern."""
+"""Every option of a run: one frozen dataclass per section, each field with its type, default, valid range and meaning.
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+The docstring behind a field is what `--help` shows.
+"""
+
+import ast
+import inspect
+import json
+import re
+import sys
+from contextlib import suppress
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
+from functools import cache
+from itertools import pairwise
+from operator import attrgetter
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin
 
 from fmnist.config import strict_yaml
+
+
+def option(default: Any, *, valid: tuple[float, float]) -> Any:
+    """Declare a number with its valid range, both ends included."""
+    return field(default=default, metadata={"valid": valid})
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     root: str | None = None
-    """Folder with the IDX files, plain or .gz; none: $FMNIST_DATA, data/, the distribution's folder, else fetched."""
-    val_size: int = 5000
+    """Folder with the IDX files, plain or .gz; null: $FMNIST_DATA, data/ or Debian's folder, else downloaded."""
+    val_size: int = option(5000, valid=(0, 59_000))
     """Images held out of the 60,000 for validation, stratified by class; 0 trains on all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    global_batch_size: int = 128
+    global_batch_size: int = option(128, valid=(1, 60_000))
     """Images per optimizer step, over all processes and accumulation steps."""
-    micro_batch_size: int | None = None
-    """Images of one forward on one process; none: global_batch_size / processes, so no accumulation."""
+    micro_batch_size: int | None = option(None, valid=(1, 60_000))
+    """Images per forward pass on one process; null: global_batch_size / processes, without accumulation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    size: int | dict[int, int] = 28
-    """Pixels per side the model sees; or {first epoch: pixels}, e.g. {0: 96, 4: 128, 8: 224}."""
-    flip: float = 0.5
+    size: int | dict[int, int] = option(28, valid=(8, 1024))
+    """Image size in pixels per side, or {first epoch: pixels}, e.g. {0: 96, 4: 128, 8: 224}."""
+    flip: float = option(0.5, valid=(0, 1))
     """Probability of a horizontal flip."""
-    rotation: float = 0.0
-    """Largest rotation, degrees; the angle is uniform in +-rotation."""
-    shift: float = 0.0
-    """Largest shift per axis, as a fraction of the side; uniform, whole pixels where nothing is interpolated."""
-    scale: float = 0.0
-    """Largest zoom s: the factor is log-uniform in [1/(1+s), 1+s]."""
-    erase: float = 0.0
-    """Probability of erasing one rectangle of 2 to 33 % of the area (filled with the data's mean)."""
-    mixup_alpha: float = 0.0
-    """Beta parameter of mixup; 0 is off."""
-    cutmix_alpha: float = 0.0
-    """Beta parameter of CutMix; 0 is off. With both on, each sample takes one of them, half and half."""
-    mix_probability: float = 1.0
-    """Probability that a sample is mixed, where mixup or CutMix is on."""
+    rotation: float = option(0.0, valid=(0, 180))
+    """Maximum rotation in degrees; the angle is uniform in +-rotation."""
+    shift: float = option(0.0, valid=(0, 0.5))
+    """Maximum shift per axis as a fraction of the side; uniform, in whole pixels if nothing else is interpolated."""
+    scale: float = option(0.0, valid=(0, 1))
+    """Maximum zoom s; the factor is log-uniform in [1/(1+s), 1+s]."""
+    erase: float = option(0.0, valid=(0, 1))
+    """Probability of erasing one rectangle of 2 to 33 % of the area (filled with the data set's mean)."""
+    mixup_alpha: float = option(0.0, valid=(0, 10))
+    """Beta parameter of mixup; 0 disables it."""
+    cutmix_alpha: float = option(0.0, valid=(0, 10))
+    """Beta parameter of CutMix; 0 disables it. With both enabled, each sample uses one of them, with equal odds."""
+    mix_probability: float = option(1.0, valid=(0, 1))
+    """Probability that a sample is mixed if mixup or CutMix is enabled."""
     backend: Literal["auto", "triton", "compiled", "eager"] = "auto"
-    """What makes the images: one fused Triton kernel, torch.compile, or plain torch; auto: the kernel on a GPU."""
+    """Implementation: fused Triton kernel, torch.compile, or plain PyTorch; auto: the kernel on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,144 +72,244 @@ class ModelConfig:
     pretrained: bool = False
     """Start from timm's pretrained weights, from its hub or its cache."""
     weights: str | None = None
-    """Start from this local file of pretrained weights (.safetensors, .pt); beats the hub."""
-    drop_rate: float = 0.0
+    """Start from this local file of pretrained weights (.safetensors, .pt); overrides the hub."""
+    drop_rate: float = option(0.0, valid=(0, 0.95))
     """Dropout probability before the head (in the MLP: after each hidden layer)."""
-    drop_path_rate: float = 0.0
+    drop_path_rate: float = option(0.0, valid=(0, 0.95))
     """Stochastic depth probability of the last block (timm models)."""
     options: dict[str, Any] = field(default_factory=dict)
-    """More keyword arguments of the model, e.g. {depths: [2, 2, 6, 2]}."""
+    """Further keyword arguments of the model, e.g. {depths: [2, 2, 6, 2]}."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of forward and backward; auto: bf16 on a GPU that has it, fp32 elsewhere."""
+    """Arithmetic of the forward and backward pass; auto: bf16 on a GPU that supports it, fp32 elsewhere."""
     channels_last: bool = False
     """Keep images and convolution weights in the channels_last memory format."""
     compile: bool = False
-    """Compile the model with torch.compile: a minute at the start, faster steps after it."""
+    """Compile the model with torch.compile: about a minute at the start, faster steps afterwards."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     name: Literal["adamw", "sgd"] = "adamw"
-    """AdamW (fused where it exists), or SGD with Nesterov momentum."""
-    lr: float = 1e-3
-    """Peak learning rate, for the global batch as it is (never rescaled behind your back)."""
-    weight_decay: float = 0.05
-    """Decay of matrices and kernels; norms, biases and layer scales have none."""
-    beta1: float = 0.9
-    """AdamW's first moment decay; SGD's momentum."""
-    beta2: float = 0.999
-    """AdamW's second moment decay."""
-    layer_decay: float | None = None
-    """Learning rate factor per layer below the head (timm models), e.g. 0.75; none is off."""
-    head_lr_scale: float = 1.0
+    """AdamW, or SGD with Nesterov momentum; both fused."""
+    lr: float = option(1e-3, valid=(0, 100))
+    """Peak learning rate for the configured global batch size; never rescaled."""
+    weight_decay: float = option(0.05, valid=(0, 10))
+    """Weight decay of matrices and kernels; norms, biases and layer scales are exempt."""
+    beta1: float = option(0.9, valid=(0, 0.9999))
+    """AdamW: decay of the first moment; SGD: momentum."""
+    beta2: float = option(0.999, valid=(0, 0.99999))
+    """AdamW: decay of the second moment."""
+    layer_decay: float | None = option(None, valid=(0.01, 1))
+    """Learning rate factor per layer below the head (timm models), e.g. 0.75; null disables it."""
+    head_lr_scale: float = option(1.0, valid=(0, 1000))
     """Learning rate factor of the classifier head."""
-    head_only_epochs: float = 0.0
-    """Epochs at the start in which only the head is updated."""
-    grad_clip_norm: float | None = None
-    """Clip the gradient to this global L2 norm; none is off."""
-    label_smoothing: float = 0.0
+    head_only_epochs: float = option(0.0, valid=(0, 10_000))
+    """Epochs at the start that update only the head; the whole run: a linear probe."""
+    grad_clip_norm: float | None = option(None, valid=(1e-6, 10**6))
+    """Clip the gradient to this global L2 norm; null disables it."""
+    label_smoothing: float = option(0.0, valid=(0, 0.9))
     """Probability mass spread evenly over the classes."""
-    ema_decay: float = 0.0
-    """Decay per step of the weights' moving average, which is then what is evaluated; 0 is off."""
+    ema_decay: float = option(0.0, valid=(0, 0.99999))
+    """Decay per step of the moving average of the weights, which is evaluated in their place; 0 disables it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    epochs: float = 10.0
+    epochs: float = option(10.0, valid=(1e-6, 100_000))
     """Passes over the training images."""
-    steps: int | None = None
-    """Optimizer steps in all; beats epochs."""
+    steps: int | None = option(None, valid=(1, 10**9))
+    """Total optimizer steps; overrides epochs."""
     name: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up."""
-    warmup_epochs: float = 0.0
-    """Epochs of linear warm-up from 0."""
-    warmup_steps: int | None = None
-    """Steps of linear warm-up; beats warmup_epochs."""
-    min_lr: float = 0.0
-    """Learning rate at the end of cosine and linear."""
+    warmup_epochs: float = option(0.0, valid=(0, 100_000))
+    """Epochs of linear warm-up from 0; shorter than the run."""
+    warmup_steps: int | None = option(None, valid=(0, 10**9))
+    """Steps of linear warm-up; overrides warmup_epochs."""
+    min_lr: float = option(0.0, valid=(0, 100))
+    """Learning rate at the end of cosine and linear; at most optim.lr."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    every_epochs: float = 1.0
+    every_epochs: float = option(1.0, valid=(1e-6, 100_000))
     """Epochs between evaluations on the validation images; each saves a checkpoint."""
-    every_steps: int | None = None
-    """Steps between evaluations; beats every_epochs."""
-    batch_size: int = 500
-    """Images of one forward on one process."""
-    size: int | None = None
-    """Pixels per side; none: the last of augment.size."""
+    every_steps: int | None = option(None, valid=(1, 10**9))
+    """Steps between evaluations; overrides every_epochs."""
+    batch_size: int = option(500, valid=(1, 60_000))
+    """Images per forward pass on one process."""
+    size: int | None = option(None, valid=(8, 1024))
+    """Image size in pixels per side; null: the last of augment.size."""
     tta: Literal["none", "flip"] = "none"
-    """flip: average the probabilities of the image and of its mirror."""
+    """Test-time augmentation; flip: average the probabilities of the image and its mirror image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    every_steps: int = 0
-    """Steps between checkpoints beside those of the evaluations; 0 is none."""
-    keep_last: int = 2
-    """Newest checkpoints kept; the best one is kept too."""
+    every_steps: int = option(0, valid=(0, 10**9))
+    """Steps between checkpoints, in addition to one per evaluation; 0: none."""
+    keep_last: int = option(2, valid=(1, 10_000))
+    """Number of newest checkpoints kept; the best one is kept too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    every_steps: int = 50
+    every_steps: int = option(50, valid=(1, 10**9))
     """Steps between logged lines; each costs one device sync."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases; auto: online where an API key is configured, else offline."""
+    """Weights & Biases; auto: online if an API key is configured, otherwise offline."""
     project: str = "fmnist"
-    """Weights & Biases project."""
+    """Weights & Biases project: 1 to 64 letters, digits, dots, dashes and underscores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run: sections below, then what concerns all of it."""
+    """A whole run: the sections, then what concerns all of them."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """The images."""
+    """images to train on"""
     batch: BatchConfig = field(default_factory=BatchConfig)
-    """How many images a step takes."""
+    """images per step"""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """What happens to a training image, on the device."""
+    """random changes to the training images, on the device"""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The network."""
+    """the network"""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """The update."""
+    """the optimizer"""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """How long, and the learning rate over time."""
+    """length of the run, and the learning rate over time"""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """Validation in the run, and the test images at its end."""
+    """validation during the run, test images at its end"""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """What a restart continues from."""
+    """what a restart resumes from"""
     log: LogConfig = field(default_factory=LogConfig)
-    """What is written while it runs."""
-    seed: int = 0
-    """Seed of everything random: initial weights, order, augmentation, dropout."""
+    """metrics and trackers"""
+    seed: int = option(0, valid=(0, 2**31 - 1))
+    """Seed of all randomness: initial weights, order, augmentation, dropout."""
     output_dir: str | None = None
-    """Run directory; none: runs/<config name>."""
+    """Run directory; null: runs/<config name>."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the run directory's newest good checkpoint; never: refuse a directory in use."""
+    """auto: resume from the newest valid checkpoint; never: refuse a non-empty directory."""
     overwrite: bool = False
     """With --resume never: delete the run in output_dir and start again."""
-    max_minutes: float | None = None
-    """Stop with a checkpoint after this many minutes; the same command goes on."""
-    exact: int | None = None
-    """V: cut each global batch into V shards and get the same bits on any process count that divides V; none is off."""
-    timeout_s: float = 45.0
-    """Seconds a process waits for the others in a step, then it ends with the name of the one that hangs."""
+    max_minutes: float | None = option(None, valid=(0.001, 10**7))
+    """Stop with a checkpoint after this many minutes; rerun the same command to resume. null disables it."""
+    exact: int | None = option(None, valid=(1, 4096))
+    """Split each global batch into V shards, so that results are bit-identical for any process count that divides V;
+    null disables it."""
+    timeout_s: float = option(45.0, valid=(1, 86_400))
+    """Seconds that a process waits for the others in a step before it ends and names the one that hangs."""
+    profile: int | None = option(None, valid=(1, 1000))
+    """Trace this many steps after the first ten; writes a trace and a table to profile/. null disables it."""
     dry_run: bool = False
     """Build everything, print the plan, train nothing."""
 
 
+TYPE_NAMES = {int: "int", float: "float", str: "text", bool: "true|false", NoneType: "null", Any: "value"}
+SECTIONS: dict[str, Any] = {outer.name: outer.type for outer in fields(Config) if is_dataclass(outer.type)}
+# Each option's field under its dotted name, e.g. "optim.lr".
+OPTIONS: dict[str, Field[Any]] = {
+    f"{outer.name}.{inner.name}" if outer.name in SECTIONS else outer.name: inner
+    for outer in fields(Config)
+    for inner in (fields(SECTIONS[outer.name]) if outer.name in SECTIONS else [outer])
+}
+
+
+@cache
+def meanings() -> dict[str, str]:
+    """Return the docstring behind each section and option, with its valid range, under its dotted name."""
+    prefixes = {"Config": ""} | {kind.__name__: f"{name}." for name, kind in SECTIONS.items()}
+    texts = {}
+    for owner in ast.parse(inspect.getsource(sys.modules[__name__])).body:
+        if isinstance(owner, ast.ClassDef):
+            for line, text in pairwise(owner.body):
+                if isinstance(line, ast.AnnAssign) and isinstance(text, ast.Expr):
+                    name = prefixes[owner.name] + ast.unparse(line.target)
+                    limits = OPTIONS[name].metadata.get("valid") if name in OPTIONS else None
+                    valid = " Valid range: {} to {}.".format(*limits) if limits else ""
+                    texts[name] = " ".join(ast.literal_eval(text.value).split()) + valid
+    return texts
+
+
+def type_name(kind: Any) -> str:
+    """Return a field's type as a user may write it: int, float|null, auto|never, {int: int}."""
+    if get_origin(kind) in (UnionType, Literal):
+        return "|".join(map(type_name, get_args(kind)))
+    if get_origin(kind) is dict:
+        return "{" + ": ".join(map(type_name, get_args(kind))) + "}"
+    return kind if isinstance(kind, str) else TYPE_NAMES[kind]
+
+
+def convert(name: str, value: Any) -> Any:
+    """Return a value read from YAML as the type of its option.
+
+    Raises:
+        ValueError: it is of another type; one line.
+    """
+    try:
+        return _typed(value, OPTIONS[name].type)
+    except (TypeError, OverflowError):  # of another type; an integer that no float can hold
+        raise ValueError(f"{name} is {value!r:.100}; expected {type_name(OPTIONS[name].type)}") from None
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    if get_origin(kind) is UnionType:
+        for choice in get_args(kind):
+            with suppress(TypeError):
+                return _typed(value, choice)
+    if get_origin(kind) is dict and isinstance(value, dict):
+        key_kind, value_kind = get_args(kind)
+        # JSON has text keys: {"0": 16}
+        keys = [int(key) if key_kind is int and str(key).isdecimal() else _typed(key, key_kind) for key in value]
+        if len(set(keys)) == len(keys):
+            return dict(zip(keys, [_typed(inner, value_kind) for inner in value.values()], strict=True))
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is Any or type(value) is kind or (get_origin(kind) is Literal and value in get_args(kind)):
+        return value
+    raise TypeError
+
+
+def check_values(cfg: Config) -> None:
+    """Refuse a value that its option cannot take, whatever the others are.
+
+    Raises:
+        ValueError: one line with the option, its value and the valid range.
+    """
+    for name, value in flatten(cfg).items():
+        if isinstance(value, str) and not (value.isprintable() and 0 < len(value) <= 4096 and value.strip()):
+            raise ValueError(f"{name} is {value[:100]!r}; valid: 1 to 4096 printable characters")
+        if limits := OPTIONS[name].metadata.get("valid"):
+            low, high = limits
+            for number in value.values() if isinstance(value, dict) else [value]:
+                if number is not None and not low <= number <= high:  # NaN fails both comparisons
+                    raise ValueError(f"{name} is {value}; valid range: {low} to {high}")
+    size = cfg.augment.size
+    if isinstance(size, dict) and (0 not in size or min(size) < 0):
+        raise ValueError(f"augment.size is {size}; valid: {{0: pixels, later epoch: pixels}}")
+    try:  # JSON has no NaN, which would not equal itself at the next start
+        json.dumps(cfg.model.options, allow_nan=False)
+    except (ValueError, TypeError):
+        raise ValueError(
+            "model.options holds a number that is not finite; valid: finite numbers, text, lists"
+        ) from None
+    run_name = Path(cfg.output_dir or "run").resolve().name
+    for name, text in (("log.project", cfg.log.project), ("the last part of output_dir", run_name)):
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", text):
+            raise ValueError(f"{name} is {text[:100]!r}; valid: 1 to 64 of A-Z, a-z, 0-9, dot, dash, underscore")
+
+
 def flatten(cfg: Config) -> dict[str, Any]:
     """Return every option of a config under its dotted name, e.g. {"optim.lr": 0.001, ...}."""
-    flat: dict[str, Any] = {}
-    for key, value in asdict(cfg).items():
-        section = getattr(cfg, key)
-        flat |= (
-            {f"{key}.{k}": v for k, v in value.items()} if hasattr(section, "__dataclass_fields__") else {key: value}
-        )
-    return flat
+    return {name: attrgetter(name)(cfg) for name in OPTIONS}
+
+
+def unflatten(options: dict[str, Any]) -> Config:
+    """Return the config whose options, all of them, are given under their dotted names: the inverse of `flatten`."""
+    tree: dict[str, Any] = {section: {} for section in SECTIONS}
+    for name, value in options.items():
+        section, _, key = name.rpartition(".")
+        (tree[section] if section else tree)[key] = value
+    return Config(**tree | {section: SECTIONS[section](**tree[section]) for section in SECTIONS})
 
 
 def to_yaml(cfg: Config) -> str:
