@@ -16,9 +16,11 @@ from fmnist.config.same_run import changes, recipe
 from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader, Split
+from fmnist.models.flops import flops_per_image
 from fmnist.network import build_network
 from fmnist.optim import Schedule, build_optimizer
 from fmnist.run import Run
+from fmnist.runtime.hardware import peak_flops
 from fmnist.runtime.provenance import versions
 from fmnist.training.clock import Clock
 from fmnist.training.non_finite import NonFiniteWatch
