@@ -1,0 +1,110 @@
+"""Compute and what surrounds the loop: contexts that close, stop votes, hardware peaks, traces."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fmnist.runtime.compute import Compute
+from fmnist.runtime.gradients import AllReduce, ShardSum
+from fmnist.runtime.hardware import autocast, peak_flops
+from fmnist.runtime.stop_vote import StopVote
+from fmnist.training.clock import Clock
+from fmnist.training.profile import SKIPPED, StepProfiler
+
+
+def test_compute_knows_device_and_precision_and_closes_after_an_error() -> None:
+    closed = []
+
+    class Watched(Compute):
+        def close(self) -> None:
+            closed.append(True)
+            super().close()
+
+    with pytest.raises(KeyError), Watched(precision="fp32", seed=3) as compute:
+        assert (compute.precision, compute.rank, compute.world_size, compute.is_main) == ("fp32", 0, 1, True)
+        assert torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(3)))
+        raise KeyError
+    assert closed == [True]
+
+
+def test_both_ways_to_sum_gradients_give_the_mean_over_the_global_batch() -> None:
+    compute = Compute(precision="fp32")
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 3), torch.randn(8, 1)
+    expected = nn.Linear(3, 1)
+    ((expected(x) - y) ** 2).mean().backward()
+    for shards in (None, 4):
+        model = nn.Linear(3, 1)
+        model.load_state_dict(expected.state_dict())
+        gather = compute.gather_shards
+        gradients = AllReduce(model, compute.accelerator)
+        if shards is not None:
+            gradients = ShardSum(model, compute.accelerator, shards, gather)
+        for part in gradients.over(model, list(range(4))):
+            rows = slice(2 * part, 2 * part + 2)
+            gradients.backward(((model(x[rows]) - y[rows]) ** 2).mean())
+        total = gradients.total()
+        assert float(total) == pytest.approx(float(((expected(x) - y) ** 2).mean().detach()), abs=1e-6)
+        assert torch.allclose(model.weight.grad, expected.weight.grad, atol=1e-6)
+        assert gradients.model is model
+
+
+def test_a_signal_asks_for_a_stop_and_the_handlers_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    vote = StopVote(None, max_minutes=None, timeout_s=1)
+    vote.watch_signals()
+    assert vote() is False
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert vote() is True and vote.last() is False
+    vote.restore_signals()
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_the_time_limit_asks_for_a_stop() -> None:
+    assert StopVote(None, max_minutes=0.0, timeout_s=1)() is True
+    assert StopVote(None, max_minutes=60.0, timeout_s=1)() is False
+
+
+def test_the_peak_is_of_the_most_specific_name_and_of_bf16_alone() -> None:
+    assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989.5e12
+    assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert peak_flops("NVIDIA L40S", "bf16") == 362e12
+    assert peak_flops("NVIDIA H100 80GB HBM3", "fp32") is None
+    assert peak_flops("CPU (x86_64), 2 thread(s)", "bf16") is None
+
+
+def test_mfu_is_the_rate_over_what_the_peak_would_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 0.0, 2.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    clock = Clock(100, peak_images_per_second=500.0)
+    clock.start()
+    for _ in range(4):
+        clock.tick()
+    # 4 steps of 100 images in 2 s: 200 images/s of 500.
+    assert clock.read() == {"images_per_second": 200.0, "step_time_s": 0.5, "mfu": pytest.approx(0.4)}
+
+
+def test_autocast_is_of_the_dtype_that_the_images_have() -> None:
+    weight = torch.ones(2, 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        with autocast(torch.device("cpu"), dtype):
+            assert (weight @ weight).dtype == dtype
+
+
+def test_a_profile_writes_a_trace_and_a_table_of_the_steps_asked_for(tmp_path: Path) -> None:
+    profiler = StepProfiler(2, tmp_path / "profile", torch.device("cpu"))
+    silent = StepProfiler(None, tmp_path / "none", torch.device("cpu"))
+    for _ in range(SKIPPED + 4):
+        torch.ones(20, 20) @ torch.ones(20, 20)
+        profiler.step()
+        silent.step()
+    trace = json.loads((tmp_path / "profile" / "trace.json").read_text())
+    products = [event for event in trace["traceEvents"] if event.get("name") == "aten::mm"]
+    assert len(products) == 2
+    assert "aten::mm" in (tmp_path / "profile" / "table.txt").read_text()
+    assert not (tmp_path / "none").exists()
