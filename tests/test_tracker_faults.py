@@ -148,7 +148,7 @@ def assert_same_result(run: Path, expected: Path) -> None:
 
 def start_delay_s(run: Path) -> float:
     """Seconds from config.yaml, which is written just before the tracker starts, to the line after it."""
-    line = [line for line in (run / "train.log").read_text().splitlines() if "process(es) on" in line][-1]
+    line = [line for line in (run / "train.log").read_text().splitlines() if "training on" in line][-1]
     started = datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f").timestamp()
     return started - (run / "config.yaml").stat().st_mtime
 

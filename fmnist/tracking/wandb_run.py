@@ -1,4 +1,4 @@
-"""The run of Weights & Biases that belongs to a run directory; the only room that imports its client."""
+"""The Weights & Biases run of a run directory; the only module that imports the client."""
 
 import logging
 import netrc
@@ -18,13 +18,13 @@ from fmnist.runtime.probe import answers
 logger = logging.getLogger("fmnist")
 RUN_ID = r"[A-Za-z0-9_-]{1,64}"
 WANDB_ID_FILE = "wandb_run_id"
-# Together below 10 s: what a server that is away, or answers with nothing useful, may cost a start.
+# Together below 10 s: the longest delay that an absent or broken server adds to a start.
 PROBE_TIMEOUT_S, INIT_TIMEOUT_S = 2, 5
-FINISH_TIMEOUT_S = 30  # what is not sent by then is on disk, for `wandb sync`
+FINISH_TIMEOUT_S = 30  # data not sent by then stay on disk, for `wandb sync`
 
 
 def start_wandb(directory: Path, cfg: LogConfig, resolved: Mapping[str, Any]) -> Any:
-    """Open the run directory's run of Weights & Biases: a new one, or the one whose id is kept there.
+    """Start the W&B run of a run directory, or resume it if the directory holds its id.
 
     Args:
         directory: the run directory.
@@ -32,13 +32,13 @@ def start_wandb(directory: Path, cfg: LogConfig, resolved: Mapping[str, Any]) ->
         resolved: every option of the run.
 
     Returns:
-        The client's run; whatever it raises is the caller's to catch.
+        The client's run. The client's exceptions pass through; the caller catches them.
     """
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     if not os.environ.get("WANDB_MODE"):
         os.environ.pop("WANDB_MODE", None)  # set but empty, which the client refuses
-    import wandb  # half a second, and absent on some machines: only where it is used
+    import wandb  # late: takes half a second, and may not be installed
 
     mode = cfg.wandb
     if mode == "auto":
@@ -60,7 +60,7 @@ def start_wandb(directory: Path, cfg: LogConfig, resolved: Mapping[str, Any]) ->
         login_timeout=INIT_TIMEOUT_S,
         finish_timeout=FINISH_TIMEOUT_S,
         silent=True,
-        # What may hold a password and is no number: source, the remote's URL, argv, what libraries print.
+        # Never sent, since they may hold a password: source, the remote's URL, argv, console output.
         save_code=False,
         disable_code=True,
         disable_git=True,
@@ -69,11 +69,11 @@ def start_wandb(directory: Path, cfg: LogConfig, resolved: Mapping[str, Any]) ->
     )
     try:
         started = wandb.init(mode=mode, settings=settings, **options)
-    except Exception as error:  # server away, key refused: the numbers are kept on disk instead
+    except Exception as error:  # server absent, key refused: keep the numbers on disk instead
         if mode != "online":
             raise
         logger.warning("Weights & Biases cannot be used (%s): offline", without_secrets(error))
-        wandb.teardown()  # else the client still holds the run id of the attempt that failed
+        wandb.teardown()  # else the client keeps the run id of the failed attempt
         mode, started = "offline", wandb.init(mode="offline", settings=settings, **options)
     started.define_metric("step")
     started.define_metric("*", step_metric="step")
@@ -93,13 +93,13 @@ def log_evaluation(
     files: Sequence[Path],
     errors: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Add an evaluation to the W&B run of a run directory, where it has one; whatever fails is one warning.
+    """Add an evaluation to the W&B run of a run directory, if it has one; a failure is one warning.
 
     Args:
         directory: the run directory.
         cfg: of the run.
         resolved: every option of the run.
-        prefix: before every name.
+        prefix: put before every name.
         scalars: go to the run's summary.
         files: pictures, each under its stem.
         errors: rows of one table, all with the same keys; `picture` is a uint8 array [H, W].
@@ -123,13 +123,13 @@ def log_evaluation(
 
 
 def _run_id(path: Path) -> str:
-    """Return the run's id at Weights & Biases, the one of its first start."""
+    """Return the W&B run id, which the first start chose and wrote to `path`."""
     try:
         run_id = path.read_text().strip()
     except (OSError, ValueError):
         run_id = ""
     if not re.fullmatch(RUN_ID, run_id):
-        run_id = os.environ.get("WANDB_RUN_ID", "")  # a sweep's agent has chosen one
+        run_id = os.environ.get("WANDB_RUN_ID", "")  # chosen by a sweep's agent
         if not re.fullmatch(RUN_ID, run_id):
             run_id = secrets.token_hex(4)
         write_atomic(path, run_id + "\n")
@@ -137,14 +137,14 @@ def _run_id(path: Path) -> str:
 
 
 def without_secrets(error: Exception) -> str:
-    """Put an error on one line of at most 200 characters, without the key and without passwords of URLs."""
+    """Return an error on one line of at most 200 characters, without the API key and passwords in URLs."""
     text = re.sub(r"//[^/@\s]+@", "//***@", str(error))
     key = os.environ.get("WANDB_API_KEY")
     return one_line(text.replace(key, "***") if key else text, 200)  # cut last: half a key is a secret too
 
 
 def has_api_key() -> bool:
-    """Say whether Weights & Biases would find a key: in the environment or in netrc."""
+    """Return whether the client would find an API key: in the environment or in netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     own_server = urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname
