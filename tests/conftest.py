@@ -16,7 +16,7 @@ import torch
 
 from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
-from fmnist.data.fetch import PUBLISHED, find_file
+from fmnist.data.fetch import DEBIAN_FOLDER, PUBLISHED, find_file
 from fmnist.data.find import locate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +65,13 @@ def real_folder() -> Path:
         return locate(fetch=True)
     finally:
         os.chdir(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_for_every_directory(real_folder: Path) -> None:
+    """Name the folder where tests and their children may run in any directory; Debian's is found from all of them."""
+    if real_folder != DEBIAN_FOLDER:
+        os.environ.setdefault("FMNIST_DATA", str(real_folder))
 
 
 @pytest.fixture(scope="session")
