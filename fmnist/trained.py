@@ -15,9 +15,10 @@ from fmnist.checkpoint.tensors import load_strict, non_finite, read_tensors_and_
 from fmnist.config.parse import load_config
 from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
+from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.models.head import feature_width, logits_and_features
 from fmnist.network import build_network
-from fmnist.runtime.hardware import autocast
+from fmnist.runtime.hardware import autocast, find_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,11 @@ class Trained:
         """Pixels per side that the model sees."""
         return self.cfg.evaluation.size or self.augment.final_size
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes, in the order of the logits."""
+        return CLASS_NAMES
+
     @torch.no_grad()
     def __call__(self, images: Tensor, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
         """Run the model over images.
@@ -130,24 +136,6 @@ def open_trained(path: Path, device: torch.device | str | None = None) -> Traine
     if newest is None:
         raise ValueError(f"{path} holds no model.safetensors and no checkpoint: not a run directory of train.py")
     return _open(path, newest, place)
-
-
-def find_device(device: torch.device | str | None) -> torch.device:
-    """Return a device that is there.
-
-    Args:
-        device: as torch names it; None takes the accelerator where there is one, else the CPU.
-
-    Raises:
-        ValueError: one line, for a device that is not there.
-    """
-    try:
-        place = torch.device(device) if device else torch.accelerator.current_accelerator(check_available=True)
-        place = place or torch.device("cpu")
-        torch.zeros(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device is {device}: {str(error).splitlines()[0]}") from None
-    return place
 
 
 def _open(directory: Path, checkpoint: Path | None, device: torch.device) -> Trained:

@@ -10,6 +10,7 @@ from torch import nn
 from fmnist.runtime.gradients import AllReduce, Gradients, ShardSum
 from fmnist.runtime.hardware import (
     describe_device,
+    find_device,
     keep_freed_memory,
     make_deterministic,
     resolve_precision,
@@ -36,9 +37,11 @@ class Compute(Processes):
         shards: of `--exact`: only deterministic kernels, gradients summed in a fixed order; None turns it off.
         seed: of the initial weights.
         keep_memory: on a CPU, see `keep_freed_memory`.
+        device: as torch names it; None takes the accelerator where there is one, one for each process.
 
     Raises:
-        ValueError: the launcher started another number of processes than the job asked for.
+        ValueError: the launcher started another number of processes than the job asked for; a device that is not
+            there, or one accelerator named for several processes.
     """
 
     def __init__(
@@ -48,16 +51,21 @@ class Compute(Processes):
         shards: int | None = None,
         seed: int = 0,
         keep_memory: bool = True,
+        device: str | None = None,
     ) -> None:
         stop_with_launcher()
+        named = find_device(device) if device else None
         self.accelerator = Accelerator(
+            cpu=named is not None and named.type == "cpu",
             mixed_precision={"fp32": "no", "bf16": "bf16"}[resolve_precision(precision)],
             kwargs_handlers=[
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
                 InitProcessGroupKwargs(timeout=PATIENCE),
             ],
         )
-        self.device, self.shards = self.accelerator.device, shards
+        self.device, self.shards = named or self.accelerator.device, shards
+        if named is not None and named.type != "cpu" and self.accelerator.num_processes > 1:
+            raise ValueError(f"device is {device}; with several processes each takes its own accelerator: leave it out")
         if self.device.type == "cpu" and keep_memory:
             keep_freed_memory()
         if shards:

@@ -1,0 +1,27 @@
+"""Files that stand beside the package in a checkout and travel inside it in a wheel: train.py, evaluate.py, configs/."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+DEFAULT_RECIPE = "configs/cnn.yaml"
+
+
+def shipped(name: str) -> Path:
+    """Return where a file of this project is, e.g. train.py or configs/cnn.yaml."""
+    inside = PACKAGE / "shipped" / name
+    return inside if inside.exists() else PACKAGE.parent / name
+
+
+def with_recipe(flags: Sequence[str]) -> list[str]:
+    """Return train.py's flags with the default recipe named, and a recipe that is not here found where it is shipped."""
+    flags, named = list(flags), False
+    for i, flag in enumerate(flags):
+        name, assigned, value = flag.partition("=")
+        if name != "--config" or not (assigned or i + 1 < len(flags)):
+            continue
+        named = True
+        value = value if assigned else flags[i + 1]
+        if not Path(value).exists() and shipped(value).is_file():
+            flags[i : i + 1 + (not assigned)] = [f"--config={shipped(value)}"] if assigned else [flag, str(shipped(value))]
+    return flags if named else ["--config", str(shipped(DEFAULT_RECIPE)), *flags]
