@@ -24,7 +24,9 @@ class CommandLine(argparse.ArgumentParser):
 
     def add_run(self, *, device: bool = True) -> None:
         """Add RUN, and what every command that runs a model takes."""
-        self.add_argument("run", type=run_path, metavar="RUN", help="a run directory of train.py, or a checkpoint in it")
+        self.add_argument(
+            "run", type=run_path, metavar="RUN", help="a run directory of train.py, or a checkpoint in it"
+        )
         if device:
             self.add_device()
         self.add_argument("--batch_size", type=number(1), help="images of one forward (default: the run's)")

@@ -47,7 +47,7 @@ def predict(found: Sequence[tuple[str, str]], args: argparse.Namespace) -> int:
     Raises:
         ValueError: one line, for a run that cannot be used or a --top above its number of classes.
     """
-    trained = open_trained(args.run, args.device)
+    trained = open_trained(args.run, args.device, args.batch_size)
     if args.top > len(trained.class_names):
         raise ValueError(f"--top is {args.top}; valid range: 1 to {len(trained.class_names)}, the classes")
     reference = open_reference(trained, args.root)
@@ -75,7 +75,7 @@ def predict_pictures(
         ]
         views = [photo.cutout.view for photo in photos if photo.cutout]
         images = torch.from_numpy(np.stack(views)) if views else torch.zeros(0, 28, 28, dtype=torch.uint8)
-        logits, features = trained(images, args.batch_size)
+        logits, features = trained(images)
         scores = reference.score(features)
         rows = zip(logits.double().softmax(1), scores.tolist(), strict=True)
         for photo in photos:
