@@ -1,8 +1,8 @@
-"""One style for all command lines, parsed before torch is imported: RUN first, the same options, one-line mistakes.
+"""One style for all command lines, parsed before torch is imported: RUN first, the same options, one-line errors.
 
-A command is a module with `main(argv) -> status`. At its top stand its parser and nothing heavy; what needs torch, scipy
-or matplotlib is imported inside `main`, after `parse_args`. So help, a misspelt option and a missing path are answered at
-once. `train.py` and `evaluate.py` parse above their own imports instead.
+A command is a module with `main(argv) -> status`. At its top stands its parser, and nothing heavy; what needs torch,
+scipy or matplotlib is imported inside `main`, after `parse_args`. So help, a misspelt option and a missing path are
+answered at once. `train.py` and `evaluate.py` parse above their own imports instead.
 """
 
 import argparse

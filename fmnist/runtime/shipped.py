@@ -1,4 +1,4 @@
-"""Files that stand beside the package in a checkout and travel inside it in a wheel: train.py, evaluate.py, configs/."""
+"""train.py, evaluate.py and configs/: beside the package in a checkout, inside it in a wheel."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ def shipped(name: str) -> Path:
 
 
 def with_recipe(flags: Sequence[str]) -> list[str]:
-    """Return train.py's flags with the default recipe named, and a recipe that is not here found where it is shipped."""
+    """Return flags of train.py with the default recipe named, and one that is not here replaced by the shipped one."""
     flags, named = list(flags), False
     for i, flag in enumerate(flags):
         name, assigned, value = flag.partition("=")
