@@ -49,7 +49,7 @@ def untrained(folder: Path, model: ModelConfig, size: int) -> Path:
     return folder
 
 
-def command(main: Callable[[list[str]], None], *args: object, status: int | None = 0) -> str:
+def command(main: Callable[[list[str]], int | None], *args: object, status: int | None = 0) -> str:
     """Run a command in this process; return what it printed and, for a mistake, the one line on stderr.
 
     Args:
@@ -62,7 +62,7 @@ def command(main: Callable[[list[str]], None], *args: object, status: int | None
     out, err, code = io.StringIO(), io.StringIO(), 0
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            main([str(arg) for arg in args])
+            code = main([str(arg) for arg in args]) or 0
         except SystemExit as end:
             code = int(end.code or 0)
         finally:

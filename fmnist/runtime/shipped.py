@@ -23,7 +23,5 @@ def with_recipe(flags: Sequence[str]) -> list[str]:
         named = True
         value = value if assigned else flags[i + 1]
         if not Path(value).exists() and shipped(value).is_file():
-            flags[i : i + 1 + (not assigned)] = (
-                [f"--config={shipped(value)}"] if assigned else [flag, str(shipped(value))]
-            )
+            flags[i if assigned else i + 1] = f"{'--config=' if assigned else ''}{shipped(value)}"
     return flags if named else ["--config", str(shipped(DEFAULT_RECIPE)), *flags]

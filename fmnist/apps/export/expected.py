@@ -26,17 +26,18 @@ class Expected:
     logits: Tensor
 
 
-def open_expected(path: Path, root: str | None = None) -> Expected:
+def open_expected(path: Path, root: str | None = None, batch_size: int | None = None) -> Expected:
     """Open a run and run it over the images.
 
     Args:
         path: a run directory or a checkpoint.
-        root: folder with the IDX files; None takes the run's.
+        root: folder of the data set; None takes the run's.
+        batch_size: images of one forward; None takes the run's.
 
     Raises:
         ValueError: one line, for a path that is neither, weights that do not fit, or test images that cannot be had.
     """
-    trained = open_trained(path, "cpu")
+    trained = open_trained(path, "cpu", batch_size)
     # However it was trained, what is written is float32 in torch's usual memory format.
     plain = replace(trained.cfg.model, precision="fp32", channels_last=False, compile=False)
     trained = replace(trained, cfg=replace(trained.cfg, model=plain))

@@ -1,4 +1,4 @@
-"""The README.md of a hub folder: what the model is, what was measured, how to use it, what it is not for."""
+"""The README.md of a hub folder: the model, its measured figures, its use, its limits."""
 
 import csv
 import html
@@ -9,12 +9,13 @@ from typing import Any
 
 import timm
 import torch
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from fmnist.apps.export.expected import Expected
 from fmnist.trained import Trained
 
 SAME_PROBABILITIES = 0.01  # mean absolute difference: bf16 stays far below, other weights lie above
+DATASET = "zalando-datasets/fashion_mnist"
 FASHION_MNIST = """\
 Fashion-MNIST: 70,000 grey images of clothes, 28 x 28, in ten balanced classes, by Zalando Research, MIT licence.
 
@@ -69,7 +70,7 @@ def read_measured(expected: Expected) -> Measured:
     """
     trained = expected.trained
     folder = trained.folder("evaluation") / "test"
-    again = f"run: python evaluate.py {trained.weights.parent}"
+    again = f"run: fmnist evaluate {trained.weights.parent}"
     try:
         metrics = json.loads((folder / "metrics.json").read_bytes())
         with (folder / "predictions.csv").open(newline="") as file:
@@ -80,7 +81,7 @@ def read_measured(expected: Expected) -> Measured:
         raise ValueError(f"a model card states measured figures, and there is no {error.filename}; {again}") from None
     except (OSError, ValueError, RuntimeError):
         raise ValueError(f"{folder} does not hold a whole evaluation; {again}") from None
-    mirrored, _ = expected.trained(expected.images.flip(-1))
+    mirrored, _ = trained(expected.images.flip(-1))
     averaged = (expected.logits.softmax(-1) + mirrored.softmax(-1)) / 2
     distance_flipped = (written - averaged).abs().mean()
     if not min(distance, distance_flipped) < SAME_PROBABILITIES:
@@ -96,28 +97,40 @@ def model_card(trained: Trained, measured: Measured, *, ours: bool) -> str:
         measured: its test metrics.
         ours: a model of this project, which timm does not know.
     """
-    trained, metrics = trained, measured.metrics
+    metrics = measured.metrics
     known = None if ours else timm.get_pretrained_cfg(trained.cfg.model.name)
     from_pretrained = trained.cfg.model.pretrained or bool(trained.cfg.model.weights)
     weights_licence = (known.license if known else None) or "other"
-    head = {
-        "library_name": "fmnist" if ours else "timm",
-        "license": weights_licence if from_pretrained else "mit",
-        "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "fashion-mnist", "fmnist"],
-        "datasets": ["zalando-datasets/fashion_mnist"],
-        "metrics": ["accuracy"],
-    }
+    head = ModelCardData(
+        library_name="fmnist" if ours else "timm",
+        license=weights_licence if from_pretrained else "mit",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "fashion-mnist", "fmnist"],
+        datasets=[DATASET],
+        metrics=["accuracy"],
+        model_name=trained.name,
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=DATASET,
+                dataset_name="Fashion-MNIST",
+                dataset_split="test",
+                metric_type="accuracy",
+                metric_value=metrics["top1"],
+            )
+        ],
+    )
     low, high = (100 * bound for bound in metrics["top1_interval"])
     averaging = ", each image averaged with its mirror (the code below does not)" if measured.flip else ""
     chosen = "The best epoch was chosen on validation images held out of the 60,000; this is one run."
     if trained.cfg.data.val_size == 0:
         chosen = "There were no validation images: these are the weights of the last step. This is one run."
     accuracy = f"accuracy **{100 * metrics['top1']:.2f} %** (95 % interval {low:.2f} to {high:.2f})"
+    num_parameters = sum(parameter.numel() for parameter in trained.model.parameters())
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
+        f"---\n{head.to_yaml()}\n---",
         f"# {escape(trained.name)}",
-        f"{escape(trained.cfg.model.name)}, {_count(trained):,} parameters, classifies Fashion-MNIST at "
+        f"{escape(trained.cfg.model.name)}, {num_parameters:,} parameters, classifies Fashion-MNIST at "
         f"{trained.size} px.",
         "## Measured",
         f"On {metrics['num_images']:,} test images{averaging}: {accuracy}, loss {metrics['loss']:.4f}, expected "
@@ -134,10 +147,6 @@ def model_card(trained: Trained, measured: Measured, *, ours: bool) -> str:
         FASHION_MNIST,
     ]
     return "\n\n".join(parts)
-
-
-def _count(trained: Trained) -> int:
-    return sum(parameter.numel() for parameter in trained.model.parameters())
 
 
 def _class_table(metrics: dict[str, Any]) -> str:
@@ -171,11 +180,12 @@ def logits(images: torch.Tensor) -> torch.Tensor:
 def _own_snippet() -> str:
     return """\
 timm does not know this model: `timm.create_model` refuses the folder as an unknown model. The project that trained it
-opens it like a run (`python evaluate.py FOLDER` works too):
+opens it like a run (`fmnist evaluate FOLDER` works too):
 
 ```python
 from pathlib import Path
 
+from fmnist.trained import open_trained
 
 trained = open_trained(Path("FOLDER"))  # FOLDER: where this README.md is
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fmnist.apps.search.catalogue import UNKNOWN, Catalogue
 from fmnist.report.figures import BLUE, GREEN, ORANGE, save_figure
-from fmnist.runtime.files import csv_bytes, write_atomic
+from fmnist.runtime.files import csv_bytes
 
 COLUMNS = 10  # images in one line of the sheet; more follow below
 CELL_INCHES, CAPTION_INCHES, HEAD_INCHES = 0.98, 0.46, 0.62
