@@ -82,8 +82,11 @@ def check_all_reduce(name: str | None) -> Iterator[Line]:
 
 def check_data(root: str | None) -> Iterator[Line]:
     """The four files: where they are, and whether they are the published ones."""
+    from torchvision.datasets import FashionMNIST
+
     from fmnist.data.fetch import DEBIAN_FOLDER, PUBLISHED, find_file, missing_files
     from fmnist.data.idx import read_idx
+    from fmnist.tracking.wandb_run import answers
 
     given = root or os.environ.get("FMNIST_DATA")
     home = Path(given or "data").expanduser()
@@ -93,12 +96,14 @@ def check_data(root: str | None) -> Iterator[Line]:
     if complete:
         files = {name: find_file(complete[0], name) for name in PUBLISHED}
         other = [str(path) for name, path in files.items() if path and read_idx(path)[1] != PUBLISHED[name][1]]
-        found = f"{complete[0]}: " + (f"not the published files: {', '.join(other)}" if other else "sha256 as published")
-        yield Line("data", "note" if other else "ok", found)
+        found = f"not the published files: {', '.join(other)}" if other else "sha256 as published"
+        yield Line("data", "note" if other else "ok", f"{complete[0]}: {found}")
     elif partial:
         yield Line("data", "fail", f"{partial[0]} lacks {', '.join(missing_files(partial[0]))}: complete or remove it")
+    elif shutil.which("apt-get") or any(answers(mirror) for mirror in FashionMNIST.mirrors):
+        yield Line("data", "note", f"not found: the first run fetches it into {folders[0]}")
     else:
-        yield Line("data", "note", f"not found: the first run fetches it into {folders[0]}, which needs a network")
+        yield Line("data", "fail", f"not found, and no mirror answers: put the four files into {folders[0]}")
 
 
 def check_weights() -> Iterator[Line]:

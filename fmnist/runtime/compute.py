@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from fmnist.runtime.gradients import AllReduce, Gradients, ShardSum
@@ -55,8 +56,10 @@ class Compute(Processes):
     ) -> None:
         stop_with_launcher()
         named = find_device(device) if device else None
+        # said to Accelerate, which else leaves processes on a machine without accelerator to themselves
+        on_cpu = named.type == "cpu" if named else not torch.accelerator.is_available()
         self.accelerator = Accelerator(
-            cpu=named is not None and named.type == "cpu",
+            cpu=on_cpu,
             mixed_precision={"fp32": "no", "bf16": "bf16"}[resolve_precision(precision)],
             kwargs_handlers=[
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
@@ -102,6 +105,8 @@ class Compute(Processes):
         """Join all processes, then end the process group: without the join a fast one can abort a slow one."""
         self.join()
         self.accelerator.end_training()
+        if self.world_size == 1:  # so that the next one in this process may have another device or precision
+            AcceleratorState._reset_state(reset_partial_state=True)
 
     def __enter__(self) -> Self:
         return self
