@@ -25,7 +25,8 @@ from fmnist.trained import open_trained
 logger = logging.getLogger("fmnist")
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace | None = None) -> None:
+    args = args or parse_args()
     log_to_console()
     request = Request(split=args.split, tta=args.tta, batch_size=args.batch_size, root=args.root, quick=args.quick)
     with one_line_errors("evaluate.py"), Compute(device=args.device) as compute:
