@@ -16,13 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fmnist.apps.views import read_photo, view_of
+from fmnist.apps.views import read_view, view_of
 from fmnist.config.parse import parse_config
 from fmnist.config.schema import Config, flatten
 from fmnist.evaluation.findings import findings
 from fmnist.evaluation.outcome import Request, evaluate
 from fmnist.runtime.compute import Compute
-from fmnist.runtime.console import log_to_console
 from fmnist.runtime.shipped import DEFAULT_RECIPE, shipped, with_recipe
 from fmnist.tracking.metrics_file import METRICS_FILE, read_metrics
 from fmnist.trained import Trained, open_trained
@@ -59,7 +58,7 @@ class RunResults:
         return self.trained.summary
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return what was logged, in step order: dicts with `step`, `epoch`, `prefix` (train, val, test) and scalars."""
+        """Return what was logged, in step order: dicts of `step`, `epoch`, `prefix` (train, val, test) and scalars."""
         lines = [line for part in read_metrics(self.directory / METRICS_FILE).values() for line in part]
         return sorted(lines, key=lambda line: int(line["step"]))
 
@@ -133,7 +132,7 @@ def train(config: str | Path | Config = DEFAULT_RECIPE, /, **options: Any) -> Ru
     Args:
         config: a YAML file, or a Config.
         options: what differs from it, by the names of the YAML file: a section with its fields,
-            `schedule={"epochs": 1}`, or an option at the root, `seed=3`.
+            `schedule={"epochs": 1}`, or an option at the root, `seed=3`; dotted names too, `**{"schedule.epochs": 1}`.
 
     Returns:
         The run, open.
@@ -141,33 +140,34 @@ def train(config: str | Path | Config = DEFAULT_RECIPE, /, **options: Any) -> Ru
     Raises:
         ValueError: an unknown or contradictory option, or data or a run directory that cannot be used; one line.
     """
-    flags = [] if isinstance(config, Config) else with_recipe(["--config", str(config)])
+    flags = [] if isinstance(config, Config) else ["--config", str(config)]
     wanted = flatten(config) if isinstance(config, Config) else {}
     for name, value in options.items():
         section = isinstance(value, Mapping) and name in Config.__dataclass_fields__
         wanted |= {f"{name}.{field}": inner for field, inner in value.items()} if section else {name: value}
     flags += [f"--{name}={_as_flag(value)}" for name, value in wanted.items()]
-    cfg = _in_one_line(parse_config, with_recipe(flags), prog="fmnist.train")
+    with contextlib.redirect_stderr(io.StringIO()), _exits_are_errors():
+        cfg = parse_config(with_recipe(flags))
     if cfg.dry_run:
         raise ValueError("dry_run trains nothing; use fmnist train --dry_run")
     spec = importlib.util.spec_from_file_location("fmnist_train_script", shipped("train.py"))
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)  # the loop itself stands in train.py
-    with _process_left_as_it_was():
-        log_to_console()
-        script.train_run(cfg)
+    with _process_left_as_it_was(), _exits_are_errors():
+        script.main(cfg)
     return RunResults(cfg.output_dir or "")
 
 
-def _in_one_line(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call a command line's function; its line on stderr and exit become a ValueError."""
-    said = io.StringIO()
+@contextlib.contextmanager
+def _exits_are_errors() -> Iterator[None]:
+    """Raise the error for which a command line would end the process."""
     try:
-        with contextlib.redirect_stderr(said):
-            return function(*args, **kwargs)
-    except SystemExit:
-        raise ValueError(said.getvalue().strip().removeprefix("fmnist.train: error: ")) from None
+        yield
+    except SystemExit as end:
+        if isinstance(error := end.__context__, OSError | FloatingPointError):
+            raise error from None
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def _as_flag(value: Any) -> str:
@@ -179,12 +179,9 @@ def _as_flag(value: Any) -> str:
 def _as_views(picture: Picture) -> Tensor:
     """Return uint8 [N, H, W] as the model takes them."""
     if isinstance(picture, str | Path):
-        photo = read_photo(str(picture))
-        if photo.cutout is None:
-            raise ValueError(f"{picture}: {photo.error}")
-        return torch.from_numpy(photo.cutout.view)[None]
+        return read_view(str(picture))[None]
     if isinstance(picture, Image.Image):
-        return torch.from_numpy(view_of(picture).view)[None]
+        return view_of(picture)[None]
     array = torch.as_tensor(picture)
     if array.dtype != torch.uint8 or array.ndim not in (2, 3):
         kind = str(array.dtype).removeprefix("torch.")

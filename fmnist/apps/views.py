@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fmnist.apps.cutout import Cutout, Floats, Invert, cut_out
-from fmnist.data.photos import open_picture
+from fmnist.data.photos import as_rgb, open_picture
 from fmnist.runtime.console import one_line
 
 
@@ -72,6 +72,15 @@ def read_view(name: str) -> Tensor:
     if photo.cutout is None:
         raise ValueError(f"{name}: {photo.error}")
     return torch.from_numpy(photo.cutout.view)
+
+
+def view_of(image: Image.Image) -> Tensor:
+    """Return a decoded picture as the model sees it: uint8 [28, 28] on the CPU.
+
+    Raises:
+        ValueError: there is no object in it.
+    """
+    return torch.from_numpy(cut_out(*_arrays(as_rgb(image))).view)
 
 
 def _arrays(image: Image.Image) -> tuple[Floats, Floats | None]:

@@ -86,8 +86,13 @@ def open_picture(path: Path) -> Image.Image:
             image = ImageOps.exif_transpose(image)
         except Exception:  # broken metadata does not make a broken picture
             image = image.copy()
-        image = _to_rgb(image)
-        image.thumbnail((WORK_SIZE, WORK_SIZE), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        return as_rgb(image)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return a copy of mode RGB or, with transparency, RGBA, at most WORK_SIZE on a side."""
+    image = _to_rgb(image)
+    image.thumbnail((WORK_SIZE, WORK_SIZE), Image.Resampling.LANCZOS, reducing_gap=3.0)
     return image
 
 
