@@ -11,13 +11,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL_RUN, environment
-from small import command
+from conftest import ROOT, environment
+from small import NUM_TEST, command, untrained, write_small_data
 
 from fmnist.__main__ import COMMANDS
 from fmnist.apps.doctor import Line
 from fmnist.apps.doctor import main as doctor_main
 from fmnist.apps.launch import main as launch_main
+from fmnist.config.schema import ModelConfig
 from fmnist.runtime.shipped import shipped, with_recipe
 
 HEAVY = ("torch", "scipy", "matplotlib", "sklearn", "timm", "accelerate", "wandb")
@@ -157,25 +158,22 @@ def test_doctor_sums_over_the_processes_it_is_launched_with(tmp_path: Path) -> N
 
 
 def test_evaluate_goes_where_it_is_told_and_says_what_it_does(tmp_path: Path) -> None:
-    (tmp_path / "small.yaml").write_text(SMALL_RUN)
-    for args in (
-        ("train", "--config", "small.yaml", "--output_dir", "run", "--schedule.steps", 2, "--schedule.warmup_steps", 1),
-        ("evaluate", "run", "--quick", "--output", "out", "--device", "cpu", "--batch_size", 1000),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "fmnist", *map(str, args)],
-            capture_output=True,
-            text=True,
-            env=environment(),
-            timeout=200,
-            cwd=tmp_path,
-        )
-        assert done.returncode == 0, done.stderr
-    assert "run (1 of 1): test images" in done.stderr and "written to out" in done.stdout
-    written, own = (
-        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("out", "run/evaluation/test")
+    (tmp_path / "data").mkdir()
+    data = write_small_data(tmp_path / "data")
+    run = untrained(tmp_path / "run", ModelConfig(name="mlp", options={"width": 16}), 28)
+    flags = ["--quick", "--output", "out", "--device", "cpu", "--batch_size", "1000", "--data.root", str(data)]
+    done = subprocess.run(
+        [sys.executable, "-m", "fmnist", "evaluate", str(run), *flags],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=200,
+        cwd=tmp_path,
     )
-    assert written["confusion_matrix"] == own["confusion_matrix"]
+    assert done.returncode == 0, done.stderr
+    assert "run (1 of 1): test images" in done.stderr and "written to out" in done.stdout
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["num_images"] == NUM_TEST
+    assert not (run / "evaluation").exists()
 
 
 def test_a_wheel_has_everything_and_trains(tmp_path: Path) -> None:
