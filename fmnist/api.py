@@ -30,14 +30,10 @@ Picture = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 
 
 class RunResults:
-    """A finished run, or one that still trains: its weights, its numbers, its predictions.
+    """A run, finished or still training: its numbers and its predictions. Made by `train` and `open_run`.
 
     Attributes:
         directory: the run directory.
-
-    Args:
-        path: a run directory of `train`, or one of its checkpoints.
-        device: as torch names it; None takes the accelerator where there is one, else the CPU.
     """
 
     def __init__(self, path: str | Path, device: str | None = None) -> None:
@@ -80,11 +76,11 @@ class RunResults:
         names = self.trained.class_names
         if not 1 <= top <= len(names):
             raise ValueError(f"top is {top}; valid range: 1 to {len(names)}")
-        single = isinstance(images, str | Path | Image.Image | np.ndarray | Tensor)
-        views = [_as_views(picture) for picture in ([images] if single else images)]  # type: ignore[list-item]
-        if not views:
+        one = isinstance(images, str | Path | Image.Image | np.ndarray | Tensor)
+        pictures: Sequence[Any] = [images] if one else images  # type: ignore[assignment]
+        if not pictures:
             return []
-        logits, _ = self.trained(torch.cat(views))
+        logits, _ = self.trained(torch.cat([_as_views(picture) for picture in pictures]))
         values, labels = logits.double().softmax(1).topk(top)
         return [
             [(names[label], value) for value, label in zip(*row, strict=True)]

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
-from fmnist.apps.export.expected import Expected
-from fmnist.apps.export.model_card import Measured, model_card, read_measured
+from fmnist.apps.export.expected import Expected, Measured, read_measured
+from fmnist.apps.export.model_card import model_card
 from fmnist.checkpoint.tensors import apart
 from fmnist.config.schema import to_yaml
 from fmnist.models import REGISTRY
