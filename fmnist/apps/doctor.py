@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fmnist.runtime.arguments import CommandLine
-from fmnist.runtime.console import log_to_console, one_line_errors
+from fmnist.runtime.console import log_to_console, one_line, one_line_errors
 
 MIN_FREE_BYTES = 1 << 30  # a run's checkpoints at once: three of a ConvNeXt-Tiny with its optimizer
 PARSER = CommandLine(prog="fmnist doctor", description=__doc__)
@@ -82,28 +82,20 @@ def check_all_reduce(name: str | None) -> Iterator[Line]:
 
 def check_data(root: str | None) -> Iterator[Line]:
     """The four files: where they are, and whether they are the published ones."""
-    from torchvision.datasets import FashionMNIST
-
-    from fmnist.data.fetch import DEBIAN_FOLDER, PUBLISHED, find_file, missing_files
+    from fmnist.data.fetch import PUBLISHED, find_file
+    from fmnist.data.find import locate
     from fmnist.data.idx import read_idx
-    from fmnist.tracking.wandb_run import answers
 
-    given = root or os.environ.get("FMNIST_DATA")
-    home = Path(given or "data").expanduser()
-    folders = [home / "FashionMNIST" / "raw", home, *([] if given else [DEBIAN_FOLDER])]
-    complete = [folder for folder in folders if not missing_files(folder)]
-    partial = [folder for folder in folders if 0 < len(missing_files(folder)) < len(PUBLISHED)]
-    if complete:
-        files = {name: find_file(complete[0], name) for name in PUBLISHED}
-        other = [str(path) for name, path in files.items() if path and read_idx(path)[1] != PUBLISHED[name][1]]
-        found = f"not the published files: {', '.join(other)}" if other else "sha256 as published"
-        yield Line("data", "note" if other else "ok", f"{complete[0]}: {found}")
-    elif partial:
-        yield Line("data", "fail", f"{partial[0]} lacks {', '.join(missing_files(partial[0]))}: complete or remove it")
-    elif shutil.which("apt-get") or any(answers(mirror) for mirror in FashionMNIST.mirrors):
-        yield Line("data", "note", f"not found: the first run fetches it into {folders[0]}")
-    else:
-        yield Line("data", "fail", f"not found, and no mirror answers: put the four files into {folders[0]}")
+    try:
+        folder = locate(root)
+    except ValueError as error:
+        fetched = "only train.py fetches it" in str(error)  # else a folder was named, or holds a part of them
+        yield Line("data", "note" if fetched else "fail", "the first run fetches it" if fetched else str(error))
+        return
+    files = {name: find_file(folder, name) for name in PUBLISHED}
+    other = [str(path) for name, path in files.items() if path and read_idx(path)[1] != PUBLISHED[name][1]]
+    found = f"not the published files: {', '.join(other)}" if other else "sha256 as published"
+    yield Line("data", "note" if other else "ok", f"{folder}: {found}")
 
 
 def check_weights() -> Iterator[Line]:
@@ -174,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 found = list(check(*values))
             except Exception as error:  # whatever a broken installation raises is the answer
-                found = [Line(name, "fail", " ".join(str(error).split())[:200] or type(error).__name__)]
+                found = [Line(name, "fail", one_line(error))]
             lines += found
             if os.environ.get("RANK", "0") == "0" and not args.json:
                 for line in found:
