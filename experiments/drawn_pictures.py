@@ -7,7 +7,7 @@ scikit-learn (two photos, six digits) and matplotlib (a portrait).
 
     apt-get install fonts-noto-color-emoji openclipart-svg librsvg2-bin
     python -m experiments.drawn_pictures make pictures
-    python -m fmnist.apps.predict runs/cnn pictures --output predictions
+    fmnist predict runs/cnn pictures --output predictions
     python -m experiments.drawn_pictures score predictions/predictions.csv
 """
 
@@ -136,19 +136,19 @@ def make(folder: Path) -> int:
 
 
 def score(path: Path) -> None:
-    """Print how many pictures of each kind were predicted right, in the top three, and flagged as unlike."""
+    """Print how many pictures of each kind were predicted right, in the top three, and flagged as unfamiliar."""
     with path.open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     classes = {name.replace("/", "_").replace(" ", "_"): name for name in CLASS_NAMES}
     for title, kind in (("clothes", True), ("no clothes", False)):
         part = [row for row in rows if (Path(row["file"]).parent.name in classes) == kind]
-        flagged = sum(row["unlike"] == "yes" for row in part)
-        text = f"{title}: {len(part)} pictures, {flagged} flagged as unlike"
+        flagged = sum(row["unfamiliar"] == "yes" for row in part)
+        text = f"{title}: {len(part)} pictures, {flagged} flagged as unfamiliar"
         if kind:
             names = [classes[Path(row["file"]).parent.name] for row in part]
             right = [row["prediction"] == name for row, name in zip(part, names, strict=True)]
             three = [name in (row["top1"], row["top2"], row["top3"]) for row, name in zip(part, names, strict=True)]
-            kept = [hit for hit, row in zip(right, part, strict=True) if row["unlike"] == "no"]
+            kept = [hit for hit, row in zip(right, part, strict=True) if row["unfamiliar"] == "no"]
             text += (
                 f"; {sum(right)} right, {sum(three)} in the top three; {sum(kept)} right of the {len(kept)} not flagged"
             )

@@ -1,1 +1,28 @@
-"""Train image classifiers on data that fits on the GPU: fast, exact, readable."""
+"""Train image classifiers in a loop you can read.
+
+From Python or a notebook:
+
+    import fmnist
+
+    run = fmnist.train("configs/mlp.yaml", schedule={"epochs": 1}, output_dir="runs/mlp")
+    run.metrics()                       # what was logged, a dict per line
+    run.evaluate("test")["top1"]
+    run.predict(["shoe.jpg"])           # class names with probabilities
+    fmnist.open_run("runs/mlp")         # the same object, later
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fmnist.api import RunResults, open_run, train
+
+__all__ = ["RunResults", "open_run", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch only when one of these is used: every command line imports this package."""
+    if name in __all__:
+        from fmnist import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'fmnist' has no attribute {name!r}")

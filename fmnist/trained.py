@@ -1,6 +1,6 @@
 """A trained run, or one of its checkpoints, as a function of images: logits and features."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from fmnist.checkpoint.tensors import load_strict, non_finite, read_tensors_and_
 from fmnist.config.parse import load_config
 from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
+from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.models.head import feature_width, logits_and_features
 from fmnist.network import build_network
-from fmnist.runtime.hardware import autocast
+from fmnist.runtime.hardware import autocast, find_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,20 +84,24 @@ class Trained:
         """Pixels per side that the model sees."""
         return self.cfg.evaluation.size or self.augment.final_size
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes, in the order of the logits."""
+        return CLASS_NAMES
+
     @torch.no_grad()
-    def __call__(self, images: Tensor, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Run the model over images.
 
         Args:
             images: uint8 [N, H, W], 0 to 255, as Fashion-MNIST: light on black.
-            batch_size: images of one forward; None takes the run's.
 
         Returns:
             float32 [N, num_classes] logits and float32 [N, D] penultimate features, what the classifier takes, on
             the CPU.
         """
         logits, features = [], []
-        for part in images.split(batch_size or self.cfg.evaluation.batch_size):
+        for part in images.split(self.cfg.evaluation.batch_size):
             prepared = self.augment.evaluation(part.to(self.device), self.size)
             with autocast(self.device, self.augment.dtype):
                 part_logits, part_features = logits_and_features(self.model, prepared)
@@ -107,12 +112,13 @@ class Trained:
         return torch.cat(logits).cpu(), torch.cat(features).cpu()
 
 
-def open_trained(path: Path, device: torch.device | str | None = None) -> Trained:
+def open_trained(path: Path, device: torch.device | str | None = None, batch_size: int | None = None) -> Trained:
     """Open a run directory (its weights to use; while it trains, its newest valid checkpoint) or a checkpoint.
 
     Args:
         path: what train.py wrote.
         device: as torch names it; None takes the accelerator where there is one, else the CPU.
+        batch_size: images of one forward; None takes the run's.
 
     Raises:
         ValueError: one line, for a path that is neither, a checkpoint that does not verify, or a device that is not
@@ -123,45 +129,30 @@ def open_trained(path: Path, device: torch.device | str | None = None) -> Traine
     place = find_device(device)
     if path.name.startswith("step_") and (path / "manifest.json").is_file():
         verify(path)
-        return _open(path.parent.parent, path, place)
+        return _open(path.parent.parent, path, place, batch_size)
     if (path / MODEL).is_file() and (path / "config.yaml").is_file():
-        return _open(path, None, place)
+        return _open(path, None, place, batch_size)
     newest = Checkpoints(path / "checkpoints", 1, {}).newest_good()
     if newest is None:
         raise ValueError(f"{path} holds no model.safetensors and no checkpoint: not a run directory of train.py")
-    return _open(path, newest, place)
+    return _open(path, newest, place, batch_size)
 
 
-def find_device(device: torch.device | str | None) -> torch.device:
-    """Return a device that is there.
-
-    Args:
-        device: as torch names it; None takes the accelerator where there is one, else the CPU.
-
-    Raises:
-        ValueError: one line, for a device that is not there.
-    """
-    try:
-        place = torch.device(device) if device else torch.accelerator.current_accelerator(check_available=True)
-        place = place or torch.device("cpu")
-        torch.zeros(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device is {device}: {str(error).splitlines()[0]}") from None
-    return place
-
-
-def _open(directory: Path, checkpoint: Path | None, device: torch.device) -> Trained:
+def _open(directory: Path, checkpoint: Path | None, device: torch.device, batch_size: int | None) -> Trained:
     name = directory.resolve().name
     weights = directory / MODEL
     if checkpoint is not None:
         name += f" step {read_state(checkpoint).step}"
         weights = weights_to_use(checkpoint)
+    cfg = load_config(directory / "config.yaml")
+    if batch_size is not None:
+        cfg = replace(cfg, evaluation=replace(cfg.evaluation, batch_size=batch_size))
     return Trained(
         name=name,
         directory=directory,
         checkpoint=checkpoint.name if checkpoint is not None else "",
         weights=weights,
-        cfg=load_config(directory / "config.yaml"),
+        cfg=cfg,
         summary=read_summary(directory),
         device=device,
     )

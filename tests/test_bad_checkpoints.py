@@ -1,6 +1,6 @@
 """Bad checkpoints of every kind: the older good one is taken and the bad file named, or the run ends with one line.
 
-None is ever loaded in silence. The command `python -m fmnist.checkpoint` says the same without loading.
+None is ever loaded in silence. The command `fmnist checkpoint` says the same without loading.
 """
 
 import json
@@ -452,13 +452,13 @@ def test_the_command_finds_exported_weights_that_are_damaged(run: Path) -> None:
 def test_the_command_answers_a_bad_path_with_one_line_and_status_2(
     tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for path, expected in ((tmp_path, "config.yaml is missing"), (tmp_path / "nowhere", "is not a directory")):
+    for path, expected in ((tmp_path, "holds no config.yaml"), (tmp_path / "nowhere", "no such file or folder")):
         with pytest.raises(SystemExit) as caught:
             main([str(path)])
         assert caught.value.code == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and str(path) in err and expected in err
-    command = [sys.executable, "-m", "fmnist.checkpoint", str(run)]
+    command = [sys.executable, "-m", "fmnist", "checkpoint", str(run)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert "step        3" in done.stdout

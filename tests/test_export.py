@@ -18,15 +18,17 @@ from conftest import ROOT
 from small import VAL_SIZE, command, untrained, write_small_data
 
 from fmnist.apps.export.__main__ import main as export_main
-from fmnist.apps.export.expected import Reference, open_reference
+from fmnist.apps.export.expected import Expected, open_expected
 from fmnist.apps.export.hub import write_hub
 from fmnist.apps.export.model_card import escape
 from fmnist.apps.export.onnx import check, write_onnx
-from fmnist.apps.search.catalogue import sha256_of
 from fmnist.config.schema import ModelConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
+from fmnist.evaluation.findings import findings
+from fmnist.evaluation.outcome import Outcome
 from fmnist.report.write import write_evaluation
-from fmnist.trained import open_predictor
+from fmnist.runtime.files import sha256_of
+from fmnist.trained import open_trained
 
 TINY_CONVNEXT = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "patch_size": 2, "conv_mlp": False}
 TINY_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -47,13 +49,23 @@ def cnn_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluated(run: Path, flip: bool = False) -> Path:
     """Give a run directory the evaluation on the test images that evaluate.py would."""
-    predictor = open_predictor(run, "cpu")
+    trained = open_trained(run, "cpu")
     images, labels = load_split("test", None, VAL_SIZE)
-    logits, _ = predictor(images)
+    logits, _ = trained(images)
     if flip:
-        logits = ((logits.softmax(-1) + predictor(images.flip(-1))[0].softmax(-1)) / 2).clamp(min=1e-30).log()
-    folder = run / "evaluation" / "test"
-    write_evaluation(folder, logits, labels, torch.arange(len(labels)), CLASS_NAMES, title="run")
+        logits = ((logits.softmax(-1) + trained(images.flip(-1))[0].softmax(-1)) / 2).clamp(min=1e-30).log()
+    outcome = Outcome(
+        name="run",
+        model=trained.cfg.model.name,
+        directory=run / "evaluation" / "test",
+        split="test",
+        tta="flip" if flip else "none",
+        images=images,
+        labels=labels,
+        logits=logits,
+        class_names=CLASS_NAMES,
+    )
+    write_evaluation(findings(outcome, quick=True))
     return run
 
 
@@ -74,18 +86,18 @@ MODELS = [
 
 @pytest.mark.parametrize(("model", "size"), MODELS, ids=lambda value: getattr(value, "name", None))
 def test_onnx_gives_the_logits_of_torch(model: ModelConfig, size: int, tmp_path: Path) -> None:
-    reference = few(open_reference(untrained(tmp_path / "run", model, size)), 1000 if size < 100 else 40)
-    assert f"{len(reference.images):,} test images" in write_onnx(reference, tmp_path / "model.onnx")
+    expected = few(open_expected(untrained(tmp_path / "run", model, size)), 1000 if size < 100 else 40)
+    assert f"{len(expected.images):,} test images" in write_onnx(expected, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    logits, probabilities = session.run(None, {"images": reference.images[:5].numpy()})
-    largest = float(reference.logits.abs().max())
-    assert np.abs(logits - reference.logits[:5].numpy()).max() < 1e-4 * max(1, largest / 10)
+    logits, probabilities = session.run(None, {"images": expected.images[:5].numpy()})
+    largest = float(expected.logits.abs().max())
+    assert np.abs(logits - expected.logits[:5].numpy()).max() < 1e-4 * max(1, largest / 10)
     assert np.abs(probabilities.sum(1) - 1).max() < 1e-5
-    assert reference.logits.std(dim=0).max() > 1e-3  # images are told apart: equal logits would say nothing
+    assert expected.logits.std(dim=0).max() > 1e-3  # images are told apart: equal logits would say nothing
 
 
-def few(reference: Reference, count: int) -> Reference:
-    return replace(reference, images=reference.images[:count], logits=reference.logits[:count])
+def few(expected: Expected, count: int) -> Expected:
+    return replace(expected, images=expected.images[:count], logits=expected.logits[:count])
 
 
 def test_onnx_of_a_trained_cnn(cnn_run: Path) -> None:
@@ -107,29 +119,29 @@ def test_onnx_of_a_trained_cnn(cnn_run: Path) -> None:
     images = load_split("test", None, VAL_SIZE)[0][1000:]  # not those that the export itself looked at
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     logits = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    assert torch.allclose(logits, open_predictor(cnn_run, "cpu")(images)[0], atol=1e-4)
+    assert torch.allclose(logits, open_trained(cnn_run, "cpu")(images)[0], atol=1e-4)
 
 
 def test_a_graph_that_differs_leaves_no_file(cnn_run: Path, tmp_path: Path) -> None:
-    reference = open_reference(cnn_run)
-    other = replace(reference, logits=reference.logits + 2e-4)
+    expected = open_expected(cnn_run)
+    other = replace(expected, logits=expected.logits + 2e-4)
     with pytest.raises(ValueError, match="logits differ from torch's by 2.0e-04; the limit is 1e-04"):
         write_onnx(other, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
-    nan = replace(reference, logits=reference.logits * torch.nan)
-    write_onnx(reference, tmp_path / "model.onnx")
+    nan = replace(expected, logits=expected.logits * torch.nan)
+    write_onnx(expected, tmp_path / "model.onnx")
     with pytest.raises(ValueError, match="differ"):
         check(tmp_path / "model.onnx", nan)
     (tmp_path / "cut.onnx").write_bytes((tmp_path / "model.onnx").read_bytes()[:1000])
     with pytest.raises(ValueError, match="onnxruntime cannot run the graph"):
-        check(tmp_path / "cut.onnx", reference)
+        check(tmp_path / "cut.onnx", expected)
 
 
 def test_a_missing_package_is_one_line(cnn_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = __import__("importlib.util").util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else found(name))
     with pytest.raises(ValueError, match="needs onnxscript: pip install -r requirements-export.txt"):
-        write_onnx(open_reference(cnn_run), tmp_path / "model.onnx")
+        write_onnx(open_expected(cnn_run), tmp_path / "model.onnx")
 
 
 def card_logits(folder: Path, images: torch.Tensor) -> torch.Tensor:
@@ -149,13 +161,14 @@ def test_hub_folder_of_our_own_model(cnn_run: Path) -> None:
         *("README.md", "config.json", "config.yaml", "model.safetensors"),
     ]
     images = load_split("test", None, VAL_SIZE)[0][:100]
-    assert torch.allclose(card_logits(folder, images), open_predictor(cnn_run, "cpu")(images)[0], atol=1e-5)
+    assert torch.allclose(card_logits(folder, images), open_trained(cnn_run, "cpu")(images)[0], atol=1e-5)
     card = (folder / "README.md").read_text()
     metrics = json.loads((cnn_run / "evaluation" / "test" / "metrics.json").read_text())
     assert f"accuracy **{100 * metrics['top1']:.2f} %**" in card and f"error {metrics['ece']:.4f}" in card
     assert f"| Shirt | {metrics['per_class']['Shirt']['precision']:.4f} |" in card
     head = yaml.safe_load(card.split("---")[1])
     assert head["library_name"] == "fmnist" and head["license"] == "mit"
+    assert head["model-index"][0]["results"][0]["metrics"][0]["value"] == metrics["top1"]
     assert "timm does not know this model" in card
     with pytest.raises(RuntimeError, match="Unknown model"):
         timm.create_model(f"local-dir:{folder}", pretrained=True)
@@ -175,29 +188,29 @@ HUB_MODELS = [
 @pytest.mark.parametrize(("model", "size", "num_channels"), HUB_MODELS, ids=lambda value: getattr(value, "name", None))
 def test_timm_opens_the_hub_folder(model: ModelConfig, size: int, num_channels: int, tmp_path: Path) -> None:
     run = evaluated(untrained(tmp_path / "run", model, size))
-    write_hub(open_reference(run), tmp_path / "hub")
+    write_hub(open_expected(run), tmp_path / "hub")
     opened = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
     prepared = timm.data.resolve_data_config(model=opened)
-    predictor = open_predictor(run, "cpu")
+    trained = open_trained(run, "cpu")
     assert tuple(prepared["input_size"]) == (num_channels, size, size)
-    assert prepared["mean"] == pytest.approx(predictor.augment.mean)
-    assert prepared["std"] == pytest.approx(predictor.augment.std)
+    assert prepared["mean"] == pytest.approx(trained.augment.mean)
+    assert prepared["std"] == pytest.approx(trained.augment.std)
     assert opened.pretrained_cfg["label_names"] == list(CLASS_NAMES)
     images = load_split("test", None, VAL_SIZE)[0][1000:1050]
-    logits = predictor(images)[0]
+    logits = trained(images)[0]
     with torch.no_grad():
-        direct = opened(predictor.augment.evaluation(images, size))
+        direct = opened(trained.augment.evaluation(images, size))
     assert (direct - logits).abs().max() < 1e-5
     assert (card_logits(tmp_path / "hub", images) - logits).abs().max() < 1e-5
     # The folder is a run too, as config.yaml says.
-    assert torch.equal(open_predictor(tmp_path / "hub", "cpu")(images)[0], logits)
+    assert torch.equal(open_trained(tmp_path / "hub", "cpu")(images)[0], logits)
 
 
 def test_a_card_needs_figures_of_these_weights(cnn_run: Path, tmp_path: Path) -> None:
     run = untrained(tmp_path / "run", ModelConfig(name="mlp", options={"width": 16}), 28)
     assert "measured figures, and there is no" in export(run, "--to", "hub", status=2)
     os.symlink(cnn_run / "evaluation", run / "evaluation")  # those of another run
-    assert "was evaluated with other weights; run: python evaluate.py" in export(run, "--to", "hub", status=2)
+    assert "was evaluated with other weights; run: fmnist evaluate" in export(run, "--to", "hub", status=2)
     assert not (run / "export" / "hub").exists()
     assert list((run / "export").iterdir()) == [] if (run / "export").exists() else True
 

@@ -32,10 +32,11 @@ ROOMS: dict[str, set[str]] = {
         *("checkpoint", "config", "data", "evaluation", "metrics", "models", "network", "optim", "report", "run"),
         *("runtime", "tracking"),
     },
-    "apps": {"checkpoint", "config", "data", "evaluation", "models", "report", "runtime", "trained"},
+    "apps": {"checkpoint", "config", "data", "evaluation", "models", "report", "runtime", "tracking", "trained"},
     "benchmark": {"config", "data", "models", "network", "optim", "report", "runtime", "step"},
     "train.py": {"checkpoint", "config", "metrics", "optim", "run", "runtime", "step", "training"},
     "evaluate.py": {"evaluation", "report", "runtime", "trained"},
+    "api": {"apps", "config", "evaluation", "runtime", "tracking", "trained"},
     "experiments": {"apps", "benchmark", "checkpoint", "config", "data", "runtime", "trained"},
 }
 FLOORS = (
@@ -46,7 +47,7 @@ FLOORS = (
     {"evaluation"},
     {"report"},
     {"training", "apps", "benchmark", "evaluate.py"},
-    {"train.py", "experiments"},
+    {"train.py", "api", "experiments"},
 )
 # What an outside library, or a part of the standard one, is used through.
 HOMES: dict[str, set[str]] = {
@@ -56,7 +57,12 @@ HOMES: dict[str, set[str]] = {
     "signal.signal": {"fmnist/runtime/stop_vote.py"},
 }
 # These may not be imported, not even late, by what decides before torch is there.
-LIGHT = ("config", "runtime/console.py", "runtime/files.py", "runtime/launcher.py", "runtime/provenance.py")
+LIGHT = (
+    *("config", "runtime/arguments.py", "runtime/console.py", "runtime/files.py", "runtime/launcher.py"),
+    *("runtime/provenance.py", "runtime/shipped.py", "evaluation/options.py", "__init__.py", "__main__.py"),
+    *(f"apps/{name}/__main__.py" for name in ("export", "monitor", "predict", "search")),
+    *(f"apps/{name}.py" for name in ("checkpoints", "doctor", "duplicates", "launch")),
+)
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:

@@ -1,49 +1,48 @@
 """The monitor raises false alarms at its stated rate, and alarms for batches that differ."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment
 from pictures import digits, learned_run
 from PIL import Image
+from small import command
 
-from fmnist.apps.monitor.__main__ import main, parse_args, read_batch
-from fmnist.apps.monitor.drift import BatchSums, describe, judge
-from fmnist.apps.novelty import Reference, open_reference
+from fmnist.apps.monitor.__main__ import main
+from fmnist.apps.monitor.batch import read_batch
+from fmnist.apps.monitor.drift import BatchSums, describe, drift_test
+from fmnist.apps.novelty import NoveltyReference, open_reference
 from fmnist.data.fashion_mnist import load_split
-from fmnist.trained import Predictor, open_predictor
+from fmnist.trained import Trained, open_trained
 
 
 @pytest.fixture(scope="module")
-def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
-    return open_predictor(learned_run(tmp_path_factory), "cpu")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return open_trained(learned_run(tmp_path_factory), "cpu")
 
 
 @pytest.fixture(scope="module")
-def reference(predictor: Predictor) -> Reference:
-    return open_reference(predictor)
+def reference(trained: Trained) -> NoveltyReference:
+    return open_reference(trained)
 
 
 @pytest.fixture(scope="module")
-def seen(predictor: Predictor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def seen(trained: Trained) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits, features and labels of the first 5,000 test images."""
     images, labels = load_split("test", None, 2000)
-    return (*predictor(images[:5000]), labels[:5000])
+    return (*trained(images[:5000]), labels[:5000])
 
 
-def alarms(reference: Reference, logits: torch.Tensor, features: torch.Tensor, rate: float) -> bool:
+def alarms(reference: NoveltyReference, logits: torch.Tensor, features: torch.Tensor, rate: float) -> bool:
     batch = BatchSums(reference)
     batch.add(logits, features)
-    return bool(judge(batch, rate).alarms.any())
+    return bool(drift_test(batch, rate).alarms.any())
 
 
 def test_false_alarms_come_at_the_stated_rate(
-    reference: Reference, seen: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch
+    reference: NoveltyReference, seen: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits, features, _ = seen
     kept: dict[int, object] = {}
@@ -68,17 +67,17 @@ def test_false_alarms_come_at_the_stated_rate(
 
 
 def test_digits_and_a_single_class_are_alarms(
-    predictor: Predictor, reference: Reference, seen: tuple[torch.Tensor, ...]
+    trained: Trained, reference: NoveltyReference, seen: tuple[torch.Tensor, ...]
 ) -> None:
     logits, features, labels = seen
-    assert alarms(reference, *predictor(digits()[:40]), 0.01)
+    assert alarms(reference, *trained(digits()[:40]), 0.01)
     one = labels == 7
     assert alarms(reference, logits[one][:40], features[one][:40], 0.01)
-    mixed = torch.cat([features[:30], predictor(digits()[:30])[1]])  # half of them
-    assert alarms(reference, torch.cat([logits[:30], predictor(digits()[:30])[0]]), mixed, 0.01)
+    mixed = torch.cat([features[:30], trained(digits()[:30])[1]])  # half of them
+    assert alarms(reference, torch.cat([logits[:30], trained(digits()[:30])[0]]), mixed, 0.01)
 
 
-def test_sums_do_not_depend_on_the_parts(reference: Reference, seen: tuple[torch.Tensor, ...]) -> None:
+def test_sums_do_not_depend_on_the_parts(reference: NoveltyReference, seen: tuple[torch.Tensor, ...]) -> None:
     logits, features, _ = seen
     whole, parts = BatchSums(reference), BatchSums(reference)
     whole.add(logits[:90], features[:90])
@@ -115,40 +114,30 @@ def test_bad_batches_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "short.npz").write_bytes(b"PK")
     np.savez(tmp_path / "two.npz", a=np.zeros(1), b=np.zeros(1))
     (tmp_path / "text").write_text("hello there, no images here")
-    for name in ("float.npy", "shape.npy", "pickle.npy", "short.npz", "two.npz", "text", "absent"):
+    for name in ("float.npy", "shape.npy", "pickle.npy", "short.npz", "two.npz", "text"):
         with pytest.raises(ValueError, match=name) as error:
             list(read_batch(tmp_path / name))
         assert "\n" not in str(error.value)
-    with pytest.raises(SystemExit):
-        parse_args(["run", "batch", "--false_alarms", "0.0001"])
 
 
-def test_the_command_says_it_in_a_line_a_json_and_a_status(
-    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_says_it_in_a_line_a_json_and_a_status(trained: Trained, tmp_path: Path) -> None:
     images = load_split("test", None, 2000)[0][:400]
     np.save(tmp_path / "usual.npy", images.numpy())
     np.save(tmp_path / "digits.npy", digits()[:50].numpy())
     np.save(tmp_path / "few.npy", images[:4].numpy())
-    run = str(predictor.trained.directory)
-    command = [sys.executable, "-m", "fmnist.apps.monitor", run, str(tmp_path / "digits.npy")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, cwd=ROOT)
-    assert done.returncode == 1, done.stderr
-    for name, verdict, status in (("usual", "fine", 0), ("digits", "worry", 1), ("few", "too few", 2)):
-        batch, path = str(tmp_path / f"{name}.npy"), tmp_path / "m.json"
-        monkeypatch.setattr(sys, "argv", ["monitor", run, batch, "--json", str(path)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        said = capsys.readouterr().out
-        assert exit_.value.code == status and said.startswith(f"{verdict}: ") and said.count("\n") == 1
-        result = json.loads(path.read_text())
+    run = trained.directory
+    for name, verdict, status in (("usual", "fine", 0), ("digits", "alert", 1), ("few", "too few", 2)):
+        batch = tmp_path / f"{name}.npy"
+        said = command(main, run, batch, status=status, lines=0)
+        assert said.startswith(f"{verdict}: ") and said.count("\n") == 1
+        result = json.loads(command(main, run, batch, "--json", status=status, lines=0))
         assert result["verdict"] == verdict and result["line"] == said.strip()
         if verdict == "too few":
             assert "at least 5" in result["line"]
         else:
-            assert any(signal["alarm"] for signal in result["signals"].values()) == (verdict == "worry")
-        assert verdict != "worry" or said.split(": ", 1)[1] == done.stdout.split(": ", 1)[1]
-    monkeypatch.setattr(sys, "argv", ["monitor", run, str(tmp_path / "absent")])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert exit_.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+            assert any(signal["alarm"] for signal in result["signals"].values()) == (verdict == "alert")
+            assert sum(result["batch_means"]["class_mix"].values()) == pytest.approx(1)
+            assert 0 <= result["usual_means"]["unfamiliar"] < 0.1 < result["usual_means"]["confidence"]
+    assert "BATCH: absent: no such file or folder" in command(main, run, "absent", status=2)
+    rate = command(main, run, tmp_path / "few.npy", "--false_alarms", 0.0001, status=2)
+    assert "--false_alarms: '0.0001' is not valid; valid range: 0.005 to 0.5" in rate

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from fmnist.apps.cutout import cut_out, find_object, fit
+from fmnist.apps.views import read_photo
 from fmnist.data.batches import Split
-from fmnist.data.photos import WORK_SIZE, find_pictures, open_picture, read_photo
+from fmnist.data.photos import WORK_SIZE, find_pictures, open_picture
 
 PAPER = (228, 224, 216)
 

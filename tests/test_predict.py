@@ -1,6 +1,8 @@
 """The command as a user runs it: pictures and bad files in, a CSV and a sheet out, an exit status."""
 
 import csv
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,18 +12,20 @@ import pytest
 from conftest import environment
 from pictures import learned_run
 from PIL import Image
+from small import command
 from test_photos import drawn
 
 from fmnist.apps.cutout import Cutout
 from fmnist.apps.novelty import open_reference
-from fmnist.apps.predict.__main__ import CHUNK, Prediction, header, main, parse_args, predict_pictures, row
+from fmnist.apps.predict.__main__ import PARSER, main
+from fmnist.apps.predict.predictions import CHUNK, Prediction, header, predict_pictures, row
+from fmnist.apps.views import Photo
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
-from fmnist.data.photos import Photo
-from fmnist.trained import open_predictor
+from fmnist.trained import open_trained
 
 
 def predict(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fmnist.apps.predict", *map(str, args)]
+    command = [sys.executable, "-m", "fmnist", "predict", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, cwd=cwd)
 
 
@@ -42,13 +46,13 @@ def test_a_folder_with_good_and_bad_files(run_directory: Path, tmp_path: Path) -
     (tmp_path / "nothing").mkdir()
     done = predict(run_directory, "photos", "=1+1.png", "nothing", "no*.jpg", "--output", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "13 pictures predicted" in done.stdout and "4 errors" in done.stdout
+    assert re.match(r"13 predicted: \d+ flagged as unfamiliar, \d+ used uncropped; 4 errors\n", done.stdout)
 
     with (tmp_path / "out" / "predictions.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert list(rows[0]) == header(3) and len(rows) == 12 + 2 + 1 + 2
     good = [line for line in rows if not line["error"]]
-    expected = open_predictor(run_directory, "cpu")(images)[0].argmax(1)
+    expected = open_trained(run_directory, "cpu")(images)[0].argmax(1)
     names = [CLASS_NAMES[label] for label in expected]
     agree = sum(line["prediction"] == name for line, name in zip(good, names, strict=False))
     assert agree >= 10, agree  # of 12 drawn at 600 px with noise: as the pictures they were drawn from
@@ -56,7 +60,9 @@ def test_a_folder_with_good_and_bad_files(run_directory: Path, tmp_path: Path) -
         chances = [float(line[f"p{place}"]) for place in (1, 2, 3)]
         assert line["top1"] == line["prediction"] and float(line["confidence"]) == chances[0]
         assert chances == sorted(chances, reverse=True) and sum(chances) <= 1.00001
-        assert line["unlike"] in ("yes", "no") and float(line["score"]) >= -1e-6 and line["cropped"] in ("yes", "no")
+        assert (
+            line["unfamiliar"] in ("yes", "no") and float(line["score"]) >= -1e-6 and line["cropped"] in ("yes", "no")
+        )
     errors = {line["file"]: line["error"] for line in rows if line["error"]}
     assert set(errors) == {"photos/12.jpg", "photos/13.png", "nothing", "no*.jpg"}
     assert rows[14]["file"] == "./=1+1.png"
@@ -65,26 +71,35 @@ def test_a_folder_with_good_and_bad_files(run_directory: Path, tmp_path: Path) -
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["predictions.csv", "predictions.png"]
 
 
-def test_exit_status_and_one_line_errors(
-    run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_exit_status_and_one_line_errors(run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jpg").write_bytes(b"nothing")
-    for run, output, status in ((run_directory, "out", 1), (tmp_path, "out", 2), (run_directory, "bad.jpg", 2)):
-        monkeypatch.setattr(sys, "argv", ["predict", str(run), "bad.jpg", "--output", output])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        said = capsys.readouterr()
-        assert exit_.value.code == status
-        assert "0 pictures predicted" in said.out if status == 1 else said.err.count("\n") == 1, said
-    for wrong in (["--top", "11"], ["--sheet", "-1"], ["--invert", "perhaps"]):
-        with pytest.raises(SystemExit) as exit_:
-            parse_args(["run", "a.jpg", *wrong])
-        assert exit_.value.code == 2
+    assert "0 predicted: 0 flagged" in command(main, run_directory, "bad.jpg", "--output", "out", status=1, lines=None)
+    assert "not a run directory" in command(main, tmp_path, "bad.jpg", status=2)
+    assert "--output is bad.jpg" in command(main, run_directory, "bad.jpg", "--output", "bad.jpg", status=2)
+    # Where nothing of what was named is there, that is said before the model is opened.
+    assert "absent.jpg: no such file" in command(main, run_directory, "absent.jpg", "no*.png", status=2)
+    assert "--top is 11; valid range: 1 to 10" in command(main, run_directory, "bad.jpg", "--top", 11, status=2)
+    for wrong, said in (
+        (["--top", "0"], "--top: '0' is not valid; valid range: 1 and more"),
+        (["--sheet", "-1"], "--sheet: '-1' is not valid; valid range: 0 to 1000"),
+        (["--invert", "perhaps"], "--invert: invalid choice"),
+        (["--outptu", "x"], "unknown option --outptu (did you mean --output?)"),
+    ):
+        assert said in command(main, run_directory, "bad.jpg", *wrong, status=2)
+
+
+def test_counts_as_json(run_directory: Path, tmp_path: Path) -> None:
+    for index, image in enumerate(load_split("test", None, 2000)[0][:3].numpy()):
+        Image.fromarray(image).save(tmp_path / f"{index}.png")
+    said = command(main, run_directory, tmp_path, tmp_path / "absent", "--output", tmp_path / "out", "--json")
+    found = json.loads(said)
+    assert (found["predicted"], found["uncropped"], found["errors"]) == (3, 3, 1)  # 28 x 28 is used as it is
+    assert found["unfamiliar"] in range(4) and found["output"] == str(tmp_path / "out")
 
 
 def test_pictures_are_held_a_chunk_at_a_time(run_directory: Path, tmp_path: Path) -> None:
-    predictor = open_predictor(run_directory, "cpu")
+    trained = open_trained(run_directory, "cpu")
     Image.fromarray(load_split("test", None, 2000)[0][0].numpy()).save(tmp_path / "a.png")
     taken = 0
 
@@ -94,7 +109,9 @@ def test_pictures_are_held_a_chunk_at_a_time(run_directory: Path, tmp_path: Path
             taken += 1
             yield str(tmp_path / "a.png"), ""
 
-    items = predict_pictures(predictor, open_reference(predictor), endless(), parse_args(["run", "a.png"]))
+    items = predict_pictures(
+        trained, open_reference(trained), endless(), PARSER.parse_args([str(run_directory), "a.png"])
+    )
     first = next(items)
     assert taken == CHUNK and len(first.top) == 3
 

@@ -1,29 +1,30 @@
-"""Show a run's checkpoints, each verified, and which would be used: python -m fmnist.checkpoint RUN..."""
+"""Verify the checkpoints of runs: hashes, values, config; and show which one a restart would continue from.
 
-import argparse
+The exit status is 0 where each run has a checkpoint and none is damaged, 1 where one is, 2 for a mistake.
+"""
+
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fmnist.checkpoint.contents import EMA, MODEL, read_meta, read_state, verify
-from fmnist.checkpoint.run_directory import read_summary
-from fmnist.checkpoint.store import Checkpoints
-from fmnist.checkpoint.tensors import non_finite, read_tensors
-from fmnist.config.parse import load_config
-from fmnist.config.same_run import changes, recipe
-from fmnist.runtime.files import sha256_of
+from fmnist.runtime.arguments import CommandLine, run_path
+from fmnist.runtime.console import log_to_console, one_line_errors
+
+PARSER = CommandLine(prog="fmnist checkpoint", description=__doc__)
+PARSER.add_argument("runs", nargs="+", type=run_path, metavar="RUN", help="a run directory of train.py")
+PARSER.add_argument("--json", action="store_true", help="print one JSON object per run, for scripts")
 
 
 @dataclass(kw_only=True)
-class Entry:
-    """One checkpoint.
+class Checked:
+    """One checkpoint, verified.
 
     Attributes:
-        step: completed optimizer updates, of its name.
+        step: completed optimizer updates, from its name.
         bytes: size of its files.
-        problem: what is wrong with it, in one line; empty for a good one.
-        roles: newest, best, resume (a restart continues from it), weights (model.safetensors is a copy of its weights).
+        problem: what is wrong with it, in one line; empty for a valid one.
+        roles: resume (a restart continues from it), best, weights (model.safetensors is a copy of its weights).
         meta: what it says of itself: model, world size, versions.
     """
 
@@ -34,113 +35,94 @@ class Entry:
     meta: dict[str, Any]
 
 
-def inspect(run: Path) -> tuple[list[Entry], list[str]]:
+def inspect(run: Path) -> tuple[list[Checked], list[str]]:
     """Verify a run's checkpoints.
 
-    Args:
-        run: a run directory.
-
     Returns:
-        The checkpoints, oldest first, and what is wrong beside them, one line each.
+        The checkpoints, oldest first, and all problems, one line each.
 
     Raises:
         ValueError: the path is not a run directory.
     """
-    if not run.is_dir():
-        raise ValueError(f"{run} is not a directory: give a run directory of train.py")
+    from fmnist.checkpoint.contents import EMA, MODEL, read_meta, read_state, verify
+    from fmnist.checkpoint.run_directory import read_summary
+    from fmnist.checkpoint.store import Checkpoints
+    from fmnist.checkpoint.tensors import non_finite, read_tensors
+    from fmnist.config.parse import load_config
+    from fmnist.config.same_run import changes, recipe
+    from fmnist.runtime.files import sha256_of
+
     expected = json.loads(json.dumps(recipe(load_config(run / "config.yaml"))))
     checkpoints = Checkpoints(run / "checkpoints", 1, {})
     weights = sha256_of(run / MODEL) if (run / MODEL).is_file() else None
-    entries, best, damaged = [], 0, []
+    found, best, problems = [], 0, []
     for step in checkpoints.steps():
         path = checkpoints.path(step)
-        entry = Entry(step=step, bytes=size(path), problem="", roles=[], meta={})
+        size = sum(file.stat().st_size for file in path.glob("*") if file.is_file())
+        checked = Checked(step=step, bytes=size, problem="", roles=[], meta={})
+        found.append(checked)
         try:
             digests = verify(path)
             state, meta = read_state(path), read_meta(path)
-            bad = [f"{name}: {key}" for name in digests if name.endswith(".safetensors") for key in broken(path / name)]
-            differing = changes(meta.pop("config", {}), expected)
-            if bad:
+            files = [name for name in digests if name.endswith(".safetensors")]
+            if bad := [f"{name}: {key}" for name in files for key in non_finite(read_tensors(path / name))]:
                 raise ValueError(f"{path} holds non-finite values in {', '.join(bad[:3])}")
-            if differing:
+            if differing := changes(meta.pop("config", {}), expected):
                 raise ValueError(f"{path} is of another config: {'; '.join(differing[:3])}")
-            entry.meta, best = meta, state.best_step
-            if weights is not None and digests.get(EMA, digests.get(MODEL)) == weights:
-                entry.roles.append("weights")
         except ValueError as error:
-            entry.problem = str(error)
-            damaged.append(entry.problem)
-        entries.append(entry)
-    good = [entry for entry in entries if not entry.problem]
-    for entry in good[-1:]:
-        entry.roles.insert(0, "resume")
-    for entry in entries:
-        if entry.step == best:
-            entry.roles.append("best")
-    copied = any("weights" in entry.roles for entry in entries)
-    if (
-        weights is not None and not copied and read_summary(run).get("status") == "finished"
-    ):  # one that goes on drops older ones
-        damaged.append(f"{run / MODEL} is not a copy of any good checkpoint here: its own is gone, or it is damaged")
-    if not entries:
-        damaged.append(f"{checkpoints.directory} holds no checkpoint")
-    return entries, damaged
+            checked.problem = str(error)
+            problems.append(checked.problem)
+            continue
+        checked.meta, best = meta, state.best_step
+        if weights is not None and digests.get(EMA, digests.get(MODEL)) == weights:
+            checked.roles.append("weights")
+    for checked in [checked for checked in found if not checked.problem][-1:]:
+        checked.roles.insert(0, "resume")
+    for checked in found:
+        checked.roles += ["best"] * (checked.step == best)
+    # Only at the end: a run that goes on drops older checkpoints.
+    finished = read_summary(run).get("status") == "finished"
+    if finished and weights is not None and not any("weights" in checked.roles for checked in found):
+        problems.append(f"{run / MODEL} is not a copy of any valid checkpoint here: its own is gone, or it is damaged")
+    if not found:
+        problems.append(f"{checkpoints.directory} holds no checkpoint")
+    return found, problems
 
 
-def broken(path: Path) -> list[str]:
-    """Name a file's tensors that are not finite."""
-    return non_finite(read_tensors(path))
+ROLES = {
+    "resume": "a restart continues from it",
+    "best": "best on validation",
+    "weights": "model.safetensors is a copy of it",
+}
 
 
-def size(path: Path) -> int:
-    """Return the bytes of a directory's files, of those that can be read."""
-    return sum(file.stat().st_size for file in path.glob("*") if file.is_file())
-
-
-def table(run: Path, entries: list[Entry], problems: list[str]) -> str:
+def table(run: Path, found: list[Checked], problems: list[str]) -> str:
     """Return the text for people."""
-    words = {
-        "resume": "a restart continues from it",
-        "best": "best on validation",
-        "weights": "model.safetensors is a copy of it",
-    }
     lines = [str(run)]
-    for entry in entries:
-        verdict = "damaged" if entry.problem else "good"
-        made = [str(entry.meta[key]) for key in ("model",) if key in entry.meta]
-        if "world_size" in entry.meta:
-            made.append(f"{entry.meta['world_size']} process(es)")
-        if isinstance(entry.meta.get("versions"), dict):
-            made.append(f"torch {entry.meta['versions'].get('torch', 'unknown')}")
-        roles = [words[role] for role in entry.roles]
-        lines.append(f"  step {entry.step:8d}  {entry.bytes / 1e6:9.2f} MB  {verdict:7s}  {'; '.join(made + roles)}")
+    for checked in found:
+        meta = checked.meta
+        notes = [str(meta["model"])] if "model" in meta else []
+        if isinstance(size := meta.get("world_size"), int):
+            notes.append(f"{size} process{'es' * (size != 1)}")
+        if isinstance(versions := meta.get("versions"), dict):
+            notes.append(f"torch {versions.get('torch', 'unknown')}")
+        notes += [ROLES[role] for role in checked.roles]
+        state = "damaged" if checked.problem else "valid"
+        lines.append(f"  step {checked.step:8d}  {checked.bytes / 1e6:9.2f} MB  {state:7s}  {'; '.join(notes)}")
     return "\n".join(lines + [f"  {problem}" for problem in problems])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print what the runs' checkpoints are worth.
-
-    Returns:
-        0: each run has a checkpoint and none is damaged; 1: some are; 2: a path is not a run directory.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m fmnist.checkpoint", description="Verify the checkpoints of runs: hashes, values, config, roles."
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory of train.py")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a run, for scripts")
-    args = parser.parse_args(argv)
+    """Print what is known of each run's checkpoints."""
+    args = PARSER.parse_args(argv)
+    log_to_console()
     status = 0
-    for run in args.runs:
-        try:
-            entries, problems = inspect(run)
-        except (ValueError, OSError) as error:
-            parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
-        if args.json:
-            found = {"run": str(run), "checkpoints": [asdict(entry) for entry in entries], "problems": problems}
-            print(json.dumps(found))
-        else:
-            print(table(run, entries, problems))
-        status = max(status, int(bool(problems)))
+    with one_line_errors(PARSER.prog):
+        for run in args.runs:
+            found, problems = inspect(run)
+            about = {"run": str(run), "checkpoints": [asdict(checked) for checked in found], "problems": problems}
+            print(json.dumps(about) if args.json else table(run, found, problems))
+            status = max(status, int(bool(problems)))
     return status
 
 

@@ -1,4 +1,4 @@
-"""How unlike the training images a picture is, with a threshold calibrated on the run's validation images."""
+"""Which pictures are unfamiliar: far from the training images, by a threshold calibrated on validation images."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fmnist.trained import Trained
 logger = logging.getLogger("fmnist")
 NUM_IMAGES = 5000  # of each kind: seconds on a CPU; ten thousand change the error rates by less than a point
 NEIGHBOURS = 10
-FLAGGED = 0.05  # of the validation images, which are all clothes
+FLAGGED = 0.05  # of the validation images, all of them of the known classes
 SEED = 20171
 
 
 @dataclass(frozen=True)
 class NoveltyReference:
-    """What a trained model makes of images it should know.
+    """Features of images that a trained model should know, and the threshold they set.
 
     Attributes:
         train: float16 [M, D], penultimate features of training images, each of length 1.
@@ -45,7 +45,7 @@ class NoveltyReference:
         return float(torch.quantile(self.score(self.val), 1 - FLAGGED))
 
     def score(self, features: Tensor) -> Tensor:
-        """Return how unlike the training images each picture is: 1 - cosine to the tenth nearest of them.
+        """Return how far each picture is from the training images: 1 - cosine to the tenth nearest of them.
 
         Energy, Mahalanobis and euclidean distances were tried beside it: each of them takes noise or digits for
         clothes with one of the two models it was tried on (docs/photos.md).
@@ -65,7 +65,7 @@ class NoveltyReference:
 
 
 def open_reference(trained: Trained, root: str | None = None) -> NoveltyReference:
-    """Return what a trained model makes of at most NUM_IMAGES training and as many validation images.
+    """Return the features of at most NUM_IMAGES training and as many validation images.
 
     Which images those are is drawn with a fixed seed; their features are kept beside the run. Where the run kept no
     validation images, other training images stand in for them.

@@ -1,4 +1,4 @@
-"""Read pictures from outside: JPEG, PNG and WebP from files, folders and globs; what is bad is told, not raised."""
+"""Find and decode pictures from outside: JPEG, PNG and WebP from files, folders and globs."""
 
 from __future__ import annotations
 
@@ -6,38 +6,15 @@ import glob
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
-
-from fmnist.apps.cutout import Cutout, Floats, Invert, cut_out
-from fmnist.runtime.console import one_line
+from PIL import Image, ImageOps
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")  # every other decoder of Pillow stays closed to files from outside
 WORK_SIZE = 512  # pixels of the longest edge that is worked on: an object of a tenth of it still has 51 for our 28
 MAX_FILE_BYTES = 1 << 28
-
-
-@dataclass(frozen=True, kw_only=True)
-class Photo:
-    """A picture as read and prepared, or why not.
-
-    Attributes:
-        name: its path as found.
-        image: RGB, at most WORK_SIZE on a side, upright; None where it could not be read.
-        cutout: what the model sees; None where there is an error.
-        error: one line; empty where all is well.
-    """
-
-    name: str
-    image: Image.Image | None = None
-    cutout: Cutout | None = None
-    error: str = ""
 
 
 def find_pictures(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -81,48 +58,6 @@ def _expand(path: str) -> Iterator[tuple[str, str]]:
         yield str(error.filename), error.strerror or str(error)
 
 
-def read_photo(name: str, *, invert: Invert = "auto", crop: bool = True) -> Photo:
-    """Read one picture and prepare it for the model.
-
-    Args:
-        name: the file.
-        invert: see `cut_out`.
-        crop: see `cut_out`.
-
-    Returns:
-        The photo; where anything about the file is wrong, one with its error.
-    """
-    try:
-        image = open_picture(Path(name))
-    except UnidentifiedImageError:
-        return Photo(name=name, error="not a JPEG, PNG or WebP picture")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return Photo(name=name, error=f"more than {Image.MAX_IMAGE_PIXELS:,} pixels")
-    except Exception as error:  # decoders raise what they like on a damaged file: struct.error, SyntaxError, KeyError
-        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return Photo(name=name, error=one_line(text) or type(error).__name__)
-    try:
-        cutout = cut_out(*_arrays(image), invert=invert, crop=crop)
-    except ValueError as error:
-        return Photo(name=name, image=_on_white(image), error=str(error))
-    return Photo(name=name, image=_on_white(image), cutout=cutout)
-
-
-def read_view(name: str) -> Tensor:
-    """Read one picture as the model sees it.
-
-    Returns:
-        uint8 [28, 28] on the CPU.
-
-    Raises:
-        ValueError: one line with the file's name and what is wrong with it.
-    """
-    photo = read_photo(name)
-    if photo.cutout is None:
-        raise ValueError(f"{name}: {photo.error}")
-    return torch.from_numpy(photo.cutout.view)
-
-
 def open_picture(path: Path) -> Image.Image:
     """Decode a picture, upright as its EXIF says, at most WORK_SIZE on a side.
 
@@ -151,8 +86,13 @@ def open_picture(path: Path) -> Image.Image:
             image = ImageOps.exif_transpose(image)
         except Exception:  # broken metadata does not make a broken picture
             image = image.copy()
-        image = _to_rgb(image)
-        image.thumbnail((WORK_SIZE, WORK_SIZE), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        return as_rgb(image)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return a copy of mode RGB or, with transparency, RGBA, at most WORK_SIZE on a side."""
+    image = _to_rgb(image)
+    image.thumbnail((WORK_SIZE, WORK_SIZE), Image.Resampling.LANCZOS, reducing_gap=3.0)
     return image
 
 
@@ -167,14 +107,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if isinstance(low, int | float) and low < 255:
             return image
     return image.convert("RGB")
-
-
-def _arrays(image: Image.Image) -> tuple[Floats, Floats | None]:
-    pixels = np.asarray(image, dtype=np.float32)
-    return pixels[..., :3], pixels[..., 3] / np.float32(255) if image.mode == "RGBA" else None
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -1,19 +1,11 @@
-"""List the test images that nearly copy a training image, as CSV: python -m fmnist.evaluation.near_copies"""
+"""Find the images of a split that nearly copy a training image."""
 
-import argparse
-import csv
-import sys
-import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor
 
-from fmnist.data.fashion_mnist import CLASS_NAMES, load, load_split
-from fmnist.runtime.console import log_to_console, one_line_errors
-from fmnist.runtime.hardware import describe_device
+from fmnist.data.fashion_mnist import load, load_split
 
 NEAR_COPY, SIMILAR = 0.99, 0.98  # correlations above which an image counts as a near copy, or as similar
 BASIS_SIZE = 96
@@ -122,57 +114,3 @@ def load_pair(split: str, root: str | None, val_size: int) -> tuple[tuple[Tensor
     if split == "test":
         return load("test", root), load("train", root)
     return load_split("val", root, val_size), load_split("train", root, val_size)
-
-
-def write_csv(file: TextIO, found: NearCopies, labels: Tensor, training_labels: Tensor, threshold: float) -> None:
-    """Write one row per image above the threshold, most alike first.
-
-    Args:
-        file: open for text.
-        found: as `find_near_copies` returns it.
-        labels: int64 of the split.
-        training_labels: int64 of the training images it was compared with.
-        threshold: correlation.
-    """
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["index", "label", "train_index", "train_label", "correlation"])
-    for index, partner, value in zip(
-        found.indices.tolist(), found.partners.tolist(), found.correlations.tolist(), strict=True
-    ):
-        if value > threshold:
-            names = CLASS_NAMES[labels[index]], CLASS_NAMES[training_labels[partner]]
-            writer.writerow([index, names[0], partner, names[1], f"{value:.6f}"])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m fmnist.evaluation.near_copies", description=__doc__)
-    parser.add_argument("--split", choices=("test", "val"), default="test", help="images to look at")
-    parser.add_argument("--val_size", type=int, default=5000, help="validation images among the 60,000")
-    parser.add_argument("--threshold", type=float, default=NEAR_COPY, help="list images above this correlation")
-    parser.add_argument("--data.root", dest="root", help="folder with the IDX files")
-    parser.add_argument("--output", type=Path, help="CSV file to write; none prints it")
-    args = parser.parse_args()
-    if not SIMILAR <= args.threshold < 1:
-        parser.error(f"--threshold is {args.threshold}; valid range: {SIMILAR} to below 1")
-    log_to_console()
-    with one_line_errors("fmnist.evaluation.near_copies"):
-        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-        (images, labels), (training, training_labels) = load_pair(args.split, args.root, args.val_size)
-        start = time.perf_counter()
-        found = find_near_copies(images.to(device), training.to(device))
-        seconds = time.perf_counter() - start
-        if args.output:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            with args.output.open("w", newline="", encoding="utf-8") as file:
-                write_csv(file, found, labels, training_labels, args.threshold)
-        else:
-            write_csv(sys.stdout, found, labels, training_labels, args.threshold)
-    counts = [int((found.correlations > threshold).sum()) for threshold in (NEAR_COPY, SIMILAR)]
-    sys.stderr.write(
-        f"{counts[0]} of {found.num_images:,} {args.split} images correlate above {NEAR_COPY} with a training image, "
-        f"{counts[1]} above {SIMILAR} ({describe_device(device)}, {seconds:.1f} s)\n"
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -5,11 +5,13 @@ from typing import Literal, Self
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from fmnist.runtime.gradients import AllReduce, Gradients, ShardSum
 from fmnist.runtime.hardware import (
     describe_device,
+    find_device,
     keep_freed_memory,
     make_deterministic,
     resolve_precision,
@@ -36,9 +38,11 @@ class Compute(Processes):
         shards: of `--exact`: only deterministic kernels, gradients summed in a fixed order; None turns it off.
         seed: of the initial weights.
         keep_memory: on a CPU, see `keep_freed_memory`.
+        device: as torch names it; None takes the accelerator where there is one, one for each process.
 
     Raises:
-        ValueError: the launcher started another number of processes than the job asked for.
+        ValueError: the launcher started another number of processes than the job asked for; a device that is not
+            there, or one accelerator named for several processes.
     """
 
     def __init__(
@@ -48,16 +52,23 @@ class Compute(Processes):
         shards: int | None = None,
         seed: int = 0,
         keep_memory: bool = True,
+        device: str | None = None,
     ) -> None:
         stop_with_launcher()
+        named = find_device(device) if device else None
+        # said to Accelerate, which else leaves processes on a machine without accelerator to themselves
+        on_cpu = named.type == "cpu" if named else not torch.accelerator.is_available()
         self.accelerator = Accelerator(
+            cpu=on_cpu,
             mixed_precision={"fp32": "no", "bf16": "bf16"}[resolve_precision(precision)],
             kwargs_handlers=[
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
                 InitProcessGroupKwargs(timeout=PATIENCE),
             ],
         )
-        self.device, self.shards = self.accelerator.device, shards
+        self.device, self.shards = named or self.accelerator.device, shards
+        if named is not None and named.type != "cpu" and self.accelerator.num_processes > 1:
+            raise ValueError(f"device is {device}; with several processes each takes its own accelerator: leave it out")
         if self.device.type == "cpu" and keep_memory:
             keep_freed_memory()
         if shards:
@@ -94,6 +105,8 @@ class Compute(Processes):
         """Join all processes, then end the process group: without the join a fast one can abort a slow one."""
         self.join()
         self.accelerator.end_training()
+        if self.world_size == 1:  # so that the next one in this process may have another device or precision
+            AcceleratorState._reset_state(reset_partial_state=True)
 
     def __enter__(self) -> Self:
         return self

@@ -8,6 +8,24 @@ import sys
 import torch
 
 
+def find_device(device: torch.device | str | None) -> torch.device:
+    """Return a device that is there.
+
+    Args:
+        device: as torch names it; None takes the accelerator where there is one, else the CPU.
+
+    Raises:
+        ValueError: one line, for a device that is not there.
+    """
+    try:
+        place = torch.device(device) if device else torch.accelerator.current_accelerator(check_available=True)
+        place = place or torch.device("cpu")
+        torch.zeros(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {device}: {str(error).splitlines()[0]}") from None
+    return place
+
+
 def resolve_precision(precision: str) -> str:
     """Turn auto into bf16 where the GPU computes in it, else fp32."""
     if precision != "auto":

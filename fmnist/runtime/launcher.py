@@ -1,8 +1,4 @@
-"""How a run was launched: by torchrun, accelerate or SLURM. No torch here: a batch script asks it before it starts one.
-
-`python -m fmnist.runtime.launcher [flags of train.py]` prints the run directory that train.py would use, or the one
-line that it would refuse the flags with (status 2).
-"""
+"""How a run was launched: by torchrun, accelerate or SLURM."""
 
 import ctypes
 import logging
@@ -10,9 +6,6 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
-from pathlib import Path
-
-from fmnist.config.parse import parse_config
 
 logger = logging.getLogger("fmnist")
 EXPECTED_WORLD_SIZE = "FMNIST_EXPECTED_WORLD_SIZE"
@@ -74,12 +67,3 @@ def stop_with_launcher(environ: Mapping[str, str] = os.environ) -> None:
     launched = "TORCHELASTIC_RUN_ID" in environ or "ACCELERATE_MIXED_PRECISION" in environ
     if launched and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-
-
-def main() -> None:
-    cfg = parse_config(prog="train.py")
-    print(Path(cfg.output_dir or "runs/run").resolve())
-
-
-if __name__ == "__main__":
-    main()

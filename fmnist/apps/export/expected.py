@@ -1,14 +1,19 @@
-"""What an export has to agree with: the run in float32 on the CPU, on real test images."""
+"""The expected answers of an export, and the measured figures that its card states."""
 
+import csv
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from fmnist.data.fashion_mnist import load_split
 from fmnist.trained import Trained, open_trained
 
 NUM_IMAGES = 1000
+SAME_PROBABILITIES = 0.01  # mean absolute difference: bf16 stays far below, other weights lie above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,20 +31,64 @@ class Expected:
     logits: Tensor
 
 
-def open_expected(path: Path, root: str | None = None) -> Expected:
+def open_expected(path: Path, root: str | None = None, batch_size: int | None = None) -> Expected:
     """Open a run and run it over the images.
 
     Args:
         path: a run directory or a checkpoint.
-        root: folder with the IDX files; None takes the run's.
+        root: folder of the data set; None takes the run's.
+        batch_size: images of one forward; None takes the run's.
 
     Raises:
         ValueError: one line, for a path that is neither, weights that do not fit, or test images that cannot be had.
     """
-    trained = open_trained(path, "cpu")
+    trained = open_trained(path, "cpu", batch_size)
     # However it was trained, what is written is float32 in torch's usual memory format.
     plain = replace(trained.cfg.model, precision="fp32", channels_last=False, compile=False)
     trained = replace(trained, cfg=replace(trained.cfg, model=plain))
     images, _ = load_split("test", root or trained.cfg.data.root, trained.cfg.data.val_size)
     logits, _ = trained(images[:NUM_IMAGES])
     return Expected(trained=trained, images=images[:NUM_IMAGES], logits=logits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """An evaluation on the test images that is known to be of these weights.
+
+    Attributes:
+        metrics: what metrics.json holds.
+        flip: each image was averaged with its mirror.
+    """
+
+    metrics: dict[str, Any]
+    flip: bool
+
+
+def read_measured(expected: Expected) -> Measured:
+    """Read the run's own test metrics, and find out from its predictions whether they are of these weights.
+
+    Args:
+        expected: the run and its answers.
+
+    Raises:
+        ValueError: one line: there is no evaluation of the test images, or it is of other weights.
+    """
+    trained = expected.trained
+    folder = trained.folder("evaluation") / "test"
+    again = f"run: fmnist evaluate {trained.weights.parent}"
+    try:
+        metrics = json.loads((folder / "metrics.json").read_bytes())
+        with (folder / "predictions.csv").open(newline="") as file:
+            rows = [row[4:] for row, _ in zip(csv.reader(file), range(1 + len(expected.images)), strict=False)][1:]
+        written = torch.tensor([[float(cell) for cell in row] for row in rows])
+        distance = (written - expected.logits.softmax(-1)).abs().mean()
+    except FileNotFoundError as error:
+        raise ValueError(f"a model card states measured figures, and there is no {error.filename}; {again}") from None
+    except (OSError, ValueError, RuntimeError):
+        raise ValueError(f"{folder} does not hold a whole evaluation; {again}") from None
+    mirrored, _ = trained(expected.images.flip(-1))
+    averaged = (expected.logits.softmax(-1) + mirrored.softmax(-1)) / 2
+    distance_flipped = (written - averaged).abs().mean()
+    if not min(distance, distance_flipped) < SAME_PROBABILITIES:
+        raise ValueError(f"{folder} was evaluated with other weights; {again}")
+    return Measured(metrics=metrics, flip=bool(distance_flipped < distance))

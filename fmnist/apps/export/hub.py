@@ -1,23 +1,21 @@
 """A run as a folder for a model hub: config.json, model.safetensors, a model card, and the run's config."""
 
 import json
-import os
-import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
-from fmnist.apps.export.expected import Expected
-from fmnist.apps.export.model_card import Measured, model_card, read_measured
+from fmnist.apps.export.expected import Expected, Measured, read_measured
+from fmnist.apps.export.model_card import model_card
 from fmnist.checkpoint.tensors import apart
 from fmnist.config.schema import to_yaml
-from fmnist.data.fashion_mnist import CLASS_NAMES, NUM_CLASSES
 from fmnist.models import REGISTRY
 from fmnist.trained import Trained, open_trained
 
@@ -26,7 +24,7 @@ FILES = ("config.json", "model.safetensors", "config.yaml", "README.md")
 
 
 def write_hub(expected: Expected, folder: Path) -> str:
-    """Write the folder where a fresh load of it agrees with the run, else leave none; return what was seen.
+    """Write the folder where a fresh load of it agrees with the run, else leave none; return the check's result.
 
     Args:
         expected: the run and its answers.
@@ -41,25 +39,51 @@ def write_hub(expected: Expected, folder: Path) -> str:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {folder} is a file; give a folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        part.mkdir()
-        _write(trained, measured, part, ours)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+        part = Path(name)
+        write_files(trained, measured, part, ours)
         difference = check(part, expected, ours)
         folder.mkdir(exist_ok=True)
-        for name in FILES:
-            (part / name).replace(folder / name)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        for file in FILES:
+            (part / file).replace(folder / file)
     opener = f'open_trained(Path("{folder}"))' if ours else f'timm.create_model("local-dir:{folder}", pretrained=True)'
     return f"{folder}: {opener} gives the run's logits within {difference:.1e} on {len(expected.images):,} test images"
 
 
-def _write(trained: Trained, measured: Measured, folder: Path, ours: bool) -> None:
-    tensors = apart(trained.model.state_dict())
-    (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
-    config = _own_config(trained) if ours else _timm_config(trained)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def write_files(trained: Trained, measured: Measured, folder: Path, ours: bool) -> None:
+    """Write the four files."""
+    cfg, augment, size = trained.cfg.model, trained.augment, trained.size
+    num_channels = len(augment.mean)
+    names = {"num_classes": len(trained.class_names), "label_names": list(trained.class_names)}
+    save_file(apart(trained.model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
+    if ours:  # timm does not know them, and says so when it is asked to build one
+        about = names | {
+            "library_name": "fmnist",
+            "architecture": cfg.name,
+            "model_args": {"drop_rate": cfg.drop_rate} | cfg.options,
+            "image_size": size,
+            "mean": list(augment.mean),
+            "std": list(augment.std),
+        }
+        (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    else:
+        known = timm.get_pretrained_cfg(cfg.name)
+        licence = known.license if known is not None and (cfg.pretrained or cfg.weights) else "mit"
+        notes = {"license": licence, "notes": [f"weights sha256 {trained.digest}"]}
+        save_config_for_hf(
+            trained.model,
+            str(folder / "config.json"),
+            model_config=names | {"pretrained_cfg": notes},
+            model_args={"in_chans": num_channels} | cfg.options,
+            data_config={
+                "input_size": (num_channels, size, size),
+                "interpolation": "bilinear",
+                "mean": tuple(augment.mean),
+                "std": tuple(augment.std),
+                "crop_pct": 1.0,
+                "crop_mode": "center",
+            },
+        )
     (folder / "config.yaml").write_text(_portable_config(trained), encoding="utf-8")
     (folder / "README.md").write_text(model_card(trained, measured, ours=ours), encoding="utf-8")
 
@@ -75,55 +99,8 @@ def _portable_config(trained: Trained) -> str:
     return to_yaml(cfg)
 
 
-def _own_config(trained: Trained) -> dict[str, Any]:
-    """What our own models are; timm does not know them, and says so when it is asked to build one."""
-    cfg, augment = trained.cfg.model, trained.augment
-    return {
-        "library_name": "fmnist",
-        "architecture": cfg.name,
-        "num_classes": NUM_CLASSES,
-        "label_names": list(CLASS_NAMES),
-        "model_args": {"drop_rate": cfg.drop_rate} | cfg.options,
-        "image_size": trained.size,
-        "mean": list(augment.mean),
-        "std": list(augment.std),
-    }
-
-
-def _timm_config(trained: Trained) -> dict[str, Any]:
-    """timm's config.json: the architecture, the arguments that build it, and how its images are prepared."""
-    cfg, augment, size = trained.cfg.model, trained.augment, trained.size
-    known = asdict(default) if (default := timm.get_pretrained_cfg(cfg.name)) is not None else {}
-    num_channels = len(augment.mean)
-    args: dict[str, Any] = {"in_chans": num_channels} | cfg.options
-    if known.get("fixed_input_size"):
-        args["img_size"] = size
-    return {
-        "architecture": cfg.name.partition(".")[0],
-        "num_classes": NUM_CLASSES,
-        "label_names": list(CLASS_NAMES),
-        "model_args": args,
-        "pretrained_cfg": {
-            "custom_load": False,
-            "input_size": [num_channels, size, size],
-            "fixed_input_size": bool(known.get("fixed_input_size")),
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-            "mean": list(augment.mean),
-            "std": list(augment.std),
-            "num_classes": NUM_CLASSES,
-            "pool_size": None,  # that of timm's own weights is for their image size
-            "first_conv": known.get("first_conv"),
-            "classifier": known.get("classifier"),
-            "license": known.get("license") if cfg.pretrained or cfg.weights else "mit",
-            "notes": [f"weights sha256 {trained.digest}"],
-        },
-    }
-
-
 def check(folder: Path, expected: Expected, ours: bool, limit: float = LARGEST_DIFFERENCE) -> float:
-    """Open the folder as a user would and compare logits on the expected's images.
+    """Open the folder as a user would and compare logits on the expected images.
 
     Args:
         folder: what was written.

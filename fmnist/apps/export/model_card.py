@@ -1,20 +1,16 @@
-"""The README.md of a hub folder: what the model is, what was measured, how to use it, what it is not for."""
+"""The README.md of a hub folder: the model, its measured figures, its use, its limits."""
 
-import csv
 import html
-import json
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import timm
-import torch
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
-from fmnist.apps.export.expected import Expected
+from fmnist.apps.export.expected import Measured
 from fmnist.trained import Trained
 
-SAME_PROBABILITIES = 0.01  # mean absolute difference: bf16 stays far below, other weights lie above
+TASK, DATASET = "image-classification", "zalando-datasets/fashion_mnist"
 FASHION_MNIST = """\
 Fashion-MNIST: 70,000 grey images of clothes, 28 x 28, in ten balanced classes, by Zalando Research, MIT licence.
 
@@ -38,54 +34,28 @@ that shows none of them. Shirts, T-shirts, pullovers and coats are confused most
 from the same shop and studio as the training images, and some nearly repeat one of them. Confidences are those of the
 softmax, not calibrated beyond the stated ECE."""
 
+OWN_SNIPPET = """\
+timm does not know this model: `timm.create_model` refuses the folder as an unknown model. The project that trained it
+opens it like a run (`fmnist evaluate FOLDER` works too):
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """An evaluation on the test images that is known to be of these weights.
+```python
+from pathlib import Path
 
-    Attributes:
-        metrics: what metrics.json holds.
-        flip: each image was averaged with its mirror.
-    """
+from fmnist.trained import open_trained
 
-    metrics: dict[str, Any]
-    flip: bool
+trained = open_trained(Path("FOLDER"))  # FOLDER: where this README.md is
+
+
+def logits(images):
+    \"\"\"Take uint8 [N, 28, 28], light on black, as Fashion-MNIST.\"\"\"
+    return trained(images)[0]
+```"""
 
 
 def escape(text: str) -> str:
     """Make a name harmless in Markdown and HTML: no markup, no table cell, no second line."""
     one_line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", html.escape(one_line))
-
-
-def read_measured(expected: Expected) -> Measured:
-    """Read the run's own test metrics, and find out from its predictions whether they are of these weights.
-
-    Args:
-        expected: the run and its answers.
-
-    Raises:
-        ValueError: one line: there is no evaluation of the test images, or it is of other weights.
-    """
-    trained = expected.trained
-    folder = trained.folder("evaluation") / "test"
-    again = f"run: python evaluate.py {trained.weights.parent}"
-    try:
-        metrics = json.loads((folder / "metrics.json").read_bytes())
-        with (folder / "predictions.csv").open(newline="") as file:
-            rows = [row[4:] for row, _ in zip(csv.reader(file), range(1 + len(expected.images)), strict=False)][1:]
-        written = torch.tensor([[float(cell) for cell in row] for row in rows])
-        distance = (written - expected.logits.softmax(-1)).abs().mean()
-    except FileNotFoundError as error:
-        raise ValueError(f"a model card states measured figures, and there is no {error.filename}; {again}") from None
-    except (OSError, ValueError, RuntimeError):
-        raise ValueError(f"{folder} does not hold a whole evaluation; {again}") from None
-    mirrored, _ = expected.trained(expected.images.flip(-1))
-    averaged = (expected.logits.softmax(-1) + mirrored.softmax(-1)) / 2
-    distance_flipped = (written - averaged).abs().mean()
-    if not min(distance, distance_flipped) < SAME_PROBABILITIES:
-        raise ValueError(f"{folder} was evaluated with other weights; {again}")
-    return Measured(metrics=metrics, flip=bool(distance_flipped < distance))
 
 
 def model_card(trained: Trained, measured: Measured, *, ours: bool) -> str:
@@ -96,35 +66,31 @@ def model_card(trained: Trained, measured: Measured, *, ours: bool) -> str:
         measured: its test metrics.
         ours: a model of this project, which timm does not know.
     """
-    trained, metrics = trained, measured.metrics
+    metrics = measured.metrics
     known = None if ours else timm.get_pretrained_cfg(trained.cfg.model.name)
     from_pretrained = trained.cfg.model.pretrained or bool(trained.cfg.model.weights)
     weights_licence = (known.license if known else None) or "other"
-    head = {
-        "library_name": "fmnist" if ours else "timm",
-        "license": weights_licence if from_pretrained else "mit",
-        "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "fashion-mnist", "fmnist"],
-        "datasets": ["zalando-datasets/fashion_mnist"],
-        "metrics": ["accuracy"],
-    }
-    low, high = (100 * bound for bound in metrics["top1_interval"])
-    averaging = ", each image averaged with its mirror (the code below does not)" if measured.flip else ""
-    chosen = "The best epoch was chosen on validation images held out of the 60,000; this is one run."
-    if trained.cfg.data.val_size == 0:
-        chosen = "There were no validation images: these are the weights of the last step. This is one run."
-    accuracy = f"accuracy **{100 * metrics['top1']:.2f} %** (95 % interval {low:.2f} to {high:.2f})"
+    head = ModelCardData(
+        library_name="fmnist" if ours else "timm",
+        license=weights_licence if from_pretrained else "mit",
+        pipeline_tag=TASK,
+        tags=[TASK, "fashion-mnist", "fmnist"],
+        datasets=[DATASET],
+        metrics=["accuracy"],
+        model_name=trained.name,
+        eval_results=[EvalResult(TASK, DATASET, "Fashion-MNIST", "accuracy", metrics["top1"], dataset_split="test")],
+    )
+    num_parameters = sum(parameter.numel() for parameter in trained.model.parameters())
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
+        f"---\n{head.to_yaml()}\n---",
         f"# {escape(trained.name)}",
-        f"{escape(trained.cfg.model.name)}, {_count(trained):,} parameters, classifies Fashion-MNIST at "
+        f"{escape(trained.cfg.model.name)}, {num_parameters:,} parameters, classifies Fashion-MNIST at "
         f"{trained.size} px.",
         "## Measured",
-        f"On {metrics['num_images']:,} test images{averaging}: {accuracy}, loss {metrics['loss']:.4f}, expected "
-        f"calibration error {metrics['ece']:.4f} (15 bins). {chosen}",
+        _headline(trained, measured),
         _class_table(metrics),
         "## Use",
-        _own_snippet() if ours else _timm_snippet(trained),
+        OWN_SNIPPET if ours else _timm_snippet(trained),
         _stem(trained, ours=ours, from_pretrained=from_pretrained),
         "## Training",
         _training(trained, weights_licence if from_pretrained else None),
@@ -136,8 +102,18 @@ def model_card(trained: Trained, measured: Measured, *, ours: bool) -> str:
     return "\n\n".join(parts)
 
 
-def _count(trained: Trained) -> int:
-    return sum(parameter.numel() for parameter in trained.model.parameters())
+def _headline(trained: Trained, measured: Measured) -> str:
+    metrics = measured.metrics
+    low, high = (100 * bound for bound in metrics["top1_interval"])
+    averaging = ", each image averaged with its mirror (the code below does not)" if measured.flip else ""
+    chosen = "The best epoch was chosen on validation images held out of the 60,000; this is one run."
+    if trained.cfg.data.val_size == 0:
+        chosen = "There were no validation images: these are the weights of the last step. This is one run."
+    return (
+        f"On {metrics['num_images']:,} test images{averaging}: accuracy **{100 * metrics['top1']:.2f} %** (95 % "
+        f"interval {low:.2f} to {high:.2f}), loss {metrics['loss']:.4f}, expected calibration error "
+        f"{metrics['ece']:.4f} (15 bins). {chosen}"
+    )
 
 
 def _class_table(metrics: dict[str, Any]) -> str:
@@ -165,24 +141,6 @@ def logits(images: torch.Tensor) -> torch.Tensor:
     \"\"\"Take uint8 [N, 28, 28], light on black, as Fashion-MNIST.\"\"\"
     grey = F.interpolate(images[:, None].float() / 255, ({size}, {size}), mode="bilinear", align_corners=False)
     return model((grey - mean) / std)
-```"""
-
-
-def _own_snippet() -> str:
-    return """\
-timm does not know this model: `timm.create_model` refuses the folder as an unknown model. The project that trained it
-opens it like a run (`python evaluate.py FOLDER` works too):
-
-```python
-from pathlib import Path
-
-
-trained = open_trained(Path("FOLDER"))  # FOLDER: where this README.md is
-
-
-def logits(images):
-    \"\"\"Take uint8 [N, 28, 28], light on black, as Fashion-MNIST.\"\"\"
-    return trained(images)[0]
 ```"""
 
 

@@ -3,17 +3,16 @@
 import importlib.util
 import json
 import logging
-import os
 import time
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fmnist.apps.export.expected import Expected
-from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.trained import Trained
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -39,7 +38,7 @@ class Deployed(nn.Module):
 
 
 def write_onnx(expected: Expected, path: Path) -> str:
-    """Write the graph where it agrees with torch, else leave no file; return what was seen, for people.
+    """Write the graph where it agrees with torch, else leave no file; return the check's result, for people.
 
     Args:
         expected: the run and its answers.
@@ -57,7 +56,7 @@ def write_onnx(expected: Expected, path: Path) -> str:
     trained = expected.trained
     proto = _trace(expected)
     about = {
-        "class_names": json.dumps(CLASS_NAMES),
+        "class_names": json.dumps(trained.class_names),
         "run": trained.name,
         "model": trained.cfg.model.name,
         "weights_sha256": trained.digest,
@@ -66,13 +65,11 @@ def write_onnx(expected: Expected, path: Path) -> str:
     onnx.helper.set_model_props(proto, about)
     onnx.checker.check_model(proto)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        part = Path(folder) / path.name
         onnx.save(proto, part)
         seen = check(part, expected)
         part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     return (
         f"{path}: {path.stat().st_size / 1e6:.2f} MB; on {len(expected.images):,} test images the largest difference "
         f"from torch is {seen['logits']:.1e} in logits, {seen['probabilities']:.1e} in probabilities; "
@@ -102,16 +99,11 @@ def _trace(expected: Expected) -> Any:
             )
         assert program is not None  # only the older exporter gives none
         proto = program.model_proto
-        for entry in (
-            *proto.graph.node,
-            *proto.graph.value_info,
-            *proto.graph.initializer,
-            proto.graph,
-            *proto.functions,
-        ):
-            del entry.metadata_props[:]  # stack traces, with the paths of this machine
+        graph = proto.graph
+        for part in (graph, *graph.node, *graph.value_info, *graph.initializer, *proto.functions):
+            del part.metadata_props[:]  # stack traces, with the paths of this machine
         return proto
-    except Exception as error:  # the exporter raises what it meets; the user's way on is the same
+    except Exception as error:  # the exporter raises errors of any kind
         name = expected.trained.cfg.model.name
         raise ValueError(f"torch cannot export {name} to ONNX: {str(error).strip().splitlines()[0]}") from error
     finally:
@@ -120,7 +112,7 @@ def _trace(expected: Expected) -> Any:
 
 
 def check(path: Path, expected: Expected, limit: float = LARGEST_DIFFERENCE) -> dict[str, float]:
-    """Run a graph in onnxruntime over the expected's images, in batches of several sizes.
+    """Run a graph in onnxruntime over the expected images, in batches of several sizes.
 
     Args:
         path: the .onnx file.
@@ -148,9 +140,9 @@ def check(path: Path, expected: Expected, limit: float = LARGEST_DIFFERENCE) -> 
     pairs = {"logits": (logits, expected.logits), "probabilities": (probabilities, expected.logits.softmax(-1))}
     differences = {name: float((got - wanted).abs().max()) for name, (got, wanted) in pairs.items()}
     for name, difference in differences.items():
-        legal = limit * max(1.0, float(pairs[name][1].abs().max()) / 10)
-        if not difference < legal:  # a NaN does not pass
+        scaled = limit * max(1.0, float(pairs[name][1].abs().max()) / 10)
+        if not difference < scaled:  # a NaN does not pass
             raise ValueError(
-                f"the ONNX graph's {name} differ from torch's by {difference:.1e}; the limit is {legal:.0e}"
+                f"the ONNX graph's {name} differ from torch's by {difference:.1e}; the limit is {scaled:.0e}"
             )
     return differences | {"images_per_second": (count - 8) / seconds}

@@ -1,4 +1,4 @@
-"""Whether a batch of pictures looks like the training data: four signals, judged together by a bootstrap."""
+"""Whether a batch of pictures looks like the training data: four signals, tested together by a bootstrap."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from torch.nn import functional as F
 from fmnist.apps.novelty import NoveltyReference
 from fmnist.evaluation.features import unit
 
-SIGNALS = ("class mix", "confidence", "unlike", "drift")
+SIGNALS = ("class mix", "confidence", "unfamiliar", "drift")
 REPLICATES = 2000
-SMALLEST_RATE = 0.005  # 10 of the replicates: below it the threshold itself would be chance
 MIN_PICTURES = 5
 SEED = 20172
 
 
 class BatchSums:
-    """What the signals need of a batch, summed: the memory does not grow with the pictures."""
+    """Sums of a batch that the signals need: the memory does not grow with the pictures."""
 
     def __init__(self, reference: NoveltyReference) -> None:
         self.reference = reference
@@ -46,7 +45,7 @@ def describe(reference: NoveltyReference, logits: Tensor, features: Tensor) -> T
 
     Returns:
         float64 [N, num_classes + 2 + D]: the predicted class one-hot, the confidence, whether the picture is flagged
-        as unlike the training images, the features at length 1.
+        as unfamiliar, the features at length 1.
     """
     predicted = F.one_hot(logits.argmax(1), logits.shape[1])
     confidence = logits.double().softmax(1).amax(1, keepdim=True)
@@ -79,12 +78,12 @@ def signals(batch: NDArray[np.float64], usual: NDArray[np.float64], num_classes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judgement:
-    """What the signals say.
+class DriftTest:
+    """The signals of a batch, and which of them are alarms.
 
     Attributes:
         values: float64 [4], see `signals`.
-        limits: float64 [4], the largest values that are no alarm.
+        limits: float64 [4], the largest values that raise no alarm.
         p: float64 [4], the share of usual batches of this size with as large a value.
         alarms: bool [4].
         usual: the means of `describe` over the validation images.
@@ -97,7 +96,7 @@ class Judgement:
     usual: NDArray[np.float64]
 
 
-def judge(batch: BatchSums, rate: float) -> Judgement:
+def drift_test(batch: BatchSums, rate: float) -> DriftTest:
     """Compare a batch with batches of its size drawn from the validation images.
 
     The limits are set so that a batch that is like the validation images raises any alarm at all with probability
@@ -106,7 +105,7 @@ def judge(batch: BatchSums, rate: float) -> Judgement:
 
     Args:
         batch: at least MIN_PICTURES pictures.
-        rate: false alarms per usual batch, SMALLEST_RATE to 0.5.
+        rate: false alarms per usual batch, 0.005 to 0.5.
 
     Source: Westfall and Young 1993, Resampling-Based Multiple Testing (the smallest p-value); Gretton et al. 2012, A
         Kernel Two-Sample Test.
@@ -124,7 +123,7 @@ def judge(batch: BatchSums, rate: float) -> Judgement:
     ranks = np.stack([REPLICATES - np.searchsorted(ordered[:, c], null[:, c], "left") for c in columns], axis=1)
     limit = np.quantile(ranks.min(axis=1), rate, method="lower")
     larger = (null >= values - 1e-12).sum(axis=0)
-    return Judgement(
+    return DriftTest(
         values=values,
         limits=ordered[REPLICATES - int(limit)],
         p=(larger + 1) / (REPLICATES + 1),

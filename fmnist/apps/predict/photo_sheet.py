@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-CELL, MARGIN, LINE = 112, 10, 16  # pixels; 112 is 4 times 28
+SIDE, MARGIN, LINE = 112, 10, 16  # pixels; 112 is 4 times 28
 ORANGE, GREY, BLACK, BLUE = "#B84A00", "#666666", "#111111", "#0072B2"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class Cell:
     """One cell of the sheet.
 
     Attributes:
@@ -33,11 +33,11 @@ class Entry:
     lines: Sequence[tuple[str, str]]
 
 
-def draw_sheet(entries: Sequence[Entry], title: str, columns: int = 5) -> bytes:
-    """Draw the entries in rows.
+def draw_sheet(cells: Sequence[Cell], title: str, columns: int = 5) -> bytes:
+    """Draw the cells in rows.
 
     Args:
-        entries: at least one.
+        cells: at least one.
         title: heading.
         columns: cells in a row.
 
@@ -48,43 +48,43 @@ def draw_sheet(entries: Sequence[Entry], title: str, columns: int = 5) -> bytes:
     fonts = os.path.join(matplotlib.get_data_path(), "fonts", "ttf")
     font = ImageFont.truetype(os.path.join(fonts, "DejaVuSans.ttf"), 12)
     bold = ImageFont.truetype(os.path.join(fonts, "DejaVuSans-Bold.ttf"), 15)
-    columns = min(columns, len(entries))
-    num_lines = max(len(entry.lines) for entry in entries)
-    width, height = 2 * CELL + 4 + 2 * MARGIN, CELL + num_lines * LINE + 2 * MARGIN
+    columns = min(columns, len(cells))
+    num_lines = max(len(cell.lines) for cell in cells)
+    width, height = 2 * SIDE + 4 + 2 * MARGIN, SIDE + num_lines * LINE + 2 * MARGIN
     head = 2 * MARGIN + 18
-    rows = -(-len(entries) // columns)
+    rows = -(-len(cells) // columns)
     sheet = Image.new("RGB", (max(columns * width, 420), head + rows * height), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN), _shorten(title, bold, sheet.width - 2 * MARGIN), BLACK, bold)
-    for position, entry in enumerate(entries):
+    for position, cell in enumerate(cells):
         left, top = position % columns * width + MARGIN, head + position // columns * height
-        _draw_photo(sheet, draw, entry, left, top)
-        for number, (text, colour) in enumerate(entry.lines):
-            y = top + CELL + 4 + number * LINE
-            draw.text((left, y), _shorten(text, font, 2 * CELL + 4), colour, font)
+        _draw_photo(sheet, draw, cell, left, top)
+        for number, (text, colour) in enumerate(cell.lines):
+            y = top + SIDE + 4 + number * LINE
+            draw.text((left, y), _shorten(text, font, 2 * SIDE + 4), colour, font)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
-def _draw_photo(sheet: Image.Image, draw: ImageDraw.ImageDraw, entry: Entry, left: int, top: int) -> None:
-    frame = (left, top, left + CELL - 1, top + CELL - 1)
+def _draw_photo(sheet: Image.Image, draw: ImageDraw.ImageDraw, cell: Cell, left: int, top: int) -> None:
+    frame = (left, top, left + SIDE - 1, top + SIDE - 1)
     draw.rectangle(frame, "#F0F0F0")
-    if entry.image is not None:
-        photo = entry.image.copy()
-        photo.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
-        x, y = left + (CELL - photo.width) // 2, top + (CELL - photo.height) // 2
+    if cell.image is not None:
+        photo = cell.image.copy()
+        photo.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        x, y = left + (SIDE - photo.width) // 2, top + (SIDE - photo.height) // 2
         sheet.paste(photo, (x, y))
-        if entry.box is not None:
-            scale = photo.width / entry.image.width
-            a, b, c, d = (round(edge * scale) for edge in entry.box)
+        if cell.box is not None:
+            scale = photo.width / cell.image.width
+            a, b, c, d = (round(edge * scale) for edge in cell.box)
             draw.rectangle((x + a, y + b, max(x + c - 1, x + a), max(y + d - 1, y + b)), outline=BLUE)
     else:
-        draw.line((left, top, left + CELL - 1, top + CELL - 1), "#C0C0C0")
-        draw.line((left, top + CELL - 1, left + CELL - 1, top), "#C0C0C0")
-    if entry.view is not None:
-        view = Image.fromarray(entry.view).resize((CELL, CELL), Image.Resampling.NEAREST)
-        sheet.paste(view.convert("RGB"), (left + CELL + 4, top))
+        draw.line((left, top, left + SIDE - 1, top + SIDE - 1), "#C0C0C0")
+        draw.line((left, top + SIDE - 1, left + SIDE - 1, top), "#C0C0C0")
+    if cell.view is not None:
+        view = Image.fromarray(cell.view).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+        sheet.paste(view.convert("RGB"), (left + SIDE + 4, top))
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

@@ -1,7 +1,5 @@
-"""What a search found, for people: a sheet of pictures and a CSV."""
+"""Results of a search: rows for the CSV, and a sheet of pictures."""
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +10,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fmnist.apps.search.catalogue import UNKNOWN, Catalogue
-from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.report.figures import BLUE, GREEN, ORANGE, save_figure
-from fmnist.runtime.files import write_atomic
+from fmnist.runtime.files import csv_bytes
 
-COLUMNS = 10  # items of one line of the sheet; more go on below
+COLUMNS = 10  # images in one line of the sheet; more follow below
 CELL_INCHES, CAPTION_INCHES, HEAD_INCHES = 0.98, 0.46, 0.62
 
 
@@ -28,7 +25,7 @@ class Hit:
         query: `split:number` or the file's name.
         image: uint8 [H, W], what the model was given.
         label: the query's class, or UNKNOWN.
-        prediction: the class the model sees.
+        prediction: the predicted class.
         positions: int64 [k], items of the catalogue, nearest first.
         similarities: float32 [k], their cosines.
     """
@@ -41,26 +38,31 @@ class Hit:
     similarities: Tensor
 
 
-def write_hits(hits: Sequence[Hit], catalogue: Catalogue, path: Path) -> None:
-    """Write one CSV line per query and item: query, rank, item, class, predicted class, similarity.
-
-    Args:
-        hits: from one catalogue.
-        catalogue: names and classes of the items; an unknown class is an empty cell.
-        path: the CSV to write.
-    """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["query", "rank", "item", "class", "predicted", "similarity"])
+def hits_rows(hits: Sequence[Hit], catalogue: Catalogue) -> list[dict[str, Any]]:
+    """Return one row per query and image found: query, rank, item, class ("" if unknown), predicted, similarity."""
+    rows = []
     for hit in hits:
-        pairs = zip(hit.positions.tolist(), hit.similarities.tolist(), strict=True)
-        for rank, (position, similarity) in enumerate(pairs, start=1):
-            label, prediction = int(catalogue.labels[position]), int(catalogue.predictions[position])
-            name = "" if label == UNKNOWN else CLASS_NAMES[label]
-            writer.writerow(
-                [hit.query, rank, catalogue.names[position], name, CLASS_NAMES[prediction], f"{similarity:.6f}"]
+        for rank, (position, similarity) in enumerate(
+            zip(hit.positions.tolist(), hit.similarities.tolist(), strict=True), 1
+        ):
+            label = int(catalogue.labels[position])
+            rows.append(
+                {
+                    "query": hit.query,
+                    "rank": rank,
+                    "item": catalogue.names[position],
+                    "class": "" if label == UNKNOWN else catalogue.class_names[label],
+                    "predicted": catalogue.class_names[int(catalogue.predictions[position])],
+                    "similarity": round(similarity, 6),
+                }
             )
-    write_atomic(path, text.getvalue())
+    return rows
+
+
+def hits_csv(hits: Sequence[Hit], catalogue: Catalogue) -> bytes:
+    """Return `hits_rows` as CSV."""
+    rows = hits_rows(hits, catalogue)
+    return csv_bytes(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def plot_hits(hits: Sequence[Hit], catalogue: Catalogue, path: Path) -> None:
@@ -76,7 +78,7 @@ def plot_hits(hits: Sequence[Hit], catalogue: Catalogue, path: Path) -> None:
     width = (columns + 1.4) * CELL_INCHES
     height = HEAD_INCHES + len(hits) * lines * (CELL_INCHES + CAPTION_INCHES)
     figure = Figure(figsize=(max(width, 5.0), height))
-    head = f"Nearest of {len(catalogue):,} items ({_short(catalogue.source, 40)}) by the features of {catalogue.run}"
+    head = f"Nearest of {len(catalogue):,} images ({_short(catalogue.source, 40)}) by the features of {catalogue.run}"
     figure.text(0.01, 1 - 0.2 / height, head, va="top", fontsize=11, parse_math=False)
 
     def cell(line: int, left: float) -> Axes:
@@ -91,12 +93,12 @@ def plot_hits(hits: Sequence[Hit], catalogue: Catalogue, path: Path) -> None:
     for row, hit in enumerate(hits):
         known = hit.label != UNKNOWN
         axes = cell(row * lines, 0.2)
-        caption = CLASS_NAMES[hit.label] if known else f"seen as {CLASS_NAMES[hit.prediction]}"
+        caption = catalogue.class_names[hit.label] if known else f"predicted {catalogue.class_names[hit.prediction]}"
         _draw(axes, hit.image, BLUE, 2.5, caption, _short(hit.query, 16), "bold")
         for rank, (position, similarity) in enumerate(zip(hit.positions, hit.similarities, strict=True)):
             axes = cell(row * lines + rank // COLUMNS, (rank % COLUMNS + 1.4) * CELL_INCHES)
             label = int(catalogue.labels[position])
-            name = _short(catalogue.names[position], 16) if label == UNKNOWN else CLASS_NAMES[label]
+            name = _short(catalogue.names[position], 16) if label == UNKNOWN else catalogue.class_names[label]
             color = "#666666"
             if known and label != UNKNOWN:
                 color = GREEN if label == hit.label else ORANGE

@@ -1,16 +1,17 @@
 """Near copies: by hand on few images, against a plain product on real ones, and the command."""
 
 import csv
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from small import command
 
+from fmnist.apps.duplicates import NEAR_COPY, SIMILAR, main
 from fmnist.data.batches import Split
-from fmnist.data.fashion_mnist import load
-from fmnist.evaluation import near_copies as duplicates
+from fmnist.data.fashion_mnist import CLASS_NAMES, load
+from fmnist.evaluation import near_copies
 from fmnist.evaluation.near_copies import find_near_copies
 
 
@@ -40,31 +41,24 @@ def test_the_bound_loses_no_pair(train_images: Split) -> None:
         np.testing.assert_allclose(found.correlations, whole.max(axis=1)[found.indices], atol=1e-12)
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["fmnist.evaluation.near_copies", *args])
-    duplicates.main()
-
-
-def test_the_command_lists_the_89_and_counts_the_682(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command(monkeypatch, "--output", str(tmp_path / "copies.csv"))
-    told = capsys.readouterr().err
+def test_the_command_lists_the_89_and_counts_the_682(tmp_path: Path) -> None:
+    told = command(main, "--output", tmp_path / "copies.csv")
     assert "89 of 10,000 test images" in told
     assert "682 above 0.98" in told
     with (tmp_path / "copies.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len({row["index"] for row in rows}) == len(rows) == 89
-    (images, _), (training, _) = load("test"), load("train")
+    (images, labels), (training, training_labels) = load("test"), load("train")
     for row in rows[:: len(rows) - 1]:  # the first and the last
-        pair = images[int(row["index"])].flatten(), training[int(row["train_index"])].flatten()
+        index, partner = int(row["index"]), int(row["train_index"])
+        pair = images[index].flatten(), training[partner].flatten()
         assert np.corrcoef(*pair)[0, 1] == pytest.approx(float(row["correlation"]), abs=1e-6)
+        assert (row["label"], row["train_label"]) == (
+            CLASS_NAMES[labels[index]],
+            CLASS_NAMES[training_labels[partner]],
+        )
 
 
-def test_a_threshold_below_what_is_searched_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as refused:
-        command(monkeypatch, "--threshold", "0.5")
-    assert refused.value.code == 2
-    assert "--threshold is 0.5; legal: 0.98" in capsys.readouterr().err
+def test_a_threshold_below_what_is_searched_is_refused() -> None:
+    assert (NEAR_COPY, SIMILAR) == (near_copies.NEAR_COPY, near_copies.SIMILAR)  # the command's, without torch
+    assert "--threshold: '0.5' is not valid; valid range: 0.98 to 1" in command(main, "--threshold", 0.5, status=2)

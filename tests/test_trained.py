@@ -1,5 +1,6 @@
-"""The predictor gives what evaluation gives, and the features its classifier takes."""
+"""A trained run, called on images, gives the logits of evaluation and the features its classifier takes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,33 +17,33 @@ from fmnist.checkpoint.contents import verify
 from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import load_split
 from fmnist.metrics import predict
-from fmnist.run import Run
-from fmnist.trained import open_predictor
+from fmnist.runtime.compute import Compute
+from fmnist.trained import open_trained
 
 
 @pytest.fixture(scope="module")
 def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("predictor")
+    folder = tmp_path_factory.mktemp("trained")
     (folder / "small.yaml").write_text(SMALL_RUN)
     train("--config", folder / "small.yaml", "--output_dir", folder / "run")
     return folder / "run"
 
 
 def test_logits_are_those_of_evaluation_and_features_make_them(run_directory: Path, train_images: Split) -> None:
-    predictor = open_predictor(run_directory, "cpu")
-    logits, features = predictor(train_images.images[:300])
-    part = Split(images=train_images.images[:300], labels=train_images.labels[:300])
-    cfg = predictor.trained.cfg
-    expected = predict(predictor.model, part, predictor.augment, cfg.evaluation, Run(cfg, run_directory))
+    trained = open_trained(run_directory, "cpu")
+    logits, features = trained(train_images.images[:300])
+    part = replace(train_images, images=train_images.images[:300], labels=train_images.labels[:300])
+    with Compute() as compute:
+        expected = predict(trained.model, part, trained.augment, trained.cfg.evaluation, compute)
     assert torch.allclose(logits, expected, atol=1e-5)
     assert features.shape == (300, 32)  # the small CNN's last width
-    assert torch.allclose(predictor.model.get_classifier()(features), logits, atol=1e-5)
-    assert predictor(train_images.images[:0])[1].shape == (0, 32)
+    assert torch.allclose(trained.model.get_classifier()(features), logits, atol=1e-5)
+    assert trained(train_images.images[:0])[1].shape == (0, 32)
 
 
 def test_a_device_that_is_not_there_is_one_line(run_directory: Path) -> None:
     with pytest.raises(ValueError, match="device is meta_gpu"):
-        open_predictor(run_directory, "meta_gpu")
+        open_trained(run_directory, "meta_gpu")
 
 
 def test_what_is_made_of_a_checkpoint_stays_out_of_it(
@@ -54,12 +55,18 @@ def test_what_is_made_of_a_checkpoint_stays_out_of_it(
     for number, image in enumerate(load_split("test", None, 1000)[0][:20].numpy()):
         Image.fromarray(image).save(tmp_path / "pictures" / f"{number}.png")
     checkpoint = max((run_directory / "checkpoints").glob("step_*"))
-    command(search_main, "index", checkpoint)
-    assert "the 10 nearest of 1,000 items" in command(search_main, "query", checkpoint, "test:3")
+    command(search_main, "index", checkpoint, "--folder", "pictures")
+    assert "the 10 nearest of 1,000 images" in command(search_main, "query", checkpoint, "test:3")
     command(search_main, "evaluate", checkpoint)
     command(export_main, checkpoint, "--to", "onnx")
     command(predict_main, checkpoint, "pictures")
-    assert "20 pictures" in command(monitor_main, checkpoint, "pictures", status=None)
+    assert "20 pictures" in command(monitor_main, checkpoint, "pictures", status=None, lines=None)
     verify(checkpoint)  # a further file would be an error
-    for made in ("search/{}/index.npz", "evaluation/{}/test/retrieval.json", "export/{}/model.onnx"):
+    for made in (
+        "search/{}/index.safetensors",
+        "search/{}/search.csv",
+        "features/{}/train.safetensors",
+        "evaluation/{}/test/retrieval.json",
+        "export/{}/model.onnx",
+    ):
         assert (run_directory / made.format(checkpoint.name)).is_file()

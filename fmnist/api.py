@@ -1,0 +1,206 @@
+"""Train, open and use runs from Python; `fmnist` re-exports it."""
+
+import contextlib
+import importlib.util
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from fmnist.apps.views import read_view, view_of
+from fmnist.config.parse import parse_config
+from fmnist.config.schema import Config, flatten
+from fmnist.evaluation.findings import findings
+from fmnist.evaluation.outcome import Request, evaluate
+from fmnist.runtime.compute import Compute
+from fmnist.runtime.shipped import DEFAULT_RECIPE, shipped, with_recipe
+from fmnist.tracking.metrics_file import METRICS_FILE, read_metrics
+from fmnist.trained import Trained, open_trained
+
+Picture = str | Path | Image.Image | NDArray[np.uint8] | Tensor
+
+
+class RunResults:
+    """A run, finished or still training: its numbers and its predictions. Made by `train` and `open_run`.
+
+    Attributes:
+        directory: the run directory.
+    """
+
+    def __init__(self, path: str | Path, device: str | None = None) -> None:
+        self._path, self._device = Path(path), device
+        self.directory = self.trained.directory
+
+    def __repr__(self) -> str:
+        return f"fmnist.open_run({str(self._path)!r})"
+
+    @cached_property
+    def trained(self) -> Trained:
+        """The weights and the config; call it on uint8 images for logits and features."""
+        return open_trained(self._path, self._device)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What summary.json holds; empty before the run has stopped or finished."""
+        return self.trained.summary
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return what was logged, in step order: dicts of `step`, `epoch`, `prefix` (train, val, test) and scalars."""
+        lines = [line for part in read_metrics(self.directory / METRICS_FILE).values() for line in part]
+        return sorted(lines, key=lambda line: int(line["step"]))
+
+    def predict(self, images: Picture | Sequence[Picture], top: int = 3) -> list[list[tuple[str, float]]]:
+        """Predict pictures.
+
+        Args:
+            images: paths of pictures or PIL pictures, which are cut out and made to look like Fashion-MNIST as
+                `fmnist predict` does; or uint8 arrays or tensors, [N, H, W] or one [H, W], 0 to 255, taken as they
+                are: light on black.
+            top: classes per picture, 1 to num_classes.
+
+        Returns:
+            For each picture its likeliest classes, (name, probability), the likeliest first.
+
+        Raises:
+            ValueError: a picture that cannot be read or is empty; another type or shape; one line.
+        """
+        names = self.trained.class_names
+        if not 1 <= top <= len(names):
+            raise ValueError(f"top is {top}; valid range: 1 to {len(names)}")
+        one = isinstance(images, str | Path | Image.Image | np.ndarray | Tensor)
+        pictures: Sequence[Any] = [images] if one else images  # type: ignore[assignment]
+        if not pictures:
+            return []
+        logits, _ = self.trained(torch.cat([_as_views(picture) for picture in pictures]))
+        values, labels = logits.double().softmax(1).topk(top)
+        return [
+            [(names[label], value) for value, label in zip(*row, strict=True)]
+            for row in zip(values.tolist(), labels.tolist(), strict=True)
+        ]
+
+    def evaluate(
+        self, split: Literal["test", "val", "train"] = "test", tta: Literal["none", "flip"] | None = None
+    ) -> dict[str, Any]:
+        """Evaluate the weights on a split; nothing is written.
+
+        Args:
+            split: the images.
+            tta: flip averages each image and its mirror; None takes the run's own setting.
+
+        Returns:
+            What `fmnist evaluate --quick` writes to metrics.json: `top1`, `loss`, `num_images`, `confusion_matrix`,
+            `per_class`, `ece`, confidence intervals.
+        """
+        with _process_left_as_it_was(), Compute(device=str(self.trained.device)) as compute:
+            outcome = evaluate(self.trained, compute, Request(split=split, tta=tta, quick=True))
+            assert outcome is not None  # there is one process
+            return findings(outcome, quick=True).metrics
+
+
+def open_run(path: str | Path, device: str | None = None) -> RunResults:
+    """Open a run directory, or one of its checkpoints.
+
+    Args:
+        path: what `train` wrote.
+        device: as torch names it; None takes the accelerator where there is one, else the CPU.
+
+    Raises:
+        ValueError: the path is neither; one line.
+    """
+    return RunResults(path, device)
+
+
+def train(config: str | Path | Config = DEFAULT_RECIPE, /, **options: Any) -> RunResults:
+    """Train a model in this process, or resume it, as `fmnist train` does.
+
+    The same call again resumes a run that was stopped, and returns one that is finished. Logging, signal handlers,
+    random state and determinism are as before when it returns. Several processes need `torchrun -m fmnist train`.
+
+    Args:
+        config: a YAML file, or a Config.
+        options: what differs from it, by the names of the YAML file: a section with its fields,
+            `schedule={"epochs": 1}`, or an option at the root, `seed=3`; dotted names too, `**{"schedule.epochs": 1}`.
+
+    Returns:
+        The run, open.
+
+    Raises:
+        ValueError: an unknown or contradictory option, or data or a run directory that cannot be used; one line.
+    """
+    flags = [] if isinstance(config, Config) else ["--config", str(config)]
+    wanted = flatten(config) if isinstance(config, Config) else {}
+    for name, value in options.items():
+        section = isinstance(value, Mapping) and name in Config.__dataclass_fields__
+        wanted |= {f"{name}.{field}": inner for field, inner in value.items()} if section else {name: value}
+    flags += [f"--{name}={_as_flag(value)}" for name, value in wanted.items()]
+    with contextlib.redirect_stderr(io.StringIO()), _exits_are_errors():
+        cfg = parse_config(with_recipe(flags))
+    if cfg.dry_run:
+        raise ValueError("dry_run trains nothing; use fmnist train --dry_run")
+    spec = importlib.util.spec_from_file_location("fmnist_train_script", shipped("train.py"))
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)  # the loop itself stands in train.py
+    with _process_left_as_it_was(), _exits_are_errors():
+        script.main(cfg)
+    return RunResults(cfg.output_dir or "")
+
+
+@contextlib.contextmanager
+def _exits_are_errors() -> Iterator[None]:
+    """Raise the error for which a command line would end the process."""
+    try:
+        yield
+    except SystemExit as end:
+        if isinstance(error := end.__context__, OSError | FloatingPointError):
+            raise error from None
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def _as_flag(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return yaml.safe_dump(value, default_flow_style=True, width=10**9).removesuffix("\n").removesuffix("\n...")
+
+
+def _as_views(picture: Picture) -> Tensor:
+    """Return uint8 [N, H, W] as the model takes them."""
+    if isinstance(picture, str | Path):
+        return read_view(str(picture))[None]
+    if isinstance(picture, Image.Image):
+        return view_of(picture)[None]
+    array = torch.as_tensor(picture)
+    if array.dtype != torch.uint8 or array.ndim not in (2, 3):
+        kind = str(array.dtype).removeprefix("torch.")
+        raise ValueError(f"images are {kind} {list(array.shape)}; expected uint8 [N, H, W] or [H, W], 0 to 255")
+    return array.cpu() if array.ndim == 3 else array.cpu()[None]
+
+
+@contextlib.contextmanager
+def _process_left_as_it_was() -> Iterator[None]:
+    """Put back log handlers, random state, threads and determinism, for a notebook that goes on."""
+    loggers = [logging.getLogger(name) for name in ("fmnist", "fmnist.metrics")]
+    kept = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
+    deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    cudnn = torch.backends.cudnn.deterministic
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.deterministic = cudnn
+        torch.set_num_threads(threads)
+        for logger, handlers, level, propagate in kept:
+            for handler in set(logger.handlers) - set(handlers):
+                handler.close()
+            logger.handlers[:], logger.propagate = handlers, propagate
+            logger.setLevel(level)

@@ -1,0 +1,145 @@
+"""A batch of pictures: read in parts, tested for drift, reported."""
+
+import argparse
+import json
+import zipfile
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fmnist.apps.monitor.drift import MIN_PICTURES, SIGNALS, BatchSums, DriftTest, drift_test
+from fmnist.apps.novelty import open_reference
+from fmnist.apps.views import read_photo
+from fmnist.data.fashion_mnist import IMAGE_SIZE
+from fmnist.data.idx import MAX_FILE_BYTES, read_idx
+from fmnist.data.photos import find_pictures
+from fmnist.trained import open_trained
+
+CHUNK = 256
+UNREADABLE = 0.1  # share of unreadable files above which they are themselves an alert
+
+
+def monitor(args: argparse.Namespace) -> int:
+    """Test a batch against the run's validation images, print the result and return the exit status.
+
+    Raises:
+        ValueError: one line, for a run or a batch that cannot be used.
+    """
+    trained = open_trained(args.run, args.device, args.batch_size)
+    batch, errors = BatchSums(open_reference(trained, args.root)), 0
+    for images, failed in read_batch(args.batch):
+        errors += failed
+        if len(images):
+            batch.add(*trained(images))
+    tested = drift_test(batch, args.false_alarms) if batch.num_images >= MIN_PICTURES else None
+    result = report(batch, tested, errors, trained.class_names, args)
+    print(json.dumps(result, indent=2, allow_nan=False) if args.json else result["line"])
+    return {"fine": 0, "alert": 1, "too few": 2}[result["verdict"]]
+
+
+def read_batch(path: Path) -> Iterator[tuple[Tensor, int]]:
+    """Read a batch in parts.
+
+    Args:
+        path: a folder of pictures, an IDX file, .npy or .npz.
+
+    Yields:
+        uint8 [N, 28, 28] on the CPU, and how many files beside them could not be read.
+
+    Raises:
+        ValueError: one line, for a path that is none of them, or an array of another shape or type.
+    """
+    if path.is_dir():
+        pictures = find_pictures([str(path)])
+        while chunk := list(islice(pictures, CHUNK)):
+            views = []
+            for name, error in chunk:
+                photo = None if error else read_photo(name)
+                if photo is not None and photo.cutout is not None:
+                    views.append(photo.cutout.view)
+            yield _stack(views), len(chunk) - len(views)
+        return
+    images = _read_array(path) if path.suffix in (".npy", ".npz") else read_idx(path)[0]
+    if images.dtype != torch.uint8 or images.ndim != 3 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE):
+        kind = str(images.dtype).removeprefix("torch.")
+        raise ValueError(f"{path}: {kind} {list(images.shape)}, expected uint8 [N, {IMAGE_SIZE}, {IMAGE_SIZE}]")
+    for part in images.split(CHUNK):
+        yield part, 0
+
+
+def _stack(views: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(views)) if views else torch.zeros(0, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+
+
+def _read_array(path: Path) -> Tensor:
+    """Read .npy, or .npz with one array or one called images; never a pickle."""
+    try:
+        if path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                size = sum(item.file_size for item in archive.infolist())  # what it says it unpacks to
+        else:
+            size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise ValueError(f"{size:,} bytes, expected at most {MAX_FILE_BYTES:,}")
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.ndarray):
+            with loaded:
+                names = loaded.files
+                if "images" not in names and len(names) != 1:
+                    raise ValueError(f"holds {', '.join(names) or 'nothing'}; expected one array, or one called images")
+                loaded = loaded["images" if "images" in names else names[0]]
+        return torch.from_numpy(np.ascontiguousarray(loaded))
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split()) or 'cannot be read'}") from None
+
+
+def report(
+    batch: BatchSums, tested: DriftTest | None, errors: int, class_names: tuple[str, ...], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Return what --json prints; `verdict` is fine, alert or too few, and `line` says it to people."""
+    number = f"{batch.num_images:,} pictures" + (f", {errors:,} unreadable" if errors else "")
+    result: dict[str, Any] = {
+        "verdict": "too few",
+        "line": f"too few: {number}; the drift test needs at least {MIN_PICTURES}",
+        "run": str(args.run),
+        "batch": str(args.batch),
+        "num_images": batch.num_images,
+        "num_errors": errors,
+        "false_alarm_rate": args.false_alarms,
+    }
+    if tested is None:
+        return result
+    signals = zip(SIGNALS, tested.values, tested.limits, tested.p, tested.alarms, strict=True)
+    result["signals"] = {
+        name: {"value": float(value), "limit": float(limit), "p": float(p), "alarm": bool(alarm)}
+        for name, value, limit, p, alarm in signals
+    }
+    classes = len(class_names)
+    for key, means in (("batch_means", batch.mean), ("usual_means", tested.usual)):
+        mix = dict(zip(class_names, map(float, means[:classes]), strict=True))
+        result[key] = {"class_mix": mix, "confidence": float(means[classes]), "unfamiliar": float(means[classes + 1])}
+    found = reasons(batch.mean, tested, class_names)
+    if errors > UNREADABLE * (errors + batch.num_images):
+        found.append(f"more than {UNREADABLE:.0%} of the files unreadable")
+    result["verdict"] = "alert" if found else "fine"
+    like = f"like the training data (smallest p {tested.p.min():.2g}, false alarms {args.false_alarms:g})"
+    result["line"] = f"{result['verdict']}: {number}: {'; '.join(found) or like}"
+    return result
+
+
+def reasons(mean: np.ndarray, tested: DriftTest, class_names: tuple[str, ...]) -> list[str]:
+    """Say each alarm in words, with the batch's number and the usual one."""
+    usual, classes = tested.usual, len(class_names)
+    most = int(np.abs(mean - usual)[:classes].argmax())
+    words = {
+        "class mix": f"class mix ({class_names[most]} {mean[most]:.0%}, usually {usual[most]:.0%})",
+        "confidence": f"mean confidence {mean[classes]:.2f} (usually {usual[classes]:.2f})",
+        "unfamiliar": f"{mean[classes + 1]:.0%} unfamiliar (usually {usual[classes + 1]:.0%})",
+        "drift": f"features drifted {tested.values[3]:.3g} (usually at most {tested.limits[3]:.3g})",
+    }
+    return [words[name] for name, alarm in zip(SIGNALS, tested.alarms, strict=True) if alarm]

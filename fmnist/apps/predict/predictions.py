@@ -1,0 +1,141 @@
+"""From pictures to predictions.csv and predictions.png."""
+
+import argparse
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+
+from fmnist.apps.novelty import NoveltyReference, open_reference
+from fmnist.apps.predict.photo_sheet import BLACK, GREY, ORANGE, Cell, draw_sheet
+from fmnist.apps.views import Photo, read_photo
+from fmnist.runtime.files import csv_bytes, write_atomic
+from fmnist.trained import Trained, open_trained
+
+CHUNK = 64  # pictures in memory at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One row.
+
+    Attributes:
+        photo: the picture, or why there is none.
+        top: (class name, probability), the likeliest first; empty where there is an error.
+        score: distance from the training images, see `NoveltyReference.score`; 0 where there is an error.
+        unfamiliar: whether the score is above the calibrated threshold.
+    """
+
+    photo: Photo
+    top: tuple[tuple[str, float], ...] = ()
+    score: float = 0.0
+    unfamiliar: bool = False
+
+
+def predict(found: Sequence[tuple[str, str]], args: argparse.Namespace) -> int:
+    """Predict pictures and write the files; return 0, or 1 where no picture could be read.
+
+    Args:
+        found: what `find_pictures` yields.
+        args: the command line.
+
+    Raises:
+        ValueError: one line, for a run that cannot be used or a --top above its number of classes.
+    """
+    trained = open_trained(args.run, args.device, args.batch_size)
+    if args.top > len(trained.class_names):
+        raise ValueError(f"--top is {args.top}; valid range: 1 to {len(trained.class_names)}, the classes")
+    reference = open_reference(trained, args.root)
+    items = predict_pictures(trained, reference, found, args)
+    counts = write_predictions(items, args, f"{trained.name}: each photo and what the model sees")
+    if args.json:
+        print(json.dumps({**counts, "output": str(args.output)}))
+    else:
+        errors = f"{counts['errors']:,} error{'s' * (counts['errors'] != 1)}"
+        flags = f"{counts['unfamiliar']:,} flagged as unfamiliar, {counts['uncropped']:,} used uncropped"
+        print(f"{counts['predicted']:,} predicted: {flags}; {errors}")
+        print(f"written to {args.output}")
+    return 0 if counts["predicted"] else 1
+
+
+def predict_pictures(
+    trained: Trained, reference: NoveltyReference, found: Iterable[tuple[str, str]], args: argparse.Namespace
+) -> Iterator[Prediction]:
+    """Predict pictures in the order found, a chunk at a time."""
+    pictures = iter(found)
+    while chunk := list(islice(pictures, CHUNK)):
+        photos = [
+            Photo(name=name, error=error) if error else read_photo(name, invert=args.invert, crop=args.crop)
+            for name, error in chunk
+        ]
+        views = [photo.cutout.view for photo in photos if photo.cutout]
+        images = torch.from_numpy(np.stack(views)) if views else torch.zeros(0, 28, 28, dtype=torch.uint8)
+        logits, features = trained(images)
+        scores = reference.score(features)
+        rows = zip(logits.double().softmax(1), scores.tolist(), strict=True)
+        for photo in photos:
+            if photo.cutout is None:
+                yield Prediction(photo=photo)
+                continue
+            probabilities, score = next(rows)
+            values, labels = probabilities.topk(args.top)
+            top = tuple((trained.class_names[i], p) for p, i in zip(values.tolist(), labels.tolist(), strict=True))
+            yield Prediction(photo=photo, top=top, score=score, unfamiliar=score > reference.threshold)
+
+
+def header(num_top: int) -> list[str]:
+    """Name the columns of predictions.csv."""
+    places = [name for place in range(1, num_top + 1) for name in (f"top{place}", f"p{place}")]
+    return ["file", "prediction", "confidence", *places, "unfamiliar", "score", "cropped", "error"]
+
+
+def row(item: Prediction, num_top: int) -> list[str]:
+    """Return the cells of one picture, in the order of `header`."""
+    name = item.photo.name
+    # A spreadsheet runs a cell that starts like a formula; "./" before a relative path names the same file.
+    name = os.path.join(".", name) if name[:1] in ("=", "+", "-", "@", "\t", "\r") else name
+    if not item.top or item.photo.cutout is None:
+        return [name, *[""] * (2 + 2 * num_top), "", "", "", item.photo.error]
+    best = [item.top[0], *item.top]
+    cells = [cell for label, probability in best for cell in (label, f"{probability:.6f}")]
+    cropped = "yes" if item.photo.cutout.box else "no"
+    return [name, *cells, "yes" if item.unfamiliar else "no", f"{item.score:.6f}", cropped, ""]
+
+
+def sheet_cell(item: Prediction) -> Cell:
+    """Return the cell of the sheet for one picture."""
+    lines = [(os.path.basename(item.photo.name) or item.photo.name, GREY)]
+    if item.photo.cutout is None:
+        return Cell(image=item.photo.image, box=None, view=None, lines=[*lines, (item.photo.error, ORANGE)])
+    shares = [f"{label} {100 * probability:.0f} %" for label, probability in item.top[:2]]
+    lines += [(shares[0], BLACK), (", ".join(["then " + share for share in shares[1:]]), GREY)]
+    lines += [(f"unfamiliar ({item.score:.2f})", ORANGE)] if item.unfamiliar else []
+    return Cell(image=item.photo.image, box=item.photo.cutout.box, view=item.photo.cutout.view, lines=lines)
+
+
+def write_predictions(items: Iterable[Prediction], args: argparse.Namespace, title: str) -> Counter[str]:
+    """Write predictions.csv, then predictions.png; each appears whole or not at all.
+
+    Returns:
+        How many are `predicted`, of those `unfamiliar` and `uncropped` (no object cut out), and `errors`.
+    """
+    counts = Counter(predicted=0, unfamiliar=0, uncropped=0, errors=0)
+    rows: list[list[str]] = []
+    shown: list[Prediction] = []
+    for item in items:
+        rows.append(row(item, args.top))
+        counts["predicted" if item.top else "errors"] += 1
+        counts["unfamiliar"] += item.unfamiliar
+        counts["uncropped"] += item.photo.cutout is not None and item.photo.cutout.box is None
+        if len(shown) < args.sheet:  # pictures are kept for the sheet only
+            shown.append(item)
+    write_atomic(args.output / "predictions.csv", csv_bytes(header(args.top), rows))
+    if shown:
+        part = f", the first {len(shown)} of {len(rows):,}" if len(rows) > len(shown) else ""
+        write_atomic(args.output / "predictions.png", draw_sheet([sheet_cell(item) for item in shown], title + part))
+    return counts

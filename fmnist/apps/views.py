@@ -1,0 +1,94 @@
+"""What the model sees of a picture from outside, or why it sees nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from fmnist.apps.cutout import Cutout, Floats, Invert, cut_out
+from fmnist.data.photos import as_rgb, open_picture
+from fmnist.runtime.console import one_line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Photo:
+    """A picture as read and prepared, or why not.
+
+    Attributes:
+        name: its path as found.
+        image: RGB, at most WORK_SIZE on a side, upright; None where it could not be read.
+        cutout: what the model sees; None where there is an error.
+        error: one line; empty where all is well.
+    """
+
+    name: str
+    image: Image.Image | None = None
+    cutout: Cutout | None = None
+    error: str = ""
+
+
+def read_photo(name: str, *, invert: Invert = "auto", crop: bool = True) -> Photo:
+    """Read one picture and prepare it for the model.
+
+    Args:
+        name: the file.
+        invert: see `cut_out`.
+        crop: see `cut_out`.
+
+    Returns:
+        The photo; where anything about the file is wrong, one with its error.
+    """
+    try:
+        image = open_picture(Path(name))
+    except UnidentifiedImageError:
+        return Photo(name=name, error="not a JPEG, PNG or WebP picture")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return Photo(name=name, error=f"more than {Image.MAX_IMAGE_PIXELS:,} pixels")
+    except Exception as error:  # decoders raise what they like on a damaged file: struct.error, SyntaxError, KeyError
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return Photo(name=name, error=one_line(text) or type(error).__name__)
+    try:
+        cutout = cut_out(*_arrays(image), invert=invert, crop=crop)
+    except ValueError as error:
+        return Photo(name=name, image=_on_white(image), error=str(error))
+    return Photo(name=name, image=_on_white(image), cutout=cutout)
+
+
+def read_view(name: str) -> Tensor:
+    """Read one picture as the model sees it.
+
+    Returns:
+        uint8 [28, 28] on the CPU.
+
+    Raises:
+        ValueError: one line with the file's name and what is wrong with it.
+    """
+    photo = read_photo(name)
+    if photo.cutout is None:
+        raise ValueError(f"{name}: {photo.error}")
+    return torch.from_numpy(photo.cutout.view)
+
+
+def view_of(image: Image.Image) -> Tensor:
+    """Return a decoded picture as the model sees it: uint8 [28, 28] on the CPU.
+
+    Raises:
+        ValueError: there is no object in it.
+    """
+    return torch.from_numpy(cut_out(*_arrays(as_rgb(image))).view)
+
+
+def _arrays(image: Image.Image) -> tuple[Floats, Floats | None]:
+    pixels = np.asarray(image, dtype=np.float32)
+    return pixels[..., :3], pixels[..., 3] / np.float32(255) if image.mode == "RGBA" else None
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

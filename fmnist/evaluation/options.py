@@ -1,0 +1,33 @@
+"""The command line of evaluate.py; no torch is imported."""
+
+import argparse
+from pathlib import Path
+
+from fmnist.runtime.arguments import CommandLine, number, run_path
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line; a mistake ends the program with one line and status 2."""
+    parser = CommandLine(prog="evaluate.py", description=__doc__)
+    parser.add_argument(
+        "paths", nargs="+", type=run_path, metavar="RUN", help="run directories, or checkpoints in them"
+    )
+    parser.add_argument("--split", choices=("test", "val", "train"), default="test", help="images to evaluate on")
+    parser.add_argument("--tta", choices=("none", "flip"), help="flip: average image and mirror (default: the run's)")
+    parser.add_device()
+    parser.add_argument("--batch_size", type=number(1), help="images of one forward (default: the run's)")
+    parser.add_argument("--data.root", dest="root", help="folder with the data set (default: the run's)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="of one run (default: RUN/evaluation/SPLIT)")
+    parser.add_argument("--comparison", type=Path, default=Path("comparison"), help="folder for several runs' table")
+    parser.add_argument("--ensemble", action="store_true", help="the runs' averaged probabilities as a further row")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="metrics and figures only: skips near-copy subsets, calibration, timing, retrieval and report.html",
+    )
+    args = parser.parse_args()
+    if args.ensemble and len(args.paths) < 2:
+        parser.error("--ensemble averages several runs: give two or more")
+    if args.output and len(args.paths) > 1:
+        parser.error("--output takes one run; --comparison is the folder of several")
+    return args

@@ -1,0 +1,141 @@
+"""From Python: train, resume, open, predict and evaluate in one process, which is afterwards as it was before."""
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL_RUN, environment
+from PIL import Image
+
+import fmnist
+from fmnist.config.schema import BatchConfig, Config, LogConfig, ModelConfig, ScheduleConfig
+from fmnist.data.fashion_mnist import CLASS_NAMES, load
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> fmnist.RunResults:
+    folder = tmp_path_factory.mktemp("api")
+    (folder / "small.yaml").write_text(SMALL_RUN)
+    return fmnist.train(folder / "small.yaml", output_dir=str(folder / "run"), schedule={"steps": 6, "warmup_steps": 2})
+
+
+def state() -> tuple[Any, ...]:
+    """What a notebook's next cell would notice."""
+    loggers = [logging.getLogger(name) for name in ("fmnist", "fmnist.metrics")]
+    return (
+        [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers],
+        [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)],
+        (torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(), torch.initial_seed()),
+        torch.backends.cudnn.deterministic,
+    )
+
+
+def test_importing_it_imports_no_torch() -> None:
+    code = "import fmnist, sys; print('torch' in sys.modules, fmnist.__all__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
+    assert done.stdout == "False ['RunResults', 'open_run', 'train']\n", done.stderr
+
+
+def test_the_run_has_its_numbers(run: fmnist.RunResults) -> None:
+    assert run.summary["status"] == "finished" and run.summary["steps"] == 6
+    lines = run.metrics()
+    assert [line["step"] for line in lines if line["prefix"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    (test,) = (line for line in lines if line["prefix"] == "test")
+    assert run.evaluate("test")["top1"] == test["top1"] == run.summary["test.top1"]
+    on_val = run.evaluate("val", tta="flip")
+    assert on_val["num_images"] == 1000 and len(on_val["confusion_matrix"]) == 10
+
+
+def test_two_trainings_in_one_process_leave_it_as_it_was(tmp_path: Path) -> None:
+    before, drawn = state(), torch.random.get_rng_state()
+    results = []
+    for name, precision, exact in (("a", "fp32", None), ("b", "bf16", None), ("c", "fp32", 2), ("a", "fp32", None)):
+        cfg = Config(
+            batch=BatchConfig(global_batch_size=32),
+            model=ModelConfig(name="mlp", options={"width": 16}, precision=precision),  # type: ignore[arg-type]
+            log=LogConfig(wandb="disabled"),
+            exact=exact,
+        )
+        schedule = {"steps": 3, "warmup_epochs": 0.0}
+        results.append(fmnist.train(cfg, output_dir=str(tmp_path / name), schedule=schedule, **{"log.every_steps": 1}))
+        assert state() == before and torch.equal(torch.random.get_rng_state(), drawn)
+    assert [result.summary["steps"] for result in results] == [3, 3, 3, 3]
+    assert results[0].trained.cfg.schedule == ScheduleConfig(steps=3)
+    # The last one found its run finished, and trained nothing.
+    log = (tmp_path / "a" / "train.log").read_text()
+    assert log.count("training on") == 1
+    losses = [[line["loss"] for line in result.metrics() if line["prefix"] == "train"] for result in results]
+    assert losses[0] == losses[3] and losses[0] != losses[1]
+
+
+def test_paths_pictures_and_arrays_give_one_answer(run: fmnist.RunResults, tmp_path: Path) -> None:
+    images = load("test")[0][:4]
+    expected = run.trained(images)[0].double().softmax(1)
+    answers = run.predict(images, top=10)
+    assert [len(answer) for answer in answers] == [10] * 4
+    for answer, row in zip(answers, expected.tolist(), strict=True):
+        assert dict(answer) == {name: pytest.approx(p) for name, p in zip(CLASS_NAMES, row, strict=True)}
+        assert [p for _, p in answer] == sorted((p for _, p in answer), reverse=True)
+    Image.fromarray(images[1].numpy()).save(tmp_path / "1.png")
+    mixed = [images[0].numpy(), tmp_path / "1.png", Image.fromarray(images[2].numpy()), images[3:4]]
+    assert [answer[0][0] for answer in run.predict(mixed)] == [answer[0][0] for answer in answers]
+    assert run.predict(str(tmp_path / "1.png"), top=1) == [[(answers[1][0][0], pytest.approx(answers[1][0][1]))]]
+    assert run.predict([]) == []
+
+
+def test_mistakes_are_value_errors_of_one_line(run: fmnist.RunResults, tmp_path: Path) -> None:
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"schedule": {"epoch": 1}}, "schedule.epochs"),
+        ({"scedule": {"epochs": 1}}, "schedule"),
+        ({"optim": {"lr": -1.0}}, "optim.lr"),
+        ({"data": {"root": str(ROOT / "README.md")}, "output_dir": str(tmp_path / "run")}, "README.md"),
+        ({"output_dir": str(run.directory)}, "holds a run with another config"),
+        ({"dry_run": True}, "dry_run trains nothing"),
+    ]
+    before = state()
+    for options, words in wrong:
+        with pytest.raises(ValueError) as error:
+            fmnist.train("configs/mlp.yaml", **options)
+        assert words in str(error.value) and "\n" not in str(error.value), options
+        assert state() == before
+    with pytest.raises(ValueError, match="nowhere is not a directory"):
+        fmnist.open_run("nowhere")
+    with pytest.raises(ValueError, match=r"absent\.png: no such file"):
+        run.predict("absent.png")
+    with pytest.raises(ValueError, match=r"float64 \[2, 28, 28\]; expected uint8"):
+        run.predict(np.zeros((2, 28, 28)))
+    with pytest.raises(ValueError, match="top is 11; valid range: 1 to 10"):
+        run.predict(load("test")[0][:1], top=11)
+    with pytest.raises(AttributeError, match="no attribute 'predict'"):
+        fmnist.predict  # noqa: B018
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = json.loads((ROOT / "docs" / "use_from_python.ipynb").read_text())
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    values = []
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        assert cell["outputs"] == [] and cell["execution_count"] is None
+        *lines, last = "".join(cell["source"]).rpartition("\n")
+        try:  # as a notebook does: the value of the last line is shown
+            compile(last, "cell", "eval")
+        except SyntaxError:
+            lines, last = [*lines, last], "None"
+        exec("".join(lines), names)
+        values.append(eval(last, names))
+    _, losses, accuracy, answers, (status, best) = values
+    assert [step for step, _ in losses] == [20, 40, 60, 80] and losses[-1][1] < losses[0][1]
+    assert accuracy.endswith("% of 10,000 images") and float(accuracy.split()[0]) > 70
+    assert [len(answer) for answer in answers] == [2, 2, 2]
+    assert status == "finished" and best == answers[0][0]

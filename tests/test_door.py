@@ -1,0 +1,217 @@
+"""One door: every command by name, answers before torch is imported, and the same from a wheel."""
+
+import importlib.util
+import json
+import os
+import resource
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, environment
+from small import NUM_TEST, command, untrained, write_small_data
+
+from fmnist.__main__ import COMMANDS
+from fmnist.apps.doctor import Line
+from fmnist.apps.doctor import main as doctor_main
+from fmnist.apps.launch import main as launch_main
+from fmnist.config.schema import ModelConfig
+from fmnist.runtime.shipped import shipped, with_recipe
+
+HEAVY = ("torch", "scipy", "matplotlib", "sklearn", "timm", "accelerate", "wandb")
+SECONDS = 1.0  # of processor time, so that a busy machine does not count
+# Behind benchmark stands its own command line.
+EARLY = [name for name in COMMANDS if name != "benchmark"]
+
+
+def ask(*args: object, cwd: Path = ROOT) -> tuple[int, str, float]:
+    """Run `python -m fmnist`; return the status, what it said, and its processor seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    code = (
+        "import sys, runpy, atexit; atexit.register(lambda: print('heavy:', *"
+        f"sorted(set({HEAVY}) & set(sys.modules)), file=sys.stderr)); runpy.run_module('fmnist', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=120,
+        cwd=cwd,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    *said, heavy = (done.stdout + done.stderr).splitlines()
+    assert heavy == "heavy:", heavy
+    return done.returncode, "\n".join(said), seconds
+
+
+def test_help_lists_every_command_with_one_line() -> None:
+    status, said, seconds = ask("--help")
+    assert status == 0 and seconds < SECONDS
+    lines = [line.split(maxsplit=1) for line in said.splitlines()]
+    listed = {line[0]: line[1] for line in lines if len(line) == 2 and line[0] in COMMANDS}
+    assert listed == {name: text for name, (_, text) in COMMANDS.items()}
+    assert max(map(len, said.splitlines())) <= 100
+    assert ask()[0] == 2
+    status, said, _ = ask("predcit")
+    assert (status, said) == (
+        2,
+        "fmnist: error: unknown command predcit (did you mean predict?); fmnist --help lists all",
+    )
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_help_answers_before_torch(name: str) -> None:
+    status, said, seconds = ask(name, "--help")
+    assert status == 0 and seconds < SECONDS
+    assert said.startswith("usage: ") and len(said) > 100
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("train", "--schedule.epoch", 1), "did you mean schedule.epochs?"),
+        (("train", "--config", "nowhere.yaml"), "nowhere.yaml"),
+        (("launch", "--schedule.epoch", 1), "did you mean schedule.epochs?"),
+        (("evaluate", "nowhere"), "RUN: nowhere: no such file or folder"),
+        (("evaluate", "RUN", "--batchsize", 1), "unknown option --batchsize (did you mean --batch_size?)"),
+        (("evaluate", "RUN", "RUN", "--output", "x"), "--output takes one run"),
+        (("predict", "nowhere", "a.jpg"), "RUN: nowhere: no such file or folder"),
+        (("predict", "RUN", "a.jpg"), "a.jpg: no such file"),
+        (("predict", "--devcie", "cpu"), "unknown option --devcie (did you mean --device?)"),
+        (("search", "query", "RUN", "a.jpg"), "IMAGE: a.jpg: no such file or folder"),
+        (("search", "query", "RUN", "--splt", "all"), "unknown option --splt (did you mean --split?)"),
+        (("search", "index", "nowhere"), "RUN: nowhere: no such file or folder"),
+        (("monitor", "RUN", "nowhere"), "BATCH: nowhere: no such file or folder"),
+        (("monitor", "RUN", "x", "--false_alarm", 1), "unknown option --false_alarm (did you mean --false_alarms?)"),
+        (("export", "nowhere", "--to", "hub"), "RUN: nowhere: no such file or folder"),
+        (("export", "RUN", "--too", "hub"), "unknown option --too (did you mean --to?)"),
+        (("checkpoint", "nowhere"), "RUN: nowhere: no such file or folder"),
+        (("checkpoint", "RUN", "--jsn"), "unknown option --jsn (did you mean --json?)"),
+        (("duplicates", "--treshold", 1), "unknown option --treshold (did you mean --threshold?)"),
+        (("doctor", "--ouput", 1), "unknown option --ouput (did you mean --output?)"),
+    ],
+)
+def test_a_mistake_is_one_line_before_torch(args: tuple[object, ...], message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    status, said, seconds = ask(*(tmp_path if arg == "RUN" else arg for arg in args))
+    assert status == 2 and seconds < SECONDS
+    assert message in said and said.count("\n") == 0
+
+
+def test_launch_prints_the_run_directory(small_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(small_config.parent)
+    assert command(launch_main, "--config", small_config) == f"{small_config.parent / 'runs' / 'small'}\n"
+    assert command(launch_main, "--output_dir", "x") == f"{small_config.parent / 'x'}\n"
+    # A shipped recipe is found wherever the command is called.
+    assert command(launch_main, "--config=configs/mlp.yaml") == f"{small_config.parent / 'runs' / 'mlp'}\n"
+
+
+def test_the_default_recipe_and_shipped_ones() -> None:
+    cnn, mlp = str(ROOT / "configs" / "cnn.yaml"), str(ROOT / "configs" / "mlp.yaml")
+    assert shipped("train.py") == ROOT / "train.py"
+    assert with_recipe(["--seed", "1"]) == ["--config", cnn, "--seed", "1"]
+    assert with_recipe(["--config", mlp]) == ["--config", mlp]
+    assert with_recipe(["--config"]) == ["--config", cnn, "--config"]  # train.py says what is missing
+
+
+def test_doctor_answers_each_question_and_finds_what_would_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = json.loads(command(doctor_main, "--device", "cpu", "--output", tmp_path, "--json"))
+    assert list(found) == [
+        *("python", "torch", "compile", "device", "bf16", "all-reduce", "data", "weights", "wandb", "slurm", "disk"),
+    ]
+    assert all(Line(name, **answer).state in ("ok", "note") for name, answer in found.items())
+    assert "sha256 as published" in found["data"]["text"] and str(tmp_path) in found["disk"]["text"]
+    lines = command(doctor_main, "--device", "cpu", "--output", tmp_path).splitlines()
+    assert [line.split()[0] for line in lines] == list(found)
+
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "train-labels-idx1-ubyte").write_bytes(b"")
+    monkeypatch.setattr("fmnist.apps.doctor.MIN_FREE_BYTES", 1 << 62)
+    args = ("--device", "gpu_9", "--data.root", tmp_path / "part", "--output", tmp_path, "--json")
+    failed = json.loads(command(doctor_main, *args, status=1, lines=0))
+    assert {name for name, answer in failed.items() if answer["state"] == "fail"} == {
+        *("device", "all-reduce", "data", "disk"),
+    }
+    assert "lacks train-images-idx3-ubyte" in failed["data"]["text"] and "gpu_9" in failed["device"]["text"]
+
+
+def test_doctor_sums_over_the_processes_it_is_launched_with(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environ = environment()
+    del environ["ACCELERATE_USE_CPU"]  # as a user would launch it
+    done = subprocess.run(
+        [*launcher, "-m", "fmnist", "doctor", "--device", "cpu", "--json", "--output", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environ,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["all-reduce"] == {"state": "ok", "text": "gloo over 2 processes on 1 node(s): sum 2"}
+
+
+def test_evaluate_goes_where_it_is_told_and_says_what_it_does(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    data = write_small_data(tmp_path / "data")
+    run = untrained(tmp_path / "run", ModelConfig(name="mlp", options={"width": 16}), 28)
+    flags = ["--quick", "--output", "out", "--device", "cpu", "--batch_size", "1000", "--data.root", str(data)]
+    done = subprocess.run(
+        [sys.executable, "-m", "fmnist", "evaluate", str(run), *flags],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=200,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "run (1 of 1): test images" in done.stderr and "written to out" in done.stdout
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["num_images"] == NUM_TEST
+    assert not (run / "evaluation").exists()
+
+
+def test_a_wheel_has_everything_and_trains(tmp_path: Path) -> None:
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("setuptools is not installed: a wheel cannot be built offline")
+    source = tmp_path / "source"
+    for path in [*ROOT.glob("*.*"), *ROOT.glob("configs/*"), *ROOT.glob("fmnist/**/*"), ROOT / "LICENSE"]:
+        if path.is_file() and path.suffix != ".pyc":
+            target = source / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    build = ["-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path), "."]
+    done = subprocess.run([sys.executable, *build], capture_output=True, text=True, timeout=200, cwd=source)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("fmnist-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+    ours = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("fmnist/**/*") if path.suffix in (".py", ".html")}
+    shipped_files = {f"fmnist/shipped/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("configs/*.yaml")}
+    shipped_files |= {"fmnist/shipped/train.py", "fmnist/shipped/evaluate.py"}
+    assert {name for name in held if not name.startswith("fmnist-")} == ours | shipped_files
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"fmnist": "fmnist.__main__:main"}
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    environ = environment() | {"PYTHONPATH": str(tmp_path / "site")}
+    flags = ["--config", "configs/mlp.yaml", "--schedule.steps", "2", "--schedule.warmup_epochs", "0"]
+    start = [sys.executable, "-c", "import sys; from fmnist.__main__ import main; sys.exit(main())"]
+    done = subprocess.run(
+        [*start, "train", *flags, "--log.wandb", "disabled"],
+        capture_output=True,
+        text=True,
+        env=environ,
+        timeout=200,
+        cwd=empty,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((empty / "runs" / "mlp" / "summary.json").read_text())["steps"] == 2
+    assert os.listdir(empty) == ["runs"]
