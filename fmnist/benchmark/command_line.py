@@ -2,9 +2,10 @@
 
 import argparse
 import re
-import sys
 from pathlib import Path
 from typing import Any, NoReturn
+
+from fmnist.runtime.console import one_line
 
 PROGRAM = "fmnist benchmark"
 LOADERS = {
@@ -53,8 +54,7 @@ examples:
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Report a mistake in one line, without the usage, and exit with status 2."""
-        sys.stderr.write(f"{self.prog}: error: {' '.join(message.split())}\n")
-        raise SystemExit(2)
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

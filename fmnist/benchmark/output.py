@@ -82,7 +82,7 @@ def render_table(table: Mapping[str, Any]) -> str:
 
 
 def add_ratios(table: dict[str, Any], name: str, baseline: Mapping[str, Any] | None, world_size: int) -> None:
-    """Add to each row its ratio to one loader, and its efficiency against the JSON of the same command on one process."""
+    """Add to each row its ratio to one loader, and its efficiency against the same command's JSON on one process."""
     medians = {row["name"]: row["images_per_second"]["median"] for row in table["rows"]}
     table["ratio_to"] = name if name in medians else None
     tables = {other["title"]: other for other in baseline["tables"]} if baseline else {table["title"]: {"rows": []}}

@@ -11,11 +11,11 @@ from fmnist.benchmark.pipelines import Pipeline
 from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
 from fmnist.data.batches import MicroBatch
+from fmnist.models.flops import flops_per_image
 from fmnist.network import build_network
 from fmnist.optim import build_optimizer
 from fmnist.runtime.compute import Compute
 from fmnist.step import train_step
-from fmnist.models.flops import flops_per_image
 
 
 class Trainer:
