@@ -1,73 +1,77 @@
-"""What `--exact V` costs: a step's processor time with it, as a multiple of that without, V micro-batches or one.
+"""Measure the cost of `--exact V`: a step's processor time with it, over that without, in V micro-batches or in one.
 
     OMP_NUM_THREADS=1 python -m experiments.exact_cost [--rounds 7] [--shards 1 2 4 8]
 
 One process with one thread, interleaved: each round times every variant once, and the minimum over the rounds counts.
-Processor time, which other work on the machine distorts less than the wall clock's. What is left out is the exchange
-between processes: `exact` gathers V copies of the gradients where DDP sums one.
+Processor time, because other work on the machine distorts it less than wall-clock time. The exchange between processes
+is not measured: `exact` gathers V copies of the gradients where DDP sums one.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 
+from fmnist.benchmark.trainer import Trainer
 from fmnist.config.schema import AugmentConfig, Config, ModelConfig
 from fmnist.data.batches import Loader, Split
-from fmnist.network import build_network
-from fmnist.optim import build_optimizer
 from fmnist.runtime.compute import Compute
-from fmnist.step import train_step
 
 GLOBAL_BATCH_SIZE = 128
 
 
-def make_step(name: str, micro_batch_size: int, exact: int | None, split: Split) -> Callable[[], None]:
-    """Return a function that makes one optimizer step."""
-    model_config = ModelConfig(name=name, precision="fp32")
-    cfg = Config(model=model_config, augment=AugmentConfig(flip=0.5, shift=0.1), exact=exact)
-    compute = Compute(precision="fp32", shards=exact)
-    model, augment = build_network(cfg, compute.device, load_weights=True)
-    optimizer = build_optimizer(model, cfg.optim)
-    prepared, gradients = compute.prepare(model)
+def make_step(name: str, micro_batch_size: int, split: Split, compute: Compute) -> Callable[[], None]:
+    """Return a function that does one optimizer step, exact where `compute` is."""
+    network = ModelConfig(name=name, precision="fp32")
+    cfg = Config(model=network, augment=AugmentConfig(flip=0.5, shift=0.1), exact=compute.shards)
+    trainer = Trainer(cfg, compute)
     loader = Loader(split, global_batch_size=GLOBAL_BATCH_SIZE, micro_batch_size=micro_batch_size, seed=0)
     micro_batches = loader.micro_batches(0)
 
     def step() -> None:
-        # Accelerate's processes have one setting; here both kinds of run share one.
-        torch.use_deterministic_algorithms(exact is not None)
-        train_step(prepared, optimizer, micro_batches, augment, gradients, cfg.optim)
+        # the setting is the process's own; here both kinds of run share one
+        torch.use_deterministic_algorithms(compute.shards is not None)
+        trainer.train(micro_batches, trainer.augment)
 
     return step
 
 
+def measure(name: str, shards: list[int], rounds: int, steps: int) -> dict[tuple[str, int], float]:
+    """Return processor seconds of one step: the lowest of the rounds, by kind (plain, parts, exact) and V."""
+    images = torch.randint(0, 256, (1024, 28, 28), dtype=torch.uint8)  # the pixels do not change the time
+    split = Split(images=images, labels=torch.randint(0, 10, (1024,)))
+    with ExitStack() as stack:
+        plain = stack.enter_context(Compute(precision="fp32"))
+        variants = {("plain", 1): make_step(name, GLOBAL_BATCH_SIZE, split, plain)}
+        for count in shards:
+            exact = stack.enter_context(Compute(precision="fp32", shards=count))
+            variants["parts", count] = make_step(name, GLOBAL_BATCH_SIZE // count, split, plain)
+            variants["exact", count] = make_step(name, GLOBAL_BATCH_SIZE // count, split, exact)
+        best = dict.fromkeys(variants, float("inf"))
+        for step in variants.values():
+            step()
+        for _ in range(rounds):
+            for key, step in variants.items():
+                begun = time.process_time()
+                for _ in range(steps):
+                    step()
+                best[key] = min(best[key], (time.process_time() - begun) / steps)
+    return best
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5, help="steps of one timing")
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 2, 4, 8])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    images = torch.randint(0, 256, (1024, 28, 28), dtype=torch.uint8)  # no step takes longer for what is in them
-    split = Split(images=images, labels=torch.randint(0, 10, (1024,)))
     print("| model | V | plain, 1 x 128, ms | plain, V micro-batches, ms | exact, ms | of plain | of V micro-batches |")
     print("|---|---|---|---|---|---|---|")
     for name in ("mlp", "cnn"):
-        variants = {("plain", 1): make_step(name, GLOBAL_BATCH_SIZE, None, split)}
-        for shards in args.shards:
-            micro = GLOBAL_BATCH_SIZE // shards
-            variants["parts", shards] = make_step(name, micro, None, split)
-            variants["exact", shards] = make_step(name, micro, shards, split)
-        best = dict.fromkeys(variants, float("inf"))
-        for step in variants.values():
-            step()
-        for _ in range(args.rounds):
-            for key, step in variants.items():
-                begun = time.process_time()
-                for _ in range(args.steps):
-                    step()
-                best[key] = min(best[key], (time.process_time() - begun) / args.steps)
+        best = measure(name, args.shards, args.rounds, args.steps)
         plain = best["plain", 1]
         for shards in args.shards:
             parts, exact = best["parts", shards], best["exact", shards]

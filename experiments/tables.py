@@ -1,11 +1,14 @@
-"""Keep measured runs as JSON, and make the tables of README and docs/benchmark.md from them.
+"""Record measurements as JSON, and make what the pages quote: tables, the report, and train.py's loop.
 
-python -m experiments.tables record RUN_DIRECTORY NAME "COMMAND" [--note TEXT]
-python -m experiments.tables compare comparison/comparison.json "COMMAND"
-python -m experiments.tables table
+    python -m experiments.tables record RUN_DIRECTORY NAME "COMMAND" [--note TEXT]
+    python -m experiments.tables compare comparison/comparison.json "COMMAND"
+    python -m experiments.tables table
+
+`table` rewrites what stands between the marks `<!-- NAME: begin -->` and `<!-- NAME: end -->` in README.md and docs/.
 """
 
 import argparse
+import ast
 import datetime
 import json
 import os
@@ -13,21 +16,19 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from fmnist.runtime.files import read_json, write_atomic
 from fmnist.runtime.provenance import git_revision, processor, versions
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
-REPORT = ROOT / "docs" / "report.txt"
-BENCHMARK = ROOT / "docs" / "benchmark.md"
+RESULTS = ROOT / "experiments" / "results"
 
 
 def record(run: Path, name: str, command: str, note: str) -> Path:
     """Write experiments/results/NAME.json from a finished run: its summary, and the spread of its speed."""
-    summary = json.loads((run / "summary.json").read_text())
+    summary = read_json(run / "summary.json")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rates = sorted(line["images_per_second"] for line in lines if line.get("images_per_second"))
-    evaluation = json.loads((run / "evaluation" / "test" / "metrics.json").read_text())
+    evaluation = read_json(run / "evaluation" / "test" / "metrics.json")
     result: dict[str, Any] = {
         "name": name,
         "command": command,
@@ -46,23 +47,8 @@ def record(run: Path, name: str, command: str, note: str) -> Path:
         "test.ece": evaluation["ece"],
         "note": note,
     }
-    for key in (
-        "model",
-        "parameters",
-        "epochs",
-        "steps",
-        "seed",
-        "val.top1",
-        "test.top1",
-        "test.loss",
-        "test.num_images",
-        "train_seconds",
-    ):
-        result[key] = summary[key]
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    return path
+    keys = "model parameters epochs steps seed val.top1 test.top1 test.loss test.num_images train_seconds"
+    return write_result(result | {key: summary[key] for key in keys.split()})
 
 
 def record_comparison(path: Path, command: str) -> Path:
@@ -74,25 +60,30 @@ def record_comparison(path: Path, command: str) -> Path:
         "hardware": {"processor": processor(), "cpu_cores": os.cpu_count()},
         "versions": versions(),
         "git_revision": git_revision(),
-        **json.loads(path.read_text()),
+        **read_json(path),
     }
-    target = RESULTS / "comparison.json"
-    target.write_text(json.dumps(result, indent=2) + "\n")
-    return target
+    return write_result(result)
+
+
+def write_result(result: dict[str, Any]) -> Path:
+    """Write experiments/results/NAME.json."""
+    path = RESULTS / f"{result['name']}.json"
+    write_atomic(path, json.dumps(result, indent=2) + "\n")
+    return path
 
 
 def comparison_table() -> str:
     """Return the table of the recorded comparison, most accurate first."""
-    result = json.loads((RESULTS / "comparison.json").read_text())
+    result = read_json(RESULTS / "comparison.json")
     lines = [
         "| model | parameters | MFLOPs per image | top1 (95 % interval) | images/s at batch 256 | ms at batch 1 "
-        "| right where the next is wrong : the reverse, p |",
+        "| only this model right : only the next model right (McNemar p) |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         low, high = (100 * bound for bound in row["top1_interval"])
         next_row = row.get("mcnemar")
-        test = f"{next_row[0]} : {next_row[1]}, {next_row[2]:.2g}" if next_row else "-"
+        test = f"{next_row[0]} : {next_row[1]} ({next_row[2]:.2g})" if next_row else "-"
         lines.append(
             f"| {row['run']} | {row['parameters']:,} | {row['flops_per_image'] / 1e6:,.1f} | "
             f"**{100 * row['top1']:.2f} %** ({low:.2f} to {high:.2f}) | {row['images_per_second_256']:,.0f} | "
@@ -101,9 +92,9 @@ def comparison_table() -> str:
     return "\n".join(lines)
 
 
-def table() -> str:
-    """Return the table of README, one row per recorded training run, most accurate last."""
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+def results_table() -> str:
+    """Return the table of accuracies, one row per recorded training run, most accurate last."""
+    results = [read_json(path) for path in sorted(RESULTS.glob("*.json"))]
     runs = sorted((result for result in results if "test.top1" in result), key=lambda result: result["test.top1"])
     rows = [
         "| what | command | hardware | epochs | training | images/s | test top1 (95 % interval) |",
@@ -130,13 +121,14 @@ def benchmark_table(mode: str, title: str, ratio: str) -> str:
     """
     lines = [f"| {title} | images/s, median (lowest to highest) | {ratio} |", "|---|---|---|"]
     for path in sorted(RESULTS.glob(f"benchmark_*_{mode}.json")):
-        result = json.loads(path.read_text())
+        result = read_json(path)
         for part in result["tables"]:
             lines.append(f"| **{part['title'].removeprefix(title).lstrip(', ')}, {machine(result)}** | | |")
             for row in part["rows"]:
                 rate = row["images_per_second"]
                 spread = f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})"
-                lines.append(f"| {row['description']} | {spread} | {row['ratio']:.2f} |")
+                against = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
+                lines.append(f"| {row['description']} | {spread} | {against} |")
     return "\n".join(lines)
 
 
@@ -147,40 +139,47 @@ def machine(result: dict[str, Any]) -> str:
     return f"{hardware['cpu_cores']}-core CPU" if device.startswith("CPU") else device
 
 
+def loop() -> str:
+    """Return the function `train` of train.py as its file has it."""
+    source = (ROOT / "train.py").read_text()
+    function = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "train")
+    return f"```python\n{ast.get_source_segment(source, function)}\n```"
+
+
 def updated_pages() -> dict[Path, str]:
-    """Return the pages that hold tables or reports, with those made anew."""
+    """Return the pages that hold tables, the report or the loop, with those made anew."""
+    report = (ROOT / "docs" / "report.txt").read_text().strip()
     contents = {
-        README: {
-            "results": table(),
-            "report": f"```text\n{REPORT.read_text().strip()}\n```",
+        "README.md": {"loop": loop(), "results": results_table()},
+        "docs/evaluate.md": {"report": f"```text\n{report}\n```", "comparison": comparison_table()},
+        "docs/benchmark.md": {
             "loaders": benchmark_table("data", "loaders alone", "ratio"),
-            "comparison": comparison_table(),
+            "training": benchmark_table("train", "training", "to synthetic"),
         },
-        BENCHMARK: {"training": benchmark_table("train", "training", "to synthetic")},
     }
     pages = {}
-    for page, marks in contents.items():
-        text = page.read_text()
+    for name, marks in contents.items():
+        text = (ROOT / name).read_text()
         for mark, content in marks.items():
             before, rest = text.split(f"<!-- {mark}: begin -->")
             after = rest.split(f"<!-- {mark}: end -->")[1]
             text = f"{before}<!-- {mark}: begin -->\n{content}\n<!-- {mark}: end -->{after}"
-        pages[page] = text
+        pages[ROOT / name] = text
     return pages
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="job", required=True)
-    recorder = commands.add_parser("record", help="keep a finished run")
+    recorder = commands.add_parser("record", help="record a finished run")
     recorder.add_argument("run", type=Path)
     recorder.add_argument("name")
     recorder.add_argument("command")
     recorder.add_argument("--note", default="")
-    comparer = commands.add_parser("compare", help="keep a comparison")
+    comparer = commands.add_parser("compare", help="record a comparison")
     comparer.add_argument("file", type=Path)
     comparer.add_argument("command")
-    commands.add_parser("table", help="make the tables of README.md and docs/benchmark.md anew")
+    commands.add_parser("table", help="make the tables of README.md and docs/ anew")
     args = parser.parse_args()
     if args.job == "record":
         print(record(args.run, args.name, args.command, args.note))

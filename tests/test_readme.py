@@ -1,17 +1,16 @@
 """What README says is so: its commands, its options, its table."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
+from experiments import tables
 from fmnist.checkpoint.run_directory import RUN_FILES
 from fmnist.config.schema import Config, flatten
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
 
 @pytest.mark.parametrize("name", ["train", "test"])
@@ -36,13 +35,20 @@ def test_every_option_and_file_that_it_names_exists() -> None:
         assert f"`{name}`" in README
 
 
-def test_the_tables_are_those_of_the_recorded_results() -> None:
-    import results
+def test_it_shows_the_loop_of_train_py() -> None:
+    shown = re.search(r"<!-- loop: begin -->\n```python\n(.*?)\n```\n<!-- loop: end -->", README, re.S)
+    assert shown is not None
+    assert shown[1].startswith("def train(") and "while state.step < schedule.total_steps:" in shown[1]
+    assert f"\n{shown[1]}\n" in (ROOT / "train.py").read_text()
 
-    for page, text in results.updated_pages().items():
-        assert text == page.read_text(), page
-    assert results.table().count("**") >= 2 * 3  # three recipes at least, their accuracy in bold
-    for path in results.RESULTS.glob("*.json"):
+
+def test_the_tables_are_those_of_the_recorded_results() -> None:
+    for page, text in tables.updated_pages().items():
+        assert text == page.read_text(), f"{page}: run python -m experiments.tables table"
+    assert tables.results_table().count("**") >= 2 * 3  # three recipes at least, their accuracy in bold
+    results = sorted(tables.RESULTS.glob("*.json"))
+    assert "cnn.json" in [path.name for path in results]
+    for path in results:
         text = path.read_text()
         for key in ("command", "date", "hardware", "versions", "git_revision"):
             assert f'"{key}"' in text, path

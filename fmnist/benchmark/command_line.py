@@ -1,168 +1,103 @@
-"""The benchmark's command line."""
+"""The benchmark's options. Nothing here imports torch: --help and a misspelt option answer at once."""
 
 import argparse
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-DESCRIPTION = """\
-Race the data path against torchvision's and kornia's, on this machine.
+from fmnist.runtime.console import one_line
+
+PROGRAM = "fmnist benchmark"
+LOADERS = {
+    "synthetic": "one synthetic batch repeated (no data path)",
+    "ours-triton": "ours: one fused Triton kernel",
+    "ours-compiled": "ours: plain torch, compiled",
+    "ours-eager": "ours: plain torch, eager",
+    "torchvision-pil": "torchvision DataLoader, PIL, a worker per core",
+    "torchvision-pil-2": "torchvision DataLoader, PIL, 2 workers",
+    "torchvision-pil-2-resize-first": "torchvision DataLoader, PIL, 2 workers, resize first",
+    "torchvision-v2-batch": "torchvision v2 on the device, one draw per batch (weaker)",
+    "torchvision-v2-image": "torchvision v2 on the device, image by image",
+    "kornia": "kornia on the device, per sample",
+    "kornia-resize-first": "kornia on the device, per sample, resize first",
+}
+# What depends on the device: (CPU, GPU). The CPU's work is smaller, so that `all` takes under five minutes.
+DEFAULTS: dict[str, tuple[Any, Any]] = {
+    "models": (["cnn@28"], ["cnn@28", "convnext_tiny@224"]),
+    "variants": (["eager"], ["eager", "compiled"]),
+    "large_batch": (0, 8192),
+    "rounds": (7, 5),
+    "seconds": (0.5, 1.0),
+}
+LIMITS = {"batch": (4, 8192), "large_batch": (0, 65536), "rounds": (1, 100), "seconds": (0.01, 600)}
+DESCRIPTION = f"""\
+Race the data path against torchvision's and kornia's on this machine.
 
   data   the loaders alone: images/s delivered to the device
-  train  the project's own train_step fed by each loader, and by one synthetic batch for ever (= 1.00)
+  train  the optimizer step of train.py fed by each loader; the synthetic batch is 1.00
   all    both
   plot   draw the chart of a JSON file again: plot FILE.json
 
-Every loader first passes a correctness gate: with given parameters its images must lie within 2/255 of a float64
-warp, its labels in the common order. One that is wrong is not timed, and the exit status is 1. Rounds are
-interleaved; medians and spreads are over rounds. It writes STEM.json and STEM.png, and prints the tables.
-"""
-EPILOG = """\
+Each loader must first pass a correctness gate: with given parameters its images lie within 2/255 of a float64 warp, and
+its labels come in the common order. A loader that fails is not timed, and the exit status is 1.
+
+loaders:
+{chr(10).join(f"  {name:31}{text}" for name, text in LOADERS.items())}
+
 examples:
-  python -m fmnist.benchmark all                                   # under five minutes on two CPU cores
-  python -m fmnist.benchmark data --sizes 224 --loaders ours-compiled torchvision-pil-2 kornia
-  python -m fmnist.benchmark train --models convnext_tiny@224 --variants eager compiled --batch 1024
+  fmnist benchmark data --sizes 224 --loaders ours-compiled torchvision-pil-2 kornia
+  fmnist benchmark train --models convnext_tiny@224 --variants eager compiled --batch 1024
   torchrun --nproc_per_node 4 -m fmnist.benchmark train --scaling --baseline one.json --output runs/four
 """
-VARIANTS = ("eager", "compiled")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What to measure; None is a default that depends on the device."""
-
-    mode: str
-    file: Path | None
-    loaders: tuple[str, ...]
-    sizes: tuple[int, ...]
-    models: tuple[tuple[str, int], ...] | None
-    variants: tuple[str, ...] | None
-    batch: int
-    large_batch: int | None
-    rounds: int | None
-    steps: int
-    warmup: int
-    seconds: float | None
-    scaling: bool
-    baseline: Path | None
-    precision: str
-    allocator: str
-    seed: int
-    data_root: str | None
-    output: Path
-
-
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """End with one line on stderr and status 2."""
-        sys.stderr.write(f"fmnist.benchmark: error: {' '.join(message.split())}\n")
-        raise SystemExit(2)
+        """Report a mistake in one line, without the usage, and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
-def _between(low: float, high: float, kind: Callable[[str], float] = int) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r}; legal: {low:g} to {high:g}")
-        return value
-
-    return convert
-
-
-def _size(text: str) -> int:
-    size = int(_between(8, 512)(text))
-    if size % 4:
-        raise argparse.ArgumentTypeError(f"{text!r}; legal: multiples of 4 (the gate erases a quarter)")
-    return size
-
-
-def _model(text: str) -> tuple[str, int]:
-    name, at, size = text.partition("@")
-    if not (name and at):
-        raise argparse.ArgumentTypeError(f"{text!r}; legal: NAME@PIXELS, e.g. convnext_tiny@224")
-    return name, _size(size)
-
-
-def parser(loaders: tuple[str, ...]) -> argparse.ArgumentParser:
-    """Return the parser; loaders are the legal names."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Read the command line; an option that was not given and whose default depends on the device stays None."""
     layout = argparse.RawDescriptionHelpFormatter
-    result = _Parser("python -m fmnist.benchmark", description=DESCRIPTION, epilog=EPILOG, formatter_class=layout)
-    add = result.add_argument
-    add("mode", choices=("data", "train", "all", "plot"), help="what to race")
-    add("file", nargs="?", type=Path, help="with plot: the JSON file")
-    add("--loaders", nargs="+", choices=loaders, default=loaders, metavar="NAME", help=f"of: {', '.join(loaders)}")
-    add("--sizes", nargs="+", type=_size, default=(28, 224), metavar="PX", help="of data, pixels (default: 28 224)")
-    add(
-        "--models",
-        nargs="+",
-        type=_model,
-        metavar="NAME@PX",
-        help="of train (CPU: cnn@28; GPU: also convnext_tiny@224)",
-    )
-    add(
-        "--variants", nargs="+", choices=VARIANTS, metavar="V", help="of train: eager, compiled (CPU: eager; GPU: both)"
-    )
-    add("--batch", type=_between(4, 8192), default=256, help="images per batch and process (default: %(default)s)")
-    add(
-        "--large_batch",
-        type=_between(0, 65536),
-        help="of data: ours again at this batch, where launching costs nothing (CPU: 0, none; GPU: 8192)",
-    )
-    add("--rounds", type=_between(1, 100), help="interleaved rounds (CPU: 7; GPU: 5)")
-    add("--steps", type=_between(1, 10_000), default=60, help="timed steps of a round, at most (default: %(default)s)")
-    add("--warmup", type=_between(1, 1000), default=20, help="untimed steps before, at most (default: %(default)s)")
-    add("--seconds", type=_between(0.01, 600, float), help="aim of a round's timed part (CPU: 0.7; GPU: 1.0)")
-    add(
-        "--scaling",
-        action="store_true",
-        help="under torchrun: train with ours and synthetic only, images/s of all processes",
-    )
-    add(
-        "--baseline",
-        type=Path,
-        metavar="JSON",
-        help="of --scaling: the same command's JSON with one process, for the efficiency",
-    )
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU, fp32 on a CPU")
-    add(
-        "--allocator",
-        choices=("kept", "default"),
-        default="kept",
-        help="on a CPU: freed memory is kept, as in train.py, or left to the C library, as in other programs",
-    )
-    add("--seed", type=_between(0, 2**31 - 1), default=0, help="of the order and the weights (default: %(default)s)")
-    add("--data_root", metavar="DIR", help="folder of the IDX files (default: found as by train.py, not fetched)")
-    add(
-        "--output",
-        type=Path,
-        default=Path("runs/benchmark"),
-        metavar="STEM",
-        help="writes STEM.json and STEM.png (default: %(default)s)",
-    )
-    return result
+    usage = f"{PROGRAM} {{data,train,all,plot}} [options]"
+    parser = OneLineParser(PROGRAM, usage, description=DESCRIPTION, formatter_class=layout)
 
+    def add(flag: str, text: str, **kwargs: Any) -> None:
+        values = [" ".join(map(str, v)) if isinstance(v, list) else v for v in DEFAULTS.get(flag.strip("-"), ())]
+        parser.add_argument(flag, help=text + (f" (CPU: {values[0]}; GPU: {values[1]})" if values else ""), **kwargs)
 
-def parse(argv: list[str], loaders: tuple[str, ...]) -> Options:
-    """Read the command line.
+    add("mode", "what to race", choices=("data", "train", "all", "plot"))
+    add("file", "with plot: the JSON file", nargs="?", type=Path)
+    add("--loaders", "default: all", nargs="+", choices=LOADERS, default=list(LOADERS), metavar="NAME")
+    add("--sizes", "pixels, for data (default: 28 224)", nargs="+", type=int, default=[28, 224], metavar="PX")
+    add("--models", "for train", nargs="+", metavar="NAME@PX")
+    add("--variants", "for train", nargs="+", choices=("eager", "compiled"), metavar="V")
+    add("--batch", "images per batch and process (default: 256)", type=int, default=256)
+    add("--large_batch", "for data: race ours again at this batch, where launching costs little; 0: do not", type=int)
+    add("--rounds", "interleaved rounds", type=int)
+    add("--seconds", "target length of a timed round", type=float)
+    add("--scaling", "train under torchrun: only ours and synthetic, over all processes", action="store_true")
+    add("--baseline", "with --scaling: JSON of the same command on one process", type=Path, metavar="JSON")
+    add("--allocator", "on a CPU: keep freed memory, as train.py does", choices=("kept", "default"), default="kept")
+    add("--output", "write STEM.json and STEM.png", type=Path, default=Path("runs/benchmark"), metavar="STEM")
+    options = parser.parse_args(argv)
 
-    Raises:
-        SystemExit: status 2 and one line for anything that is not legal; 0 after --help.
-    """
-    reader = parser(loaders)
-    values = vars(reader.parse_args(argv))
-    if (values["mode"] == "plot") != (values["file"] is not None):
-        reader.error("plot takes one JSON file, and nothing else takes any")
-    if values["scaling"] and values["mode"] != "train":
-        reader.error("--scaling goes with train")
-    if values["baseline"] and not values["scaling"]:
-        reader.error("--baseline goes with --scaling")
-    for path in (values["file"], values["baseline"]):
+    if (options.mode == "plot") != (options.file is not None):
+        parser.error("plot takes a JSON file; the other modes take none")
+    if options.scaling and options.mode != "train" or options.baseline and not options.scaling:
+        parser.error("--scaling requires train, and --baseline requires --scaling")
+    for path in (options.file, options.baseline):
         if path is not None and not path.is_file():
-            reader.error(f"no such file: {path}")
-    lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-    return Options(**values | lists)
+            parser.error(f"{path} does not exist")
+    for key, (low, high) in LIMITS.items():
+        value = getattr(options, key)
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{key} {value}; valid range: {low} to {high}")
+    for model in options.models or []:
+        if not re.fullmatch(r"[\w.]+@\d+", model):
+            parser.error(f"--models {model!r} is not NAME@PIXELS, e.g. convnext_tiny@224")
+    for size in options.sizes + [int(model.split("@")[1]) for model in options.models or []]:
+        if not 8 <= size <= 512 or size % 4:  # the gate erases quarters
+            parser.error(f"{size} pixels; valid range: multiples of 4 from 8 to 512")
+    return options

@@ -1,19 +1,22 @@
-"""The benchmark's tables on the terminal and its JSON file."""
+"""What a result depends on; its tables as text and as a chart."""
 
 import datetime
 import importlib.metadata
-import json
+import math
 import os
 import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from fmnist.benchmark.command_line import PROGRAM
+from fmnist.report.figures import BLUE, GREEN, GREY, ORANGE, save_figure
 from fmnist.runtime.compute import Compute
-from fmnist.runtime.files import write_atomic
 from fmnist.runtime.provenance import git_revision, processor, versions
 
 CLOCKS = ("name", "driver_version", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
@@ -26,34 +29,20 @@ def gpu_clocks() -> list[dict[str, str]]:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return []
-    return [dict(zip(CLOCKS, (value.strip() for value in line.split(",")), strict=False)) for line in lines]
-
-
-def all_versions() -> dict[str, str]:
-    """Return the versions of everything raced."""
-    found = versions()
-    for name in ("torchvision", "kornia", "triton", "pillow", "numpy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found | {"cuda_toolkit": torch.version.cuda or "none"}
+    return [dict(zip(CLOCKS, line.split(", "), strict=False)) for line in lines]
 
 
 def describe(compute: Compute, argv: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a result depends on: command, date, hardware, versions, commit, options."""
+    installed = {item.name.lower(): item.version for item in importlib.metadata.distributions()}
+    hardware = {"device": compute.device_name, "processor": processor(), "cpu_cores": len(os.sched_getaffinity(0))}
+    libraries = {name: installed.get(name, "absent") for name in ("torchvision", "kornia", "triton", "pillow", "numpy")}
     return {
         "name": "benchmark",
-        "command": shlex.join(["python", "-m", "fmnist.benchmark", *argv]),
+        "command": shlex.join([*PROGRAM.split(), *argv]),
         "date": datetime.date.today().isoformat(),
-        "hardware": {
-            "device": compute.device_name,
-            "processor": processor(),
-            "cpu_cores": len(os.sched_getaffinity(0)),
-            "threads": torch.get_num_threads(),
-            "clocks_before": gpu_clocks(),
-        },
-        "versions": all_versions(),
+        "hardware": hardware | {"threads": torch.get_num_threads(), "clocks_before": gpu_clocks()},
+        "versions": versions() | libraries | {"cuda_toolkit": torch.version.cuda or "none"},
         "git_revision": git_revision(),
         "world_size": compute.world_size,
         "precision": compute.precision,
@@ -61,54 +50,93 @@ def describe(compute: Compute, argv: Sequence[str], options: Mapping[str, Any]) 
     }
 
 
-def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """Write the JSON file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, (json.dumps(result, indent=2) + "\n").encode())
-
-
-def scaled(value: float | None, unit: str) -> str:
-    """Return a number with three digits and k, M, G or T, e.g. 4.31 TB/s; a dash for none."""
-    if value is None:
-        return "-"
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= factor:
-            return f"{value / factor:.3g} {prefix}{unit}"
-    return f"{value:.3g} {unit}".rstrip()
-
-
-def percent(value: float | None) -> str:
-    """Return a share in percent; a dash for none."""
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def _cells(row: Mapping[str, Any]) -> dict[str, str]:
-    rate, ratio = row["images_per_second"], row.get("ratio")
-    return {
-        "loader": row["description"],
-        "images/s": f"{rate['median']:,.0f}",
-        "best": f"{rate['max']:,.0f}",
-        "spread": percent(rate["spread"]),
-        "ratio": "-" if ratio is None else f"{ratio:.3f}" if ratio < 2 else f"{ratio:.1f}",
-        "bytes/image": scaled(row.get("bytes_per_image"), "B"),
-        "bytes/s": scaled(row.get("bytes_per_second"), "B/s"),
-        "of copy": percent(row.get("share_of_copy_ceiling")),
-        "MFU": percent(row.get("mfu")),
-        "peak memory": scaled(row.get("peak_memory_bytes"), "B"),
-        "efficiency": percent(row.get("efficiency")),
-    }
+def scaled(value: float, unit: str = "") -> str:
+    """Return a positive number with three digits and k, M, G or T, e.g. 4.31 TB/s."""
+    power = max(0, min(4, int(math.log10(value) // 3)))
+    return f"{value / 1000**power:.3g} {('', 'k', 'M', 'G', 'T')[power]}{unit}".rstrip()
 
 
 def render_table(table: Mapping[str, Any]) -> str:
-    """Return a table of one race as text; columns that hold nothing are left out."""
-    rows = [_cells(row) for row in table["rows"]]
-    names = [name for name in (rows[0] if rows else {}) if any(row[name] != "-" for row in rows)]
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
+    """Return the table of one race as text; empty columns are left out."""
+    formats: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "description": ("loader", str),
+        "median": ("images/s", "{:,.0f}".format),
+        "max": ("best", "{:,.0f}".format),
+        "spread": ("spread", "{:.1%}".format),
+        "ratio": ("ratio", "{:.3g}".format),
+        "bytes_per_image": ("bytes/image", lambda value: scaled(value, "B")),
+        "bytes_per_second": ("bytes/s", lambda value: scaled(value, "B/s")),
+        "share_of_copy_ceiling": ("of copy", "{:.1%}".format),
+        "mfu": ("MFU", "{:.1%}".format),
+        "peak_memory_bytes": ("peak memory", lambda value: scaled(value, "B")),
+        "efficiency": ("efficiency", "{:.1%}".format),
+    }
+    rows, columns = [row | row["images_per_second"] for row in table["rows"]], []
+    for key, (head, text) in formats.items():
+        cells = [head, *("-" if row.get(key) is None else text(row[key]) for row in rows)]
+        if set(cells[1:]) != {"-"}:
+            width = max(map(len, cells))
+            columns.append([cell.ljust(width) if key == "description" else cell.rjust(width) for cell in cells])
+    against = f"; ratios to {table['ratio_to']}" if table["ratio_to"] else ""
+    return "\n".join([f"\n{table['title']} ({table['dtype']}{against})", *map("  ".join, zip(*columns, strict=True))])
 
-    def line(cells: Mapping[str, str]) -> str:
-        return "  ".join(
-            cells[name].ljust(widths[name]) if name == "loader" else cells[name].rjust(widths[name]) for name in names
-        ).rstrip()
 
-    head = f"\n{table['title']} ({table['dtype']}" + (f"; ratios to {table['ratio_to']})" if table["ratio_to"] else ")")
-    return "\n".join([head, line({name: name for name in names}), *(line(row) for row in rows)])
+def add_ratios(table: dict[str, Any], name: str, baseline: Mapping[str, Any] | None, world_size: int) -> None:
+    """Add to each row its ratio to one loader, and its efficiency against the same command's JSON on one process."""
+    medians = {row["name"]: row["images_per_second"]["median"] for row in table["rows"]}
+    table["ratio_to"] = name if name in medians else None
+    tables = {other["title"]: other for other in baseline["tables"]} if baseline else {table["title"]: {"rows": []}}
+    if table["title"] not in tables or baseline and baseline["world_size"] != 1:
+        raise ValueError(f"--baseline: {table['title']!r} was not measured on one process; run the same command on one")
+    single = {row["name"]: row["images_per_second"]["median"] for row in tables[table["title"]]["rows"]}
+    for row in table["rows"]:
+        median = medians[row["name"]]
+        row["ratio"] = median / medians[name] if name in medians else None
+        if row["name"] in single:
+            row["efficiency"] = median / (world_size * single[row["name"]])
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Draw the tables of a result as a PNG of horizontal bars: the median, and a line from slowest to fastest round.
+
+    Orange is the roofline, what the measured copy (loaders alone) or matrix product (training) would allow.
+    """
+    tables = result.get("tables")
+    if not tables:
+        raise ValueError("this result holds no table to draw")
+    heights = [1.5 + 0.42 * len(table["rows"]) for table in tables]  # inches
+    figure = Figure(figsize=(9, sum(heights) + 0.8), layout="constrained")
+    panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, table in zip(panels, tables, strict=True):
+        _draw_table(axes, table)
+    machine = f"{result['hardware']['device']}, {result['hardware']['cpu_cores']} CPU cores"
+    machine += f", {result['world_size']} processes" * (result["world_size"] > 1)
+    figure.suptitle(f"{machine}, torch {result['versions']['torch']}, {result['date']}", fontsize=11)
+    save_figure(path, figure)
+
+
+def _draw_table(axes: Axes, table: Mapping[str, Any]) -> None:
+    rows, highest = table["rows"], max(row["images_per_second"]["max"] for row in table["rows"])
+    roofs = [row.get("roofline_images_per_second") for row in rows]
+    label = f"images/s ({table['dtype']}" + (f"; x: against {table['ratio_to']})" if table["ratio_to"] else ")")
+    if table["mode"] == "data":  # loaders lie orders of magnitude apart, and far from their roofline
+        axes.set_xscale("log")
+        axes.set_xlim(right=6 * max([highest, *filter(None, roofs)]))
+        label += "; orange: measured copy bandwidth / bytes per image"
+    else:
+        axes.set_xlim(0, 1.3 * highest)
+        label += f"; the measured matrix product allows {scaled(roofs[0])}" if roofs[0] else ""
+    for place, (row, roof) in enumerate(zip(rows, roofs, strict=True)):
+        rate, ratio = row["images_per_second"], row.get("ratio")
+        color = BLUE if row["name"].startswith("ours") else GREEN if row["name"] == "synthetic" else GREY
+        axes.barh(place, rate["median"], height=0.68, color=color)
+        axes.plot([rate["min"], rate["max"]], [place, place], color="black", linewidth=1.4)
+        if roof:
+            axes.plot([roof, roof], [place - 0.4, place + 0.4], color=ORANGE, linewidth=2.5)
+        text = f" {scaled(rate['median'])}" + ("" if ratio is None else f"  ({ratio:.3g}x)")
+        axes.text(rate["max"], place, text, va="center", fontsize=9.5)
+    axes.set_yticks(range(len(rows)), [row["description"] for row in rows], fontsize=9.5)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    axes.set_title(table["title"], fontsize=11.5, fontweight="bold", loc="left")
+    axes.spines[["top", "right", "left"]].set_visible(False)

@@ -1,154 +1,160 @@
-"""What every loader in the race is, what they share, and the one without a data path."""
+"""What every loader in the race shares, the synthetic one, and ours; the others are in `libraries.py`."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, cast
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fmnist.benchmark.ground_truth import Chain, Fixed, enlarged
-from fmnist.data.batches import Loader, MicroBatch, Split
-from fmnist.data.fashion_mnist import NUM_CLASSES
+from fmnist.config.schema import AugmentConfig
+from fmnist.data import augment_table as table
+from fmnist.data.augment import Augment
+from fmnist.data.batches import NUM_UNIFORMS, Loader, MicroBatch, Split
+from fmnist.data.fashion_mnist import MEAN, NUM_CLASSES, STD
 
+Chain = Literal["one warp", "warp, then resize", "resize, then warp"]
 FLIP, ROTATION, SHIFT, ERASE = 0.5, 10.0, 0.1, 0.25  # probability, degrees, fraction of the side, probability
-ERASE_AREA, ERASE_ASPECT = (0.02, 0.33), (0.3, 3.3)  # torchvision's defaults, and ours
 
 
-class UnavailableError(Exception):
-    """This loader cannot run here; the message says what it needs."""
+@dataclass(frozen=True, kw_only=True)
+class Fixed:
+    """One augmentation with given parameters: the image is flipped, then rotated, then shifted."""
+
+    flip: bool = False  # left and right
+    angle: float = 0.0  # degrees, counter-clockwise as seen
+    shift_x: int = 0  # whole source pixels, to the right
+    shift_y: int = 0  # and down
+    box: tuple[float, float, float, float] | None = None  # to erase: x0, y0, x1, y1 as fractions of the side
+
+    def box_pixels(self, size: int) -> tuple[int, int, int, int]:
+        """Return the box in whole output pixels, all zero if there is none."""
+        x0, y0, x1, y1 = (round(edge * size) for edge in self.box or (0, 0, 0, 0))
+        return x0, y0, x1, y1
+
+    def enlarged(self, factor: float) -> "Fixed":
+        """Return the same augmentation for an image resized by this factor."""
+        return replace(self, shift_x=round(self.shift_x * factor), shift_y=round(self.shift_y * factor))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all loaders of one race share.
+    """What all loaders of one race share."""
 
-    Attributes:
-        split: uint8 images and labels on the device.
-        size: pixels per side of what they deliver.
-        batch_size: images per batch of this process.
-        dtype: of the images delivered, the model's.
-        seed: of the order.
-        rank, world_size: this process's part of each global batch.
-        workers: processes of a DataLoader with all cores.
-    """
-
-    split: Split
-    size: int
-    batch_size: int
-    dtype: torch.dtype
-    seed: int = 0
+    split: Split  # on the device
+    size: int  # pixels per side of the images delivered
+    batch_size: int  # images per batch of this process
+    dtype: torch.dtype  # of the images delivered, the model's
     rank: int = 0
     world_size: int = 1
-    workers: int = 1
+    workers: int = 1  # processes of a DataLoader that uses all cores
+    repeat_epoch: bool = False  # ours repeats the first epoch: no epoch's tables are drawn while the clock runs
 
     @property
     def device(self) -> torch.device:
         """Where the batches are delivered."""
         return self.split.labels.device
 
-    def loader(self, split: Split | None = None) -> Loader:
-        """Return the order that all pipelines follow; a copy of the split elsewhere gives the same one."""
-        return Loader(
-            split or self.split,
-            global_batch_size=self.batch_size * self.world_size,
-            seed=self.seed,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
+    @property
+    def stored_size(self) -> int:
+        """Pixels per side of the stored images."""
+        return self.split.images.shape[-1]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Delivered:
-    """A finished batch in the place of a MicroBatch: `train_step` reads only its key, `augment` the rest."""
-
-    images: Tensor
-    labels: Tensor
-    key: tuple[int, int, int]
+    def loader(self) -> Loader:
+        """Return the order that all loaders follow."""
+        batch = self.batch_size * self.world_size
+        return Loader(self.split, global_batch_size=batch, seed=0, rank=self.rank, world_size=self.world_size)
 
 
 class Pipeline:
-    """A loader in the race; also the base of all of them.
+    """A loader in the race, a key of LOADERS; with `resize_first` it warps the resized image, not the stored one."""
 
-    Attributes:
-        name: short, for options and JSON.
-        description: for tables, with what is weaker or different about it.
-        chain: how many interpolations make an image.
-        checked: there is something for the correctness gate to check.
-        multiple: timed steps are a multiple of this: worker processes deliver in bursts.
-        bytes_rule: how the device bytes per image are known: by formula, op by op, or not at all.
-    """
-
-    name: str
-    description: str
     chain: Chain = "warp, then resize"
-    checked: bool = True
-    multiple: int = 1
-    bytes_rule: Literal["formula", "operations", "none"] = "operations"
+    checked: bool = True  # by the gate
+    multiple: int = 1  # timed steps are a multiple of this: worker processes deliver in bursts
+    bytes_rule: Literal["formula", "operations", "none"] = "operations"  # how the bytes per image are known
 
-    def __init__(self, setting: Setting) -> None:
-        self.setting, self.position = setting, 0
-
-    @property
-    def resizes_first(self) -> bool:
-        """It warps the resized image, not the stored one."""
-        return self.chain == "resize, then warp"
-
-    def check_resize_first(self) -> None:
-        """Leave a loader that resizes first out where there is nothing to resize."""
-        if self.resizes_first and self.setting.split.images.shape[-1] == self.setting.size:
-            raise UnavailableError("nothing to resize at this size")
-
-    def seen(self, fixed: Fixed) -> Fixed:
-        """Return given parameters in the pixels of the image that this loader warps."""
-        factor = self.setting.size / self.setting.split.images.shape[-1]
-        return enlarged(fixed, factor) if self.resizes_first else fixed
+    def __init__(self, name: str, setting: Setting, *, resize_first: bool = False) -> None:
+        self.name, self.setting, self.position, self.enlargement = name, setting, 0, 1.0
+        if resize_first:
+            self.chain, self.enlargement = "resize, then warp", setting.size / setting.stored_size
+        if resize_first and self.enlargement == 1:
+            raise ValueError("nothing to resize at this size")
 
     def start(self) -> None:
-        """Begin at the first batch of the order; called before every round."""
+        """Begin at the first batch; called before every round."""
         self.position = 0
 
     def stop(self) -> None:
-        """Leave nothing at work in the background: the next pipeline is timed now."""
+        """Leave nothing at work in the background: another loader is timed next."""
 
-    def fetch(self) -> tuple[Tensor, Tensor]:
+    def next(self) -> tuple[Tensor, Tensor]:
         """Return the next batch: images [B, 1, S, S] in the setting's dtype, labels int64 [B], on the device."""
         raise NotImplementedError
 
-    def pinned(self, indices: Tensor, fixed: Fixed) -> Tensor:
-        """Push these samples (int64 [B], on the device) through the same transform with given parameters."""
+    def apply_fixed(self, indices: Tensor, fixed: Fixed) -> Tensor:
+        """Push samples (int64 [B]) through the same transform with given parameters, in pixels of the warped image."""
         raise NotImplementedError
-
-    def micro_batches(self) -> Sequence[MicroBatch]:
-        """Return what `train_step` takes next."""
-        images, labels = self.fetch()
-        self.position += 1
-        key = (self.setting.seed, self.position, 0)
-        return [cast(MicroBatch, Delivered(images=images, labels=labels, key=key))]
-
-    def augment(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Return images and labels of a micro-batch; `train_step` calls it."""
-        delivered = cast(Delivered, batch)
-        return delivered.images, delivered.labels
-
-    def next(self) -> tuple[Tensor, Tensor]:
-        """Return the next batch, finished, on the device in the model's dtype."""
-        return self.augment(self.micro_batches()[0])
 
 
 class Synthetic(Pipeline):
-    """One batch of noise for ever: what the model alone can do, 1.00 in the training race."""
+    """One batch of noise, repeated: the speed of the model alone, 1.00 in the training race."""
 
-    name, description = "synthetic", "one synthetic batch for ever (no data path)"
     checked, bytes_rule = False, "none"
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        generator = torch.Generator().manual_seed(setting.seed)
+    def __init__(self, name: str, setting: Setting) -> None:
+        super().__init__(name, setting)
+        generator = torch.Generator().manual_seed(0)
         shape = (setting.batch_size, 1, setting.size, setting.size)
         # Normal numbers, as normalised images are: zeros would run faster on a GPU.
-        self.images = torch.randn(shape, generator=generator).to(setting.device, setting.dtype)
-        self.labels = torch.randint(NUM_CLASSES, shape[:1], generator=generator).to(setting.device)
+        images = torch.randn(shape, generator=generator).to(setting.device, setting.dtype)
+        self.batch = images, torch.randint(NUM_CLASSES, shape[:1], generator=generator).to(setting.device)
 
-    def fetch(self) -> tuple[Tensor, Tensor]:
-        return self.images, self.labels
+    def next(self) -> tuple[Tensor, Tensor]:
+        return self.batch
+
+
+class Ours(Pipeline):
+    """The project's data path: the split as one uint8 tensor on the device, everything else done there."""
+
+    chain = "one warp"
+
+    def __init__(self, name: str, setting: Setting, *, backend: Literal["triton", "compiled", "eager"]) -> None:
+        super().__init__(name, setting)
+        if backend == "triton" and setting.device.type == "cpu":
+            raise ValueError("the Triton kernel needs a GPU")
+        cfg = AugmentConfig(size=setting.size, flip=FLIP, rotation=ROTATION, shift=SHIFT, erase=ERASE, backend=backend)
+        dtype, device = setting.dtype, setting.device
+        self._augment = Augment(cfg, num_classes=NUM_CLASSES, mean=(MEAN,), std=(STD,), dtype=dtype, device=device)
+        self._loader = setting.loader()
+        self.bytes_rule = "operations" if backend == "eager" else "formula"
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        step = self.position % self._loader.steps_per_epoch if self.setting.repeat_epoch else self.position
+        self.position += 1
+        return self._augment(self._loader.micro_batches(step)[0])
+
+    def apply_fixed(self, indices: Tensor, fixed: Fixed) -> Tensor:
+        split, count, batch = self.setting.split, len(indices), self.setting.batch_size
+        # A whole batch, so that the gate checks the very code, compiled for its shape, that is timed.
+        indices = indices.repeat(math.ceil(batch / count))[: max(count, batch)]
+        uniforms = torch.tensor([fixed_uniforms(fixed, self.setting.stored_size)]).repeat(len(split), 1)
+        parts = {"indices": indices, "partners": indices, "uniforms": uniforms.to(self.setting.device)}
+        whole = MicroBatch(split=split, epoch=0, key=(0, 0, 0), **parts)
+        return self._augment(whole)[0][:count]
+
+
+def fixed_uniforms(fixed: Fixed, side: int) -> list[float]:
+    """Return the row of uniforms from which our augmentation makes just these parameters."""
+    row = [0.5] * NUM_UNIFORMS
+    row[table.ANGLE] = (fixed.angle / ROTATION + 1) / 2
+    row[table.SHIFT_X], row[table.SHIFT_Y] = ((x / side / SHIFT + 1) / 2 for x in (fixed.shift_x, fixed.shift_y))
+    row[table.FLIP], row[table.ERASE] = 0.99 * (not fixed.flip), 0.99 * (fixed.box is None)  # 0.99: above the limits
+    x0, y0, x1, y1 = fixed.box or (0.25, 0.25, 0.75, 0.75)
+    width, height = x1 - x0, y1 - y0
+    low, high = (math.log(aspect) for aspect in table.ERASE_ASPECTS)
+    least, most = table.ERASE_AREAS
+    row[table.ERASE_AREA] = (width * height - least) / (most - least)
+    row[table.ERASE_ASPECT] = (math.log(width / height) - low) / (high - low)
+    row[table.ERASE_X], row[table.ERASE_Y] = x0 / (1 - width), y0 / (1 - height)
+    return row

@@ -1,158 +1,68 @@
-"""Time entrants in interleaved rounds, A B C ... A B C ...: what slows the machine for a while slows them all."""
+"""Images/s of loaders in interleaved rounds, A B C ... A B C ..., and what the device would allow at most."""
 
 import math
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from fmnist.benchmark.pipelines import Pipeline
 from fmnist.runtime.compute import Compute
 
-PROBE_STEPS = 3
+TABLE_BYTES, INDEX_BYTES = 64, 8  # a sample's row of parameters and its index, as the kernel reads them
+# These read as many bytes as they write, not the whole tensor that they are given.
+GATHERS = ("index.Tensor", "index_select.default", "gather.default", "select.int")
+MIN_STEPS, MAX_WARMUP = 3, 20
+Sample = dict[str, Any]  # one timed round
+Step = Callable[[Pipeline], int]  # do one step, and return the images that this process delivered or trained
 
 
-class Entrant(Protocol):
-    """What is raced.
-
-    Attributes:
-        name: unique in the race.
-        multiple: timed steps are a multiple of it.
-    """
-
-    name: str
-    multiple: int
-
-    def start(self) -> None:
-        """Get ready for a round; not timed."""
-
-    def stop(self) -> None:
-        """Leave nothing running in the background; not timed."""
-
-    def step(self) -> int:
-        """Do one step, and return the number of images delivered or trained by this process."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pace:
-    """How long to measure.
-
-    Attributes:
-        rounds: interleaved rounds.
-        steps: timed steps of one round, at most.
-        warmup: untimed steps before them, at most.
-        seconds: aim of one round's timed part; slow entrants take fewer steps, but at least MIN_STEPS.
-    """
-
-    rounds: int
-    steps: int
-    warmup: int
-    seconds: float
-
-
-MIN_STEPS = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One entrant's part of one round, over all processes.
-
-    Attributes:
-        images: delivered or trained, nothing padded, nothing dropped counted.
-        seconds: by device events on a GPU, else by the wall clock; of the slowest process.
-        wall_seconds: by the wall clock.
-        steps: how many of them.
-        peak_memory_bytes: of the device, on this process; none on a CPU.
-    """
-
-    images: int
-    seconds: float
-    wall_seconds: float
-    steps: int
-    peak_memory_bytes: int | None
-
-    @property
-    def images_per_second(self) -> float:
-        """The round's figure."""
-        return self.images / self.seconds
-
-
-class Stopwatch:
-    """Time steps on a device, over all processes.
-
-    Args:
-        compute: the device and the other processes.
-    """
-
-    def __init__(self, compute: Compute) -> None:
-        self.compute, self.on_cpu = compute, compute.device.type == "cpu"
-
-    def over_processes(self, values: Sequence[float]) -> list[list[float]]:
-        """Return every process's values, in the order of the ranks."""
-        table = torch.zeros(self.compute.world_size, len(values), dtype=torch.float64, device=self.compute.device)
-        table[self.compute.rank] = torch.tensor(values, dtype=torch.float64)
-        return self.compute.sum(table).tolist()
-
-    def synchronize(self) -> None:
-        """Wait for the device and for the other processes."""
-        if not self.on_cpu:
-            torch.cuda.synchronize(self.compute.device)
-        if self.compute.world_size > 1:
-            self.compute.join()
-
-    def measure(self, entrant: Entrant, steps: int) -> Sample:
-        """Time this many steps; the device's queue is empty before and after."""
-        self.synchronize()
-        if not self.on_cpu:
-            torch.cuda.reset_peak_memory_stats(self.compute.device)
-            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            first.record()
-        images, begun = 0, time.perf_counter()
-        for _ in range(steps):
-            images += entrant.step()
-        if not self.on_cpu:
-            last.record()
-            last.synchronize()
+def seconds_of(action: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Return the seconds that an action takes: by device events on a GPU, and by the wall clock."""
+    if device.type == "cpu":
+        begun = time.perf_counter()
+        action()
         wall = time.perf_counter() - begun
-        seconds = wall if self.on_cpu else first.elapsed_time(last) / 1000
-        rows = self.over_processes([images, seconds, wall])
-        return Sample(
-            images=int(sum(row[0] for row in rows)),
-            seconds=max(row[1] for row in rows),
-            wall_seconds=max(row[2] for row in rows),
-            steps=steps,
-            peak_memory_bytes=None if self.on_cpu else torch.cuda.max_memory_allocated(self.compute.device),
-        )
+        return wall, wall
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    begun = time.perf_counter()
+    first.record()
+    action()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1000, time.perf_counter() - begun
 
 
-def race(entrants: Sequence[Entrant], pace: Pace, compute: Compute) -> dict[str, list[Sample]]:
-    """Time all entrants in turn, `pace.rounds` times over.
-
-    One more round goes before: it compiles what is to be compiled, and finds how many steps take `pace.seconds`.
+def run_round(pipeline: Pipeline, step: Step, warmup: int, steps: int, compute: Compute) -> Sample:
+    """Do untimed steps, then timed ones.
 
     Returns:
-        One sample per round for each entrant.
+        Over all processes: `images`, and `seconds` (by device events on a GPU) and `wall_seconds` of the slowest one;
+        `steps`; `peak_memory_bytes` of the device on this process, None on a CPU.
     """
-    watch = Stopwatch(compute)
-    steps = {entrant.name: _probe(entrant, pace, watch) for entrant in entrants}
-    samples: dict[str, list[Sample]] = {entrant.name: [] for entrant in entrants}
-    for _ in range(pace.rounds):
-        for entrant in entrants:
-            entrant.start()
-            try:
-                for _ in range(warmup_steps(pace, steps[entrant.name], entrant.multiple)):
-                    entrant.step()
-                samples[entrant.name].append(watch.measure(entrant, steps[entrant.name]))
-            finally:
-                entrant.stop()
-    return samples
-
-
-def warmup_steps(pace: Pace, steps: int, multiple: int) -> int:
-    """Return the untimed steps of a round: a third of the timed ones at most, whole bursts."""
-    return round_up(min(pace.warmup, max(2, steps // 3)), multiple)
+    device, counts, memory = compute.device, list[int](), None
+    pipeline.start()
+    try:
+        for _ in range(round_up(warmup, pipeline.multiple)):
+            step(pipeline)
+        if device.type != "cpu":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        compute.join()
+        timed = seconds_of(lambda: counts.extend(step(pipeline) for _ in range(steps)), device)
+        if device.type != "cpu":
+            memory = torch.cuda.max_memory_allocated(device)
+    finally:
+        pipeline.stop()
+    images, seconds, wall_seconds = zip(*compute.gather((sum(counts), *timed)), strict=True)
+    measured = {"images": sum(images), "seconds": max(seconds), "wall_seconds": max(wall_seconds)}
+    return measured | {"steps": steps, "peak_memory_bytes": memory}
 
 
 def round_up(steps: int, multiple: int) -> int:
@@ -160,33 +70,92 @@ def round_up(steps: int, multiple: int) -> int:
     return multiple * math.ceil(steps / multiple)
 
 
-def _probe(entrant: Entrant, pace: Pace, watch: Stopwatch) -> int:
-    entrant.start()
-    try:
-        probe = round_up(PROBE_STEPS, entrant.multiple)
-        for _ in range(probe):
-            entrant.step()
-        sample = watch.measure(entrant, probe)
-    finally:
-        entrant.stop()
-    fitting = math.ceil(pace.seconds / (sample.seconds / probe))  # the same on all processes
-    return round_up(min(pace.steps, max(MIN_STEPS, fitting)), entrant.multiple)
+def race(
+    pipelines: Sequence[Pipeline], step: Step, rounds: int, seconds: float, compute: Compute
+) -> dict[str, list[Sample]]:
+    """Time the step with each loader in turn, `rounds` times, for about `seconds` each; return the rounds by name.
+
+    Untimed rounds come first: they compile what has to be compiled, and find how many steps take that long.
+    """
+    steps = {}
+    for pipeline in pipelines:
+        count = round_up(MIN_STEPS, pipeline.multiple)
+        while (sample := run_round(pipeline, step, count, count, compute))["seconds"] < seconds / 4:
+            count *= 4
+        fitting = math.ceil(seconds * count / sample["seconds"])  # the same on all processes
+        steps[pipeline.name] = round_up(max(MIN_STEPS, fitting), pipeline.multiple)
+    samples: dict[str, list[Sample]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for pipeline in pipelines:
+            count = steps[pipeline.name]
+            warmup = min(MAX_WARMUP, max(2, count // 3))
+            samples[pipeline.name].append(run_round(pipeline, step, warmup, count, compute))
+    return samples
 
 
 def summarize(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Return median, extremes and spread of a race's rounds in images/s, with every round's own numbers."""
-    rates = [sample.images_per_second for sample in samples]
-    median = statistics.median(rates)
-    memory = [sample.peak_memory_bytes for sample in samples if sample.peak_memory_bytes is not None]
+    """Return median, extremes and spread of a loader's rounds in images/s, with every round's own numbers."""
+    rates = [sample["images"] / sample["seconds"] for sample in samples]
+    median, wall_rates = statistics.median(rates), [sample["images"] / sample["wall_seconds"] for sample in samples]
+    spread = {"min": min(rates), "max": max(rates), "spread": (max(rates) - min(rates)) / median}
     return {
-        "images_per_second": {
-            "median": median,
-            "min": min(rates),
-            "max": max(rates),
-            "spread": (max(rates) - min(rates)) / median,
-            "wall_median": statistics.median(sample.images / sample.wall_seconds for sample in samples),
-        },
-        "images": sum(sample.images for sample in samples),
-        "peak_memory_bytes": max(memory, default=None),
-        "rounds": [asdict(sample) | {"images_per_second": sample.images_per_second} for sample in samples],
+        "images_per_second": {"median": median, "wall_median": statistics.median(wall_rates)} | spread,
+        "images": sum(sample["images"] for sample in samples),
+        "peak_memory_bytes": max(sample["peak_memory_bytes"] or 0 for sample in samples) or None,
+        "rounds": [s | {"images_per_second": rate} for s, rate in zip(samples, rates, strict=True)],
     }
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Return the rates of a large copy, in bytes/s read and written, and of a large matrix product, in FLOP/s."""
+    size, side = (1 << 28, 2048) if device.type == "cpu" else (1 << 31, 8192)  # bytes far beyond any cache
+    source = torch.randint(256, (1 << 20,), dtype=torch.uint8, device=device).repeat(size >> 20)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+
+    def best(action: Callable[[], object]) -> float:
+        return min([seconds_of(action, device)[0] for _ in range(13)][3:])  # three to warm up
+
+    return 2 * size / best(lambda: target.copy_(source)), 2 * side**3 / best(lambda: a @ b)
+
+
+def bytes_per_image(pipeline: Pipeline) -> float | None:
+    """Return the bytes of device memory that an image costs, read and written; None where the host makes it.
+
+    A fused loader by formula: stored pixels and parameters read once, the result written once, which is the least
+    possible. The others by summing every operation's operands and results, as if no cache held any of them.
+    """
+    setting = pipeline.setting
+    if pipeline.bytes_rule == "none":
+        return None
+    if pipeline.bytes_rule == "formula":
+        written = setting.size**2 * setting.dtype.itemsize
+        return float(setting.stored_size**2 + TABLE_BYTES + INDEX_BYTES + written)
+    pipeline.start()
+    pipeline.next()  # what is made once per epoch belongs to no batch
+    with ByteCounter(setting.device) as counter:
+        pipeline.next()
+    pipeline.stop()
+    return counter.total / setting.batch_size
+
+
+class ByteCounter(TorchDispatchMode):
+    """Counts the bytes that operations read and write on a device (`total`); views cost nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device, self.total = device, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        read, written = self._tensors((args, kwargs)), self._tensors(result)
+        if not func._schema.is_mutable:
+            storages = {tensor.untyped_storage().data_ptr() for tensor in read}
+            written = [tensor for tensor in written if tensor.untyped_storage().data_ptr() not in storages]
+        for tensor in written + (written if str(func).endswith(GATHERS) else read) if written else ():
+            # an expanded tensor has more elements than bytes
+            self.total += min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+        return result
+
+    def _tensors(self, tree: Any) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device.type == self.device.type]

@@ -1,0 +1,171 @@
+"""Other libraries in the race: torchvision's DataLoader over PIL images, torchvision v2 and kornia on the device."""
+
+import copy
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.transforms import v2
+
+from fmnist.benchmark.pipelines import ERASE, FLIP, ROTATION, SHIFT, Fixed, Ours, Pipeline, Setting, Synthetic
+from fmnist.data.augment_table import ERASE_AREAS, ERASE_ASPECTS
+from fmnist.data.batches import Split
+from fmnist.data.fashion_mnist import MEAN, STD
+
+
+def torchvision_transforms(library: Any, setting: Setting, to_tensor: list[Any], resize_first: bool = False) -> Any:
+    """Return the race's augmentation from a library: torchvision.transforms or torchvision.transforms.v2."""
+    bilinear = library.InterpolationMode.BILINEAR
+    resize = [library.Resize((setting.size, setting.size), interpolation=bilinear)]
+    affine = library.RandomAffine(degrees=ROTATION, translate=(SHIFT, SHIFT), interpolation=bilinear)
+    warp = [library.RandomHorizontalFlip(p=FLIP), affine]
+    erase = library.RandomErasing(p=ERASE, scale=ERASE_AREAS, ratio=ERASE_ASPECTS)  # its value 0 is the mean by now
+    order = resize + warp if resize_first else warp + resize
+    return library.Compose([*order, *to_tensor, library.Normalize((MEAN,), (STD,)), erase])
+
+
+def fix_torchvision(transform: Any, fixed: Fixed, size: int) -> Any:
+    """Return a copy of the transform whose random draws are replaced by given parameters."""
+    transform = copy.deepcopy(transform)
+    x0, y0, x1, y1 = fixed.box_pixels(size)
+    shift = (fixed.shift_x, fixed.shift_y)
+    drawn: dict[str, dict[str, Any]] = {
+        # torchvision turns clockwise
+        "RandomAffine": {"angle": -fixed.angle, "translate": shift, "scale": 1.0, "shear": (0.0, 0.0)},
+        "RandomErasing": {"i": y0, "j": x0, "h": y1 - y0, "w": x1 - x0, "v": torch.zeros(1, 1, 1)},
+    }
+    for step in transform.transforms:
+        values = drawn.get(type(step).__name__, {})
+        step.get_params = lambda *_, values=values, **__: tuple(values.values())  # the first API
+        step.make_params = lambda *_, values=values, **__: values  # v2
+        if hasattr(step, "p"):
+            step.p = float(fixed.box is not None if "Erasing" in type(step).__name__ else fixed.flip)
+    return transform
+
+
+class PilLoader(Pipeline):
+    """torchvision's DataLoader over PIL images; its workers live for one round, so none works in another's."""
+
+    bytes_rule = "none"  # its work is the host's
+
+    def __init__(self, name: str, setting: Setting, *, workers: int | None = None, resize_first: bool = False) -> None:
+        super().__init__(name, setting, resize_first=resize_first)
+        if workers is None and setting.workers <= 2:
+            raise ValueError(f"{setting.workers} cores: the same as 2 workers")
+        self.multiple = workers or setting.workers
+        self.transform = torchvision_transforms(transforms, setting, [transforms.ToTensor()], resize_first)
+        # on the host, the order too: reading an index from the device would wait for the model
+        split = Split(images=setting.split.images.cpu(), labels=setting.split.labels.cpu())
+        self._order, self._batches = replace(setting, split=split).loader(), cast(Any, None)
+        self._images, self._labels = split.images.numpy(), split.labels.tolist()
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return what torchvision.datasets.FashionMNIST does: the DataLoader takes this loader for its data set."""
+        return self.transform(Image.fromarray(self._images[index])), self._labels[index]
+
+    def start(self) -> None:
+        order = (self._order.micro_batches(step)[0].indices.tolist() for step in itertools.count())  # never ends
+        pinned, workers = self.setting.device.type != "cpu", self.multiple
+        self._batches = iter(DataLoader(cast(Any, self), batch_sampler=order, num_workers=workers, pin_memory=pinned))
+
+    def stop(self) -> None:
+        self._batches._shutdown_workers()
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        images, labels = next(self._batches)
+        device = self.setting.device
+        return images.to(device, non_blocking=True).to(self.setting.dtype), labels.to(device, non_blocking=True)
+
+    def apply_fixed(self, indices: Tensor, fixed: Fixed) -> Tensor:
+        transform = fix_torchvision(self.transform, fixed, self.setting.size)
+        images = [transform(Image.fromarray(self._images[index])) for index in indices.tolist()]
+        return torch.stack(images).to(self.setting.device, self.setting.dtype)
+
+
+class OnDevice(Pipeline):
+    """Gathers its batch from the same uint8 tensor on the device as ours, then calls another library on it."""
+
+    transform: Any
+
+    def apply(self, indices: Tensor, transform: Callable[[Tensor], Tensor]) -> Tensor:
+        """Transform samples: [B, 1, S, S]."""
+        images = self.setting.split.images[indices][:, None].float() / 255
+        return transform(images).to(self.setting.dtype)
+
+    def start(self) -> None:
+        self.position, self._loader = 0, self.setting.loader()
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        indices = self._loader.micro_batches(self.position)[0].indices
+        self.position += 1
+        return self.apply(indices, self.transform), self.setting.split.labels[indices]
+
+
+class V2(OnDevice):
+    """torchvision v2: one draw for a whole batch, or one for each image."""
+
+    def __init__(self, name: str, setting: Setting, *, per_image: bool = False) -> None:
+        super().__init__(name, setting)
+        self.per_image, self.transform = per_image, torchvision_transforms(v2, setting, [])
+
+    def apply(self, indices: Tensor, transform: Callable[[Tensor], Tensor]) -> Tensor:
+        each = (lambda images: torch.stack([transform(image) for image in images])) if self.per_image else transform
+        return super().apply(indices, each)
+
+    def apply_fixed(self, indices: Tensor, fixed: Fixed) -> Tensor:
+        return self.apply(indices, fix_torchvision(self.transform, fixed, self.setting.size))
+
+
+class Kornia(OnDevice):
+    """kornia, which draws for each sample."""
+
+    def __init__(self, name: str, setting: Setting, *, resize_first: bool = False) -> None:
+        super().__init__(name, setting, resize_first=resize_first)
+        import kornia.augmentation as K  # late: it may not be installed
+
+        # its default, align_corners=True, is another geometry
+        resize: list[Any] = [K.Resize((setting.size, setting.size), align_corners=False)]
+        affine = K.RandomAffine(ROTATION, translate=(SHIFT, SHIFT), p=1.0)
+        warp: list[Any] = [K.RandomHorizontalFlip(p=FLIP), affine]
+        self.transform = K.AugmentationSequential(
+            *(resize + warp if resize_first else warp + resize),
+            K.Normalize(torch.tensor([MEAN]), torch.tensor([STD])),
+            K.RandomErasing(scale=ERASE_AREAS, ratio=ERASE_ASPECTS, p=ERASE),
+            data_keys=["input"],
+        ).to(setting.device)
+
+    def apply_fixed(self, indices: Tensor, fixed: Fixed) -> Tensor:
+        parameters = self.transform.forward_parameters((len(indices), 1, *self.setting.split.images.shape[1:]))
+        x0, y0, x1, y1 = fixed.box_pixels(self.setting.size)
+        shift, box = torch.tensor([fixed.shift_x, fixed.shift_y]), {"xs": x0, "ys": y0, "widths": x1 - x0}
+        values: dict[str, dict[str, Any]] = {
+            "RandomHorizontalFlip": {"batch_prob": fixed.flip},
+            "RandomAffine": {"angle": -fixed.angle, "translations": shift},  # clockwise, like torchvision
+            "RandomErasing": {"batch_prob": fixed.box is not None, "heights": y1 - y0, **box},
+        }
+        for item in parameters:
+            for key, value in values.get(item.name.rpartition("_")[0], {}).items():
+                item.data[key][:] = value
+        return self.apply(indices, partial(self.transform, params=parameters))
+
+
+PIPELINES: dict[str, Callable[[str, Setting], Pipeline]] = {
+    "synthetic": Synthetic,
+    "ours-triton": partial(Ours, backend="triton"),
+    "ours-compiled": partial(Ours, backend="compiled"),
+    "ours-eager": partial(Ours, backend="eager"),
+    "torchvision-pil": PilLoader,
+    "torchvision-pil-2": partial(PilLoader, workers=2),
+    "torchvision-pil-2-resize-first": partial(PilLoader, workers=2, resize_first=True),
+    "torchvision-v2-batch": V2,
+    "torchvision-v2-image": partial(V2, per_image=True),
+    "kornia": Kornia,
+    "kornia-resize-first": partial(Kornia, resize_first=True),
+}

@@ -1,0 +1,155 @@
+"""All races of one command: the loaders alone, and the whole step fed by each of them."""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from fmnist.benchmark.command_line import DEFAULTS, LOADERS, PROGRAM
+from fmnist.benchmark.gate import check
+from fmnist.benchmark.libraries import PIPELINES
+from fmnist.benchmark.output import add_ratios, describe, draw, gpu_clocks, render_table, scaled
+from fmnist.benchmark.pipelines import Pipeline, Setting
+from fmnist.benchmark.timing import bytes_per_image, measure_ceilings, race, summarize
+from fmnist.benchmark.trainer import Trainer
+from fmnist.config.schema import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig
+from fmnist.data.batches import Split
+from fmnist.runtime.compute import Compute
+from fmnist.runtime.files import read_json, write_atomic
+
+
+class Suite:
+    """Runs the races that the options name; each table is printed and saved once it is complete."""
+
+    def __init__(self, options: argparse.Namespace, argv: Sequence[str], compute: Compute) -> None:
+        on_gpu = compute.device.type != "cpu"
+        defaults = {key: values[on_gpu] for key, values in DEFAULTS.items() if getattr(options, key) is None}
+        self.options, self.compute = argparse.Namespace(**vars(options) | defaults), compute
+        self.baseline = read_json(options.baseline) if options.baseline else None
+        self.split = Split.load("train", DataConfig(), compute.device)
+        self.dtype = torch.bfloat16 if compute.precision == "bf16" else torch.float32
+        self.copy_rate, self.flops_rate = measure_ceilings(compute.device, self.dtype)
+        ceilings = {"copy_bytes_per_second": self.copy_rate, "matmul_flops_per_second": self.flops_rate}
+        self.result = describe(compute, argv, vars(self.options))
+        self.result |= {"ceilings": ceilings, "gate": [], "skipped": {}, "tables": []}
+        copy, product = scaled(self.copy_rate, "B/s"), scaled(self.flops_rate, "FLOP/s")
+        self.say(f"{compute.device_name}, {compute.precision}; measured: copy {copy}, matrix product {product}")
+
+    def say(self, text: str) -> None:
+        """Print on the main process."""
+        self.compute.on_main(print, text, flush=True)
+
+    def run(self) -> int:
+        """Run the races; return the exit status, 1 where the gate refused a loader."""
+        for title, names, setting, cfg in self.plans():
+            try:
+                if pipelines := self.checked(names, setting):
+                    self.race(title, pipelines, setting, cfg)
+            except torch.OutOfMemoryError:
+                self.skip(title, "not enough device memory")
+        refused = sorted({finding["name"] for finding in self.result["gate"] if not finding["passed"]})
+        if self.result["tables"]:
+            chart = self.options.output.with_name(f"{self.options.output.name}.png")  # a stem may hold dots
+            self.compute.on_main(draw, self.result, chart)
+        elif not refused:
+            raise ValueError(f"nothing to race: none of {', '.join(self.options.loaders)} runs here")
+        if refused:
+            line = f"{PROGRAM}: error: the gate refused {', '.join(refused)}: wrong images or labels\n"
+            self.compute.on_main(sys.stderr.write, line)
+        return 1 if refused else 0
+
+    def plans(self) -> Iterator[tuple[str, list[str], Setting, Config | None]]:
+        """Yield title, loaders and setting of each race, with the config of the model to train, if any.
+
+        Ours are raced again at a batch that hides the cost of launching. An epoch is a few steps there, and drawing
+        its order and random numbers on the host limits the rate: one more table, one epoch repeated, leaves that out.
+        """
+        options, compute, stored = self.options, self.compute, self.split.images.shape[-1]
+        workers = len(os.sched_getaffinity(0)) // compute.gather(platform.node()).count(platform.node())
+        shared = partial(Setting, split=self.split, dtype=self.dtype, workers=workers)
+        setting = partial(shared, rank=compute.rank, world_size=compute.world_size)
+        if options.mode != "train":
+            loaders = [name for name in options.loaders if name != "synthetic"]
+            ours = [name for name in loaders if name.startswith("ours")]
+            races = [(loaders, options.batch, False)]
+            races += [(ours, options.large_batch, repeat) for repeat in (False, True) if options.large_batch]
+            for (names, batch, repeat), size in itertools.product(races, options.sizes):
+                title = f"loaders alone, {f'{stored} to ' * (size != stored)}{size} px, batch {batch}"
+                title += ", one epoch repeated" * repeat
+                yield title, names, setting(size=size, batch_size=batch, repeat_epoch=repeat), None
+        if options.mode != "data":
+            ours = ["ours-compiled" if compute.device.type == "cpu" else "ours-triton"]
+            names, optim = ["synthetic", *ours] if options.scaling else options.loaders, OptimConfig(lr=1e-4)
+            for model, variant in itertools.product(options.models, options.variants):
+                name, _, size = model.partition("@")
+                network, augment = ModelConfig(name=name, compile=variant == "compiled"), AugmentConfig(size=int(size))
+                cfg = Config(model=network, augment=augment, optim=optim)
+                title = f"training {name}, {size} px, {variant}, batch {options.batch}"
+                yield title, names, setting(size=int(size), batch_size=options.batch), cfg
+
+    def checked(self, names: Sequence[str], setting: Setting) -> list[Pipeline]:
+        """Build the loaders, and return those that pass the gate on every process."""
+        torch.compiler.reset()  # a compiler keeps few versions of a function, then runs it uncompiled without a word
+        passed = []
+        for name in names:
+            try:
+                pipeline = PIPELINES[name](name, setting)
+            except (ValueError, ImportError) as missing:
+                self.skip(name, str(missing))
+                continue
+            if pipeline.checked:
+                finding = check(pipeline)
+                if not all(self.compute.gather(finding["passed"])):
+                    finding |= {"passed": False, "reason": finding["reason"] or "refused on another process"}
+                self.result["gate"].append(finding)
+                error = f"{finding['largest_error']:.2f}/255 from its float64 {pipeline.chain}"
+                head = f"{'passed ' if finding['passed'] else 'REFUSED'}  {name} at {setting.size} px"
+                self.say(f"{head}: {error}, {finding['reason'] or 'labels in order'}")
+            if not pipeline.checked or finding["passed"]:
+                passed.append(pipeline)
+        return passed
+
+    def skip(self, what: str, reason: str) -> None:
+        """Say once why something is not raced, and record it."""
+        if self.result["skipped"].get(what) != reason:
+            self.say(f"skipped  {what}: {reason}")
+        self.result["skipped"][what] = reason
+
+    def race(self, title: str, pipelines: Sequence[Pipeline], setting: Setting, cfg: Config | None) -> None:
+        """Race the loaders, or a model fed by each; print the table and save all there is so far."""
+        options, processes = self.options, self.compute.world_size
+        table: dict[str, Any] = {"mode": "train" if cfg else "data", "title": title, "size": setting.size}
+        table |= {"batch_size": setting.batch_size, "dtype": str(setting.dtype).removeprefix("torch.")}
+        trainer = Trainer(cfg, self.compute) if cfg else None
+        step = trainer.train_on if trainer else lambda pipeline: len(pipeline.next()[1])
+        samples, table["rows"] = race(pipelines, step, options.rounds, options.seconds, self.compute), []
+        if cfg and trainer:
+            variant = "compiled" if cfg.model.compile else "eager"
+            table |= {"model": cfg.model.name, "variant": variant, "flops_per_image": trainer.flops}
+            if not math.isfinite(float(trainer.loss)):  # what was timed is not training
+                raise FloatingPointError(f"{title}: the loss is {float(trainer.loss)} at the end")
+        for pipeline in pipelines:
+            row = {"name": pipeline.name, "description": LOADERS[pipeline.name]} | summarize(samples[pipeline.name])
+            rate = row["images_per_second"]["median"] / processes
+            if trainer:
+                row |= {"mfu": rate * trainer.flops / self.flops_rate}
+                row["roofline_images_per_second"] = self.flops_rate / trainer.flops * processes
+            elif needed := bytes_per_image(pipeline):
+                row |= {"bytes_per_image": needed, "bytes_rule": pipeline.bytes_rule, "bytes_per_second": rate * needed}
+                row["share_of_copy_ceiling"] = rate * needed / self.copy_rate
+                row["roofline_images_per_second"] = self.copy_rate / needed * processes
+            table["rows"].append(row)
+        add_ratios(table, "synthetic" if trainer else "torchvision-pil-2", self.baseline, processes)
+        self.result["tables"].append(table)
+        self.result["hardware"]["clocks_after"] = gpu_clocks()
+        self.say(render_table(table))
+        path = options.output.with_name(f"{options.output.name}.json")
+        self.compute.on_main(write_atomic, path, json.dumps(self.result, indent=2) + "\n")
