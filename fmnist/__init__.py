@@ -14,7 +14,7 @@ From Python or a notebook:
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fmnist.api import RunResults, open_run, train
+    from fmnist.apps.api import RunResults, open_run, train
 
 __all__ = ["RunResults", "open_run", "train"]
 
@@ -22,7 +22,7 @@ __all__ = ["RunResults", "open_run", "train"]
 def __getattr__(name: str) -> Any:
     """Import torch only when one of these is used: every command line imports this package."""
     if name in __all__:
-        from fmnist import api
+        from fmnist.apps import api
 
         return getattr(api, name)
     raise AttributeError(f"module 'fmnist' has no attribute {name!r}")

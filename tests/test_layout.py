@@ -36,7 +36,6 @@ ROOMS: dict[str, set[str]] = {
     "benchmark": {"config", "data", "models", "network", "optim", "report", "runtime", "step"},
     "train.py": {"checkpoint", "config", "metrics", "optim", "run", "runtime", "step", "training"},
     "evaluate.py": {"evaluation", "report", "runtime", "trained"},
-    "api": {"apps", "config", "evaluation", "runtime", "tracking", "trained"},
     "experiments": {"apps", "benchmark", "checkpoint", "config", "data", "runtime", "trained"},
 }
 FLOORS = (
@@ -47,7 +46,7 @@ FLOORS = (
     {"evaluation"},
     {"report"},
     {"training", "apps", "benchmark", "evaluate.py"},
-    {"train.py", "api", "experiments"},
+    {"train.py", "experiments"},
 )
 # What an outside library, or a part of the standard one, is used through.
 HOMES: dict[str, set[str]] = {

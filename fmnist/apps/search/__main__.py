@@ -9,19 +9,11 @@ The features of a split are computed once and kept in the run's folder features/
 """
 
 import argparse
-import re
 from pathlib import Path
 
+from fmnist.apps.search.names import SOURCES, picture
 from fmnist.runtime.arguments import CommandLine, existing, number
 from fmnist.runtime.console import log_to_console, one_line_errors
-
-SOURCES = ("train", "val", "test", "all")
-QUERY = re.compile(r"(train|val|test):([0-9]{1,9})")
-
-
-def picture(text: str) -> str:
-    """Read split:number or the path of a picture, for add_argument's `type`."""
-    return text if QUERY.fullmatch(text) else str(existing(text))
 
 
 def folder(text: str) -> Path:

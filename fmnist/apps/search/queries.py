@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fmnist.apps.search.__main__ import QUERY, SOURCES
 from fmnist.apps.search.catalogue import (
     UNKNOWN,
     Catalogue,
@@ -19,6 +18,7 @@ from fmnist.apps.search.catalogue import (
     split_catalogue,
 )
 from fmnist.apps.search.hits import Hit, hits_csv, hits_rows, plot_hits
+from fmnist.apps.search.names import QUERY, SOURCES
 from fmnist.apps.views import read_view
 from fmnist.evaluation.neighbours import Neighbours
 from fmnist.evaluation.retrieval import measure_precision
