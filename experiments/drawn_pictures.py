@@ -2,12 +2,12 @@
 
 Drawings of clothes from two packages of Debian, laid on paper or cloth, lit from one side and photographed with noise
 as JPEG, or left as a cut-out (PNG, WebP): the emoji of fonts-noto-color-emoji (SIL Open Font License) and, with
-rsvg-convert, the clip art of openclipart-svg (public domain). In the folder `none`: what is no clothing, from emoji,
+rsvg-convert, the clip art of openclipart-svg (public domain). The folder `none` holds other things: emoji,
 scikit-learn (two photos, six digits) and matplotlib (a portrait).
 
     apt-get install fonts-noto-color-emoji openclipart-svg librsvg2-bin
     python -m experiments.drawn_pictures make pictures
-    fmnist predict runs/cnn pictures --output predictions
+    python -m fmnist predict runs/cnn pictures --output predictions
     python -m experiments.drawn_pictures score predictions/predictions.csv
 """
 
@@ -140,15 +140,15 @@ def score(path: Path) -> None:
     with path.open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     classes = {name.replace("/", "_").replace(" ", "_"): name for name in CLASS_NAMES}
-    for title, kind in (("clothes", True), ("no clothes", False)):
+    for title, kind in (("clothing", True), ("non-clothing", False)):
         part = [row for row in rows if (Path(row["file"]).parent.name in classes) == kind]
-        flagged = sum(row["unfamiliar"] == "yes" for row in part)
+        flagged = sum(row["unlike"] == "yes" for row in part)
         text = f"{title}: {len(part)} pictures, {flagged} flagged as unfamiliar"
         if kind:
             names = [classes[Path(row["file"]).parent.name] for row in part]
             right = [row["prediction"] == name for row, name in zip(part, names, strict=True)]
             three = [name in (row["top1"], row["top2"], row["top3"]) for row, name in zip(part, names, strict=True)]
-            kept = [hit for hit, row in zip(right, part, strict=True) if row["unfamiliar"] == "no"]
+            kept = [hit for hit, row in zip(right, part, strict=True) if row["unlike"] == "no"]
             text += (
                 f"; {sum(right)} right, {sum(three)} in the top three; {sum(kept)} right of the {len(kept)} not flagged"
             )

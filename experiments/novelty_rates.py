@@ -1,4 +1,4 @@
-"""Measure the flag "unlike the training images": how often it is raised wrongly, and how often it is missing.
+"""Measure the flag for unfamiliar images: how often it is raised wrongly, and how often it is missing.
 
     python -m experiments.novelty_rates rates runs/cnn
     python -m experiments.novelty_rates hold_out data/held_out 3 8
@@ -25,7 +25,7 @@ from sklearn.covariance import ledoit_wolf
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from fmnist.apps.novelty import FLAGGED, NUM_IMAGES, unit
+from fmnist.apps.novelty import FLAGGED, NUM_IMAGES
 from fmnist.data.fashion_mnist import CLASS_NAMES, load, load_split
 from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.trained import open_trained
@@ -48,7 +48,7 @@ def hold_out(folder: Path, classes: list[int]) -> None:
 
 
 def other_images(test: Tensor) -> dict[str, Tensor]:
-    """Return images that are no clothes, or clothes as they never are: uint8 [N, 28, 28] by name."""
+    """Return images without clothes, and clothes changed beyond what training shows: uint8 [N, 28, 28] by name."""
     generator = torch.Generator().manual_seed(0)
     digits = torch.from_numpy(load_digits().images).float()[:, None] / 16 * 255
     digits = F.interpolate(digits, (28, 28), mode="bicubic", align_corners=False).clamp(0, 255).byte()[:, 0]
@@ -67,7 +67,10 @@ def other_images(test: Tensor) -> dict[str, Tensor]:
 
 
 def scorers(features: Tensor, labels: Tensor) -> dict[str, Scorer]:
-    """Return each score, higher for what is more unlike, from penultimate features of training images."""
+    """Return each score, higher for less familiar images, from penultimate features of training images."""
+
+    def unit(x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1)
 
     def mahalanobis(reference: Tensor) -> Callable[[Tensor], Tensor]:
         means = {int(c): reference[labels == c].mean(0) for c in labels.unique()}

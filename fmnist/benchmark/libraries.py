@@ -72,16 +72,15 @@ class PilLoader(Pipeline):
 
     def start(self) -> None:
         order = (self._order.micro_batches(step)[0].indices.tolist() for step in itertools.count())  # never ends
-        pinned, workers = self.setting.device.type != "cpu", self.multiple
-        self._batches = iter(DataLoader(cast(Any, self), batch_sampler=order, num_workers=workers, pin_memory=pinned))
+        options = {"num_workers": self.multiple, "pin_memory": self.setting.device.type != "cpu"}
+        self._batches = iter(DataLoader(cast(Any, self), batch_sampler=order, **options))
 
     def stop(self) -> None:
         self._batches._shutdown_workers()
 
     def next(self) -> tuple[Tensor, Tensor]:
-        images, labels = next(self._batches)
-        device = self.setting.device
-        return images.to(device, non_blocking=True).to(self.setting.dtype), labels.to(device, non_blocking=True)
+        images, labels = (part.to(self.setting.device, non_blocking=True) for part in next(self._batches))
+        return images.to(self.setting.dtype), labels
 
     def apply_fixed(self, indices: Tensor, fixed: Fixed) -> Tensor:
         transform = fix_torchvision(self.transform, fixed, self.setting.size)
@@ -132,8 +131,7 @@ class Kornia(OnDevice):
 
         # its default, align_corners=True, is another geometry
         resize: list[Any] = [K.Resize((setting.size, setting.size), align_corners=False)]
-        affine = K.RandomAffine(ROTATION, translate=(SHIFT, SHIFT), p=1.0)
-        warp: list[Any] = [K.RandomHorizontalFlip(p=FLIP), affine]
+        warp: list[Any] = [K.RandomHorizontalFlip(p=FLIP), K.RandomAffine(ROTATION, translate=(SHIFT, SHIFT), p=1.0)]
         self.transform = K.AugmentationSequential(
             *(resize + warp if resize_first else warp + resize),
             K.Normalize(torch.tensor([MEAN]), torch.tensor([STD])),

@@ -121,8 +121,9 @@ def _draw_table(axes: Axes, table: Mapping[str, Any]) -> None:
     label = f"images/s ({table['dtype']}" + (f"; x: against {table['ratio_to']})" if table["ratio_to"] else ")")
     if table["mode"] == "data":  # loaders lie orders of magnitude apart, and far from their roofline
         axes.set_xscale("log")
-        axes.set_xlim(right=6 * max([highest, *filter(None, roofs)]))
-        label += "; orange: measured copy bandwidth / bytes per image"
+        lowest = min(row["images_per_second"]["min"] for row in rows)
+        axes.set_xlim(lowest / 3, 6 * max([highest, *filter(None, roofs)]))
+        label += "; orange: measured copy / bytes per image"
     else:
         axes.set_xlim(0, 1.3 * highest)
         label += f"; the measured matrix product allows {scaled(roofs[0])}" if roofs[0] else ""
@@ -134,9 +135,9 @@ def _draw_table(axes: Axes, table: Mapping[str, Any]) -> None:
         if roof:
             axes.plot([roof, roof], [place - 0.4, place + 0.4], color=ORANGE, linewidth=2.5)
         text = f" {scaled(rate['median'])}" + ("" if ratio is None else f"  ({ratio:.3g}x)")
-        axes.text(rate["max"], place, text, va="center", fontsize=9.5)
-    axes.set_yticks(range(len(rows)), [row["description"] for row in rows], fontsize=9.5)
+        axes.text(rate["max"], place, text, va="center", bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 0.6})
+    axes.set_yticks(range(len(rows)), [row["description"].replace(", ", ",\n", 1) for row in rows])
     axes.invert_yaxis()
-    axes.set_xlabel(label)
+    axes.set_xlabel(label, loc="right")
     axes.set_title(table["title"], fontsize=11.5, fontweight="bold", loc="left")
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -78,7 +78,7 @@ class Pipeline:
         self.name, self.setting, self.position, self.enlargement = name, setting, 0, 1.0
         if resize_first:
             self.chain, self.enlargement = "resize, then warp", setting.size / setting.stored_size
-        if resize_first and self.enlargement == 1:
+        if resize_first and setting.size == setting.stored_size:
             raise ValueError("nothing to resize at this size")
 
     def start(self) -> None:

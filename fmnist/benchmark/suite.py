@@ -59,6 +59,7 @@ class Suite:
         if self.result["tables"]:
             chart = self.options.output.with_name(f"{self.options.output.name}.png")  # a stem may hold dots
             self.compute.on_main(draw, self.result, chart)
+            self.say(f"\nwrote {self.options.output}.json and {chart}")
         elif not refused:
             raise ValueError(f"nothing to race: none of {', '.join(self.options.loaders)} runs here")
         if refused:
@@ -110,7 +111,7 @@ class Suite:
                 if not all(self.compute.gather(finding["passed"])):
                     finding |= {"passed": False, "reason": finding["reason"] or "refused on another process"}
                 self.result["gate"].append(finding)
-                error = f"{finding['largest_error']:.2f}/255 from its float64 {pipeline.chain}"
+                error = f"{finding['largest_error']:.2f}/255 from float64 ({pipeline.chain})"
                 head = f"{'passed ' if finding['passed'] else 'REFUSED'}  {name} at {setting.size} px"
                 self.say(f"{head}: {error}, {finding['reason'] or 'labels in order'}")
             if not pipeline.checked or finding["passed"]:
