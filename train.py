@@ -24,6 +24,7 @@ from fmnist.training.save import save
 def train(training: Training, cfg: Config, run: Run) -> None:
     """Train to the schedule's end, or until a stop is asked for."""
     state, schedule, clock, non_finite = training.state, training.schedule, training.clock, training.non_finite
+    optimizer, augment, ema = training.optimizer, training.augment, training.ema
     model, gradients = run.prepare(training.model, compiled=cfg.model.compile)
     profiler = StepProfiler(cfg.profile if run.is_main else None, run.directory / "profile", run.device)
     model.train()
@@ -31,11 +32,9 @@ def train(training: Training, cfg: Config, run: Run) -> None:
 
     while state.step < schedule.total_steps:
         # update: one optimizer step on this process's share of the global batch
-        lr = set_lr(training.optimizer, schedule, state.step)
+        lr = set_lr(optimizer, schedule, state.step)
         micro_batches = training.loader.micro_batches(state.step)
-        metrics = train_step(
-            model, training.optimizer, micro_batches, training.augment, gradients, cfg.optim, training.ema
-        )
+        metrics = train_step(model, optimizer, micro_batches, augment, gradients, cfg.optim, ema)
         state.step += 1
         non_finite.note(metrics, state.step)  # so that a NaN noticed late has a first step
         clock.tick()
@@ -50,7 +49,7 @@ def train(training: Training, cfg: Config, run: Run) -> None:
         # validate: the clock of images per second stands still meanwhile
         if schedule.validates(state.step):
             with clock.paused():
-                val = validate(training.eval_model, training.val_split, training.augment, cfg.evaluation, run)
+                val = validate(training.eval_model, training.val_split, augment, cfg.evaluation, run)
                 run.log("val", val, state.step)
                 state.update_best(val.get("top1"))
 

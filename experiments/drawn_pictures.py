@@ -142,7 +142,7 @@ def score(path: Path) -> None:
     classes = {name.replace("/", "_").replace(" ", "_"): name for name in CLASS_NAMES}
     for title, kind in (("clothing", True), ("non-clothing", False)):
         part = [row for row in rows if (Path(row["file"]).parent.name in classes) == kind]
-        flagged = sum(row["unlike"] == "yes" for row in part)
+        flagged = sum(row["unfamiliar"] == "yes" for row in part)
         text = f"{title}: {len(part)} pictures, {flagged} flagged as unfamiliar"
         if kind:
             names = [classes[Path(row["file"]).parent.name] for row in part]
