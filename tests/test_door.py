@@ -142,6 +142,7 @@ def test_doctor_answers_each_question_and_finds_what_would_fail(
     assert "lacks train-images-idx3-ubyte" in failed["data"]["text"] and "gpu_9" in failed["device"]["text"]
 
 
+@pytest.mark.thorough
 def test_doctor_sums_over_the_processes_it_is_launched_with(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environ = environment()
@@ -176,6 +177,7 @@ def test_evaluate_goes_where_it_is_told_and_says_what_it_does(tmp_path: Path) ->
     assert not (run / "evaluation").exists()
 
 
+@pytest.mark.thorough
 def test_a_wheel_has_everything_and_trains(tmp_path: Path) -> None:
     if importlib.util.find_spec("setuptools") is None:
         pytest.skip("setuptools is not installed: a wheel cannot be built offline")
