@@ -3,9 +3,9 @@
 import argparse
 import re
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from fmnist.runtime.console import one_line
+from fmnist.runtime.arguments import CommandLine, existing, number
 
 PROGRAM = "fmnist benchmark"
 LOADERS = {
@@ -29,7 +29,6 @@ DEFAULTS: dict[str, tuple[Any, Any]] = {
     "rounds": (7, 5),
     "seconds": (0.5, 1.0),
 }
-LIMITS = {"batch": (4, 8192), "large_batch": (0, 65536), "rounds": (1, 100), "seconds": (0.01, 600)}
 DESCRIPTION = f"""\
 Race the data path against torchvision's and kornia's on this machine.
 
@@ -51,34 +50,28 @@ examples:
 """
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Report a mistake in one line, without the usage, and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line; an option that was not given and whose default depends on the device stays None."""
-    layout = argparse.RawDescriptionHelpFormatter
     usage = f"{PROGRAM} {{data,train,all,plot}} [options]"
-    parser = OneLineParser(PROGRAM, usage, description=DESCRIPTION, formatter_class=layout)
+    parser = CommandLine(prog=PROGRAM, usage=usage, description=DESCRIPTION)
 
     def add(flag: str, text: str, **kwargs: Any) -> None:
         values = [" ".join(map(str, v)) if isinstance(v, list) else v for v in DEFAULTS.get(flag.strip("-"), ())]
         parser.add_argument(flag, help=text + (f" (CPU: {values[0]}; GPU: {values[1]})" if values else ""), **kwargs)
 
     add("mode", "what to race", choices=("data", "train", "all", "plot"))
-    add("file", "with plot: the JSON file", nargs="?", type=Path)
+    add("file", "with plot: the JSON file", nargs="?", type=existing)
     add("--loaders", "default: all", nargs="+", choices=LOADERS, default=list(LOADERS), metavar="NAME")
     add("--sizes", "pixels, for data (default: 28 224)", nargs="+", type=int, default=[28, 224], metavar="PX")
     add("--models", "for train", nargs="+", metavar="NAME@PX")
     add("--variants", "for train", nargs="+", choices=("eager", "compiled"), metavar="V")
-    add("--batch", "images per batch and process (default: 256)", type=int, default=256)
-    add("--large_batch", "for data: race ours again at this batch, where launching costs little; 0: do not", type=int)
-    add("--rounds", "interleaved rounds", type=int)
-    add("--seconds", "target length of a timed round", type=float)
+    add("--batch", "images per batch and process (default: 256)", type=number(4, 8192), default=256)
+    text = "for data: race ours again at this batch, where launching costs little; 0: do not"
+    add("--large_batch", text, type=number(0, 65536))
+    add("--rounds", "interleaved rounds", type=number(1, 100))
+    add("--seconds", "target length of a timed round", type=number(0.01, 600, float))
     add("--scaling", "train under torchrun: only ours and synthetic, over all processes", action="store_true")
-    add("--baseline", "with --scaling: JSON of the same command on one process", type=Path, metavar="JSON")
+    add("--baseline", "with --scaling: JSON of the same command on one process", type=existing, metavar="JSON")
     add("--allocator", "on a CPU: keep freed memory, as train.py does", choices=("kept", "default"), default="kept")
     add("--output", "write STEM.json and STEM.png", type=Path, default=Path("runs/benchmark"), metavar="STEM")
     options = parser.parse_args(argv)
@@ -87,13 +80,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("plot takes a JSON file; the other modes take none")
     if options.scaling and options.mode != "train" or options.baseline and not options.scaling:
         parser.error("--scaling requires train, and --baseline requires --scaling")
-    for path in (options.file, options.baseline):
-        if path is not None and not path.is_file():
-            parser.error(f"{path} does not exist")
-    for key, (low, high) in LIMITS.items():
-        value = getattr(options, key)
-        if value is not None and not low <= value <= high:
-            parser.error(f"--{key} {value}; valid range: {low} to {high}")
     for model in options.models or []:
         if not re.fullmatch(r"[\w.]+@\d+", model):
             parser.error(f"--models {model!r} is not NAME@PIXELS, e.g. convnext_tiny@224")

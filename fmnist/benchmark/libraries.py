@@ -72,8 +72,8 @@ class PilLoader(Pipeline):
 
     def start(self) -> None:
         order = (self._order.micro_batches(step)[0].indices.tolist() for step in itertools.count())  # never ends
-        options = {"num_workers": self.multiple, "pin_memory": self.setting.device.type != "cpu"}
-        self._batches = iter(DataLoader(cast(Any, self), batch_sampler=order, **options))
+        pinned, workers = self.setting.device.type != "cpu", self.multiple
+        self._batches = iter(DataLoader(cast(Any, self), batch_sampler=order, num_workers=workers, pin_memory=pinned))
 
     def stop(self) -> None:
         self._batches._shutdown_workers()
