@@ -4,8 +4,8 @@ import importlib
 import runpy
 import sys
 
+from fmnist.config.shipped import shipped
 from fmnist.runtime.arguments import nearest
-from fmnist.runtime.shipped import shipped, with_recipe
 
 # Each is imported, or run, only when it is called.
 COMMANDS = {
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     module = COMMANDS[name][0]
     if module.endswith(".py"):  # the very files of the checkout: the training loop is in one place
-        sys.argv = [module, *(with_recipe(rest) if name == "train" else rest)]
+        sys.argv = [module, *rest]
         runpy.run_path(str(shipped(module)), run_name="__main__")
         return 0
     return int(importlib.import_module(module).main(rest) or 0)

@@ -19,12 +19,10 @@ from fmnist.apps.doctor import Line
 from fmnist.apps.doctor import main as doctor_main
 from fmnist.apps.launch import main as launch_main
 from fmnist.config.schema import ModelConfig
-from fmnist.runtime.shipped import shipped, with_recipe
+from fmnist.config.shipped import find_recipe, shipped
 
 HEAVY = ("torch", "scipy", "matplotlib", "sklearn", "timm", "accelerate", "wandb")
 SECONDS = 1.0  # of processor time, so that a busy machine does not count
-# Behind benchmark stands its own command line.
-EARLY = [name for name in COMMANDS if name != "benchmark"]
 
 
 def ask(*args: object, cwd: Path = ROOT) -> tuple[int, str, float]:
@@ -64,7 +62,7 @@ def test_help_lists_every_command_with_one_line() -> None:
     )
 
 
-@pytest.mark.parametrize("name", EARLY)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_answers_before_torch(name: str) -> None:
     status, said, seconds = ask(name, "--help")
     assert status == 0 and seconds < SECONDS
@@ -93,6 +91,8 @@ def test_help_answers_before_torch(name: str) -> None:
         (("checkpoint", "nowhere"), "RUN: nowhere: no such file or folder"),
         (("checkpoint", "RUN", "--jsn"), "unknown option --jsn (did you mean --json?)"),
         (("duplicates", "--treshold", 1), "unknown option --treshold (did you mean --threshold?)"),
+        (("benchmark", "all", "--bacth", 3), "unknown option --bacth (did you mean --batch?)"),
+        (("benchmark", "plot", "nowhere.json"), "nowhere.json"),
         (("doctor", "--ouput", 1), "unknown option --ouput (did you mean --output?)"),
     ],
 )
@@ -111,12 +111,15 @@ def test_launch_prints_the_run_directory(small_config: Path, monkeypatch: pytest
     assert command(launch_main, "--config=configs/mlp.yaml") == f"{small_config.parent / 'runs' / 'mlp'}\n"
 
 
-def test_the_default_recipe_and_shipped_ones() -> None:
-    cnn, mlp = str(ROOT / "configs" / "cnn.yaml"), str(ROOT / "configs" / "mlp.yaml")
+def test_shipped_recipes_are_found_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     assert shipped("train.py") == ROOT / "train.py"
-    assert with_recipe(["--seed", "1"]) == ["--config", cnn, "--seed", "1"]
-    assert with_recipe(["--config", mlp]) == ["--config", mlp]
-    assert with_recipe(["--config"]) == ["--config", cnn, "--config"]  # train.py says what is missing
+    assert find_recipe("configs/mlp.yaml") == ROOT / "configs" / "mlp.yaml"
+    for other in ("mlp.yaml", "/configs/mlp.yaml", "../configs/mlp.yaml", "README.md"):
+        assert find_recipe(other) == Path(other)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mlp.yaml").write_text("")
+    assert find_recipe("configs/mlp.yaml") == Path("configs/mlp.yaml")  # one's own comes first
 
 
 def test_doctor_answers_each_question_and_finds_what_would_fail(

@@ -19,10 +19,10 @@ from torch import Tensor
 from fmnist.apps.views import read_view, view_of
 from fmnist.config.parse import parse_config
 from fmnist.config.schema import Config, flatten
+from fmnist.config.shipped import shipped
 from fmnist.evaluation.findings import findings
 from fmnist.evaluation.outcome import Request, evaluate
 from fmnist.runtime.compute import Compute
-from fmnist.runtime.shipped import DEFAULT_RECIPE, shipped, with_recipe
 from fmnist.tracking.metrics_file import METRICS_FILE, read_metrics
 from fmnist.trained import Trained, open_trained
 
@@ -119,7 +119,7 @@ def open_run(path: str | Path, device: str | None = None) -> RunResults:
     return RunResults(path, device)
 
 
-def train(config: str | Path | Config = DEFAULT_RECIPE, /, **options: Any) -> RunResults:
+def train(config: str | Path | Config = "configs/cnn.yaml", /, **options: Any) -> RunResults:
     """Train a model in this process, or resume it, as `fmnist train` does.
 
     The same call again resumes a run that was stopped, and returns one that is finished. Logging, signal handlers,
@@ -143,7 +143,7 @@ def train(config: str | Path | Config = DEFAULT_RECIPE, /, **options: Any) -> Ru
         wanted |= {f"{name}.{field}": inner for field, inner in value.items()} if section else {name: value}
     flags += [f"--{name}={_as_flag(value)}" for name, value in wanted.items()]
     with contextlib.redirect_stderr(io.StringIO()), _exits_are_errors():
-        cfg = parse_config(with_recipe(flags))
+        cfg = parse_config(flags)
     if cfg.dry_run:
         raise ValueError("dry_run trains nothing; use fmnist train --dry_run")
     spec = importlib.util.spec_from_file_location("fmnist_train_script", shipped("train.py"))

@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 from fmnist.config.parse import parse_config
-from fmnist.runtime.shipped import with_recipe
 
 HELP = """\
 usage: fmnist launch [flags of train.py]
@@ -20,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv in (["--help"], ["-h"]):
         print(HELP, end="")
         return 0
-    cfg = parse_config(with_recipe(argv), prog="fmnist launch")
+    cfg = parse_config(argv, prog="fmnist launch")
     print(Path(cfg.output_dir or "runs/run").resolve())
     return 0
 

@@ -12,8 +12,9 @@ from typing import Any, Literal, get_origin
 from fmnist.config import strict_yaml
 from fmnist.config.conflicts import validate
 from fmnist.config.schema import OPTIONS, SECTIONS, Config, convert, flatten, meanings, to_yaml, type_name, unflatten
+from fmnist.config.shipped import find_recipe, shipped
 
-DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "cnn.yaml"
+DEFAULT_CONFIG = shipped("configs/cnn.yaml")
 USAGE = """%(prog)s [--config FILE ...] [--SECTION.FIELD VALUE ...] [--dry_run]
        %(prog)s --help | --print_config [same options]"""
 DESCRIPTION = """\
@@ -48,7 +49,7 @@ def parse_config(argv: list[str] | None = None, prog: str | None = None) -> Conf
         files = args.config or [str(DEFAULT_CONFIG)]
         for file in files:
             with _origin(f"--config {file}"):
-                options |= _read(strict_yaml.load_file(Path(file)))
+                options |= _read(strict_yaml.load_file(find_recipe(file)))
         if args.help:
             _parser(prog, options, " and ".join(files)).print_help()
             raise SystemExit(0)
