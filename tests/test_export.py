@@ -200,8 +200,9 @@ def test_timm_opens_the_hub_folder(model: ModelConfig, size: int, num_channels: 
     logits = trained(images)[0]
     with torch.no_grad():
         direct = opened(trained.augment.evaluation(images, size))
-    assert (direct - logits).abs().max() < 1e-5
-    assert (card_logits(tmp_path / "hub", images) - logits).abs().max() < 1e-5
+    limit = 1e-5 * max(1.0, float(logits.abs().max()) / 10)
+    assert (direct - logits).abs().max() < limit
+    assert (card_logits(tmp_path / "hub", images) - logits).abs().max() < limit
     # The folder is a run too, as config.yaml says.
     assert torch.equal(open_trained(tmp_path / "hub", "cpu")(images)[0], logits)
 
