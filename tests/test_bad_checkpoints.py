@@ -376,7 +376,7 @@ def test_a_second_train_py_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: 
     again = [*command, *endless, "--max_minutes", "0.001"]
     third = subprocess.run(again, env=environment(), capture_output=True, text=True, timeout=300)
     assert third.returncode == 0, third.stderr
-    assert "continuing from" in third.stderr
+    assert "resuming from" in third.stderr
 
 
 @pytest.mark.slow

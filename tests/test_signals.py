@@ -139,7 +139,7 @@ def test_a_signal_saves_and_stops_and_the_same_command_ends_with_the_same_weight
     assert (run / "REQUEUE").exists()
     assert (run / "checkpoints" / f"step_{summary['steps']:08d}" / "manifest.json").exists()
     assert start(launcher, tmp_path, run).wait(240) == 0, run.with_suffix(".log").read_text()[-3000:]
-    assert f"continuing from {run}/checkpoints/step_{summary['steps']:08d}" in run.with_suffix(".log").read_text()
+    assert f"resuming from {run}/checkpoints/step_{summary['steps']:08d}" in run.with_suffix(".log").read_text()
     assert not (run / "REQUEUE").exists()
     weights = [(path / "model.safetensors").read_bytes() for path in (run, unbroken(whole, launcher))]
     assert weights[0] == weights[1]

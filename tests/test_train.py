@@ -112,7 +112,7 @@ def test_killed_in_mid_epoch_and_continued_it_ends_with_the_same_bits(
     child.wait()
     assert not (killed / "summary.json").exists()
     done = train(*flags(config, killed))
-    assert "continuing from" in done.stderr
+    assert "resuming from" in done.stderr
     assert same_weights(run, killed)
     assert metrics(run) == metrics(killed)
 
