@@ -136,7 +136,7 @@ def serve() -> None:
     load = batches.load_split
 
     @functools.cache
-    def few(name: str, root: str | None, val_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def few(name: str, root: str | None, val_size: int, fetch: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         images, labels = load(name, root, 5000)
         return images[: NUM_IMAGES[name]].clone(), labels[: NUM_IMAGES[name]].clone()
 

@@ -341,9 +341,10 @@ def test_a_lock_is_held_by_one_process_and_ends_with_it(run: Path, monkeypatch: 
     reader, writer = os.pipe()
     holder = os.fork()
     if holder == 0:
-        lock_directory(run)
+        held = lock_directory(run)  # for as long as this lives
         os.write(writer, b"1")
         signal.pause()
+        held.release()
     try:
         assert os.read(reader, 1) == b"1"
         with pytest.raises(ValueError, match=rf"in use by another process \(host .*, process {holder}\)"):
@@ -351,7 +352,7 @@ def test_a_lock_is_held_by_one_process_and_ends_with_it(run: Path, monkeypatch: 
     finally:
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
-    os.close(lock_directory(run))  # the kernel let go of it
+    lock_directory(run).release()  # the kernel let go of it
 
 
 def test_a_second_train_py_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path, small_config: Path) -> None:
