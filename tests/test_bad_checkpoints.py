@@ -355,6 +355,7 @@ def test_a_lock_is_held_by_one_process_and_ends_with_it(run: Path, monkeypatch: 
     lock_directory(run).release()  # the kernel let go of it
 
 
+@pytest.mark.thorough
 def test_a_second_train_py_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path, small_config: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(small_config), "--output_dir", str(run)]

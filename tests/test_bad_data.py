@@ -144,6 +144,7 @@ def fifo(folder: Path) -> None:
     os.mkfifo(folder / TEST_IMAGES)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

@@ -219,6 +219,7 @@ def sigkills(tmp_path: Path, kills: int) -> None:
     assert result["in_a_save"] > kills // 2  # the kills did fall into saves
 
 
+@pytest.mark.thorough
 def test_ten_sigkills_at_random_times_of_a_process_that_saves(tmp_path: Path) -> None:
     sigkills(tmp_path, 10)
 
@@ -228,6 +229,7 @@ def test_fifty_sigkills_at_random_times_of_a_process_that_saves(tmp_path: Path) 
     sigkills(tmp_path, 50)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_full_disk_ends_all_processes_with_one_line_and_the_older_checkpoint_loads(
     processes: int, tmp_path: Path, small_config: Path

@@ -81,6 +81,7 @@ def test_few_images_give_one_confusion_matrix(
     sweep(models[name], images, few, world_size, [1, 7, 256])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_many_images_give_one_confusion_matrix(world_size: int, images: Split, models: dict[str, nn.Module]) -> None:
     sweep(models["mlp"], images, [9_999, 10_000, 10_001], world_size, [256])
@@ -107,6 +108,7 @@ def run_evaluate(run: Path, *more: object, processes: int = 1) -> dict:
     return json.loads((run / "evaluation" / str(split) / "metrics.json").read_text())
 
 
+@pytest.mark.thorough
 def test_what_two_processes_logged_is_what_evaluate_finds_with_one_or_two(tmp_path: Path, small_config: Path) -> None:
     run = tmp_path / "run"
     train("--config", small_config, "--output_dir", run, "--batch.micro_batch_size", 16, processes=2)

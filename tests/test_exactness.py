@@ -24,6 +24,8 @@ from fmnist.metrics import predict, score
 from fmnist.network import build_network
 from fmnist.runtime.compute import Compute
 
+pytestmark = pytest.mark.thorough
+
 STEPS = 24  # three epoch edges (7, 14, 21) and evaluations at 5, 10, 15, 20, 24
 MODELS: dict[str, dict[str, Any]] = {
     "mlp": {"name": "mlp", "options": {"width": 64}},

@@ -68,6 +68,7 @@ def widths(page: Path, content: str, width: int) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+@pytest.mark.thorough
 def test_the_page_holds_every_part_and_loads_nothing(report: Path) -> None:
     text = report.read_text(encoding="utf-8")
     metrics = json.loads((report.parent / "metrics.json").read_text())
@@ -98,6 +99,7 @@ def test_the_page_holds_every_part_and_loads_nothing(report: Path) -> None:
     assert report.stat().st_size < 1_000_000
 
 
+@pytest.mark.thorough
 def test_metrics_and_report_hold_the_same_figures(report: Path) -> None:
     metrics = json.loads((report.parent / "metrics.json").read_text())
     text = (report.parent / "report.txt").read_text()
@@ -125,6 +127,7 @@ def test_metrics_and_report_hold_the_same_figures(report: Path) -> None:
     assert cost["parameters"] == json.loads((report.parents[2] / "summary.json").read_text())["parameters"]
 
 
+@pytest.mark.thorough
 def test_a_browser_shows_it_without_a_word_on_the_console(report: Path, tmp_path: Path) -> None:
     for width, height in ((390, 844), (1120, 1400)):
         picture = tmp_path / f"{width}.png"
@@ -141,6 +144,7 @@ def test_a_browser_shows_it_without_a_word_on_the_console(report: Path, tmp_path
     assert any("Content Security Policy" in line for line in console(browse("--dump-dom", planted.as_uri())))
 
 
+@pytest.mark.thorough
 def test_it_fits_a_phone(report: Path, tmp_path: Path) -> None:
     text = report.read_text(encoding="utf-8")
     assert 'name="viewport" content="width=device-width' in text

@@ -5,6 +5,7 @@ nothing else of ours; each stands in the table below all that it may import, so 
 """
 
 import ast
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,10 +65,11 @@ LIGHT = (
 )
 
 
-def sources() -> Iterator[tuple[str, ast.Module]]:
-    """Yield every product file's path below the root, and its syntax tree."""
-    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("fmnist/**/*.py"), *ROOT.glob("experiments/*.py")]):
-        yield path.relative_to(ROOT).as_posix(), ast.parse(path.read_text())
+@functools.cache
+def sources() -> list[tuple[str, ast.Module]]:
+    """Return every product file's path below the root, and its syntax tree."""
+    paths = sorted([*ROOT.glob("*.py"), *ROOT.glob("fmnist/**/*.py"), *ROOT.glob("experiments/*.py")])
+    return [(path.relative_to(ROOT).as_posix(), ast.parse(path.read_text())) for path in paths]
 
 
 def room(path: str) -> str:
@@ -85,14 +87,17 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def arrows() -> Iterator[tuple[str, str, str]]:
-    """Yield each import of one of our rooms by another: file, its room, the room imported."""
+@functools.cache
+def arrows() -> list[tuple[str, str, str]]:
+    """Return each import of one of our rooms by another: file, its room, the room imported."""
+    found = []
     for path, tree in sources():
         for name in imported(tree):
             first, _, rest = name.partition(".")
             target = {"fmnist": rest.partition(".")[0], "experiments": "experiments", "train": "train.py"}.get(first)
             if target and target != room(path) and path not in ("fmnist/__init__.py", "fmnist/__main__.py"):
-                yield path, room(path), target
+                found.append((path, room(path), target))
+    return found
 
 
 def test_rooms_import_only_what_stands_below_them() -> None:

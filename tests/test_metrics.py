@@ -47,8 +47,8 @@ def run_share(model: Cnn, split: Split, rank: int, world_size: int, **kwargs: ob
 def test_shares_add_up_to_the_logits_of_one_process(
     count: int, world_size: int, batch_size: int, model: Cnn, train_images: Split
 ) -> None:
-    if count == 999 and batch_size == 1:
-        pytest.skip("999 forwards say no more than 5 do")
+    if count == 999 and batch_size < 256:
+        pytest.skip("hundreds of forwards say no more than 5 do")
     split = Split(images=train_images.images[:count], labels=train_images.labels[:count])
     whole = run_share(model, split, 0, 1, batch_size=max(count, 1))
     summed = torch.stack(

@@ -191,6 +191,7 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "size", "options", "expected"), FAMILIES)
 def test_folded_model_equals_the_rgb_model(name, size, options, expected, images, tmp_path, caplog):
     rgb = realistic(name, size, **options)

@@ -67,6 +67,7 @@ def check(run: Path, processes: int, noticed: int, begun: int, message: str, err
         assert json.loads(line)["step"] <= noticed
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_thirteen_injections_stop_all_processes_at_one_step_and_nothing_broken_is_saved(
     processes: int, tmp_path: Path, small_config: Path
@@ -79,6 +80,7 @@ def test_thirteen_injections_stop_all_processes_at_one_step_and_nothing_broken_i
         assert "(the loss of rank 1)" in one
 
 
+@pytest.mark.thorough
 def test_between_two_logged_lines_it_is_noticed_at_the_save_or_the_line_and_traced_to_its_step(
     tmp_path: Path, small_config: Path
 ) -> None:

@@ -38,6 +38,7 @@ def lose(
     return newest
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["killed", "exception"])
 def test_a_dead_rank_ends_the_other_at_once(
     kind: str, tmp_path: Path, small_config: Path, monkeypatch: pytest.MonkeyPatch
@@ -46,10 +47,12 @@ def test_a_dead_rank_ends_the_other_at_once(
     lose(1, kind, tmp_path, small_config)
 
 
+@pytest.mark.thorough
 def test_rank_0_of_three_killed_ends_the_others_at_once(tmp_path: Path, small_config: Path) -> None:
     lose(0, "rank_0_killed", tmp_path, small_config, "--batch.global_batch_size", 48, processes=3)
 
 
+@pytest.mark.thorough
 def test_a_hanging_rank_ends_the_other_after_the_timeout(tmp_path: Path, small_config: Path) -> None:
     lose(1, "hang", tmp_path, small_config, "--timeout_s", 3)
 

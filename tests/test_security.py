@@ -54,6 +54,7 @@ def assert_clean(run: Path, output: str, home: Path) -> None:
     assert_no_secret("the messages", output.encode())
 
 
+@pytest.mark.thorough
 def test_an_offline_run_holds_no_secret(planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A server that is away, with a password in its address: its error message is a way out, too.
     monkeypatch.setenv("WANDB_BASE_URL", f"http://me:{SECRETS['HTTPS_PROXY']}@127.0.0.1:9")
@@ -62,6 +63,7 @@ def test_an_offline_run_holds_no_secret(planted: Path, tmp_path: Path, monkeypat
     assert_clean(tmp_path / "run", done.stdout + done.stderr, tmp_path / "home")
 
 
+@pytest.mark.thorough
 def test_an_online_run_neither_writes_nor_sends_a_secret(
     planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,8 @@ import psutil
 import pytest
 from conftest import ROOT, SMALL_RUN, environment
 
+pytestmark = pytest.mark.thorough
+
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
 LAUNCHERS = {"torchrun": (TORCHRUN, 2), "accelerate": (ACCELERATE, 1)}

@@ -16,9 +16,12 @@ from slurm_cluster import Cluster, missing_programs
 from fmnist.config.parse import load_config
 from fmnist.runtime.launcher import signal_warning
 
-pytestmark = pytest.mark.skipif(
-    bool(missing_programs()) and not os.environ.get("CI"), reason=f"SLURM is not installed: {missing_programs()}"
-)
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(
+        bool(missing_programs()) and not os.environ.get("CI"), reason=f"SLURM is not installed: {missing_programs()}"
+    ),
+]
 STEPS = 400  # long enough to be caught in the middle
 SCRIPT = "slurm/train.sbatch"
 

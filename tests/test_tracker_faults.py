@@ -157,6 +157,7 @@ def offline_files(run: Path) -> list[Path]:
     return sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
@@ -181,6 +182,7 @@ def test_a_server_that_cannot_be_used(
     assert b"train/grad_norm" in offline_files(tmp_path / "run")[0].read_bytes()
 
 
+@pytest.mark.thorough
 def test_a_server_that_dies_in_mid_run(
     serve: Callable[[str], Server], disabled: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +223,7 @@ def stopped_run(config: Path, run: Path) -> None:
     assert json.loads((run / "summary.json").read_text())["status"] == "stopped"
 
 
+@pytest.mark.thorough
 def test_a_full_disk_below_wandb(small_disk: Path, disabled: tuple[Path, Path], tmp_path: Path) -> None:
     config, expected = disabled
     run = tmp_path / "run"
@@ -232,6 +235,7 @@ def test_a_full_disk_below_wandb(small_disk: Path, disabled: tuple[Path, Path], 
     assert start_delay_s(run) < 10
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_no_folder_for_wandb_and_none_for_the_numbers(disabled: tuple[Path, Path], tmp_path: Path) -> None:
     config, expected = disabled
@@ -247,6 +251,7 @@ def test_no_folder_for_wandb_and_none_for_the_numbers(disabled: tuple[Path, Path
     assert json.loads((run / "summary.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_offline_and_resumed(disabled: tuple[Path, Path], tmp_path: Path) -> None:
     config, expected = disabled

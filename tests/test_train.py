@@ -66,6 +66,7 @@ def test_a_run_leaves_what_the_contract_names(finished: tuple[Path, Path]) -> No
     assert [path.name for path in sorted((run / "checkpoints").iterdir())][-2:] == ["step_00000011", "step_00000012"]
 
 
+@pytest.mark.thorough
 def test_evaluate_gives_what_training_gave_and_the_same_command_again_changes_nothing(
     finished: tuple[Path, Path],
 ) -> None:
@@ -89,6 +90,7 @@ def test_evaluate_gives_what_training_gave_and_the_same_command_again_changes_no
     assert (run / "summary.json").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.thorough
 def test_the_same_command_twice_gives_the_same_bits(finished: tuple[Path, Path], tmp_path: Path) -> None:
     config, run = finished
     train(*flags(config, tmp_path / "again"))
@@ -117,6 +119,7 @@ def test_killed_in_mid_epoch_and_continued_it_ends_with_the_same_bits(
     assert metrics(run) == metrics(killed)
 
 
+@pytest.mark.thorough
 def test_sigterm_saves_and_stops_and_the_same_command_continues(finished: tuple[Path, Path], tmp_path: Path) -> None:
     config, run = finished
     stopped = tmp_path / "stopped"
@@ -138,6 +141,7 @@ def test_sigterm_saves_and_stops_and_the_same_command_continues(finished: tuple[
     assert same_weights(run, stopped)
 
 
+@pytest.mark.thorough
 def test_two_processes_give_the_losses_of_one_with_accumulation(tmp_path: Path, small_config: Path) -> None:
     more = (
         "--batch.micro_batch_size",
@@ -162,6 +166,7 @@ def test_two_processes_give_the_losses_of_one_with_accumulation(tmp_path: Path, 
     assert max((weights[0][key] - weights[1][key]).abs().max() for key in weights[0]) < 1e-5
 
 
+@pytest.mark.thorough
 def test_two_processes_stop_at_the_same_step_and_one_goes_on_alone(tmp_path: Path, small_config: Path) -> None:
     more = ("--batch.micro_batch_size", 16, "--model.name", "mlp", "--model.options", "{}")
     train(*flags(small_config, tmp_path / "whole", *more))
@@ -176,6 +181,7 @@ def test_two_processes_stop_at_the_same_step_and_one_goes_on_alone(tmp_path: Pat
     assert max((weights[0][key] - weights[1][key]).abs().max() for key in weights[0]) < 1e-5
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_compiled_model_learns_the_same(tmp_path: Path, small_config: Path) -> None:
     plain = ("--model.drop_rate", 0)  # the compiler draws dropout's masks in its own way
@@ -213,6 +219,7 @@ def damaged_data(tmp_path: Path, kind: str) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [("missing", "train-images-idx3-ubyte"), ("truncated", "train-images-idx3-ubyte.gz"), ("label", "10")],
@@ -228,6 +235,7 @@ def test_damaged_data_is_one_line_and_nothing_is_written(
     assert not run.exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
@@ -246,6 +254,7 @@ def test_mistakes_are_one_line_with_status_2(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_another_config_is_refused_by_name_and_the_run_is_left_alone(finished: tuple[Path, Path]) -> None:
     config, run = finished
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
@@ -261,6 +270,7 @@ def test_another_config_is_refused_by_name_and_the_run_is_left_alone(finished: t
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+@pytest.mark.thorough
 def test_a_loss_that_is_not_finite_stops_with_one_line_and_saves_nothing_broken(
     tmp_path: Path, small_config: Path
 ) -> None:
