@@ -22,7 +22,7 @@ from fmnist.training.save import save
 
 
 def train(training: Training, cfg: Config, run: Run) -> None:
-    """Train to the schedule's end, or until a stop is asked for."""
+    """Train to the schedule's end, or until asked to stop."""
     state, schedule, clock, non_finite = training.state, training.schedule, training.clock, training.non_finite
     optimizer, augment, ema = training.optimizer, training.augment, training.ema
     model, gradients = run.prepare(training.model, compiled=cfg.model.compile)
@@ -40,13 +40,13 @@ def train(training: Training, cfg: Config, run: Run) -> None:
         clock.tick()
         profiler.step()  # does nothing unless --profile asks for a trace
 
-        # log: the loop's one device sync
+        # log: the only device sync of an ordinary step
         if schedule.logs(state.step):
             scalars = run.mean(metrics)
             non_finite.check(scalars, state.step)
             run.log("train", scalars | {"lr": lr} | clock.read(), state.step)
 
-        # validate: the clock of images per second stands still meanwhile
+        # validate: the throughput clock is paused
         if schedule.validates(state.step):
             with clock.paused():
                 val = validate(training.eval_model, training.val_split, augment, cfg.evaluation, run)

@@ -4,7 +4,7 @@ From Python or a notebook:
 
     import fmnist
 
-    run = fmnist.train("configs/mlp.yaml", schedule={"epochs": 1}, output_dir="runs/mlp")
+    run = fmnist.train("configs/mlp.yaml", schedule={"epochs": 2}, output_dir="runs/mlp")
     run.metrics()                       # what was logged, a dict per line
     run.evaluate("test")["top1"]
     run.predict(["shoe.jpg"])           # class names with probabilities

@@ -35,7 +35,7 @@ def usage() -> str:
             *lines,
             "",
             "examples:",
-            "  fmnist train --config configs/mlp.yaml --schedule.epochs 1",
+            "  fmnist train --config configs/mlp.yaml --schedule.epochs 2",
             "  torchrun --nproc_per_node 4 -m fmnist train",
             "  fmnist predict runs/mlp photos/",
         ]

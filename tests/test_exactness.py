@@ -100,18 +100,18 @@ def pairs(choice: Choice) -> set[tuple[tuple[str, Any], ...]]:
     return set(itertools.combinations(choice.items(), 2))
 
 
-def is_legal(choice: Choice) -> bool:
+def is_valid(choice: Choice) -> bool:
     return (choice["model"], choice["sizes"]) != ("mlp", "growing")  # its first layer has one image size
 
 
 def pairwise_cover() -> list[Choice]:
-    """Few choices in which every legal pair of values occurs; the same ones each time."""
+    """Few choices in which every valid pair of values occurs; the same ones each time."""
     chance, cover = random.Random(0), []
-    legal = {pair for pair in map(frozenset, all_pairs()) if pair != {("model", "mlp"), ("sizes", "growing")}}
-    while legal:
+    valid = {pair for pair in map(frozenset, all_pairs()) if pair != {("model", "mlp"), ("sizes", "growing")}}
+    while valid:
         tries = [{factor: chance.choice(values) for factor, values in FACTORS.items()} for _ in range(300)]
-        best = max(filter(is_legal, tries), key=lambda choice: len(legal & set(map(frozenset, pairs(choice)))))
-        legal -= set(map(frozenset, pairs(best)))
+        best = max(filter(is_valid, tries), key=lambda choice: len(valid & set(map(frozenset, pairs(choice)))))
+        valid -= set(map(frozenset, pairs(best)))
         cover.append(best)
     return cover
 

@@ -128,7 +128,7 @@ def train(config: str | Path | Config = "configs/cnn.yaml", /, **options: Any) -
     Args:
         config: a YAML file, or a Config.
         options: what differs from it, by the names of the YAML file: a section with its fields,
-            `schedule={"epochs": 1}`, or an option at the root, `seed=3`; dotted names too, `**{"schedule.epochs": 1}`.
+            `schedule={"epochs": 2}`, or an option at the root, `seed=3`; dotted names too, `**{"schedule.epochs": 2}`.
 
     Returns:
         The run, open.

@@ -1,7 +1,7 @@
 """The data path as one Triton kernel: gather, flip, rotation, shift, scale, resize, erasing, mixing, normalisation.
 
 It reads the uint8 pixels of the whole split by index and writes the batch that the model takes: no batch exists in
-between. Parameters and meaning are those of `reference.py`; the arithmetic is float32. Shapes are compile-time
+between. Parameters and meaning are those of `augment_torch.py`; the arithmetic is float32. Shapes are compile-time
 constants, so that a division by the size is a multiplication and the four neighbours share one address: each new
 combination of size, shape and options compiles once, about a second.
 """

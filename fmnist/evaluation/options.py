@@ -1,4 +1,7 @@
-"""The command line of evaluate.py; no torch is imported."""
+"""Evaluate runs or checkpoints, and compare several: metrics, figures and report.html in each run's evaluation/.
+
+example: python evaluate.py runs/mlp runs/cnn --ensemble
+"""
 
 import argparse
 from pathlib import Path

@@ -87,7 +87,7 @@ def learning_curves(metrics_path: Path) -> list[tuple[str, str]]:
     for _, _, axes in panels:
         axes.set_xlabel("step")
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.locator_params(axis="x", nbins=5)
+        axes.locator_params(axis="x", nbins=5, integer=True)
     return [(words, _svg(figure, axes)) for words, figure, axes in panels]
 
 

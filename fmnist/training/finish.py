@@ -44,6 +44,9 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
         run.log("test", scores, state.step)
         summary |= {f"test.{key}": value for key, value in scores.items()}
     run.finish(summary)
+    if not finished:
+        total = training.schedule.total_steps
+        logger.info("stopped at step %s of %s; checkpoint saved; rerun the same command to resume", state.step, total)
     if found is not None:  # after the summary: a figure that fails costs neither numbers nor summary
         write_report(found, run)
 

@@ -38,7 +38,11 @@ def print_plan(training: Training, cfg: Config, run: Run) -> None:
     forward, both = flops_per_image(t.model, len(t.augment.mean), t.augment.final_size)
     parameters = sum(p.numel() for p in t.model.parameters())
     memory = memory_bytes(
-        t.model, len(loader.split) + len(t.val_split), images[0].numel(), cfg.optim.name, ema=t.ema is not None
+        t.model,
+        len(loader.split) + len(t.val_split) + len(t.test_split),
+        images[0].numel(),
+        cfg.optim.name,
+        ema=t.ema is not None,
     )
     total = sum(memory.values())
     rows = {
