@@ -32,6 +32,8 @@ def main(args: argparse.Namespace | None = None) -> None:
     with one_line_errors("evaluate.py"), Compute(device=args.device) as compute:
         opened = [open_trained(path, compute.device) for path in args.paths]
         check_comparable(opened, request.split)
+        for trained in opened:
+            trained.load()  # now: a run that is still training drops its older checkpoints
 
         @functools.cache  # the same for all runs on the same images
         def near_copies(root: str | None, val_size: int) -> NearCopies | None:

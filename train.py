@@ -60,6 +60,7 @@ def train(training: Training, cfg: Config, run: Run) -> None:
                 save(training, run)
         if stopping:
             break
+    profiler.close()
 
 
 @record  # torchrun's summary then shows this process' traceback and rank

@@ -52,8 +52,7 @@ class Schedule:
                 f"epochs below {total / steps_per_epoch:.4g}" if schedule.warmup_steps is None else "steps below that"
             )
             raise ValueError(
-                f"the warmup is {warmup} steps but the run has {total}; "
-                f"valid: --schedule.warmup_{flag}, 0 disables it"
+                f"the warmup is {warmup} steps but the run has {total}; valid: --schedule.warmup_{flag}, 0 disables it"
             )
         head_only = round(cfg.optim.head_only_epochs * steps_per_epoch)
         if head_only > total:

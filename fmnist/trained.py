@@ -60,6 +60,14 @@ class Trained:
         load_strict(model, tensors, self.weights)
         return model.eval(), augment, digest
 
+    def load(self) -> None:
+        """Build the model and read the weights now.
+
+        Raises:
+            ValueError: see `model`.
+        """
+        _ = self._loaded
+
     @property
     def model(self) -> nn.Module:
         """The network in evaluation mode with these weights.
@@ -127,6 +135,8 @@ def open_trained(path: Path, device: torch.device | str | None = None, batch_siz
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory: give a run directory or one of its checkpoints")
     place = find_device(device)
+    if not (path.parent.parent / "config.yaml").is_file():
+        path = path.resolve()  # step_00000040 or . where that is the working directory, or a link
     if path.name.startswith("step_") and (path / "manifest.json").is_file():
         verify(path)
         return _open(path.parent.parent, path, place, batch_size)

@@ -108,3 +108,27 @@ def test_a_profile_writes_a_trace_and_a_table_of_the_steps_asked_for(tmp_path: P
     assert len(products) == 2
     assert "aten::mm" in (tmp_path / "profile" / "table.txt").read_text()
     assert not (tmp_path / "none").exists()
+
+
+def test_a_profile_that_the_run_ends_within_is_written_as_far_as_it_came(tmp_path: Path) -> None:
+    profiler = StepProfiler(5, tmp_path, torch.device("cpu"))
+    for _ in range(SKIPPED + 2):
+        torch.ones(20, 20) @ torch.ones(20, 20)
+        profiler.step()
+    profiler.close()
+    profiler.close()
+    assert "aten::mm" in (tmp_path / "table.txt").read_text()
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_a_refused_process_count_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FMNIST_EXPECTED_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="1 process"):
+        Compute(precision="fp32")
+    monkeypatch.delenv("FMNIST_EXPECTED_WORLD_SIZE")
+    with Compute(precision="bf16") as compute:  # not that of the refused one
+        assert compute.precision == "bf16"
+
+
+def test_speed_is_unknown_where_nothing_was_timed() -> None:
+    assert Clock(100).median_rate() is None

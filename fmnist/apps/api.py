@@ -119,7 +119,7 @@ def open_run(path: str | Path, device: str | None = None) -> RunResults:
     return RunResults(path, device)
 
 
-def train(config: str | Path | Config = "configs/cnn.yaml", /, **options: Any) -> RunResults:
+def train(config: str | Path | Config = "configs/cnn.yaml", **options: Any) -> RunResults:
     """Train a model in this process, or resume it, as `fmnist train` does.
 
     The same call again resumes a run that was stopped, and returns one that is finished. Logging, signal handlers,
@@ -167,8 +167,10 @@ def _exits_are_errors() -> Iterator[None]:
 
 
 def _as_flag(value: Any) -> str:
-    if isinstance(value, str):
-        return value
+    if isinstance(value, str | Path):
+        return str(value)
+    if isinstance(value, np.generic):
+        value = value.item()
     return yaml.safe_dump(value, default_flow_style=True, width=10**9).removesuffix("\n").removesuffix("\n...")
 
 

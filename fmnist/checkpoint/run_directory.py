@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from fmnist.config.parse import load_config
 from fmnist.config.same_run import differences
@@ -26,6 +26,8 @@ RUN_FILES = (
     SUMMARY,
     "train.log",
     "learning_curves.png",
+    "features",
+    "profile",
     "evaluation",
     "wandb",
     "wandb_run_id",
@@ -88,7 +90,10 @@ def lock_directory(directory: Path) -> BaseFileLock:
             raise
         logger.warning("%s cannot be locked (%s): make sure that no second run writes here", path, error.strerror)
         return lock
-    path.write_text(f"host {platform.node()}, process {os.getpid()}\n")
+    if isinstance(lock, SoftFileLock):  # filelock's own, where there is no flock: its content is the lock
+        logger.warning("%s: no flock here; a lock file stands in for it", directory)
+    else:
+        path.write_text(f"host {platform.node()}, process {os.getpid()}\n")
     return lock
 
 

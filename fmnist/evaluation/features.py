@@ -111,5 +111,10 @@ def _file(trained: Trained, name: str) -> Path:
 
 
 def _key(trained: Trained, images: Tensor) -> dict[str, str]:
-    digest = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
-    return {"format": FORMAT, "weights_sha256": trained.digest, "images_sha256": digest, "size": str(trained.size)}
+    digest, size = images_sha256(images), str(trained.size)
+    return {"format": FORMAT, "weights_sha256": trained.digest, "images_sha256": digest, "size": size}
+
+
+def images_sha256(images: Tensor) -> str:
+    """Return the sha256 of the pixels of images, uint8 [N, H, W] on the CPU."""
+    return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()

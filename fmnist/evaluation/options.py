@@ -31,6 +31,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.ensemble and len(args.paths) < 2:
         parser.error("--ensemble averages several runs: give two or more")
+    if args.output and (args.output / "manifest.json").exists():
+        parser.error("--output is a checkpoint, which a further file would damage; give another folder")
     if args.output and len(args.paths) > 1:
         parser.error("--output takes one run; --comparison is the folder of several")
     return args

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
-from fmnist.evaluation.features import features_of
+from fmnist.evaluation.features import features_of, images_sha256
 from fmnist.evaluation.neighbours import Neighbours, precision_at_k
 from fmnist.evaluation.outcome import Outcome
 from fmnist.trained import Trained
@@ -18,6 +18,7 @@ from fmnist.trained import Trained
 logger = logging.getLogger("fmnist")
 
 LIMIT_S = 180.0
+SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 
 
 def retrieval_of(outcome: Outcome, root: str | None = None) -> dict[str, Any] | None:
@@ -62,7 +63,7 @@ def measure_precision(trained: Trained, *, k: int = 10, root: str | None = None)
         root: folder with the IDX files; None takes the run's.
 
     Returns:
-        A JSON-ready dict: `k`, `num_queries`, `num_items`, `run`, `weights_sha256`, `data_root`, and under `features`
+        A JSON-ready dict: `k`, `num_queries`, `num_items`, `run`, the hashes of `retrieval_key`, and under `features`
         and `pixels` (cosine of the 784 grey values, the baseline) what `summarize_precision` returns.
 
     Raises:
@@ -90,8 +91,12 @@ def measure_precision(trained: Trained, *, k: int = 10, root: str | None = None)
 
 
 def retrieval_key(trained: Trained, root: str | None) -> dict[str, str]:
-    """Return what a measured precision belongs to: the weights and the images."""
-    return {"weights_sha256": trained.digest, "data_root": str(root or trained.cfg.data.root)}
+    """Return what a measured precision belongs to: the weights, the images searched in, and the queries."""
+    data = trained.cfg.data
+    splits = {name: load_split(name, root or data.root, data.val_size)[0] for name in SPLITS}
+    return {"weights_sha256": trained.digest} | {
+        f"{name}_sha256": images_sha256(split) for name, split in splits.items()
+    }
 
 
 def summarize_precision(precision: Tensor, labels: Tensor, class_names: Sequence[str]) -> dict[str, Any]:

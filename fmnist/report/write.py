@@ -42,7 +42,8 @@ def write_evaluation(findings: Findings) -> None:
     write_atomic(directory / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
 
     trained = outcome.trained
-    if trained is not None and (lines := trained.directory / METRICS_FILE).is_file():
+    inside = trained is not None and directory.resolve().is_relative_to(trained.directory.resolve())
+    if trained is not None and inside and (lines := trained.directory / METRICS_FILE).is_file():
         plot_learning_curves(lines, trained.directory / "learning_curves.png", outcome.name)
     if findings.complete:
         write_html(findings, directory / "report.html")

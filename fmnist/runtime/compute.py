@@ -67,6 +67,11 @@ class Compute(Processes):
             ],
         )
         self.device, self.shards = named or self.accelerator.device, shards
+        try:
+            check_world_size(self.accelerator.num_processes)
+        except ValueError:
+            AcceleratorState._reset_state(reset_partial_state=True)  # for the next one in this process
+            raise
         if named is not None and named.type != "cpu" and self.accelerator.num_processes > 1:
             raise ValueError(f"device is {device}; with several processes each takes its own accelerator: leave it out")
         if self.device.type == "cpu" and keep_memory:
@@ -77,7 +82,6 @@ class Compute(Processes):
             use_all_cores(self.accelerator.num_processes)
         self.device_name = describe_device(self.device)
         super().__init__(self.accelerator.process_index, self.accelerator.num_processes)
-        check_world_size(self.world_size)
         self.precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
         torch.backends.cudnn.deterministic = True  # a resumed run ends with the bits of an unbroken one
         torch.manual_seed(seed)

@@ -1,6 +1,7 @@
 """When to stop: what signals and the time limit ask of one process, agreed on by all of them."""
 
 import signal
+import threading
 import time
 from datetime import timedelta
 from typing import Any
@@ -40,6 +41,8 @@ class StopVote:
                 raise KeyboardInterrupt
             self._signal = number
 
+        if threading.current_thread() is not threading.main_thread():  # signals go to that one alone
+            return
         self._handlers = {number: signal.signal(number, note) for number in STOP_SIGNALS}
 
     def restore_signals(self) -> None:

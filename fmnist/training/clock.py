@@ -43,10 +43,13 @@ class Clock:
         mfu = {"mfu": rate / self.peak_images_per_second} if self.peak_images_per_second else {}
         return {"images_per_second": rate, "step_time_s": seconds, **mfu}
 
-    def median_rate(self) -> float:
-        """Return the median images/s over the windows, the first (warm-up, compilation) apart where there are more."""
-        rates = sorted(self.rates[1:] or self.rates or [0.0])
-        return rates[len(rates) // 2]
+    def median_rate(self) -> float | None:
+        """Return the median images/s over the windows, the first (warm-up, compilation) apart where there are more.
+
+        None where nothing was timed: a run that is resumed after its last step.
+        """
+        rates = sorted(self.rates[1:] or self.rates)
+        return round(rates[len(rates) // 2], 1) if rates else None
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -29,7 +29,7 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
         "world_size": run.world_size,
         "seed": cfg.seed,
         "val.top1": state.best_top1 if state.best_top1 >= 0 else None,
-        "images_per_second": round(training.clock.median_rate(), 1),
+        "images_per_second": training.clock.median_rate(),
         "train_seconds": round(state.train_seconds, 1),
         "device": run.device_name,
         "versions": versions(),

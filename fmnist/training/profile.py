@@ -1,5 +1,6 @@
 """A trace of some steps, for whoever asks where the time goes: --profile STEPS."""
 
+import atexit
 import logging
 from pathlib import Path
 
@@ -35,11 +36,18 @@ class StepProfiler:
                 on_trace_ready=self._write,
             )
             self._profile.start()
+            atexit.register(self.close)  # after an error, too
 
     def step(self) -> None:
         """Note that a step is done."""
         if self._profile is not None:
             self._profile.step()
+
+    def close(self) -> None:
+        """Write what was traced so far, where the run ends within the traced steps: one left open crashes at exit."""
+        if self._profile is not None:
+            self._profile.stop()
+            self._profile = None
 
     def _write(self, traced: profile) -> None:
         column = "self_cpu_time_total" if self.device.type == "cpu" else "self_device_time_total"
