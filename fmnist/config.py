@@ -122,6 +122,8 @@ class EvaluationConfig:
     """Pixels per side; none: the last of augment.size."""
     tta: Literal["none", "flip"] = "none"
     """flip: average the probabilities of the image and of its mirror."""
+    test: bool = True
+    """Evaluate the test images, once, at the end; false where recipes are still compared, which validation decides."""
 
 
 @dataclass(frozen=True, kw_only=True)

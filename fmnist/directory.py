@@ -4,7 +4,6 @@ import errno
 import fcntl
 import json
 import logging
-import math
 import os
 import platform
 import shutil
@@ -115,7 +114,9 @@ def is_finished(directory: Path) -> bool:
         return False
     if summary.get("status") != "finished":
         return False
-    logger.info("%s is finished: test top1 %.2f %%", directory, 100 * summary.get("test.top1", math.nan))
+    top1 = summary.get("test.top1")
+    outcome = "the test images were not evaluated" if top1 is None else f"test top1 {100 * top1:.2f} %"
+    logger.info("%s is finished: %s", directory, outcome)
     return True
 
 

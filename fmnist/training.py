@@ -161,7 +161,7 @@ def stop_not_finite(what: str, training: Training, run: Run) -> NoReturn:
 
 
 def conclude(training: Training, cfg: Config, run: Run, *, finished: bool) -> None:
-    """Write the weights to use and the summary; after the last step also evaluate the test images, once."""
+    """Write the weights to use and the summary; after the last step also evaluate the test images, once, if wanted."""
     t, state = training, training.state
     summary: dict[str, Any] = {
         "model": cfg.model.name,
@@ -180,7 +180,7 @@ def conclude(training: Training, cfg: Config, run: Run, *, finished: bool) -> No
     }
     if state.best_step:
         run.on_main(t.checkpoints.export, state.best_step, run.directory / "model.safetensors")
-    if finished:
+    if finished and cfg.evaluation.test:
         summary |= evaluate_test(t, cfg, run)
     run.finish(summary)
 
