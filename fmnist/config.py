@@ -70,14 +70,14 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    name: Literal["adamw", "sgd"] = "adamw"
-    """AdamW (fused where it exists), or SGD with Nesterov momentum."""
+    name: Literal["adamw", "sgd", "muon"] = "adamw"
+    """AdamW, SGD with Nesterov momentum, or Muon for hidden matrices and filters with AdamW for all else."""
     lr: float = 1e-3
     """Peak learning rate, for the global batch as it is (never rescaled behind your back)."""
     weight_decay: float = 0.05
     """Decay of matrices and kernels; norms, biases and layer scales have none."""
     beta1: float = 0.9
-    """AdamW's first moment decay; SGD's momentum."""
+    """AdamW's first moment decay; the momentum of SGD and Muon."""
     beta2: float = 0.999
     """AdamW's second moment decay."""
     layer_decay: float | None = None

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from fmnist.config import Config
 from fmnist.data.fashion_mnist import locate
 from fmnist.run import Run
+from fmnist.tensors import expected_state
 
 if TYPE_CHECKING:  # evaluate.py counts FLOPs too, and imports no training code
     from fmnist.training import Training
@@ -62,24 +64,30 @@ def flops_per_image(model: nn.Module, channels: int, size: int) -> tuple[int, in
     return forward, counter.get_total_flops()
 
 
-def memory_bytes(model: nn.Module, num_images: int, image_bytes: int, optimizer: str, *, ema: bool) -> dict[str, int]:
+def memory_bytes(
+    model: nn.Module, num_images: int, image_bytes: int, optimizer: Optimizer, *, ema: bool
+) -> dict[str, int]:
     """Return the device memory of what stays for the whole run; activations come on top.
 
     Args:
         model: the network, fp32.
         num_images: of all splits on the device.
         image_bytes: of one uint8 image.
-        optimizer: adamw or sgd.
+        optimizer: of its parameters.
         ema: a moving average of the weights is kept.
     """
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    moments = {"adamw": 2, "sgd": 1}[optimizer]
+    moments = sum(
+        len(expected_state(optimizer, group) - {"step"}) * p.numel() * p.element_size()
+        for group in optimizer.param_groups
+        for p in group["params"]
+    )
     label_bytes = 8
     return {
         "data": num_images * (image_bytes + label_bytes),
         "weights": weights,
         "gradients": weights,
-        "optimizer": moments * weights,
+        "optimizer": moments,
         "ema": weights if ema else 0,
     }
 
@@ -91,7 +99,7 @@ def print_plan(training: Training, cfg: Config, run: Run) -> None:
     forward, both = flops_per_image(t.model, len(t.augment.mean), t.augment.final_size)
     parameters = sum(p.numel() for p in t.model.parameters())
     memory = memory_bytes(
-        t.model, len(loader.split) + len(t.val_split), images[0].numel(), cfg.optim.name, ema=t.ema is not None
+        t.model, len(loader.split) + len(t.val_split), images[0].numel(), t.optimizer, ema=t.ema is not None
     )
     total = sum(memory.values())
     rows = {

@@ -51,7 +51,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "drop": (False, True),  # dropout, and drop path in the ConvNeXt
     "head_only": (False, True),
     "saved_every": (0, 1, 3),
-    "optimizer": ("adamw", "sgd"),
+    "optimizer": ("adamw", "sgd", "muon"),
     "precision": ("fp32", "bf16"),
     "sizes": ("one", "growing"),
 }
@@ -81,7 +81,7 @@ def make_config(choice: Choice) -> dict[str, Any]:
         "model": model,
         "optim": {
             "name": choice["optimizer"],
-            "lr": 0.003 if choice["optimizer"] == "adamw" else 0.05,
+            "lr": 0.05 if choice["optimizer"] == "sgd" else 0.003,
             "ema_decay": 0.9 * choice["ema"],
             "head_only_epochs": 0.5 * choice["head_only"],
             "label_smoothing": 0.1,
