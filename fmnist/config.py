@@ -28,6 +28,8 @@ class AugmentConfig:
     """Pixels per side the model sees; or {first epoch: pixels}, e.g. {0: 96, 4: 128, 8: 224}."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    flip_in_turn: bool = False
+    """Draw each image's flip once, then take the opposite chance in every second epoch: with flip 0.5 it alternates."""
     rotation: float = 0.0
     """Largest rotation, degrees; the angle is uniform in +-rotation."""
     shift: float = 0.0
