@@ -1,0 +1,1 @@
+"""What recipes are chosen and measured with; nothing in it is needed to train."""
