@@ -118,5 +118,5 @@ def test_the_projects_own_queue_is_legal_and_its_results_belong_to_it() -> None:
     for entry in entries:
         resolved(entry, entry.seeds[0])
     names = {f"{entry.name}_seed{seed}" for entry in entries for seed in entry.seeds}
-    assert {path.stem for path in (ROOT / "experiments" / "results").glob("*.json")} <= names
+    assert {path.stem for path in (ROOT / "experiments" / "results").glob("*_seed*.json")} <= names
     assert table([Entry(name="none", config="c")], ROOT / "nowhere").endswith("| none | 0/1 | - | - | - |  |")
