@@ -160,7 +160,29 @@ def test_cnn_options_that_do_not_belong_together_are_one_line(options):
     assert "legal: a width for the stem and for each stage" in error_of("cnn", 28, options=options)
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_hybrid_parameters_and_places():
+    model, _ = build("hybrid", 28)
+    # Convolutions 16*32 + 9 * (32*64 + 64*128) = 92,672; BatchNorm 2 * (32 + 64 + 128) = 448. A block of width D = 128
+    # has 4 D^2 + 4 D in its attention, 2 * 2 D^2 + 3 D in its perceptron, 4 D in its norms: 132,480. Norm 256, head
+    # 1,290.
+    assert count(model) == 92_672 + 448 + 3 * 132_480 + 256 + 1_290
+    shapes = []
+    model.blocks.register_forward_hook(lambda _module, inputs, _output: shapes.append(inputs[0].shape))
+    model(torch.rand(2, 1, 28, 28))
+    assert shapes == [(2, 49, 128)]
+    assert "hybrid refuses" in error_of("hybrid", 28, options={"heads": 3})  # 128 is no multiple of 3
+
+
+def test_the_hybrid_tells_places_apart_without_a_position_embedding():
+    torch.manual_seed(0)
+    model = build("hybrid", 28)[0].eval()
+    image = torch.zeros(1, 1, 28, 28)
+    image[..., :8, :8] = torch.rand(8, 8)
+    corner, middle = model(image), model(image.roll((8, 8), (-2, -1)))
+    assert (corner - middle).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "hybrid"])
 @pytest.mark.parametrize("size", [8, 28, 33])
 def test_own_models_take_any_size(name, size):
     model, normalization = build(name, size, drop_rate=0.1)

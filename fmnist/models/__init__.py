@@ -9,6 +9,7 @@ import timm
 from torch import nn
 
 from fmnist.models.cnn import Cnn
+from fmnist.models.hybrid import Hybrid
 from fmnist.models.mlp import Mlp
 from fmnist.models.pretrained import build_timm
 from fmnist.models.stem import FASHION_MNIST, Normalization, modules_that_see_the_image
@@ -18,6 +19,7 @@ __all__ = ["REGISTRY", "Normalization", "build_model", "model_names"]
 REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "mlp": Mlp,
     "cnn": Cnn,
+    "hybrid": Hybrid,
 }
 # What build_model itself gives to a model of the registry; the other parameters are model.options.
 GIVEN = {"num_classes", "drop_rate", "image_size"}
