@@ -65,7 +65,7 @@ def main(cfg: Config) -> None:
     with one_line_errors("train.py"):
         run = Run(cfg, open_directory(cfg))
     with one_line_errors("train.py"), run.watch_peers():
-        if is_finished(run.directory) and not cfg.overwrite:
+        if is_finished(run.directory, test=cfg.evaluation.test) and not cfg.overwrite:
             return run.close()
         if not cfg.dry_run:
             run.claim()

@@ -125,7 +125,7 @@ class EvaluationConfig:
     tta: Literal["none", "flip"] = "none"
     """flip: average the probabilities of the image and of its mirror."""
     test: bool = True
-    """Evaluate the test images, once, at the end; false where recipes are still compared, which validation decides."""
+    """Evaluate the test images, once, at the end; false while recipes are still compared, which validation decides."""
 
 
 @dataclass(frozen=True, kw_only=True)

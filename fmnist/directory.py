@@ -106,15 +106,20 @@ def lock_directory(directory: Path) -> int:
     return descriptor
 
 
-def is_finished(directory: Path) -> bool:
-    """Say whether the run in this directory has reached its end, and tell people so."""
+def is_finished(directory: Path, *, test: bool) -> bool:
+    """Say whether the run in this directory has reached its end, and tell people so.
+
+    Args:
+        directory: of the run.
+        test: the test images belong to it: a run that left them out is then not finished yet.
+    """
     try:
         summary = json.loads((directory / "summary.json").read_bytes())
     except (OSError, ValueError):
         return False
-    if summary.get("status") != "finished":
-        return False
     top1 = summary.get("test.top1")
+    if summary.get("status") != "finished" or (test and top1 is None):
+        return False
     outcome = "the test images were not evaluated" if top1 is None else f"test top1 {100 * top1:.2f} %"
     logger.info("%s is finished: %s", directory, outcome)
     return True

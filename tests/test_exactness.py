@@ -166,6 +166,7 @@ def test_the_same_config_twice_gives_the_same_bits(forks: Forks, tmp_path: Path,
 
 def test_killed_at_every_step_it_goes_on_to_the_same_bits(forks: Forks, tmp_path: Path) -> None:
     choice = PLAIN | {"model": "cnn", "parts": "accumulated", "mixing": "both", "ema": True, "saved_every": 3}
+    choice |= {"optimizer": "muon"}  # which has AdamW for the vectors
     assert kill_and_go_on(forks, tmp_path, choice, strikes(0), 1) == {}
 
 
