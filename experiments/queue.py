@@ -3,7 +3,7 @@
 python -m experiments.queue [--only NAME ...]     run; stopped or killed, the same command goes on where it was
 python -m experiments.queue --table               print what is finished: mean and standard deviation over seeds
 
-An entry of queue.yaml:
+NAME is an entry, or one seed of it (cnn_seed0). An entry of queue.yaml:
 
 - name: cnn_wide             # results/cnn_wide_seed0.json, runs/queue/cnn_wide_seed0/
   config: configs/cnn.yaml   # the recipe ...
@@ -174,13 +174,15 @@ def table(entries: list[Entry], results: Path) -> str:
     return "\n".join(rows)
 
 
-def work(entries: list[Entry], results: Path, runs: Path) -> int:
+def work(entries: list[Entry], results: Path, runs: Path, only: list[str] | None = None) -> int:
     """Run what has no result, and return how many runs failed; one that fails does not keep the next from running."""
     failed = 0
     results.mkdir(parents=True, exist_ok=True)
     for entry in entries:
         for seed in entry.seeds:
             name = f"{entry.name}_seed{seed}"
+            if only is not None and not {entry.name, name} & set(only):
+                continue
             if has_result(entry, seed, results / f"{name}.json"):
                 continue
             print(f"--- {name}", flush=True)
@@ -195,7 +197,7 @@ def work(entries: list[Entry], results: Path, runs: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these entries alone")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these entries, or seeds of them, alone")
     for option, default in (
         ("queue", "experiments/queue.yaml"),
         ("results", "experiments/results"),
@@ -206,10 +208,10 @@ def main() -> None:
     args = parser.parse_args()
     os.chdir(ROOT)
     try:
-        entries = [entry for entry in read_queue(args.queue) if args.only is None or entry.name in args.only]
+        entries = read_queue(args.queue)
         if args.table:
             print(table(entries, args.results))
-        elif failed := work(entries, args.results, args.runs):
+        elif failed := work(entries, args.results, args.runs, args.only):
             sys.exit(f"{failed} run(s) did not finish; the same command tries them again")
     except ValueError as error:
         sys.exit(f"experiments.queue: {error}")
