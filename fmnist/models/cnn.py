@@ -17,7 +17,7 @@ class Cnn(nn.Module):
         num_classes: int,
         drop_rate: float = 0.0,
         widths: Sequence[int] = (32, 64, 128),
-        depths: Sequence[int] = (2, 2),
+        depths: Sequence[int] | None = None,
         *,
         stem_stride: int = 1,
         early_pool: bool = False,
@@ -28,7 +28,7 @@ class Cnn(nn.Module):
             num_classes: logits per image.
             drop_rate: dropout probability before the head, in [0, 1).
             widths: channels of the stem and of each stage; a stage sees half the resolution of the one before.
-            depths: convolutions of each stage.
+            depths: convolutions of each stage; none is two in each.
             stem_stride: 1, or 2: the stem halves the resolution, and the first stage does not.
             early_pool: halve between a stage's last convolution and its norm, which is cheaper than after both.
 
@@ -36,7 +36,8 @@ class Cnn(nn.Module):
             ValueError: widths and depths do not belong together, or a stride that is neither.
         """
         super().__init__()
-        if len(depths) != len(widths) - 1 or min(depths) < 1 or stem_stride not in (1, 2):
+        depths = [2] * (len(widths) - 1) if depths is None else depths
+        if len(depths) != len(widths) - 1 or min(depths, default=1) < 1 or stem_stride not in (1, 2):
             raise ValueError(
                 f"widths {list(widths)}, depths {list(depths)}, stem_stride {stem_stride}; legal: a width for the stem "
                 "and for each stage, a depth of 1 or more for each stage, a stride of 1 or 2"
