@@ -67,7 +67,7 @@ def train(training: Training, cfg: Config, run: Run) -> None:
 def main(cfg: Config) -> None:
     log_to_console()
     with one_line_errors("train.py"), Run(cfg, open_directory(cfg)) as run, run.watch_lost_processes():
-        if is_finished(run.directory) and not cfg.overwrite:
+        if is_finished(run.directory, test=cfg.evaluation.test) and not cfg.overwrite:
             return
         if not cfg.dry_run:
             run.claim()

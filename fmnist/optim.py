@@ -10,6 +10,7 @@ from torch import nn
 
 from fmnist.config.schema import Config, OptimConfig
 from fmnist.models.head import head_parameters
+from fmnist.runtime.muon import Muon, suits_muon
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +107,10 @@ class Schedule:
 
 
 def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]:
-    """Split parameters by weight decay, layer and head.
+    """Split parameters by weight decay, layer, head and kind of update.
 
     Norms, biases, layer scales and what the model itself names have no weight decay. Each group has `lr_scale`, the
-    factor on the schedule's learning rate, and `is_head`.
+    factor on the schedule's learning rate, `is_head`, and `muon`: whether Muon updates it, where optim.name is muon.
 
     Raises:
         ValueError: layer decay is asked of a model without layers known to timm.
@@ -128,22 +129,26 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]
     head = {id(p) for p in head_parameters(model)}
     split = []
     for group in groups:
-        for is_head, scale in ((True, cfg.head_lr_scale), (False, 1.0)):
-            if params := [p for p in group["params"] if (id(p) in head) == is_head]:
+        kinds = [(id(p) in head, cfg.name == "muon" and suits_muon(p) and id(p) not in head) for p in group["params"]]
+        for is_head, muon in ((True, False), (False, True), (False, False)):
+            if params := [p for p, kind in zip(group["params"], kinds, strict=True) if kind == (is_head, muon)]:
                 split.append(
                     {
                         "params": params,
                         "weight_decay": group["weight_decay"],
-                        "lr_scale": group.get("lr_scale", 1.0) * scale,
+                        "lr_scale": group.get("lr_scale", 1.0) * (cfg.head_lr_scale if is_head else 1.0),
                         "is_head": is_head,
+                        "muon": muon,
                     }
                 )
     return split
 
 
 def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
-    """Build AdamW (fused) or SGD-Nesterov over `parameter_groups`; parameters must be on their device already."""
+    """Build the optimizer over `parameter_groups`; parameters must be on their device already."""
     groups = parameter_groups(model, cfg)
+    if cfg.name == "muon":
+        return Muon(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
     if cfg.name == "sgd":
         return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.beta1, nesterov=cfg.beta1 > 0, fused=True)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)

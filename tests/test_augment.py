@@ -120,6 +120,23 @@ def test_a_flip_gives_the_image_or_its_mirror(train_images: Split) -> None:
     assert 200 < int(mirrored.sum()) < 300  # 250 expected, deviation sqrt(500)/2 = 11
 
 
+def test_a_flip_in_turn_shows_each_image_both_ways_in_two_epochs(train_images: Split) -> None:
+    augment, every = make(AugmentConfig(flip=0.5, flip_in_turn=True, shift=0.1)), torch.arange(2000)
+    tables = [augment.table(micro_batch(train_images, every, epoch)) for epoch in range(4)]
+    mirrored = torch.stack([table[:, 0] < 0 for table in tables])
+    assert torch.equal(mirrored[0], ~mirrored[1]) and torch.equal(mirrored[0], mirrored[2])
+    assert torch.equal(mirrored[1], mirrored[3])
+    assert 900 < int(mirrored[0].sum()) < 1100  # 1000 expected, deviation sqrt(2000)/2 = 22
+    # What else is drawn stays: the shift along y is that of a run without it.
+    plain = make(AugmentConfig(flip=0.5, shift=0.1)).table(micro_batch(train_images, every, 3))
+    assert torch.equal(tables[3][:, 5], plain[:, 5])
+    # With a flip of 0.2 no image is mirrored in both of two epochs, and 0.2 of them are in each.
+    rare = make(AugmentConfig(flip=0.2, flip_in_turn=True))
+    first, second = (rare.table(micro_batch(train_images, every, epoch))[:, 0] < 0 for epoch in range(2))
+    assert not (first & second).any()
+    assert all(330 < int(part.sum()) < 470 for part in (first, second))  # 400 expected, deviation 18
+
+
 def test_directions_are_those_people_expect(train_images: Split) -> None:
     image = train_images.images[:1]
     row = torch.full((1, NUM_UNIFORMS), 0.5)

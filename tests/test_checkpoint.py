@@ -34,7 +34,7 @@ def learn(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
 def test_a_restored_optimizer_goes_on_with_the_same_bits(name: str, checkpoints: Checkpoints) -> None:
     cfg = OptimConfig(name=name, lr=0.01)
     torch.manual_seed(0)

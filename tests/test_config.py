@@ -143,7 +143,7 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         "--resume auto|never auto: resume from the newest valid checkpoint; never: refuse a non-empty directory.",
         "--data.val_size int Images held out of the 60,000 for validation, stratified by class; "
         "0 trains on all of them. Valid range: 0 to 59000. (default: 5000)",
-        "mlp, cnn, or any timm classifier",
+        "mlp, cnn, hybrid, or any timm classifier",
         *(path.stem for path in CONFIGS),
     ):
         assert words in shown

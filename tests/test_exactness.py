@@ -53,7 +53,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "drop": (False, True),  # dropout, and drop path in the ConvNeXt
     "head_only": (False, True),
     "saved_every": (0, 1, 3),
-    "optimizer": ("adamw", "sgd"),
+    "optimizer": ("adamw", "sgd", "muon"),
     "precision": ("fp32", "bf16"),
     "sizes": ("one", "growing"),
 }
@@ -83,7 +83,7 @@ def make_config(choice: Choice) -> dict[str, Any]:
         "model": model,
         "optim": {
             "name": choice["optimizer"],
-            "lr": 0.003 if choice["optimizer"] == "adamw" else 0.05,
+            "lr": 0.05 if choice["optimizer"] == "sgd" else 0.003,
             "ema_decay": 0.9 * choice["ema"],
             "head_only_epochs": 0.5 * choice["head_only"],
             "label_smoothing": 0.1,
@@ -168,6 +168,7 @@ def test_the_same_config_twice_gives_the_same_bits(forks: Forks, tmp_path: Path,
 
 def test_killed_at_every_step_it_goes_on_to_the_same_bits(forks: Forks, tmp_path: Path) -> None:
     choice = PLAIN | {"model": "cnn", "parts": "accumulated", "mixing": "both", "ema": True, "saved_every": 3}
+    choice |= {"optimizer": "muon"}  # which has AdamW for the vectors
     assert kill_and_go_on(forks, tmp_path, choice, strikes(0), 1) == {}
 
 

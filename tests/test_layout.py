@@ -23,7 +23,7 @@ ROOMS: dict[str, set[str]] = {
     "tracking": {"config", "runtime"},
     "step": {"config", "data", "runtime"},
     "metrics": {"config", "data", "runtime"},
-    "optim": {"config", "models"},
+    "optim": {"config", "models", "runtime"},
     "network": {"config", "data", "models", "runtime"},
     "run": {"checkpoint", "config", "runtime", "tracking"},
     "trained": {"checkpoint", "config", "data", "models", "network", "runtime"},
@@ -37,7 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "benchmark": {"config", "data", "models", "network", "optim", "report", "runtime", "step"},
     "train.py": {"checkpoint", "config", "metrics", "optim", "run", "runtime", "step", "training"},
     "evaluate.py": {"evaluation", "report", "runtime", "trained"},
-    "experiments": {"apps", "benchmark", "checkpoint", "config", "data", "runtime", "trained"},
+    "experiments": {"apps", "benchmark", "checkpoint", "config", "data", "metrics", "optim", "runtime", "trained"},
 }
 FLOORS = (
     {"config", "runtime"},

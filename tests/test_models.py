@@ -132,7 +132,58 @@ def test_cnn_parameters():
     assert count(build("cnn", 28)[0]) == 276_768 + 832 + 1_290 == 278_890
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn"])
+@pytest.mark.parametrize(
+    ("options", "parameters", "maps"),
+    [
+        # 9 * (1*32 + 32*64 + 64*64 + 64*128 + 128*128) + 2 * 416 + 1,290, as above: only the place of the pool differs.
+        ({"early_pool": True}, 278_890, [28, 14, 14, 7, 7]),
+        # The stem has 16 * 32 instead of 9 * 32 weights.
+        ({"stem_stride": 2}, 278_890 + 7 * 32, [14, 14, 14, 7, 7]),
+        # 16*32 + 9 * (32*64 + 64*128 + 128*128) = 240,128; BatchNorm 2 * 352; the head.
+        ({"stem_stride": 2, "early_pool": True, "depths": [1, 2]}, 240_128 + 704 + 1_290, [14, 14, 7, 7]),
+        # 9 * (8 + 8*16 + 16*24 + 24*24 + 24*24 + 24*32) = 21,960; BatchNorm 2 * 128; head 32*10 + 10.
+        ({"widths": [8, 16, 24, 32], "depths": [1, 3, 1]}, 21_960 + 256 + 330, [28, 14, 7, 7, 7, 3]),
+    ],
+)
+def test_cnn_options_by_parameters_and_sizes_of_its_maps(options, parameters, maps):
+    model, _ = build("cnn", 28, options=options)
+    assert count(model) == parameters
+    sizes = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda _module, _inputs, output: sizes.append(output.shape[-1]))
+    assert model(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+    assert sizes == maps
+
+
+@pytest.mark.parametrize("options", [{"depths": [2]}, {"depths": [2, 0]}, {"stem_stride": 3}])
+def test_cnn_options_that_do_not_belong_together_are_one_line(options):
+    assert "valid: a width for the stem and for each stage" in error_of("cnn", 28, options=options)
+
+
+def test_hybrid_parameters_and_places():
+    model, _ = build("hybrid", 28)
+    # Convolutions 16*32 + 9 * (32*64 + 64*128) = 92,672; BatchNorm 2 * (32 + 64 + 128) = 448. A block of width D = 128
+    # has 4 D^2 + 4 D in its attention, 2 * 2 D^2 + 3 D in its perceptron, 4 D in its norms: 132,480. Norm 256, head
+    # 1,290.
+    assert count(model) == 92_672 + 448 + 3 * 132_480 + 256 + 1_290
+    shapes = []
+    model.blocks.register_forward_hook(lambda _module, inputs, _output: shapes.append(inputs[0].shape))
+    model(torch.rand(2, 1, 28, 28))
+    assert shapes == [(2, 49, 128)]
+    assert "hybrid cannot be built" in error_of("hybrid", 28, options={"heads": 3})  # 128 is no multiple of 3
+
+
+def test_the_hybrid_tells_places_apart_without_a_position_embedding():
+    torch.manual_seed(0)
+    model = build("hybrid", 28)[0].eval()
+    image = torch.zeros(1, 1, 28, 28)
+    image[..., :8, :8] = torch.rand(8, 8)
+    corner, middle = model(image), model(image.roll((8, 8), (-2, -1)))
+    assert (corner - middle).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "hybrid"])
 @pytest.mark.parametrize("size", [8, 28, 33])
 def test_own_models_take_any_size(name, size):
     model, normalization = build(name, size, drop_rate=0.1)

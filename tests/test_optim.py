@@ -12,6 +12,7 @@ from fmnist.config.schema import Config, OptimConfig, ScheduleConfig
 from fmnist.models.cnn import Cnn
 from fmnist.models.mlp import Mlp
 from fmnist.optim import Schedule, build_optimizer, parameter_groups, set_lr
+from fmnist.runtime.muon import orthogonalize
 
 
 def schedule(**kwargs: object) -> Schedule:
@@ -97,8 +98,8 @@ def test_only_the_head_moves_in_head_only_steps() -> None:
     assert moved == set(before)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_both_optimizers_are_fused_and_learn(name: str) -> None:
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
+def test_the_optimizers_are_fused_and_learn(name: str) -> None:
     torch.manual_seed(0)
     model = Mlp(2, image_size=2, width=8)
     optimizer = build_optimizer(model, OptimConfig(name=name, lr=0.1))
@@ -111,3 +112,58 @@ def test_both_optimizers_are_fused_and_learn(name: str) -> None:
         loss.backward()
         optimizer.step()
     assert loss < 0.3
+
+
+def test_muon_takes_hidden_filters_and_adamw_the_rest() -> None:
+    model = timm.create_model("convnext_atto", num_classes=10, in_chans=1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, OptimConfig(name="muon"))
+    by_muon = {names[id(p)] for group in groups if group["muon"] for p in group["params"]}
+    # Of a block the two linear layers; not its depthwise kernels [C, 1, 7, 7], its vectors, the stem's [C, 1, 4, 4].
+    assert {name for name in by_muon if "stages.0.blocks.0" in name} == {
+        "stages.0.blocks.0.mlp.fc1.weight",
+        "stages.0.blocks.0.mlp.fc2.weight",
+    }
+    assert "stages.1.downsample.1.weight" in by_muon
+    assert not any(name.startswith(("stem", "head")) for name in by_muon)
+    assert not any(group["muon"] for group in parameter_groups(model, OptimConfig(name="adamw")))
+
+
+@pytest.mark.parametrize("shape", [(64, 288), (96, 32), (40, 40)])
+def test_an_orthogonalized_matrix_keeps_its_directions_with_singular_values_near_one(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    result = orthogonalize(matrix)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    ours = (left.T @ result @ right.T).diagonal()  # what became of each singular value
+    assert torch.allclose(result, left @ ours.diag() @ right, atol=1e-4)
+    assert values.max() / values.min() > 2
+    strong = ours[values > 0.02 * values.norm()]
+    assert strong.min() > 0.65 and strong.max() < 1.25
+
+
+def test_a_step_of_muon_by_hand() -> None:
+    torch.manual_seed(0)
+    model = Cnn(10, widths=(4, 8))
+    cfg = OptimConfig(name="muon", lr=0.01, weight_decay=0.1, beta1=0.8)
+    optimizer, same = build_optimizer(model, cfg), build_optimizer(model, replace(cfg, name="adamw"))
+    filters = model.stages[0][1][0].weight  # [8, 4, 3, 3]: a matrix of 8 x 36
+    before, gradients = filters.detach().clone(), [torch.randn(8, 4, 3, 3) for _ in range(2)]
+    wanted, buffer = before.clone(), torch.zeros_like(before)
+    for gradient in gradients:
+        filters.grad = gradient
+        optimizer.step()
+        buffer = 0.8 * buffer + 0.2 * gradient
+        direction = orthogonalize((0.2 * gradient + 0.8 * buffer).flatten(1)).view(8, 4, 3, 3)
+        wanted = wanted * (1 - 0.01 * 0.1) - 0.01 * 0.2 * math.sqrt(36) * direction
+    assert torch.allclose(filters, wanted, atol=1e-6)
+
+    head = model.head.weight
+    start, gradient = head.detach().clone(), torch.randn_like(head)
+    ends = []
+    for each in (optimizer, same):
+        head.data.copy_(start)
+        filters.grad, head.grad = None, gradient
+        each.step()
+        ends.append(head.detach().clone())
+    assert torch.equal(*ends)

@@ -91,6 +91,24 @@ def test_evaluate_gives_what_training_gave_and_the_same_command_again_changes_no
 
 
 @pytest.mark.thorough
+def test_test_images_left_out_at_first_are_evaluated_when_they_are_wanted(
+    finished: tuple[Path, Path], tmp_path: Path
+) -> None:
+    config, run = finished
+    tried = tmp_path / "tried"
+    left_out = flags(config, tried, "--evaluation.test", "false")
+    train(*left_out)
+    assert not (tried / "evaluation").exists()
+    summary = json.loads((tried / "summary.json").read_text())
+    assert summary["status"] == "finished" and not any(key.startswith("test") for key in summary)
+    assert "is finished: the test images were not evaluated" in train(*left_out).stderr
+    train(*flags(config, tried))
+    of_both = [json.loads((folder / "summary.json").read_text()) for folder in (run, tried)]
+    assert of_both[0]["test.top1"] == of_both[1]["test.top1"] and of_both[0]["val.top1"] == of_both[1]["val.top1"]
+    assert same_weights(run, tried)
+
+
+@pytest.mark.thorough
 def test_the_same_command_twice_gives_the_same_bits(finished: tuple[Path, Path], tmp_path: Path) -> None:
     config, run = finished
     train(*flags(config, tmp_path / "again"))

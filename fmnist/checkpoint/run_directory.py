@@ -105,14 +105,19 @@ def read_summary(directory: Path) -> dict[str, Any]:
         return {}
 
 
-def is_finished(directory: Path) -> bool:
-    """Say whether the run in this directory has reached its end, and tell people so."""
+def is_finished(directory: Path, *, test: bool) -> bool:
+    """Say whether the run in this directory has reached its end, and tell people so.
+
+    Args:
+        directory: of the run.
+        test: the test images belong to it: a run that left them out is then not finished yet.
+    """
     summary = read_summary(directory)
-    if summary.get("status") != "finished":
-        return False
     top1 = summary.get("test.top1")
-    accuracy = f"test top1 {100 * top1:.2f} %" if isinstance(top1, int | float) else "it names no test accuracy"
-    logger.info("%s is finished: %s", directory, accuracy)
+    if summary.get("status") != "finished" or (test and top1 is None):
+        return False
+    evaluated = f"test top1 {100 * top1:.2f} %" if isinstance(top1, int | float) else "it names no test accuracy"
+    logger.info("%s is finished: %s", directory, "the test images were not evaluated" if top1 is None else evaluated)
     return True
 
 

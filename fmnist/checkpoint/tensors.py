@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -10,6 +11,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from fmnist.runtime.console import one_line
+from fmnist.runtime.muon import Muon
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -18,8 +20,10 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return {f"{key}/{names[id(p)]}": value for p, state in optimizer.state.items() for key, value in state.items()}
 
 
-def expected_state(optimizer: torch.optim.Optimizer) -> set[str]:
-    """Return what the optimizer keeps for each parameter once it has made a step."""
+def expected_state(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> set[str]:
+    """Return what the optimizer keeps for each parameter of a group once it has made a step."""
+    if isinstance(optimizer, Muon) and group["muon"]:
+        return {"momentum_buffer"}
     if isinstance(optimizer, torch.optim.SGD):
         return {"momentum_buffer"} if optimizer.defaults["momentum"] else set()
     return {"step", "exp_avg", "exp_avg_sq"}
@@ -41,8 +45,11 @@ def load_optimizer_tensors(
         if name not in shapes or (tensor.dim() > 0 and tensor.shape != shapes[name]):  # a step count has no dimension
             raise ValueError(f"{source} does not fit the model: {full} {list(tensor.shape)}")
         states.setdefault(name, {})[key] = tensor
-    found = {key for state in states.values() for key in state}
-    if found != expected_state(optimizer) or any(len(state) != len(found) for state in states.values()):
+    wanted = {
+        names[id(p)]: expected_state(optimizer, group) for group in optimizer.param_groups for p in group["params"]
+    }
+    if any(set(states[name]) != wanted[name] for name in states) or (not states and any(wanted.values())):
+        found = {key for state in states.values() for key in state}
         raise ValueError(f"{source} does not fit the optimizer: it holds {sorted(found) or 'nothing'}")
     payload = optimizer.state_dict()
     ordered = [p for group in optimizer.param_groups for p in group["params"]]

@@ -18,6 +18,7 @@ MAY_CHANGE = (
     "model.weights",
     "log.",
     "checkpoint.",
+    "evaluation.test",
 )
 # These change the arithmetic's order or its hardware, not the recipe: batches stay the same, results to rounding.
 MAY_CHANGE_ROUNDING = (

@@ -47,6 +47,8 @@ class AugmentConfig:
     """Image size in pixels per side, or {first epoch: pixels}, e.g. {0: 96, 4: 128, 8: 224}."""
     flip: float = option(0.5, valid=(0, 1))
     """Probability of a horizontal flip."""
+    flip_in_turn: bool = False
+    """Draw each image's flip once, then take the opposite chance in every second epoch: with flip 0.5 it alternates."""
     rotation: float = option(0.0, valid=(0, 180))
     """Maximum rotation in degrees; the angle is uniform in +-rotation."""
     shift: float = option(0.0, valid=(0, 0.5))
@@ -68,7 +70,7 @@ class AugmentConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     name: str = "cnn"
-    """mlp, cnn, or any timm classifier, e.g. convnext_tiny."""
+    """mlp, cnn, hybrid, or any timm classifier, e.g. convnext_tiny."""
     pretrained: bool = False
     """Start from timm's pretrained weights, from its hub or its cache."""
     weights: str | None = None
@@ -89,14 +91,14 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    name: Literal["adamw", "sgd"] = "adamw"
-    """AdamW, or SGD with Nesterov momentum; both fused."""
+    name: Literal["adamw", "sgd", "muon"] = "adamw"
+    """AdamW, SGD with Nesterov momentum, or Muon for hidden matrices and filters with AdamW for all else."""
     lr: float = option(1e-3, valid=(0, 100))
     """Peak learning rate for the configured global batch size; never rescaled."""
     weight_decay: float = option(0.05, valid=(0, 10))
     """Weight decay of matrices and kernels; norms, biases and layer scales are exempt."""
     beta1: float = option(0.9, valid=(0, 0.9999))
-    """AdamW: decay of the first moment; SGD: momentum."""
+    """AdamW: decay of the first moment; SGD and Muon: momentum."""
     beta2: float = option(0.999, valid=(0, 0.99999))
     """AdamW: decay of the second moment."""
     layer_decay: float | None = option(None, valid=(0.01, 1))
@@ -141,6 +143,8 @@ class EvaluationConfig:
     """Image size in pixels per side; null: the last of augment.size."""
     tta: Literal["none", "flip"] = "none"
     """Test-time augmentation; flip: average the probabilities of the image and its mirror image."""
+    test: bool = True
+    """Evaluate the test images, once, at the end; false while recipes are still compared, which validation decides."""
 
 
 @dataclass(frozen=True, kw_only=True)

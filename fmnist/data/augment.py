@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmnist.config.schema import AugmentConfig
-from fmnist.data.augment_table import MATRIX, OWN_SHARE, augmentation_table
+from fmnist.data.augment_table import MATRIX, OWN_SHARE, augmentation_table, flip_in_turn
 from fmnist.data.augment_torch import Plan, augment_reference, compose, normalize, pack_neighbours, resample_packed
 from fmnist.data.batches import MicroBatch
 
@@ -80,7 +80,10 @@ class Augment:
         if self._table is None or self._table[0] is not batch.uniforms or self._table[1] != size:
             shape = _source_shape(batch.split.images)
             whole_pixels = self.plan(size, shape).whole_pixels
-            table = augmentation_table(self.cfg, batch.uniforms, shape, size, whole_pixels=whole_pixels)
+            uniforms = batch.uniforms
+            if self.cfg.flip_in_turn:
+                uniforms = flip_in_turn(uniforms, seed=batch.key[0], epoch=batch.epoch)
+            table = augmentation_table(self.cfg, uniforms, shape, size, whole_pixels=whole_pixels)
             self._table = (batch.uniforms, size, table)
         return self._table[2]
 

@@ -12,7 +12,7 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from fmnist.config.schema import AugmentConfig
-from fmnist.data.batches import NUM_UNIFORMS, to_device
+from fmnist.data.batches import NUM_UNIFORMS, epoch_generator, to_device
 
 # What each column of the uniforms decides.
 FLIP, ANGLE, SHIFT_X, SHIFT_Y, ZOOM, ERASE, ERASE_AREA, ERASE_ASPECT, ERASE_X, ERASE_Y = range(10)
@@ -52,6 +52,23 @@ def augmentation_table(
     weight, cut_box, share = _mixing(cfg, u, size)
     columns = [*_inverse_affine(cfg, u, source_shape, whole_pixels=whole_pixels), *_erase_box(cfg, u, size)]
     return torch.stack([*columns, weight, *cut_box, share], dim=1)
+
+
+def flip_in_turn(uniforms: Tensor, seed: int, epoch: int) -> Tensor:
+    """Replace what decides the flip: each sample has one number u for the whole run, and 1 - u in every second epoch.
+
+    Args:
+        uniforms: float32 [N, NUM_UNIFORMS] in [0, 1), of this epoch; they are not changed.
+        seed: the run's.
+        epoch: passes over the data completed before this one.
+
+    Source:
+        Alternating flip: Jordan 2024, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU.
+    """
+    drawn = torch.rand(len(uniforms), generator=epoch_generator(seed, 0, 2))
+    turned = uniforms.clone()
+    turned[:, FLIP] = to_device(drawn if epoch % 2 == 0 else 1 - drawn, uniforms.device)
+    return turned
 
 
 def _inverse_affine(

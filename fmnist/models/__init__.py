@@ -9,6 +9,7 @@ from torch import nn
 
 from fmnist.config.schema import ModelConfig
 from fmnist.models.cnn import Cnn
+from fmnist.models.hybrid import Hybrid
 from fmnist.models.mlp import Mlp
 from fmnist.models.pretrained import build_timm
 from fmnist.models.stem import Normalization
@@ -19,6 +20,7 @@ __all__ = ["REGISTRY", "Normalization", "build_model", "model_names"]
 REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "mlp": Mlp,
     "cnn": Cnn,
+    "hybrid": Hybrid,
 }
 # Parameters that build_model passes to a model of the registry; the others are model.options.
 GIVEN = {"num_classes", "drop_rate", "image_size"}

@@ -36,7 +36,7 @@ class Training:
         model: the network, not wrapped; its parameters are the optimizer's.
         ema: the moving average of its weights, if `optim.ema_decay` asks for one.
         eval_model: what is validated: the moving average where there is one, else the model.
-        optimizer: AdamW or SGD over the parameter groups.
+        optimizer: AdamW, SGD or Muon over the parameter groups.
         augment: makes images and targets from a micro-batch.
         loader: cuts the training images into batches.
         schedule: the learning rate and what is due, as functions of the step.

@@ -18,7 +18,7 @@ logger = logging.getLogger("fmnist")
 
 
 def finish(training: Training, cfg: Config, run: Run) -> None:
-    """Write the weights to use and the summary; after the last step also evaluate the test images, once."""
+    """Write the weights to use and the summary; after the last step also evaluate the test images, once, if wanted."""
     state = training.state
     finished = state.step == training.schedule.total_steps
     summary: dict[str, Any] = {
@@ -38,7 +38,7 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
     }
     if state.best_step:
         run.on_main(training.checkpoints.export, state.best_step, run.directory / MODEL)
-    found = evaluate_test(training, cfg, run) if finished else None
+    found = evaluate_test(training, cfg, run) if finished and cfg.evaluation.test else None
     if found is not None:
         scores = {key: found.metrics[key] for key in ("top1", "loss", "num_images")}
         run.log("test", scores, state.step)
@@ -47,6 +47,8 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
     if not finished:
         total = training.schedule.total_steps
         logger.info("stopped at step %s of %s; checkpoint saved; rerun the same command to resume", state.step, total)
+    elif not cfg.evaluation.test:
+        logger.info("finished; the test images were not evaluated; the run is in %s", run.directory)
     if found is not None:  # after the summary: a figure that fails costs neither numbers nor summary
         write_report(found, run)
 

@@ -1,7 +1,9 @@
 """What a run would do, before it does it: parameters, FLOPs, batches, steps and memory."""
 
 from torch import nn
+from torch.optim import Optimizer
 
+from fmnist.checkpoint.tensors import expected_state
 from fmnist.config.schema import Config
 from fmnist.data.find import locate
 from fmnist.models.flops import flops_per_image
@@ -9,24 +11,30 @@ from fmnist.run import Run
 from fmnist.training.build import Training
 
 
-def memory_bytes(model: nn.Module, num_images: int, image_bytes: int, optimizer: str, *, ema: bool) -> dict[str, int]:
+def memory_bytes(
+    model: nn.Module, num_images: int, image_bytes: int, optimizer: Optimizer, *, ema: bool
+) -> dict[str, int]:
     """Return the device memory of what stays for the whole run; activations come on top.
 
     Args:
         model: the network, fp32.
         num_images: of all splits on the device.
         image_bytes: of one uint8 image.
-        optimizer: adamw or sgd.
+        optimizer: of its parameters.
         ema: a moving average of the weights is kept.
     """
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    moments = {"adamw": 2, "sgd": 1}[optimizer]
+    moments = sum(
+        len(expected_state(optimizer, group) - {"step"}) * p.numel() * p.element_size()
+        for group in optimizer.param_groups
+        for p in group["params"]
+    )
     label_bytes = 8
     return {
         "data": num_images * (image_bytes + label_bytes),
         "weights": weights,
         "gradients": weights,
-        "optimizer": moments * weights,
+        "optimizer": moments,
         "ema": weights if ema else 0,
     }
 
@@ -41,7 +49,7 @@ def print_plan(training: Training, cfg: Config, run: Run) -> None:
         t.model,
         len(loader.split) + len(t.val_split) + len(t.test_split),
         images[0].numel(),
-        cfg.optim.name,
+        t.optimizer,
         ema=t.ema is not None,
     )
     total = sum(memory.values())
