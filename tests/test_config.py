@@ -37,6 +37,7 @@ def refuse(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["--augment.size", "4"], "augment.size is 4; valid range: 8 to 1024"),
         (["--augment.size", '{"1": 32}'], "augment.size"),
         (["--augment.mix_probability", "0.5"], "has no effect"),
+        (["--augment.flip_in_turn", "--augment.flip", "0"], "augment.flip_in_turn has no effect"),
         (["--optim.name", "adamm"], "optim.name"),
         (["--config", "no_such_file.yaml"], "no_such_file.yaml"),
         (["--overwrite", "true"], "give --resume never"),

@@ -14,6 +14,8 @@ def validate(cfg: Config) -> None:
     if augment.mix_probability < 1 and not (augment.mixup_alpha or augment.cutmix_alpha):
         reason = "mixup_alpha and cutmix_alpha are 0"
         raise ValueError(f"augment.mix_probability {augment.mix_probability} has no effect: {reason}")
+    if augment.flip_in_turn and augment.flip in (0, 1):
+        raise ValueError(f"augment.flip_in_turn has no effect: augment.flip is {augment.flip:g}, which leaves no turn")
     if optim.name == "sgd" and optim.beta2 != OptimConfig.beta2:
         raise ValueError(f"optim.beta2 {optim.beta2} has no effect: optim.name is sgd, which uses beta1 only")
     if schedule.name == "constant" and schedule.min_lr:
