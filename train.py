@@ -16,7 +16,7 @@ from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.step import train_step
 from fmnist.training.build import Training, build
 from fmnist.training.finish import finish
-from fmnist.training.plan import print_plan
+from fmnist.training.plan import opening, print_plan
 from fmnist.training.profile import StepProfiler
 from fmnist.training.save import save
 
@@ -75,7 +75,7 @@ def main(cfg: Config) -> None:
         if cfg.dry_run:
             print_plan(training, cfg, run)
             return
-        run.start(training.state.step, training.schedule.total_steps, training.schedule.steps_per_epoch)
+        run.start(training.progress, opening(training, cfg, run))
         train(training, cfg, run)
         finish(training, cfg, run)
 

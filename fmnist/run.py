@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from fmnist.runtime.console import log_to_file
 from fmnist.runtime.files import write_atomic
 from fmnist.runtime.launcher import announce
 from fmnist.runtime.stop_vote import StopVote
+from fmnist.tracking.progress import Progress
 from fmnist.tracking.tracker import NullTracker, Tracker
 
 logger = logging.getLogger("fmnist")
+TRAIN_LOG = "train.log"
 
 
 class Run(Compute):
@@ -52,22 +54,22 @@ class Run(Compute):
     def _claim(self) -> None:
         if self._lock is None and self.directory.is_dir():
             self._lock = lock_directory(self.directory)
+            if has_run(self.directory) and not self.cfg.overwrite:
+                log_to_file(self.directory / TRAIN_LOG)  # now: what it resumes from stands there too
 
-    def start(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
+    def start(self, progress: Progress, opening: Sequence[str]) -> None:
         """Write config.yaml and open train.log and the trackers, on the main process; then listen to signals.
 
         Args:
-            step: completed updates.
-            total_steps: of the whole run.
-            steps_per_epoch: turn a step into an epoch where numbers are logged.
+            progress: where the run stands.
+            opening: lines that say what is about to be trained.
         """
-        self.steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch = progress.steps_per_epoch
         self.join()  # every process has read the directory as it was
-        self.on_main(self._open, step, total_steps)
-        logger.info("training on %s: %d process(es), %s", self.device_name, self.world_size, self.precision)
+        self.on_main(self._open, progress, opening)
         self.should_stop.watch_signals()
 
-    def _open(self, step: int, total_steps: int) -> None:
+    def _open(self, progress: Progress, opening: Sequence[str]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         if self._lock is None:
             self._claim()
@@ -77,14 +79,15 @@ class Run(Compute):
             clear_directory(self.directory)
         (self.directory / "REQUEUE").unlink(missing_ok=True)
         write_atomic(self.directory / "config.yaml", to_yaml(self.cfg))
-        log_to_file(self.directory / "train.log")
+        log_to_file(self.directory / TRAIN_LOG)
+        for line in opening:
+            logger.info("%s", line)
         announce()
-        self.tracker = Tracker(self.directory, self.cfg.log, flatten(self.cfg), step=step, total_steps=total_steps)
+        self.tracker = Tracker(self.directory, self.cfg.log, flatten(self.cfg), progress)
 
     def log(self, prefix: str, scalars: Mapping[str, float], step: int) -> None:
-        """Hand scalars to the tracker, if there are any; silent on all processes but the main one."""
-        if scalars:
-            self.tracker.log(prefix, scalars, step, step / self.steps_per_epoch)
+        """Hand scalars to the tracker; silent on all processes but the main one."""
+        self.tracker.log(prefix, scalars, step, step / self.steps_per_epoch)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json (and REQUEUE after a stop), and close the trackers."""
@@ -100,6 +103,7 @@ class Run(Compute):
     def close(self) -> None:
         """Put the signal handlers back, let go of the directory, and close what `Compute` opened."""
         self.should_stop.restore_signals()
+        self.tracker.close()
         super().close()
         if self._lock is not None:
             self._lock.release()

@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_RUN, metrics, train
+from conftest import SMALL_RUN, metrics, progress, train
 
 from fmnist.config.schema import LogConfig
 from fmnist.runtime.probe import answers
@@ -147,8 +147,8 @@ def assert_same_result(run: Path, expected: Path) -> None:
 
 
 def start_delay_s(run: Path) -> float:
-    """Seconds from config.yaml, which is written just before the tracker starts, to the line after it."""
-    line = [line for line in (run / "train.log").read_text().splitlines() if "training on" in line][-1]
+    """Seconds from config.yaml, which is written just before the tracker starts, to the tracker's own line."""
+    line = [line for line in (run / "train.log").read_text().splitlines() if "Weights & Biases" in line][-1]
     started = datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f").timestamp()
     return started - (run / "config.yaml").stat().st_mtime
 
@@ -271,7 +271,7 @@ def test_numbers_on_a_full_disk_are_whole_lines_or_none(
     small_disk: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("fmnist"), "propagate", True)
-    tracker = Tracker(small_disk, LogConfig(wandb="disabled"), {}, step=0, total_steps=10)
+    tracker = Tracker(small_disk, LogConfig(wandb="disabled"), {}, progress(0))
     tracker.log("train", {"loss": 1.0}, 1, 0.1)
     fill(small_disk)
     for step in range(2, 400):  # the rest of the file's last page of 4 KiB holds some of them
@@ -329,7 +329,7 @@ def test_an_error_is_told_without_its_passwords(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("content", ["", "a/b", "x" * 65, "\xff"])
 def test_a_damaged_run_id_is_replaced(content: str, tmp_path: Path) -> None:
     (tmp_path / "wandb_run_id").write_bytes(content.encode("latin-1"))
-    tracker = Tracker(tmp_path, LogConfig(wandb="offline"), {}, step=0, total_steps=1)
+    tracker = Tracker(tmp_path, LogConfig(wandb="offline"), {}, progress(0))
     assert tracker.wandb is not None
     tracker.finish({})
     assert re.fullmatch(r"[0-9a-f]{8}\n", (tmp_path / "wandb_run_id").read_text())

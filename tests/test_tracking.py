@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import progress
 from PIL import Image
 
 from fmnist.config.schema import LogConfig
@@ -17,7 +18,7 @@ from fmnist.tracking.wandb_run import has_api_key, log_evaluation
 
 
 def track(directory: Path, wandb: str = "disabled", step: int = 0) -> Tracker:
-    return Tracker(directory, LogConfig(wandb=wandb), {"optim.lr": 0.1}, step=step, total_steps=10)
+    return Tracker(directory, LogConfig(wandb=wandb), {"optim.lr": 0.1}, progress(step))
 
 
 def stored_offline(run: Path, run_id: str) -> bytes:

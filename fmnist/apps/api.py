@@ -190,8 +190,8 @@ def _as_views(picture: Picture) -> Tensor:
 @contextlib.contextmanager
 def _process_left_as_it_was() -> Iterator[None]:
     """Put back log handlers, random state, threads and determinism, for a notebook that goes on."""
-    loggers = [logging.getLogger(name) for name in ("fmnist", "fmnist.metrics")]
-    kept = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
+    logger = logging.getLogger("fmnist")
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
     deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     cudnn = torch.backends.cudnn.deterministic
     try:
@@ -201,8 +201,7 @@ def _process_left_as_it_was() -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
         torch.backends.cudnn.deterministic = cudnn
         torch.set_num_threads(threads)
-        for logger, handlers, level, propagate in kept:
-            for handler in set(logger.handlers) - set(handlers):
-                handler.close()
-            logger.handlers[:], logger.propagate = handlers, propagate
-            logger.setLevel(level)
+        for handler in set(logger.handlers) - set(handlers):
+            handler.close()
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)

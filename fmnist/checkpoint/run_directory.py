@@ -116,8 +116,11 @@ def is_finished(directory: Path, *, test: bool) -> bool:
     top1 = summary.get("test.top1")
     if summary.get("status") != "finished" or (test and top1 is None):
         return False
-    evaluated = f"test top1 {100 * top1:.2f} %" if isinstance(top1, int | float) else "it names no test accuracy"
-    logger.info("%s is finished: %s", directory, "the test images were not evaluated" if top1 is None else evaluated)
+    evaluated = "the test images were not evaluated" if top1 is None else "it names no test accuracy"
+    if isinstance(top1, int | float):
+        evaluated = f"test top1 {100 * top1:.2f} %"
+    again = "to train again: another --output_dir, or --resume never --overwrite true"
+    logger.info("%s is finished: %s; %s", directory, evaluated, again)
     return True
 
 

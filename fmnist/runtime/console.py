@@ -31,24 +31,22 @@ class _AboveTheBar(logging.StreamHandler):
 
 
 def log_to_console() -> None:
-    """Send messages to stderr: from the main process all, from the others warnings; metrics where no bar is drawn."""
+    """Send messages to stderr: from the main process all, from the others warnings."""
     handler = _AboveTheBar()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     logger.propagate = False
-    metrics = logging.getLogger("fmnist.metrics")
-    metrics.propagate = not sys.stderr.isatty()
 
 
 def log_to_file(path: Path) -> None:
-    """Append messages and metrics to train.log."""
+    """Append messages to train.log, from now on; a second call for the same file does nothing."""
+    path = path.absolute()
+    if any(isinstance(known, logging.FileHandler) and known.baseFilename == str(path) for known in logger.handlers):
+        return
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
-    metrics = logging.getLogger("fmnist.metrics")
-    if not metrics.propagate:
-        metrics.addHandler(handler)
 
 
 @contextmanager

@@ -1,18 +1,16 @@
-"""Numbers out: metrics.jsonl always, a progress bar on a terminal, Weights & Biases. None of them can stop a run."""
+"""Numbers out: metrics.jsonl always, lines for people, Weights & Biases. None of them can stop a run."""
 
 import json
 import logging
 import math
 import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from fmnist.config.schema import LogConfig
 from fmnist.tracking.metrics_file import METRICS_FILE, metric_name, truncate_metrics
+from fmnist.tracking.progress import Progress
 from fmnist.tracking.wandb_run import start_wandb, without_secrets
 
 logger = logging.getLogger("fmnist")
@@ -27,6 +25,9 @@ class NullTracker:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Do nothing."""
 
+    def close(self) -> None:
+        """Do nothing."""
+
 
 class Tracker(NullTracker):
     """Write the main process's numbers.
@@ -35,46 +36,39 @@ class Tracker(NullTracker):
         directory: the run directory.
         cfg: where the numbers go.
         resolved: every option of the run, for Weights & Biases.
-        step: completed steps of the checkpoint the run continues from; lines after it are dropped from metrics.jsonl.
-        total_steps: the length of the progress bar.
+        progress: what people see; lines of metrics.jsonl after its step are dropped, since the run writes them again.
     """
 
-    def __init__(
-        self, directory: Path, cfg: LogConfig, resolved: Mapping[str, Any], *, step: int, total_steps: int
-    ) -> None:
+    def __init__(self, directory: Path, cfg: LogConfig, resolved: Mapping[str, Any], progress: Progress) -> None:
         self.path = directory / METRICS_FILE
         self.file: Any = None
         self._warned = False
         try:
-            truncate_metrics(self.path, step)
+            truncate_metrics(self.path, progress.step())
             self.file = self.path.open("ab", buffering=0)  # no buffer: nothing is left in it when the disk is full
         except OSError as error:
             self._warn(error)
-        self.bar = None
-        if sys.stderr.isatty():
-            self.bar = tqdm(initial=step, total=total_steps, unit="step", dynamic_ncols=True, smoothing=0.1)
-        self.wandb: Any = None
+        self.progress = progress
+        self.wandb: Any = None  # started last: what people wait for is said before
         if cfg.wandb != "disabled":
             self._try_wandb(lambda: setattr(self, "wandb", start_wandb(directory, cfg, resolved)))
+        progress.start()
 
     def log(self, prefix: str, scalars: Mapping[str, float], step: int, epoch: float) -> None:
         """Write one line of scalars.
 
         Args:
             prefix: train, val or test.
-            scalars: names without the prefix.
+            scalars: names without the prefix; where there are none, only the line for people is written.
             step: completed optimizer updates, the x axis.
             epoch: passes over the training images, with the fraction.
         """
+        self.progress.log(prefix, scalars, step)
+        if not scalars:
+            return
         # JSON has no NaN: a broken value is written as null and said by name elsewhere.
         clean = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
         self._write(json.dumps({"step": step, "epoch": round(epoch, 4), "prefix": prefix} | clean))
-        text = "  ".join(f"{metric_name(prefix, k)} {v:.5g}" for k, v in scalars.items())
-        logging.getLogger("fmnist.metrics").info("step %d  epoch %.2f  %s", step, epoch, text)
-        if self.bar is not None:
-            self.bar.n = step
-            shown = {k: f"{v:.4g}" for k, v in scalars.items() if k in ("images_per_second", "loss", "lr", "top1")}
-            self.bar.set_postfix(shown, refresh=True)
         named = {metric_name(prefix, k): v for k, v in scalars.items()}
         self._try_wandb(lambda: self.wandb and self.wandb.log(named | {"step": step, "epoch": epoch}))
 
@@ -85,9 +79,12 @@ class Tracker(NullTracker):
                 self.file.close()
             except OSError as error:  # where a network disk tells that it was full
                 self._warn(error)
-        if self.bar is not None:
-            self.bar.close()
+        self.close()
         self._try_wandb(lambda: self._finish_wandb(summary))
+
+    def close(self) -> None:
+        """Leave the progress bar as it stands, however the run ends."""
+        self.progress.close()
 
     def _write(self, line: str) -> None:
         if self.file is None:

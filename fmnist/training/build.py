@@ -22,6 +22,7 @@ from fmnist.optim import Schedule, build_optimizer
 from fmnist.run import Run
 from fmnist.runtime.hardware import peak_flops
 from fmnist.runtime.provenance import versions
+from fmnist.tracking.progress import Progress
 from fmnist.training.clock import Clock
 from fmnist.training.non_finite import NonFiniteWatch
 
@@ -45,6 +46,7 @@ class Training:
         checkpoints: those of the run directory.
         state: where training stands.
         clock: images per second of training alone.
+        progress: what people see of it.
         non_finite: traces a NaN to its step.
     """
 
@@ -60,6 +62,7 @@ class Training:
     checkpoints: Checkpoints
     state: TrainState
     clock: Clock
+    progress: Progress
     non_finite: NonFiniteWatch
 
 
@@ -91,8 +94,6 @@ def build(cfg: Config, run: Run) -> Training:
     newest = None if cfg.overwrite else checkpoints.newest_good()
     model, augment = build_network(cfg, run.device, load_weights=newest is None)
 
-    logger.info("augmentation: %s", augment.backend)
-
     # optimizer, and the moving average of the weights
     optimizer = build_optimizer(model, cfg.optim)
     ema = ModelEmaV3(model, decay=cfg.optim.ema_decay, use_warmup=True) if cfg.optim.ema_decay else None
@@ -113,6 +114,13 @@ def build(cfg: Config, run: Run) -> Training:
         checkpoints=checkpoints,
         state=state,
         clock=Clock(cfg.batch.global_batch_size, state.train_seconds, peak_images_per_second(model, augment, run)),
+        progress=Progress(
+            lambda: state.step,
+            schedule.validates,
+            total_steps=schedule.total_steps,
+            steps_per_epoch=schedule.steps_per_epoch,
+            best_top1=state.best_top1,
+        ),
         non_finite=NonFiniteWatch(run, loader, augment, run.directory, cfg.log.every_steps),
     )
 

@@ -1,6 +1,7 @@
 """The end of a run: the weights to use, the test images, the summary, and then the figures."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from fmnist.checkpoint.contents import MODEL
@@ -44,13 +45,13 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
         run.log("test", scores, state.step)
         summary |= {f"test.{key}": value for key, value in scores.items()}
     run.finish(summary)
-    if not finished:
-        total = training.schedule.total_steps
-        logger.info("stopped at step %s of %s; checkpoint saved; rerun the same command to resume", state.step, total)
-    elif not cfg.evaluation.test:
-        logger.info("finished; the test images were not evaluated; the run is in %s", run.directory)
     if found is not None:  # after the summary: a figure that fails costs neither numbers nor summary
         write_report(found, run)
+    if not finished:
+        at = f"stopped at step {state.step:,} of {training.schedule.total_steps:,}"
+        logger.info("%s; checkpoint saved; rerun the same command to resume", at)
+    elif run.is_main:
+        logger.info("%s", closing(run.directory, summary["val.top1"], found))
 
 
 def evaluate_test(training: Training, cfg: Config, run: Run) -> Findings | None:
@@ -85,4 +86,21 @@ def write_report(found: Findings, run: Run) -> None:
         plot_learning_curves(directory / METRICS_FILE, directory / "learning_curves.png", name)
     except Exception as error:  # numbers and summary are safe, and evaluate.py writes the files again
         logger.warning("the report is not complete (%s); write it again: python evaluate.py %s", error, directory)
-    logger.info("test top1 %.2f %%; the run is in %s", 100 * found.metrics["top1"], directory)
+
+
+def closing(directory: Path, val_top1: float | None, found: Findings | None) -> str:
+    """Return the last lines of a finished run: its accuracy, what is where, and what to type next."""
+    if found is not None:
+        low, high = (100 * bound for bound in found.metrics["top1_interval"])
+        top1 = f"test top1 {100 * found.metrics['top1']:.2f} % (95 % interval {low:.2f} to {high:.2f})"
+    elif val_top1 is not None:
+        top1 = f"best val top1 {100 * val_top1:.2f} %; the test images were not evaluated"
+    else:
+        top1 = "the test images were not evaluated"
+    figures = "" if found is None else "report and figures in evaluation/test/, learning_curves.png, "
+    return (
+        f"finished: {top1}\n{directory} holds {figures}model.safetensors, metrics.jsonl, train.log\nnext:\n"
+        f"  python -m fmnist evaluate {directory}             report.html, calibration, speed\n"
+        f"  python -m fmnist predict {directory} PHOTOS/      your own pictures\n"
+        f"  python -m fmnist evaluate {directory} OTHER_RUN   compare two runs"
+    )

@@ -1,4 +1,4 @@
-"""What a run would do, before it does it: parameters, FLOPs, batches, steps and memory."""
+"""What a run is about to do: five lines before its first step, and with --dry_run batches, FLOPs and memory too."""
 
 from torch import nn
 from torch.optim import Optimizer
@@ -9,6 +9,8 @@ from fmnist.data.find import locate
 from fmnist.models.flops import flops_per_image
 from fmnist.run import Run
 from fmnist.training.build import Training
+
+BACKENDS = {"eager": "in plain PyTorch", "compiled": "compiled", "triton": "by the Triton kernel"}
 
 
 def memory_bytes(
@@ -39,39 +41,59 @@ def memory_bytes(
     }
 
 
+def opening(training: Training, cfg: Config, run: Run) -> list[str]:
+    """Return five lines that say what is about to be trained: data, model, recipe, device, directory."""
+    t, loader, schedule, augment = training, training.loader, training.schedule, training.augment
+    parameters = sum(p.numel() for p in t.model.parameters())
+    origin = "from pretrained weights" if cfg.model.weights or cfg.model.pretrained else "from scratch"
+    rows = {
+        "data": f"{locate(cfg.data.root)}: {len(loader.split):,} training, {len(t.val_split):,} validation, "
+        f"{len(t.test_split):,} test images",
+        "model": f"{cfg.model.name} {origin}, {parameters:,} parameters, {count(len(augment.mean), 'input channel')}",
+        "recipe": f"{schedule.epoch(schedule.total_steps):.4g} epochs = {schedule.total_steps:,} steps of "
+        f"{loader.global_batch_size} images at {sizes(cfg.augment.size)}; {cfg.optim.name}, "
+        f"learning rate {schedule.peak_lr:.4g}, {schedule.shape}",
+        "device": f"{run.device_name}: {count(run.world_size, 'process')}"
+        f", {run.precision}; augmentation {BACKENDS[augment.backend]}",
+        "directory": f"{run.directory}: "
+        + (f"resuming at step {t.state.step:,} of {schedule.total_steps:,}" if t.state.step else "a new run"),
+    }
+    return [f"{name:<9}  {text}" for name, text in rows.items()]
+
+
 def print_plan(training: Training, cfg: Config, run: Run) -> None:
     """Print on the main process what the run would do; nothing is trained or written."""
     t, loader, schedule = training, training.loader, training.schedule
-    images = loader.split.images
     forward, both = flops_per_image(t.model, len(t.augment.mean), t.augment.final_size)
-    parameters = sum(p.numel() for p in t.model.parameters())
     memory = memory_bytes(
         t.model,
         len(loader.split) + len(t.val_split) + len(t.test_split),
-        images[0].numel(),
+        loader.split.images[0].numel(),
         t.optimizer,
         ema=t.ema is not None,
     )
-    total = sum(memory.values())
     rows = {
-        "data": f"{locate(cfg.data.root)}: {len(loader.split):,} train, {len(t.val_split):,} validation images",
-        "model": f"{cfg.model.name}, {parameters:,} parameters, {len(t.augment.mean)} input channel(s)",
-        "image size": f"{cfg.augment.size} px in training, "
-        f"{cfg.evaluation.size or t.augment.final_size} px in evaluation; made by: {t.augment.backend}",
-        "FLOPs per image": f"{forward / 1e9:.4g} G forward, {both / 1e9:.4g} G forward and backward",
-        "batch": f"{loader.global_batch_size} = {loader.micro_batch_size} images x {loader.world_size} process(es) "
-        f"x {loader.accumulation_steps} accumulation step(s)",
-        "steps": f"{schedule.total_steps:,} = {schedule.epoch(schedule.total_steps):.4g} epochs x "
-        f"{schedule.steps_per_epoch:,}; {schedule.warmup_steps:,} of warm-up; "
-        f"evaluation every {schedule.evaluation_steps:,}",
-        "learning rate": f"{schedule.lr(0):.4g} first, {schedule.peak_lr:.4g} at most, "
-        f"{schedule.lr(schedule.total_steps - 1):.4g} last ({schedule.shape})",
-        "device": f"{run.device_name} x {run.world_size}, {run.precision}",
+        "batch": f"{loader.global_batch_size} = {count(loader.micro_batch_size, 'image')} x "
+        f"{count(loader.world_size, 'process')} x {count(loader.accumulation_steps, 'accumulation step')}",
+        "epoch": f"{schedule.steps_per_epoch:,} steps; {schedule.warmup_steps:,} of warm-up in all; "
+        f"validation every {schedule.evaluation_steps:,}, at {cfg.evaluation.size or t.augment.final_size} px",
+        "lr": f"{schedule.lr(0):.4g} first, {schedule.peak_lr:.4g} at most, "
+        f"{schedule.lr(schedule.total_steps - 1):.4g} last",
+        "FLOPs": f"{forward / 1e9:.4g} G an image forward, {both / 1e9:.4g} G forward and backward",
         "memory": ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in memory.items() if size)
-        + f"; {total / 2**20:.1f} MiB in all, activations apart",
-        "run directory": f"{run.directory}, continuing from step {t.state.step}"
-        if t.state.step
-        else str(run.directory),
+        + f"; {sum(memory.values()) / 2**20:.1f} MiB in all, activations apart",
     }
-    for name, text in rows.items():
-        run.on_main(print, f"{name:>16}  {text}")
+    for line in [*opening(training, cfg, run), *(f"{name:<9}  {text}" for name, text in rows.items())]:
+        run.on_main(print, line)
+
+
+def count(number: int, noun: str) -> str:
+    """Return "1 process" or "2 processes"."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
+def sizes(size: int | dict[int, int]) -> str:
+    """Return the image size, or how it grows over the epochs: "20 px, 28 px from epoch 4"."""
+    if not isinstance(size, dict):
+        return f"{size} px"
+    return ", ".join(f"{px} px from epoch {epoch}" if epoch else f"{px} px" for epoch, px in size.items())
