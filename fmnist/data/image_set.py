@@ -1,0 +1,118 @@
+"""The data path alone, for somebody else's loop: a split on the device, and its augmented batches."""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fmnist.config.schema import AugmentConfig, Config, DataConfig, check_values
+from fmnist.data.augment import Augment
+from fmnist.data.batches import Loader, Split
+from fmnist.data.fashion_mnist import MEAN, STD
+
+DATA_SETS = ("fashion_mnist",)
+
+
+def load(
+    name: str = "fashion_mnist",
+    split: Literal["train", "val", "test"] = "train",
+    *,
+    device: str | torch.device | None = None,
+    root: str | None = None,
+    val_size: int = 0,
+) -> "ImageSet":
+    """Load a split of a data set onto the device.
+
+    Args:
+        name: fashion_mnist.
+        split: train, val or test.
+        device: None takes the accelerator where there is one, else the CPU.
+        root: folder with the files; None looks where `fmnist train` does, and fetches them once.
+        val_size: training images held out as `val`, stratified by class; the same ones in every process.
+
+    Returns:
+        The images and labels, on the device.
+
+    Raises:
+        ValueError: an unknown name or split, or files that cannot be used; one line.
+    """
+    if name not in DATA_SETS:
+        raise ValueError(f"data set {name!r}; valid: {', '.join(DATA_SETS)}")
+    if split not in ("train", "val", "test"):
+        raise ValueError(f"split {split!r}; valid: train, val, test")
+    if split == "val" and not val_size:
+        raise ValueError("split 'val' is empty with val_size 0; valid: 1 to 59000, the same for train and val")
+    cfg = DataConfig(root=root, val_size=val_size)
+    check_values(Config(data=cfg))
+    where = torch.device(device) if device is not None else torch.accelerator.current_accelerator()
+    loaded = Split.load(split, cfg, where or torch.device("cpu"), fetch=True)
+    return ImageSet(images=loaded.images, labels=loaded.labels, class_names=loaded.class_names)
+
+
+class ImageSet(Split):
+    """A split on its device that makes batches for any training loop."""
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        start: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        mean: float = MEAN,
+        std: float = STD,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        **augment: Any,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of one epoch, made on the device.
+
+        Order and augmentation are pure functions of (seed, epoch, image): the same for every process count, and the
+        same whether an epoch is begun at its start or in the middle.
+
+        Args:
+            batch_size: images of one step over all processes; a multiple of world_size.
+            seed, epoch: name the order and the random parameters.
+            start: steps to pass over, of an epoch that is continued.
+            shuffle: False yields all images as they are stored, the last batch shorter, resized but not augmented.
+            rank, world_size: this process and how many there are; each gets its part of every batch.
+            mean, std: the images are normalized with these, in units of [0, 1].
+            dtype, channels_last: of the images.
+            augment: size (pixels per side; default: as stored), flip, rotation, shift, scale, erase, mixup_alpha and
+                the other options of the section `augment`; what is not named is off.
+
+        Yields:
+            Images, dtype [B, C, size, size]; targets, int64 [B], or float32 [B, num_classes] with mixup or CutMix.
+
+        Raises:
+            ValueError: an unknown option, or a value outside its range; one line.
+        """
+        known = {field.name for field in fields(AugmentConfig)}
+        if unknown := sorted(set(augment) - known):
+            raise ValueError(f"unknown augmentation {unknown[0]!r}; valid: {', '.join(sorted(known))}")
+        cfg = AugmentConfig(**{"size": self.images.shape[-1], "flip": 0.0} | augment)
+        check_values(Config(augment=cfg))
+        maker = Augment(
+            cfg,
+            num_classes=len(self.class_names),
+            mean=(mean,),
+            std=(std,),
+            channels_last=channels_last,
+            dtype=dtype,
+            device=self.images.device,
+        )
+        if shuffle:
+            loader = Loader(self, global_batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+            first = epoch * loader.steps_per_epoch
+            for step in range(first + start, first + loader.steps_per_epoch):
+                yield maker(*loader.micro_batches(step))
+            return
+        for first in range(start * batch_size, len(self), batch_size):
+            low, high = (first + batch_size * part // world_size for part in (rank, rank + 1))
+            part = slice(low, high)
+            yield maker.evaluation(self.images[part], maker.size(epoch)), self.labels[part]
