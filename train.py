@@ -14,6 +14,7 @@ from fmnist.optim import set_lr
 from fmnist.run import Run
 from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.step import train_step
+from fmnist.training.batch_pictures import write_train_batch
 from fmnist.training.build import Training, build
 from fmnist.training.finish import finish
 from fmnist.training.plan import opening, print_plan
@@ -76,6 +77,7 @@ def main(cfg: Config) -> None:
             print_plan(training, cfg, run)
             return
         run.start(training.progress, opening(training, cfg, run))
+        run.on_main(write_train_batch, run.directory, training.loader, training.augment, training.schedule)
         train(training, cfg, run)
         finish(training, cfg, run)
 

@@ -41,10 +41,9 @@ def progress(step: int = 0) -> Progress:
 
 
 def _reset_logging() -> None:
-    for name in ("fmnist",):
-        logger = logging.getLogger(name)
-        logger.handlers.clear()
-        logger.propagate = True
+    logger = logging.getLogger("fmnist")
+    logger.handlers.clear()
+    logger.propagate = True
 
 
 @pytest.fixture(autouse=True)

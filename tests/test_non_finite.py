@@ -15,7 +15,8 @@ from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader, Split
 from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.runtime.processes import Processes
-from fmnist.training.non_finite import NonFiniteWatch, title, visible, write_batch
+from fmnist.training.batch_pictures import title, visible, write_batch
+from fmnist.training.non_finite import NonFiniteWatch
 
 # Kind: the step at which it is noticed where every step is logged and saved, and a word of the message.
 AT_ONCE = {

@@ -14,10 +14,11 @@ import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
 from torch import Tensor
 
+from fmnist.config.schema import AugmentConfig, Config, ModelConfig, OptimConfig
 from fmnist.evaluation.findings import Findings, findings
 from fmnist.evaluation.numbers import summarize
 from fmnist.evaluation.outcome import Outcome
-from fmnist.report.curves import plot_learning_curves, series
+from fmnist.report.curves import loss_note, plot_learning_curves, series
 from fmnist.report.write import write_evaluation
 from fmnist.tracking.metrics_file import read_metrics
 
@@ -225,3 +226,13 @@ def test_learning_curves_of_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     plot_learning_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", "cnn")
     assert check_png(tmp_path / "curves.png", 500, 500) == (780, 660)
+
+
+def test_the_note_names_what_sets_the_losses_apart() -> None:
+    cfg = Config(
+        augment=AugmentConfig(flip=0.0, rotation=10.0, mixup_alpha=0.2),
+        model=ModelConfig(drop_rate=0.1),
+        optim=OptimConfig(label_smoothing=0.1, ema_decay=0.0),
+    )
+    assert loss_note(cfg) == "train loss: with rotation, mixup, dropout, label smoothing; val loss: without"
+    assert loss_note(Config(augment=AugmentConfig(flip=0.0), optim=OptimConfig(ema_decay=0.0))) == ""

@@ -60,7 +60,8 @@ def test_a_run_leaves_what_the_contract_names(finished: tuple[Path, Path]) -> No
         "git_revision",
     } <= set(summary)
     names = {path.name for path in run.iterdir()}
-    assert {"config.yaml", "metrics.jsonl", "checkpoints", "train.log", "learning_curves.png", "evaluation"} <= names
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "train.log", "evaluation"} <= names
+    assert {"learning_curves.png", "train_batch.png"} <= names
     steps = [line["step"] for line in metrics(run) if line["prefix"] == "train"]
     assert steps == list(range(1, 13))
     assert [path.name for path in sorted((run / "checkpoints").iterdir())][-2:] == ["step_00000011", "step_00000012"]

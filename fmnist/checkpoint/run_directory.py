@@ -26,6 +26,7 @@ RUN_FILES = (
     SUMMARY,
     "train.log",
     "learning_curves.png",
+    "train_batch.png",
     "features",
     "profile",
     "evaluation",

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.ndimage import uniform_filter1d
 
+from fmnist.config.schema import Config
 from fmnist.report.figures import BLUE, GREEN, ORANGE, save_figure
 from fmnist.tracking.metrics_file import read_metrics
 
@@ -53,7 +54,28 @@ def draw_top1(axes: Axes, val: Sequence[Mapping[str, Any]]) -> None:
     axes.legend(loc="lower right")
 
 
-def plot_learning_curves(metrics_path: Path, path: Path, title: str) -> None:
+def loss_note(cfg: Config) -> str:
+    """Say why the training loss may lie above the validation loss; empty where nothing sets them apart."""
+    augment, model, optim = cfg.augment, cfg.model, cfg.optim
+    named = {
+        "flips": augment.flip,
+        "rotation": augment.rotation,
+        "shifts": augment.shift,
+        "zoom": augment.scale,
+        "erasing": augment.erase,
+        "mixup": augment.mixup_alpha,
+        "CutMix": augment.cutmix_alpha,
+        "dropout": model.drop_rate,
+        "drop path": model.drop_path_rate,
+        "label smoothing": optim.label_smoothing,
+    }
+    parts = [name for name, value in named.items() if value]
+    if optim.ema_decay:
+        parts.append("the weights before their average")
+    return f"train loss: with {', '.join(parts)}; val loss: without" if parts else ""
+
+
+def plot_learning_curves(metrics_path: Path, path: Path, title: str, note: str = "") -> None:
     """Draw loss, validation top1 and learning rate against the step, from a run's metrics.jsonl.
 
     Args:
@@ -61,6 +83,7 @@ def plot_learning_curves(metrics_path: Path, path: Path, title: str) -> None:
             be read are skipped; a panel with no data (top1, lr) is left out.
         path: The PNG to write.
         title: Heading.
+        note: A line below the panels; `loss_note` makes it.
     """
     lines = read_metrics(metrics_path)
     train, val = lines.get("train", []), lines.get("val", [])
@@ -90,4 +113,6 @@ def plot_learning_curves(metrics_path: Path, path: Path, title: str) -> None:
             scale = (lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch)
             axes.secondary_xaxis("top", functions=scale).set_xlabel("epoch")
     figure.suptitle(title, fontsize=13)
+    if note:
+        figure.supxlabel(note, fontsize=9, color="#52606d")
     save_figure(path, figure)

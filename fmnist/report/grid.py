@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from fmnist.report.figures import save_figure
 
 
-def draw_grid(path: Path, images: Tensor, titles: Sequence[str], heading: str) -> None:
-    """Write images [N, S, S, 3] in [0, 1] as rows of a square grid, each under its title."""
+def draw_grid(path: Path, images: Tensor, titles: Sequence[str], heading: str, *, columns: int | None = None) -> None:
+    """Write images [N, S, S, 3] in [0, 1] as rows of a grid, each under its title; square unless `columns` is given."""
     count, size = len(images), images.shape[1]
-    columns = math.ceil(math.sqrt(count))
+    columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     strip = max(1, size // 3)  # white, above each image, for its title
     cells = torch.cat((images, images.new_ones(rows * columns - count, size, size, 3)))

@@ -14,7 +14,8 @@ from fmnist.config.schema import to_yaml
 from fmnist.evaluation.findings import Findings
 from fmnist.evaluation.misclassified import Misclassified
 from fmnist.evaluation.outcome import Outcome
-from fmnist.report.page_figures import learning_curves, picture, reliability
+from fmnist.report.curves import loss_note
+from fmnist.report.page_figures import data_uri, learning_curves, picture, reliability
 from fmnist.runtime.files import write_atomic
 from fmnist.tracking.metrics_file import METRICS_FILE
 
@@ -88,6 +89,7 @@ def context(findings: Findings) -> dict[str, Any]:
     outcome, metrics = findings.outcome, findings.metrics
     trained = outcome.trained
     lines = trained.directory / METRICS_FILE if trained else None
+    batch = trained.directory / "train_batch.png" if trained else None
     return {
         "outcome": outcome,
         "result": metrics,
@@ -95,6 +97,8 @@ def context(findings: Findings) -> dict[str, Any]:
         "strip": place_on_scale(metrics["top1"], metrics["top1_interval"], HUMAN_TOP1),
         "num_errors": len(findings.errors),
         "curves": learning_curves(lines) if lines is not None and lines.is_file() else [],
+        "loss_note": loss_note(trained.cfg) if trained else "",
+        "train_batch": data_uri(batch.read_bytes(), "image/png") if batch is not None and batch.is_file() else None,
         "matrix": _matrix(metrics["confusion_matrix"], outcome.class_names),
         "class_names": outcome.class_names,
         "pairs": _pairs(findings),

@@ -10,7 +10,7 @@ from sklearn.metrics import classification_report
 
 from fmnist.config.schema import flatten
 from fmnist.evaluation.findings import Findings
-from fmnist.report.curves import plot_learning_curves
+from fmnist.report.curves import loss_note, plot_learning_curves
 from fmnist.report.figures import plot_confusion_matrix, plot_reliability
 from fmnist.report.page import write_html
 from fmnist.report.retrieval_table import precision_line
@@ -44,7 +44,8 @@ def write_evaluation(findings: Findings) -> None:
     trained = outcome.trained
     inside = trained is not None and directory.resolve().is_relative_to(trained.directory.resolve())
     if trained is not None and inside and (lines := trained.directory / METRICS_FILE).is_file():
-        plot_learning_curves(lines, trained.directory / "learning_curves.png", outcome.name)
+        note = loss_note(trained.cfg)
+        plot_learning_curves(lines, trained.directory / "learning_curves.png", outcome.name, note)
     if findings.complete:
         write_html(findings, directory / "report.html")
         if trained is not None and not trained.checkpoint:

@@ -76,14 +76,14 @@ def evaluate_test(training: Training, cfg: Config, run: Run) -> Findings | None:
 
 def write_report(found: Findings, run: Run) -> None:
     """Write the evaluation's files and the learning curves; whatever fails is one warning."""
-    from fmnist.report.curves import plot_learning_curves  # three seconds of libraries, needed only here
+    from fmnist.report.curves import loss_note, plot_learning_curves  # three seconds of libraries, needed only here
     from fmnist.report.write import report_text, write_evaluation
 
     directory, name = run.directory, found.outcome.name
     logger.info("%s", report_text(found))
     try:
         write_evaluation(found)
-        plot_learning_curves(directory / METRICS_FILE, directory / "learning_curves.png", name)
+        plot_learning_curves(directory / METRICS_FILE, directory / "learning_curves.png", name, loss_note(run.cfg))
     except Exception as error:  # numbers and summary are safe, and evaluate.py writes the files again
         logger.warning("the report is not complete (%s); write it again: python evaluate.py %s", error, directory)
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,9 +12,10 @@ from torch import Tensor
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader
 from fmnist.runtime.processes import Processes
+from fmnist.training.batch_pictures import write_batch
 
 logger = logging.getLogger("fmnist")
-MAX_WINDOW, MAX_IMAGES = 10_000, 256
+MAX_WINDOW = 10_000
 
 
 class NonFiniteWatch:
@@ -76,53 +77,3 @@ class NonFiniteWatch:
         raise FloatingPointError(
             f"{message} at step {step}{began}{where}; the batch is drawn in {picture}; the last checkpoint is older"
         )
-
-
-def write_batch(path: Path, loader: Loader, augment: Augment, step: int) -> None:
-    """Draw the global batch of one step as the model saw it, with its labels; pixels that are not finite are red.
-
-    Args:
-        path: the PNG.
-        loader: of any process: the batch is made again whole.
-        augment: makes the images.
-        step: the optimizer update, counted from 1, that took this batch.
-    """
-    from fmnist.report.grid import draw_grid  # seconds of libraries, needed only here
-
-    whole = Loader(
-        loader.split,
-        global_batch_size=loader.global_batch_size,
-        micro_batch_size=loader.micro_batch_size,
-        seed=loader.seed,
-    )
-    images: list[Tensor] = []
-    titles: list[str] = []
-    for batch in whole.micro_batches(step - 1):
-        pixels, targets = augment(batch)
-        room = MAX_IMAGES - len(images)
-        broken = ~pixels.isfinite().flatten(1).all(1)
-        shown = torch.argsort(broken.int(), descending=True, stable=True)[:room]  # broken ones first
-        images += list(visible(pixels[shown], augment).cpu())
-        titles += [title(target, loader.split.class_names) for target in targets[shown].cpu()]
-    try:
-        draw_grid(path, torch.stack(images).clamp(0, 1), titles, f"step {step}: {len(images)} images of the batch")
-    except OSError as error:  # the picture must not hide what it is about
-        logger.warning("%s cannot be written: %s", path, error)
-
-
-def visible(pixels: Tensor, augment: Augment) -> Tensor:
-    """Undo the normalisation: float32 [B, C, S, S] to [B, S, S, 3] in about [0, 1], red where it is not finite."""
-    means, stds = (torch.tensor(part, device=pixels.device)[:, None, None] for part in (augment.mean, augment.std))
-    finite = pixels.isfinite().all(1)
-    grey = (pixels * stds + means).mean(1).nan_to_num(0.0, 0.0, 0.0)
-    return torch.stack([torch.where(finite, grey, 1.0), grey * finite, grey * finite], -1)
-
-
-def title(target: Tensor, class_names: Sequence[str]) -> str:
-    """Name a label, or the two classes of a mixed target with their shares."""
-    if target.dim() == 0:
-        return class_names[int(target)]
-    shares = [(share, name) for share, name in zip(target.tolist(), class_names, strict=True) if not share <= 0.005]
-    if len(shares) == 1:
-        return shares[0][1]
-    return "\n".join(f"{name} {share:.2f}" for share, name in sorted(shares, reverse=True)[:2])
