@@ -1,6 +1,5 @@
 """From Python: train, resume, open, predict and evaluate in one process, which is afterwards as it was before."""
 
-import json
 import logging
 import signal
 import subprocess
@@ -116,26 +115,3 @@ def test_mistakes_are_value_errors_of_one_line(run: fmnist.RunResults, tmp_path:
         run.predict(load("test")[0][:1], top=11)
     with pytest.raises(AttributeError, match="no attribute 'predict'"):
         fmnist.predict  # noqa: B018
-
-
-def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    notebook = json.loads((ROOT / "docs" / "use_from_python.ipynb").read_text())
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    values = []
-    for cell in notebook["cells"]:
-        if cell["cell_type"] != "code":
-            continue
-        assert cell["outputs"] == [] and cell["execution_count"] is None
-        *lines, last = "".join(cell["source"]).rpartition("\n")
-        try:  # as a notebook does: the value of the last line is shown
-            compile(last, "cell", "eval")
-        except SyntaxError:
-            lines, last = [*lines, last], "None"
-        exec("".join(lines), names)
-        values.append(eval(last, names))
-    _, losses, accuracy, answers, (status, best) = values
-    assert [step for step, _ in losses] == [20, 40, 43] and losses[-1][1] < losses[0][1]
-    assert accuracy.endswith("% of 10,000 images") and float(accuracy.split()[0]) > 70
-    assert [len(answer) for answer in answers] == [2, 2, 2]
-    assert status == "finished" and best == (answers[0][0][0], pytest.approx(answers[0][0][1], abs=1e-5))
