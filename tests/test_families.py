@@ -129,7 +129,7 @@ def test_features_and_logits_are_float32_under_autocast() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("qwen3_vit_88m_enc", {"depth": 1}, "model.name: qwen3_vit_88m_enc is not a classifier: it has no "),
+        ("qwen3_vit_88m_enc", {"depth": 1}, "model.name: qwen3_vit_88m_enc needs `head`, an nn.Linear"),
         ("dla46x_c", {"global_pool": ""}, "model.name: dla46x_c cannot be trained: it returns shape (1, 10, 1, 1)"),
     ],
 )

@@ -37,7 +37,7 @@ def test_logits_are_those_of_evaluation_and_features_make_them(run_directory: Pa
         expected = predict(trained.model, part, trained.augment, trained.cfg.evaluation, compute)
     assert torch.allclose(logits, expected, atol=1e-5)
     assert features.shape == (300, 32)  # the small CNN's last width
-    assert torch.allclose(trained.model.get_classifier()(features), logits, atol=1e-5)
+    assert torch.allclose(trained.model.head(features), logits, atol=1e-5)
     assert trained(train_images.images[:0])[1].shape == (0, 32)
 
 

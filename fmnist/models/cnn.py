@@ -54,21 +54,7 @@ class Cnn(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(drop_rate))
         self.head = nn.Linear(widths[-1], num_classes)
-        self.head_hidden_size = widths[-1]
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Return the last stage's map [B, widths[-1], h, w] of images [B, 1, H, W]."""
-        return self.stages(self.stem(images))
-
-    def forward_head(self, maps: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return logits [B, num_classes] of the last stage's map, or with `pre_logits` features [B, widths[-1]]."""
-        features = self.pool(maps)
-        return features if pre_logits else self.head(features)
-
-    def get_classifier(self) -> nn.Linear:
-        """Return the layer that makes the logits."""
-        return self.head
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, num_classes] of images [B, 1, H, W]."""
-        return self.forward_head(self.forward_features(images))
+        return self.head(self.pool(self.stages(self.stem(images))))

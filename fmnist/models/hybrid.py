@@ -43,22 +43,8 @@ class Hybrid(nn.Module):
         self.blocks = nn.Sequential(*(Block(widths[-1], heads, mlp_ratio, qkv_bias=True) for _ in range(blocks)))
         self.norm, self.dropout = nn.LayerNorm(widths[-1]), nn.Dropout(drop_rate)
         self.head = nn.Linear(widths[-1], num_classes)
-        self.head_hidden_size = widths[-1]
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Return what attention made of each place, [B, places, widths[-1]], of images [B, 1, H, W]."""
-        places = self.stages(self.stem(images)).flatten(2).transpose(1, 2)  # [B, 49, C] of 28 px
-        return self.norm(self.blocks(places))
-
-    def forward_head(self, places: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return logits [B, num_classes] of the places, or with `pre_logits` features [B, widths[-1]]."""
-        features = self.dropout(places.mean(1))
-        return features if pre_logits else self.head(features)
-
-    def get_classifier(self) -> nn.Linear:
-        """Return the layer that makes the logits."""
-        return self.head
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, num_classes] of images [B, 1, H, W]."""
-        return self.forward_head(self.forward_features(images))
+        places = self.stages(self.stem(images)).flatten(2).transpose(1, 2)  # [B, 49, C] of 28 px
+        return self.head(self.dropout(self.norm(self.blocks(places)).mean(1)))

@@ -24,20 +24,7 @@ class Mlp(nn.Module):
             nn.Dropout(drop_rate),
         )
         self.head = nn.Linear(width, num_classes)
-        self.head_hidden_size = width
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Return features [B, width] of images [B, 1, image_size, image_size]."""
-        return self.hidden(images)
-
-    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return logits [B, num_classes] of features [B, width], or with `pre_logits` the features themselves."""
-        return features if pre_logits else self.head(features)
-
-    def get_classifier(self) -> nn.Linear:
-        """Return the layer that makes the logits."""
-        return self.head
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, num_classes] of images [B, 1, image_size, image_size]."""
-        return self.forward_head(self.forward_features(images))
+        return self.head(self.hidden(images))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fmnist.models.head import feature_width, head_parameters, logits_and_features
+from fmnist.models.head import feature_width, head_parameters, lacks_head, logits_and_features
 
 
 def try_model(model: nn.Module, name: str, num_channels: int, sizes: Sequence[int]) -> set[nn.Module]:
@@ -23,9 +23,8 @@ def try_model(model: nn.Module, name: str, num_channels: int, sizes: Sequence[in
     Raises:
         ValueError: an image size that the model cannot take, or a head without logits, parameters or features.
     """
-    needed = ("forward_features", "forward_head", "get_classifier", "head_hidden_size")
-    if missing := [method for method in needed if not hasattr(model, method)]:
-        raise ValueError(f"model.name: {name} is not a classifier: it has no {', '.join(missing)}")
+    if missing := lacks_head(model):
+        raise ValueError(f"model.name: {name} needs {missing}")
     seen: list[set[nn.Module]] = []
     image = torch.empty(0)
     dtype = next(model.parameters()).dtype
