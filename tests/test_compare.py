@@ -1,5 +1,6 @@
 """Comparison of runs: McNemar, Pareto front, seeds and table, by hand."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,12 +55,15 @@ def cost(flops: int, milliseconds: float) -> Cost:
     )  # fmt: skip
 
 
-def outcome(name: str, errors: range, *, cfg: Config | None = None, spent: Cost | None = None) -> Outcome:
+def outcome(
+    name: str, errors: range, *, cfg: Config | None = None, spent: Cost | None = None, val_top1: float | None = None
+) -> Outcome:
     labels = torch.arange(200) % 10
     logits = 5 * torch.nn.functional.one_hot(labels, 10).float()
     logits[errors.start : errors.stop] = logits[errors.start : errors.stop].roll(1, dims=1)
     trained = Trained(
-        name=name, directory=Path(name), checkpoint="", weights=Path(name), cfg=cfg or Config(), summary={},
+        name=name, directory=Path(name), checkpoint="", weights=Path(name), cfg=cfg or Config(),
+        summary={} if val_top1 is None else {"val.top1": val_top1},
         device=torch.device("cpu"),
     )  # fmt: skip
     return Outcome(
@@ -107,9 +111,35 @@ def test_seeds_are_grouped_and_other_changes_are_not(tmp_path: Path) -> None:
     assert seed_groups(outcomes) == [[0, 2, 3]]
     # 95, 94 and 93 %: mean 94, standard deviation sqrt((1 + 0 + 1) / 2) = 1.
     text = write_comparison(outcomes, results(outcomes), tmp_path)
-    expected = "3 seeds (s0, s1, s2): top1 mean 94.00 %, standard deviation 1.00, 93.00 to 95.00"
-    assert expected in text.splitlines()
+    (mean,) = (line for line in text.splitlines() if line.startswith("mean of 3 seeds (s0, s1, s2)"))
+    assert "94.00 %  1.00 " in mean
+    stored = json.loads((tmp_path / "comparison.json").read_text())["seeds"]
+    assert [row["top1_range"] for row in stored] == [[pytest.approx(0.93), pytest.approx(0.95)]]
+    assert stored[0]["top1_spread"] == pytest.approx(0.01)
     assert seed_groups([outcomes[0], replace(outcomes[0], name="again")]) == []  # one seed twice is no sample
+
+
+def test_the_options_that_differ_and_the_choice_by_validation_are_columns(tmp_path: Path) -> None:
+    outcomes = [
+        outcome("a", range(0, 10), cfg=Config(seed=0), val_top1=0.91),
+        outcome("b", range(0, 20), cfg=Config(seed=1, optim=OptimConfig(lr=0.5, grad_clip_norm=None)), val_top1=0.93),
+        outcome("c", range(0, 30), cfg=Config(seed=1, optim=OptimConfig(lr=0.5, grad_clip_norm=1.0))),
+    ]
+    rows = comparison_rows(outcomes, results(outcomes))
+    assert rows[0]["options"] == {"seed": 0, "optim.lr": 0.001, "optim.grad_clip_norm": None}
+    assert [row.get("chosen") for row in rows] == [None, True, None]  # the most accurate on test is not the choice
+    text = write_comparison(outcomes, results(outcomes), tmp_path)
+    a, b, c = text.splitlines()[2:5]
+    assert a.rstrip().endswith("optim.lr 0.001, optim.grad_clip_norm null, seed 0")
+    assert c.rstrip().endswith("optim.lr 0.5, optim.grad_clip_norm 1.0, seed 1")
+    assert "by validation" in b and "93.00 %" in b and "by validation" not in a + c
+    alike = [outcome("a", range(0, 10)), outcome("b", range(0, 20))]
+    assert "options that differ" not in write_comparison(alike, results(alike), tmp_path)
+    apart = ensemble(outcomes[:2], tmp_path)
+    assert (
+        comparison_rows([outcomes[0], replace(apart, name="ens")], results([outcomes[0], apart]))[1].get("options")
+        is None
+    )
 
 
 def test_an_ensemble_averages_and_costs_the_sum(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from fmnist.config.same_run import differences
+from fmnist.config.same_run import differences, recipe
+from fmnist.config.schema import Config
 from fmnist.evaluation.outcome import Outcome
 from fmnist.trained import Trained
 
@@ -78,10 +80,20 @@ def comparison_rows(outcomes: Sequence[Outcome], results: Sequence[Mapping[str, 
     if any(not torch.equal(outcome.labels, outcomes[0].labels) for outcome in outcomes):
         raise ValueError("the runs were evaluated on different images: give one --data.root for all")
     order = sorted(range(len(outcomes)), key=lambda i: -results[i]["top1"])
+    own = own_options([outcome.trained.cfg if outcome.trained else None for outcome in outcomes])
+    val = [outcome.trained.summary.get("val.top1") if outcome.trained else None for outcome in outcomes]
+    best = max((value for value in val if value is not None), default=None)
     rows = []
     for rank, i in enumerate(order):
         outcome, result = outcomes[i], results[i]
-        row: dict[str, Any] = {"run": outcome.name, "model": outcome.model}
+        row: dict[str, Any] = {
+            "run": outcome.name,
+            "model": outcome.model,
+            "options": own[i] or None,
+            "val_top1": val[i],
+        }
+        if best is not None and val[i] == best:
+            row["chosen"] = True
         row |= {key: result[key] for key in ("top1", "top1_interval", "loss", "ece", "num_images")}
         if (cost := outcome.cost) is not None:
             row |= {"parameters": cost.parameters, "flops_per_image": cost.flops_per_image}
@@ -95,6 +107,37 @@ def comparison_rows(outcomes: Sequence[Outcome], results: Sequence[Mapping[str, 
         if all(key in row for row in rows):
             for i in pareto_front([row[key] for row in rows], [row["top1"] for row in rows]):
                 rows[i]["front"] = [*rows[i].get("front", ()), key]
+    return rows
+
+
+def own_options(configs: Sequence[Config | None]) -> list[dict[str, Any]]:
+    """Return for each config the options that differ between any two of them, with its own values.
+
+    Args:
+        configs: None stands for what has none, an ensemble.
+    """
+    recipes = [{} if cfg is None else recipe(cfg) for cfg in configs]
+    known = [each for each in recipes if each]
+    differ = [key for key in (known or [{}])[0] if any(each[key] != known[0][key] for each in known)]
+    return [{key: each[key] for key in differ if each} for each in recipes]
+
+
+def seed_rows(outcomes: Sequence[Outcome], results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each group of runs that differ by the seed only: means, and the spread of top1."""
+    rows = []
+    for group in seed_groups(outcomes):
+        first = outcomes[group[0]]
+        top1 = [results[i]["top1"] for i in group]
+        rows.append(
+            {
+                "run": f"mean of {len(group)} seeds ({', '.join(outcomes[i].name for i in group)})",
+                "model": first.model,
+                "top1": statistics.mean(top1),
+                "top1_spread": statistics.stdev(top1),
+                "top1_range": [min(top1), max(top1)],
+                **{key: statistics.mean(results[i][key] for i in group) for key in ("loss", "ece")},
+            }
+        )
     return rows
 
 

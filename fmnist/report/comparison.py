@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fmnist.evaluation.outcome import Outcome
-from fmnist.evaluation.ranking import seed_groups
+from fmnist.evaluation.ranking import seed_rows
 from fmnist.report.comparison_figure import plot_comparison
 from fmnist.runtime.files import write_atomic
 
@@ -21,7 +20,10 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "model": ("model", str),
     "parameters": ("parameters", "{:,}".format),
     "flops_per_image": ("MFLOPs/image", lambda value: f"{value / 1e6:,.2f}"),
+    "val_top1": ("val top1", lambda value: f"{100 * value:.2f} %"),
+    "chosen": ("chosen", lambda _: "by validation"),
     "top1": ("top1", lambda value: f"{100 * value:.2f} %"),
+    "top1_spread": ("+-", lambda value: f"{100 * value:.2f}"),
     "top1_interval": ("95 % interval", lambda value: f"{100 * value[0]:.2f}-{100 * value[1]:.2f}"),
     "loss": ("loss", "{:.4f}".format),
     "ece": ("ece", "{:.4f}".format),
@@ -31,7 +33,13 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "images_per_second_256": ("images/s at 256", "{:,.0f}".format),
     "mcnemar": ("against the next", lambda value: f"{value[0]}:{value[1]}, p {value[2]:.2g}"),
     "front": ("front", lambda costs: ", ".join(FRONTS[cost] for cost in costs)),
+    "options": ("options that differ", lambda own: ", ".join(f"{key} {shown(value)}" for key, value in own.items())),
 }
+
+
+def shown(value: Any) -> str:
+    """Return an option's value as YAML has it: null, true, text without quotes."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -52,23 +60,10 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
     def line(cells: Sequence[str]) -> str:
         # Names to the left, numbers to the right, so that digits stand under digits.
         triples = zip(keys, cells, widths, strict=True)
-        left = ("run", "model", "front")
+        left = ("run", "model", "chosen", "options", "front")
         return "  ".join(cell.ljust(width) if key in left else cell.rjust(width) for key, cell, width in triples)
 
     return "\n".join([line(heads), "  ".join("-" * width for width in widths), *map(line, body)])
-
-
-def seed_lines(outcomes: Sequence[Outcome], results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say mean and spread of each group of runs that differ by the seed only."""
-    lines = []
-    for group in seed_groups(outcomes):
-        top1 = [100 * results[i]["top1"] for i in group]
-        names = ", ".join(outcomes[i].name for i in group)
-        lines.append(
-            f"{len(group)} seeds ({names}): top1 mean {statistics.mean(top1):.2f} %, "
-            f"standard deviation {statistics.stdev(top1):.2f}, {min(top1):.2f} to {max(top1):.2f}"
-        )
-    return lines
 
 
 def write_comparison(
@@ -85,8 +80,10 @@ def write_comparison(
     Returns:
         The text of comparison.txt.
     """
-    seeds = seed_lines(outcomes, results)
-    lines = [comparison_table(rows), "", *seeds]
+    seeds = seed_rows(outcomes, results)
+    lines = [comparison_table([*rows, *seeds]), ""]
+    if seeds:
+        lines.append("+-: the standard deviation over seeds.")
     lines.append(
         f"{rows[0]['num_images']:,} {outcomes[0].split} images, most accurate first. Against the next: images that "
         "only this row gets right : only the next row, McNemar's exact p."
