@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from scipy.ndimage import uniform_filter1d
 
-from fmnist.report.figures import BLUE, GREEN, ORANGE, save_figure
+from fmnist.report.figures import BLUE, GREEN, ORANGE, Axes, Figure, by_default_style, save_figure
 from fmnist.tracking.metrics_file import read_metrics
 
 
@@ -53,6 +51,7 @@ def draw_top1(axes: Axes, val: Sequence[Mapping[str, Any]]) -> None:
     axes.legend(loc="lower right")
 
 
+@by_default_style
 def plot_learning_curves(metrics_path: Path, path: Path, title: str) -> None:
     """Draw loss, validation top1 and learning rate against the step, from a run's metrics.jsonl.
 

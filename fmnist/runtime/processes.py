@@ -33,6 +33,8 @@ class Processes:
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
         self.control: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if world_size > 1 else None
+        if rank:  # the others' messages are those of the main process; their warnings are their own
+            logger.setLevel(logging.WARNING)
 
     @property
     def is_main(self) -> bool:
