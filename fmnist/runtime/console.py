@@ -1,6 +1,7 @@
 """Messages to people: on the terminal, in train.log, and a mistake in one line; and how a program begins and ends."""
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -20,6 +21,7 @@ from fmnist.runtime.launcher import is_sibling
 
 logger = logging.getLogger("fmnist")
 ASK_OTHERS = timedelta(seconds=2)
+GONE = (errno.EPIPE, errno.EIO)  # nobody reads: head has seen enough, the terminal is closed
 MAX_ERROR = 2000  # characters of the line that ends a command: it may name several files and the ways out
 
 
@@ -70,6 +72,8 @@ def one_line_errors(program: str) -> Iterator[None]:
     """
     try:
         yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (ValueError, FloatingPointError) as error:  # as a rule the same on all processes
         line = f"{program}: error: {one_line(error, MAX_ERROR)}\n"
         if _is_first_to_say(line):
@@ -98,12 +102,21 @@ def _is_first_to_say(line: str) -> bool:
 
 
 class _Lasting(io.FileIO):
-    """An output that never fails: what cannot be written, as nobody reads it or its disk is full, is dropped."""
+    """An output that ends no program: what cannot be written is dropped.
+
+    Stdout, which holds results, fails once where someone may still want them: on a full disk.
+    """
+
+    silent = False
 
     def write(self, data: Any, /) -> int:
-        with contextlib.suppress(OSError):
+        try:
             if (written := super().write(data)) is not None:
                 return written
+        except OSError as error:
+            if self.fileno() == 1 and error.errno not in GONE and not self.silent:
+                self.silent = True
+                raise
         return memoryview(data).nbytes
 
 
@@ -131,7 +144,8 @@ def open_door(program: str) -> None:
 
     def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
-            sys.stderr.write(f"{program}: interrupted\n")
+            kept = f"; {one_line(error)}" if str(error) else ""
+            sys.stderr.write(f"{program}: interrupted{kept}\n")
         else:
             sys.__excepthook__(kind, error, trace)
 

@@ -7,9 +7,12 @@ import sys
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from fmnist.runtime.environment import ENVIRONMENT, is_true, set_default
 from fmnist.runtime.launcher import launcher_environment
+
+NO_FLOAT64 = ("mps",)
 
 
 def find_device(device: torch.device | str | None) -> torch.device:
@@ -41,6 +44,11 @@ def resolve_precision(precision: str) -> str:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Return the context in which a forward computes in the given dtype, float32 or bfloat16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64; on the host where its device has none (Apple's MPS)."""
+    return (tensor.cpu() if tensor.device.type in NO_FLOAT64 else tensor).double()
 
 
 def make_deterministic(device: torch.device) -> None:
