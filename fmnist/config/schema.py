@@ -283,6 +283,9 @@ def check_values(cfg: Config) -> None:
         ValueError: one line with the option, its value and the valid range.
     """
     for name, value in flatten(cfg).items():
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            encoding = sys.getfilesystemencoding()
+            raise ValueError(f"{name} is {value[:100]!r}: no text in this locale ({encoding}); set LC_ALL=C.UTF-8")
         if isinstance(value, str) and not (value.isprintable() and 0 < len(value) <= 4096 and value.strip()):
             raise ValueError(f"{name} is {value[:100]!r}; valid: 1 to 4096 printable characters")
         if limits := OPTIONS[name].metadata.get("valid"):
