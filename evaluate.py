@@ -6,9 +6,12 @@ import logging
 from dataclasses import replace
 
 from fmnist.evaluation.options import parse_args
+from fmnist.runtime.console import log_to_console, one_line_errors, open_door, same_arguments
 
 if __name__ == "__main__":
-    ARGS = parse_args()  # before torch is imported: help and a mistake are answered at once
+    open_door("evaluate.py")
+    with same_arguments():
+        ARGS = parse_args()  # before torch is imported: help and a mistake are answered at once
 
 from fmnist.evaluation.findings import Findings, findings
 from fmnist.evaluation.near_copies import NearCopies, find_near_copies, load_pair
@@ -19,7 +22,6 @@ from fmnist.report.comparison import write_comparison
 from fmnist.report.retrieval_table import RETRIEVAL_FILE, read_precision, write_precision
 from fmnist.report.write import write_evaluation
 from fmnist.runtime.compute import Compute
-from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.trained import open_trained
 
 logger = logging.getLogger("fmnist")

@@ -2,9 +2,12 @@
 
 from fmnist.config.parse import parse_config
 from fmnist.config.schema import Config
+from fmnist.runtime.console import log_to_console, one_line_errors, open_door, same_arguments
 
 if __name__ == "__main__":
-    CONFIG = parse_config(prog="train.py")  # before torch is imported: a misspelt option is answered at once
+    open_door("train.py")
+    with same_arguments():
+        CONFIG = parse_config(prog="train.py")  # before torch is imported: a misspelt option is answered at once
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -12,7 +15,6 @@ from fmnist.checkpoint.run_directory import is_finished, open_directory
 from fmnist.metrics import validate
 from fmnist.optim import set_lr
 from fmnist.run import Run
-from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.step import train_step
 from fmnist.training.batch_pictures import write_train_batch
 from fmnist.training.build import Training, build

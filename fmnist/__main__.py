@@ -6,6 +6,7 @@ import sys
 
 from fmnist.config.shipped import shipped
 from fmnist.runtime.arguments import nearest
+from fmnist.runtime.console import open_door
 
 # Each is imported, or run, only when it is called.
 COMMANDS = {
@@ -44,7 +45,9 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
+        open_door(" ".join(["fmnist", *argv[:1]]))
     if not argv or argv[0] in ("--help", "-h"):
         print(usage())
         return 0 if argv else 2

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fmnist.config.schema import EvaluationConfig
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Split
-from fmnist.runtime.hardware import autocast
+from fmnist.runtime.hardware import autocast, in_float64
 from fmnist.runtime.processes import Processes
 
 
@@ -47,15 +47,15 @@ def predict(model: nn.Module, split: Split, augment: Augment, cfg: EvaluationCon
 
 
 def score(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Return `top1` (fraction) and `loss` (mean cross-entropy, nats) as float64 scalars on the device.
+    """Return `top1` (fraction) and `loss` (mean cross-entropy, nats) as float64 scalars, on a device that has them.
 
     Args:
         logits: float32 [N, num_classes].
         labels: int64 [N].
     """
     return {
-        "top1": (logits.argmax(-1) == labels).double().mean(),
-        "loss": F.cross_entropy(logits.double(), labels),
+        "top1": in_float64(logits.argmax(-1) == labels).mean(),
+        "loss": F.cross_entropy(wide := in_float64(logits), labels.to(wide.device)),
     }
 
 

@@ -36,7 +36,7 @@ class Run(Compute):
     """
 
     def __init__(self, cfg: Config, directory: Path) -> None:
-        super().__init__(precision=cfg.model.precision, shards=cfg.exact, seed=cfg.seed)
+        super().__init__(precision=cfg.model.precision, shards=cfg.exact, seed=cfg.seed, threads=cfg.threads)
         self.cfg, self.directory = cfg, directory
         self.should_stop = StopVote(self.control, max_minutes=cfg.max_minutes, timeout_s=cfg.timeout_s)
         self.tracker: NullTracker = NullTracker()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from fmnist.runtime.hardware import describe_device, make_deterministic, resolve_precision, use_all_cores
+from fmnist.runtime.hardware import describe_device, make_deterministic, resolve_precision, set_threads
 from fmnist.runtime.provenance import processor
 
 FAULTS = """
@@ -47,7 +47,7 @@ def test_cores_are_taken_back_from_launchers(
         monkeypatch.setenv(name, value)
     chosen: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    use_all_cores(1)
+    set_threads(None, 1)
     wanted = {"all": [len(os.sched_getaffinity(0))], "as it was": [], 1: [1]}
     assert chosen == wanted[expected]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 from fmnist.runtime.arguments import CommandLine
 from fmnist.runtime.console import log_to_console, one_line, one_line_errors
+from fmnist.runtime.environment import ENVIRONMENT
+from fmnist.runtime.launcher import is_sibling
 
 MIN_FREE_BYTES = 1 << 30  # a run's checkpoints at once: three of a ConvNeXt-Tiny with its optimizer
 PARSER = CommandLine(prog="fmnist doctor", description=__doc__)
@@ -43,7 +45,7 @@ def check_software() -> Iterator[Line]:
     import torch
 
     yield Line("torch", "ok", ", ".join([torch.__version__, *(f"{n} {version(n)}" for n in ("timm", "accelerate"))]))
-    compiler = next(filter(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++", "c++")), None)
+    compiler = next(filter(shutil.which, (ENVIRONMENT.get("CXX", ""), "g++", "clang++", "c++")), None)
     found = f"C++ compiler {compiler}" if compiler else "no C++ compiler: install g++ before model.compile is used"
     yield Line("compile", "ok" if compiler else "note", found)
 
@@ -75,7 +77,7 @@ def check_all_reduce(name: str | None) -> Iterator[Line]:
             yield Line("all-reduce", "ok", "1 process; to check N: torchrun --nproc_per_node N -m fmnist doctor")
             return
         total = int(compute.sum(torch.ones(1, device=compute.device)))
-        hosts = compute.gather(os.uname().nodename)
+        hosts = compute.gather(platform.node())
         found = f"{dist.get_backend()} over {size} processes on {len(set(hosts))} node(s): sum {total}"
         yield Line("all-reduce", "ok" if total == size == len(hosts) else "fail", found)
 
@@ -115,7 +117,7 @@ def check_tracking() -> Iterator[Line]:
 
     if importlib.util.find_spec("wandb") is None:
         yield Line("wandb", "note", "not installed: runs log to metrics.jsonl alone")
-    elif mode := os.environ.get("WANDB_MODE"):
+    elif mode := ENVIRONMENT.get("WANDB_MODE"):
         yield Line("wandb", "ok", f"WANDB_MODE={mode}")
     elif has_api_key():
         yield Line("wandb", "ok", "an API key is configured: --log.wandb auto is online")
@@ -129,8 +131,8 @@ def check_slurm() -> Iterator[Line]:
 
     if warning := signal_warning():
         yield Line("slurm", "note", warning)
-    elif job := os.environ.get("SLURM_JOB_ID"):
-        yield Line("slurm", "ok", f"job {job}, {os.environ.get('SLURM_JOB_NUM_NODES', '1')} node(s)")
+    elif job := ENVIRONMENT.get("SLURM_JOB_ID"):
+        yield Line("slurm", "ok", f"job {job}, {ENVIRONMENT.get('SLURM_JOB_NUM_NODES', '1')} node(s)")
     else:
         found = "sbatch found: sbatch slurm/train.sbatch" if shutil.which("sbatch") else "none here; not needed"
         yield Line("slurm", "ok", found)
@@ -168,10 +170,10 @@ def main(argv: list[str] | None = None) -> int:
             except Exception as error:  # whatever a broken installation raises is the answer
                 found = [Line(name, "fail", one_line(error))]
             lines += found
-            if os.environ.get("RANK", "0") == "0" and not args.json:
+            if not (args.json or is_sibling()):
                 for line in found:
                     print(f"{line.name:<11} {line.state:<5} {line.text}", flush=True)
-    if os.environ.get("RANK", "0") == "0" and args.json:
+    if args.json and not is_sibling():
         print(json.dumps({line.name: {"state": line.state, "text": line.text} for line in lines}))
     return int(any(line.state == "fail" for line in lines))
 

@@ -3,7 +3,6 @@
 import datetime
 import importlib.metadata
 import math
-import os
 import shlex
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from fmnist.benchmark.command_line import PROGRAM
-from fmnist.report.figures import BLUE, GREEN, GREY, ORANGE, save_figure
+from fmnist.report.figures import BLUE, GREEN, GREY, ORANGE, Axes, Figure, by_default_style, save_figure
 from fmnist.runtime.compute import Compute
+from fmnist.runtime.hardware import available_cores
 from fmnist.runtime.provenance import git_revision, processor, versions
 
 CLOCKS = ("name", "driver_version", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
@@ -35,7 +33,7 @@ def gpu_clocks() -> list[dict[str, str]]:
 def describe(compute: Compute, argv: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a result depends on: command, date, hardware, versions, commit, options."""
     installed = {item.name.lower(): item.version for item in importlib.metadata.distributions()}
-    hardware = {"device": compute.device_name, "processor": processor(), "cpu_cores": len(os.sched_getaffinity(0))}
+    hardware = {"device": compute.device_name, "processor": processor(), "cpu_cores": available_cores()}
     libraries = {name: installed.get(name, "absent") for name in ("torchvision", "kornia", "triton", "pillow", "numpy")}
     return {
         "name": "benchmark",
@@ -96,6 +94,7 @@ def add_ratios(table: dict[str, Any], name: str, baseline: Mapping[str, Any] | N
             row["efficiency"] = median / (world_size * single[row["name"]])
 
 
+@by_default_style
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Draw the tables of a result as a PNG of horizontal bars: the median, and a line from slowest to fastest round.
 

@@ -4,7 +4,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from fmnist.config.schema import AugmentConfig, Config, DataConfig, ModelConfig,
 from fmnist.data.batches import Split
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.files import read_json, write_atomic
+from fmnist.runtime.hardware import available_cores
 
 
 class Suite:
@@ -74,7 +74,7 @@ class Suite:
         its order and random numbers on the host limits the rate: one more table, one epoch repeated, leaves that out.
         """
         options, compute, stored = self.options, self.compute, self.split.images.shape[-1]
-        workers = len(os.sched_getaffinity(0)) // compute.gather(platform.node()).count(platform.node())
+        workers = available_cores() // compute.gather(platform.node()).count(platform.node())
         shared = partial(Setting, split=self.split, dtype=self.dtype, workers=workers)
         setting = partial(shared, rank=compute.rank, world_size=compute.world_size)
         if options.mode != "train":

@@ -14,6 +14,7 @@ MAY_CHANGE = (
     "profile",
     "dry_run",
     "timeout_s",
+    "threads",
     "data.root",
     "model.weights",
     "log.",

@@ -200,6 +200,9 @@ class Config:
     exact: int | None = option(None, valid=(1, 4096))
     """Split each global batch into V shards, so that results are bit-identical for any process count that divides V;
     null disables it."""
+    threads: int | None = option(None, valid=(1, 1024))
+    """CPU threads of each process; null: OMP_NUM_THREADS, else its share of the cores that the job was given. Bits of a
+    CPU run depend on their number, except with --exact, which uses one."""
     timeout_s: float = option(45.0, valid=(1, 86_400))
     """Seconds that a process waits for the others in a step before it ends and names the one that hangs."""
     profile: int | None = option(None, valid=(1, 1000))
@@ -280,6 +283,9 @@ def check_values(cfg: Config) -> None:
         ValueError: one line with the option, its value and the valid range.
     """
     for name, value in flatten(cfg).items():
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            encoding = sys.getfilesystemencoding()
+            raise ValueError(f"{name} is {value[:100]!r}: no text in this locale ({encoding}); set LC_ALL=C.UTF-8")
         if isinstance(value, str) and not (value.isprintable() and 0 < len(value) <= 4096 and value.strip()):
             raise ValueError(f"{name} is {value[:100]!r}; valid: 1 to 4096 printable characters")
         if limits := OPTIONS[name].metadata.get("valid"):

@@ -1,7 +1,6 @@
 """Augmentation on the device: what the model trains on, made from uint8 images and a table of parameters."""
 
 import importlib.util
-import os
 from collections.abc import Callable
 
 import torch
@@ -12,6 +11,7 @@ from fmnist.config.schema import AugmentConfig
 from fmnist.data.augment_table import MATRIX, OWN_SHARE, augmentation_table, flip_in_turn
 from fmnist.data.augment_torch import Plan, augment_reference, compose, normalize, pack_neighbours, resample_packed
 from fmnist.data.batches import MicroBatch
+from fmnist.runtime.environment import ENVIRONMENT
 
 
 class Augment:
@@ -123,7 +123,7 @@ def choose_backend(wish: str, device: torch.device) -> str:
     The kernel wherever there is a GPU and Triton; else plain torch, which needs no compiler and starts at once.
     """
     installed = importlib.util.find_spec("triton") is not None
-    runs = device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
+    runs = device.type != "cpu" or ENVIRONMENT.get("TRITON_INTERPRET") == "1"
     if wish == "triton" and not (installed and runs):
         missing = "a GPU" if installed else "the package triton"
         raise ValueError(f"augment.backend is triton, which needs {missing}; valid here: auto, compiled, eager")

@@ -19,6 +19,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from fmnist.runtime.console import one_line
+from fmnist.runtime.environment import inherited
 from fmnist.runtime.files import CHUNK_BYTES, read_at_most
 from fmnist.runtime.probe import URL_ERRORS, open_url
 
@@ -175,7 +176,7 @@ def _unpack_debian_package(folder: Path) -> Path:
     except ValueError as error:
         # Container images often ship without package lists, or with stale ones that name files since replaced.
         signs = ("Unable to locate package", "Can't find a source", "no installation candidate", "404")
-        if os.geteuid() != 0 or not any(sign in str(error) for sign in signs):
+        if getattr(os, "geteuid", int)() != 0 or not any(sign in str(error) for sign in signs):
             raise
         _run(["apt-get", *options, "update"], folder)
         _run(download, folder)
@@ -188,7 +189,7 @@ def _unpack_debian_package(folder: Path) -> Path:
 
 
 def _run(command: list[str], folder: Path) -> None:
-    environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+    environment = inherited(LC_ALL="C", DEBIAN_FRONTEND="noninteractive")
     try:
         done = subprocess.run(
             command, cwd=folder, env=environment, timeout=APT_TIMEOUT_S, stdin=subprocess.DEVNULL,

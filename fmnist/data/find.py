@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fmnist.data.fetch import DEBIAN_FOLDER, PUBLISHED, STAGING, fetch_files, missing_files
 from fmnist.runtime.console import one_line
+from fmnist.runtime.environment import ENVIRONMENT
 
 HOME = Path("data/FashionMNIST/raw")  # torchvision's layout, below the working directory
 NUM_SHOWN = 4  # names of a folder's content in an error
@@ -29,7 +30,7 @@ def locate(root: str | None = None, *, fetch: bool = False) -> Path:
     Raises:
         ValueError: If the files are not there, are incomplete, or cannot be fetched; one line.
     """
-    named = root or os.environ.get("FMNIST_DATA")
+    named = root or ENVIRONMENT.get("FMNIST_DATA")
     origin = "data.root" if root else "$FMNIST_DATA" if named else "data"
     home = Path(os.path.expanduser(named)) if named else Path.cwd() / "data"
     raw = home / "FashionMNIST" / "raw"

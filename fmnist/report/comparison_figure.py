@@ -7,13 +7,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from fmnist.report.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    Axes,
+    Figure,
+    PercentFormatter,
+    by_default_style,
+    save_figure,
+)
 
-from fmnist.report.figures import BLUE, GREEN, GREY, ORANGE, save_figure
 
-
+@by_default_style
 def plot_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw top1 with its 95 % interval, and against FLOPs and latency with the Pareto front where costs are known.
 

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from scipy.ndimage import uniform_filter1d
 
 from fmnist.config.schema import Config
-from fmnist.report.figures import BLUE, GREEN, ORANGE, save_figure
+from fmnist.report.figures import BLUE, GREEN, ORANGE, Axes, Figure, by_default_style, save_figure
 from fmnist.tracking.metrics_file import read_metrics
 
 
@@ -75,6 +73,7 @@ def loss_note(cfg: Config) -> str:
     return f"train loss: with {', '.join(parts)}; val loss: without" if parts else ""
 
 
+@by_default_style
 def plot_learning_curves(metrics_path: Path, path: Path, title: str, note: str = "") -> None:
     """Draw loss, validation top1 and learning rate against the step, from a run's metrics.jsonl.
 

@@ -1,22 +1,56 @@
-"""Figures of an evaluation, as PNG: colour-blind safe, no display needed."""
+"""Figures of an evaluation, as PNG: colour-blind safe, no display needed; the only module that imports matplotlib."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
-# Figures use the object API: no pyplot state, no rcParams, no display.
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
 
 from fmnist.evaluation.numbers import NUM_BINS, ReliabilityBins
+from fmnist.runtime.environment import hidden
 from fmnist.runtime.files import write_atomic
+
+# Figures use the object API and matplotlib's defaults: no pyplot state, no display, nothing of the user's settings. A
+# notebook's MPLBACKEND would even be an error outside of it.
+level = logging.getLogger("matplotlib").level
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of a matplotlibrc that has no effect anyway
+with hidden("MPLBACKEND", "MATPLOTLIBRC"):
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+logging.getLogger("matplotlib").setLevel(level)
+
+__all__ = ["Axes", "Figure", "PercentFormatter"]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Okabe and Ito, "Color Universal Design" (2008): told apart with any common colour blindness.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 DPI = 150
+
+
+def font_folder() -> Path:
+    """Return the folder of DejaVu Sans, which comes with matplotlib."""
+    return Path(matplotlib.get_data_path(), "fonts", "ttf")
+
+
+def by_default_style(draw: Callable[P, T]) -> Callable[P, T]:
+    """Let a function draw with matplotlib's defaults, and leave those of a notebook as they are."""
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> T:
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            return draw(*args, **kwargs)
+
+    return drawn
 
 
 def save_figure(path: Path, figure: Figure) -> None:
@@ -25,6 +59,7 @@ def save_figure(path: Path, figure: Figure) -> None:
     write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=DPI))
 
 
+@by_default_style
 def plot_confusion_matrix(
     confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str, path: Path
 ) -> None:
@@ -70,6 +105,7 @@ def plot_confusion_matrix(
     save_figure(path, figure)
 
 
+@by_default_style
 def plot_reliability(bins: ReliabilityBins, ece: float, title: str, path: Path) -> None:
     """Draw top1 against confidence in 15 bins, and how many images each bin holds.
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmnist.report.figures import save_figure
+from fmnist.report.figures import Figure, by_default_style, save_figure
 
 
+@by_default_style
 def draw_grid(path: Path, images: Tensor, titles: Sequence[str], heading: str, *, columns: int | None = None) -> None:
     """Write images [N, S, S, 3] in [0, 1] as rows of a grid, each under its title; square unless `columns` is given."""
     count, size = len(images), images.shape[1]

@@ -6,15 +6,12 @@ import base64
 import io
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from fmnist.evaluation.numbers import NUM_BINS, ReliabilityBins
 from fmnist.report.curves import draw_loss, draw_top1, series
-from fmnist.report.figures import BLUE, ORANGE
+from fmnist.report.figures import BLUE, ORANGE, Axes, Figure, by_default_style
 from fmnist.tracking.metrics_file import read_metrics
 
 INK, MUTED, RULE = "#1f2933", "#52606d", "#d9dee4"
@@ -51,12 +48,12 @@ def _svg(figure: Figure, axes: Axes) -> str:
         legend.set_frame_on(False)
         for text in legend.get_texts():
             text.set(fontsize=9, color=INK)
-    FigureCanvasSVG(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return data_uri(buffer.getvalue(), "image/svg+xml")
 
 
+@by_default_style
 def learning_curves(metrics_path: Path) -> list[tuple[str, str]]:
     """Draw loss, validation top1 and learning rate, each on its own.
 
@@ -91,6 +88,7 @@ def learning_curves(metrics_path: Path) -> list[tuple[str, str]]:
     return [(words, _svg(figure, axes)) for words, figure, axes in panels]
 
 
+@by_default_style
 def reliability(bins: ReliabilityBins) -> str:
     """Draw top1 against confidence; a bin is the darker the more images it holds; return the figure's URI."""
     figure, axes = _panel()

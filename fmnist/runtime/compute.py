@@ -1,5 +1,9 @@
 """A device, and this process among others on it: what every program opens that runs a model."""
 
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Literal, Self
 
@@ -8,6 +12,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from fmnist.runtime.console import one_line
+from fmnist.runtime.environment import hidden, is_true
 from fmnist.runtime.gradients import AllReduce, Gradients, ShardSum
 from fmnist.runtime.hardware import (
     describe_device,
@@ -15,11 +21,14 @@ from fmnist.runtime.hardware import (
     keep_freed_memory,
     make_deterministic,
     resolve_precision,
-    use_all_cores,
+    set_threads,
 )
-from fmnist.runtime.launcher import check_world_size, stop_with_launcher
+from fmnist.runtime.launcher import STARTED, check_processes, check_world_size, stop_with_launcher, without_effect
 from fmnist.runtime.lost_process import PATIENCE
 from fmnist.runtime.processes import Processes
+
+logger = logging.getLogger("fmnist")
+WAITING_S = 5.0  # that processes started together may come apart, before the wait is reported
 
 
 class Compute(Processes):
@@ -39,10 +48,11 @@ class Compute(Processes):
         seed: of the initial weights.
         keep_memory: on a CPU, see `keep_freed_memory`.
         device: as torch names it; None takes the accelerator where there is one, one for each process.
+        threads: of this process on a CPU; None takes the cores that the job was given.
 
     Raises:
-        ValueError: the launcher started another number of processes than the job asked for; a device that is not
-            there, or one accelerator named for several processes.
+        ValueError: the launcher started another number of processes than the job asked for, or they cannot meet; a
+            device that is not there, or one accelerator named for several processes.
     """
 
     def __init__(
@@ -53,19 +63,24 @@ class Compute(Processes):
         seed: int = 0,
         keep_memory: bool = True,
         device: str | None = None,
+        threads: int | None = None,
     ) -> None:
         stop_with_launcher()
         named = find_device(device) if device else None
         # said to Accelerate, which else leaves processes on a machine without accelerator to themselves
-        on_cpu = named.type == "cpu" if named else not torch.accelerator.is_available()
-        self.accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision={"fp32": "no", "bf16": "bf16"}[resolve_precision(precision)],
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=PATIENCE),
-            ],
-        )
+        no_gpu = is_true("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+        on_cpu = named.type == "cpu" if named else no_gpu
+        if shards and on_cpu and threads not in (None, 1):
+            raise ValueError(f"threads is {threads}, but exact computes with one on a CPU: leave threads out")
+        with _meeting(check_processes()):
+            self.accelerator = Accelerator(
+                cpu=on_cpu,
+                mixed_precision={"fp32": "no", "bf16": "bf16"}[resolve_precision(precision)],
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                    InitProcessGroupKwargs(timeout=PATIENCE),
+                ],
+            )
         self.device, self.shards = named or self.accelerator.device, shards
         try:
             check_world_size(self.accelerator.num_processes)
@@ -78,11 +93,13 @@ class Compute(Processes):
             keep_freed_memory()
         if shards:
             make_deterministic(self.device)
-        elif self.device.type == "cpu":
-            use_all_cores(self.accelerator.num_processes)
+        if threads or (self.device.type == "cpu" and not shards):
+            set_threads(threads, self.accelerator.num_processes)
         self.device_name = describe_device(self.device)
         super().__init__(self.accelerator.process_index, self.accelerator.num_processes)
         self.precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
+        if self.is_main and (ignored := without_effect(self.precision)):
+            logger.warning("%s: no effect here; see docs/environment.md", ", ".join(ignored))
         torch.backends.cudnn.deterministic = True  # a resumed run ends with the bits of an unbroken one
         torch.manual_seed(seed)
 
@@ -119,3 +136,23 @@ class Compute(Processes):
         # After an error the other processes may be gone, and a join would wait for them: the group ends with this one.
         if error is None or self.world_size == 1:
             self.close()
+
+
+@contextmanager
+def _meeting(world_size: int) -> Iterator[None]:
+    """Let Accelerate see who the processes are, and nothing else that is set for it; report a long wait for others."""
+    if world_size == 1:  # what is left over of another run's processes has no effect
+        with hidden("ACCELERATE_*", "RANK", "LOCAL_RANK", *STARTED):
+            yield
+        return
+    missing = f"waiting for {world_size - 1} more process{'es' * (world_size > 2)} (WORLD_SIZE={world_size})"
+    timer = threading.Timer(WAITING_S, logger.warning, (missing,))
+    timer.daemon = True
+    timer.start()
+    try:
+        with hidden("ACCELERATE_*", *STARTED):
+            yield
+    except RuntimeError as error:  # what torch raises where they cannot meet
+        raise ValueError(f"{world_size} processes (WORLD_SIZE) cannot meet: {one_line(error)}") from error
+    finally:
+        timer.cancel()

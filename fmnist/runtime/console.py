@@ -1,15 +1,27 @@
-"""Messages to people: on the terminal, in train.log, and a mistake in one line."""
+"""Messages to people: on the terminal, in train.log, and a mistake in one line; and how a program begins and ends."""
 
+import contextlib
+import errno
+import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
+from fmnist.runtime.environment import ENVIRONMENT, remove_effects
+from fmnist.runtime.launcher import is_sibling
+
 logger = logging.getLogger("fmnist")
+ASK_OTHERS = timedelta(seconds=2)
+GONE = (errno.EPIPE, errno.EIO)  # nobody reads: head has seen enough, the terminal is closed
 MAX_ERROR = 2000  # characters of the line that ends a command: it may name several files and the ways out
 
 
@@ -31,11 +43,11 @@ class _AboveTheBar(logging.StreamHandler):
 
 
 def log_to_console() -> None:
-    """Send messages to stderr: from the main process all, from the others warnings."""
+    """Send messages to stderr; `Processes` silences all processes but the main one."""
     handler = _AboveTheBar()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    logger.setLevel(logging.INFO)
     logger.propagate = False
 
 
@@ -58,10 +70,119 @@ def one_line_errors(program: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, FloatingPointError) as error:  # the same on all processes: one of them says it
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            sys.stderr.write(f"{program}: error: {one_line(error, MAX_ERROR)}\n")
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (ValueError, FloatingPointError) as error:  # as a rule the same on all processes
+        line = f"{program}: error: {one_line(error, MAX_ERROR)}\n"
+        if _is_first_to_say(line):
+            sys.stderr.write(line)
         raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
     except OSError as error:  # one process' own
         sys.stderr.write(f"{program}: error: {one_line(error, MAX_ERROR)}\n")
         raise SystemExit(1) from None
+
+
+def _is_first_to_say(line: str) -> bool:
+    """Say whether no other process of this run has said the same; true where they cannot be asked."""
+    address, port = ENVIRONMENT.get("MASTER_ADDR"), ENVIRONMENT.get("MASTER_PORT", "")
+    if ENVIRONMENT.get("WORLD_SIZE", "1") == "1" or not address or not port.isdigit() or "torch" not in sys.modules:
+        return True
+    from torch.distributed import TCPStore
+
+    mine = f"rank {ENVIRONMENT.get('RANK')}: {line}"
+    key = f"fmnist error {ENVIRONMENT.get('TORCHELASTIC_RESTART_COUNT', '')}"
+    try:
+        store = TCPStore(address, int(port), is_master=False, timeout=ASK_OTHERS, wait_for_workers=False)
+        first = store.compare_set(key, "", mine).decode()
+    except (RuntimeError, ValueError):  # their meeting place is gone, or was another run's
+        return True
+    return first == mine or first.partition(": ")[2] != line
+
+
+class _Lasting(io.FileIO):
+    """An output that ends no program: what cannot be written is dropped.
+
+    Stdout, which holds results, fails once where someone may still want them: on a full disk.
+    """
+
+    silent = False
+
+    def write(self, data: Any, /) -> int:
+        try:
+            if (written := super().write(data)) is not None:
+                return written
+        except OSError as error:
+            if self.fileno() == 1 and error.errno not in GONE and not self.silent:
+                self.silent = True
+                raise
+        return memoryview(data).nbytes
+
+
+def open_door(program: str) -> None:
+    """Begin a program: outputs that may go away, an end in one line at Ctrl-C, and no variable that changes arithmetic.
+
+    Ctrl-C ends the process at once, whatever it is importing, until there is something to keep: `keep_at_interrupt`.
+
+    Args:
+        program: its name in messages.
+    """
+    remove_effects()
+    for descriptor in range(3):  # a closed one (2>&-) would be given to the next file that is opened
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        old = getattr(sys, name)
+        if old is None or (old is getattr(sys, f"__{name}__") and not (sys.platform == "win32" and old.isatty())):
+            raw = io.BufferedWriter(_Lasting(descriptor, "w", closefd=False))
+            line_buffering, encoding = name == "stderr" or raw.isatty(), getattr(old, "encoding", "utf-8")
+            new = io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=line_buffering)
+            setattr(sys, name, new)
+
+    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            kept = f"; {one_line(error)}" if str(error) else ""
+            sys.stderr.write(f"{program}: interrupted{kept}\n")
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, f"{program}: interrupted\n".encode())
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # so that a shell's loop ends too
+        signal.raise_signal(signal.SIGINT)
+
+    sys.excepthook = report
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a job in the background ignores it
+        signal.signal(signal.SIGINT, end)
+
+
+@contextmanager
+def same_arguments() -> Iterator[None]:
+    """Be silent while a command line is parsed that another process of the same launcher has been given too."""
+    with contextlib.ExitStack() as stack:
+        if is_sibling():
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        yield
+
+
+@contextmanager
+def keep_at_interrupt() -> Iterator[list[bool]]:
+    """Let the first Ctrl-C end this block alone, so that what it made is kept; the second one ends the program.
+
+    Yields:
+        A list that is empty until the block is interrupted.
+    """
+    interrupted: list[bool] = []
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        if before is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield interrupted
+    except KeyboardInterrupt:
+        interrupted.append(True)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -4,8 +4,15 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
+
+from fmnist.runtime.environment import ENVIRONMENT, is_true, set_default
+from fmnist.runtime.launcher import launcher_environment
+
+NO_FLOAT64 = ("mps",)
 
 
 def find_device(device: torch.device | str | None) -> torch.device:
@@ -17,6 +24,7 @@ def find_device(device: torch.device | str | None) -> torch.device:
     Raises:
         ValueError: one line, for a device that is not there.
     """
+    device = device or ("cpu" if is_true("ACCELERATE_USE_CPU") else None)
     try:
         place = torch.device(device) if device else torch.accelerator.current_accelerator(check_available=True)
         place = place or torch.device("cpu")
@@ -38,20 +46,51 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
+def in_float64(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64; on the host where its device has none (Apple's MPS)."""
+    return (tensor.cpu() if tensor.device.type in NO_FLOAT64 else tensor).double()
+
+
 def make_deterministic(device: torch.device) -> None:
     """Let only kernels run whose result depends on nothing but their operands."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    set_default("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     if device.type == "cpu":
         torch.set_num_threads(1)  # how a sum is cut among threads would be part of the result
 
 
-def use_all_cores(num_processes: int) -> None:
-    """Share this node's cores among its processes where a launcher has set one thread each, which both do unasked."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if launched and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))
+def available_cores() -> int:
+    """Return the cores that this process may run on, and no more than SLURM gave its task."""
+    affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS and Windows
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    given = ENVIRONMENT.get("SLURM_CPUS_PER_TASK") or ENVIRONMENT.get("SLURM_CPUS_ON_NODE") or ""
+    return min(cores, int(given)) if given.isdigit() and int(given) else cores
+
+
+def set_threads(threads: int | None, num_processes: int) -> None:
+    """Compute with the threads asked for, else with those of OMP_NUM_THREADS, else with this process' share of cores.
+
+    Args:
+        threads: of each process; None decides by the above.
+        num_processes: of the run.
+    """
+    own = launcher_environment()
+    launched = own is not None or "ACCELERATE_MIXED_PRECISION" in ENVIRONMENT or "TORCHELASTIC_RUN_ID" in ENVIRONMENT
+    if threads is None and _user_chose_threads(own, launched=launched):
+        return
+    cores = available_cores()
+    if launched:
+        cores = max(1, cores // int(ENVIRONMENT.get("LOCAL_WORLD_SIZE") or num_processes))
+    if threads or launched or cores < torch.get_num_threads():
+        torch.set_num_threads(threads or cores)
+
+
+def _user_chose_threads(own: Mapping[str, str] | None, *, launched: bool) -> bool:
+    """Tell the user's OMP_NUM_THREADS from a launcher's, which sets it unasked: to 1, or to all cores."""
+    asked = ENVIRONMENT.get("OMP_NUM_THREADS")
+    if own is not None:
+        return bool(own.get("OMP_NUM_THREADS"))
+    return bool(asked) and not (launched and asked == "1")
 
 
 def keep_freed_memory() -> None:

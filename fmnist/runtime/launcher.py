@@ -1,35 +1,112 @@
-"""How a run was launched: by torchrun, accelerate or SLURM."""
+"""How a run was launched: by torchrun, accelerate or SLURM; and whether its processes can join."""
 
 import ctypes
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Mapping
+from pathlib import Path
+
+from fmnist.runtime.environment import ENVIRONMENT, integer, is_true
 
 logger = logging.getLogger("fmnist")
 EXPECTED_WORLD_SIZE = "FMNIST_EXPECTED_WORLD_SIZE"
 MIN_SHUTDOWN_TIMEOUT_S = 60
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+# What asks Accelerate for another way to train than DDP.
+OTHER_WAYS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
+INTEGERS = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}  # and their minimum
+LAUNCHERS = {"torchrun", "torch.distributed.run", "accelerate", "accelerate-launch", "accelerate.commands.launch"}
+# How many processes others than torchrun started; none of them tells them how to meet.
+STARTED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def check_world_size(world_size: int, environ: Mapping[str, str] = os.environ) -> None:
-    """Compare the number of processes with the one that the batch script expects, where it does.
+def check_processes() -> int:
+    """Check what launchers set, before the processes meet, and return WORLD_SIZE.
+
+    Raises:
+        ValueError: one line: a variable that no process can use, or one that asks for another way to train.
+    """
+    for name in (f"ACCELERATE_USE_{way}" for way in OTHER_WAYS):
+        if is_true(name):
+            raise ValueError(f"{name} is true, but processes train with DDP here: unset it, or run accelerate config")
+    for name, low in INTEGERS.items():
+        integer(name, low)
+    world_size, rank = integer("WORLD_SIZE", 1), integer("RANK", 0)
+    if world_size == 1:
+        return 1
+    way_out = "unset WORLD_SIZE and RANK, or start the processes with torchrun"
+    if rank >= world_size:
+        raise ValueError(f"RANK is {rank}, but WORLD_SIZE is {world_size}; valid: 0 to {world_size - 1}: {way_out}")
+    if not ENVIRONMENT.get("MASTER_ADDR"):
+        raise ValueError(f"WORLD_SIZE is {world_size}, but MASTER_ADDR, where they meet, is not set: {way_out}")
+    _check_interfaces()
+    return world_size
+
+
+def _check_interfaces() -> None:
+    """Refuse an interface that is not there; NCCL's names are beginnings, after = whole names, after ^ exclusions."""
+    present = [name for _, name in socket.if_nameindex()]
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        value = ENVIRONMENT.get(variable, "")
+        if not value or value.startswith("^"):
+            continue
+        whole = variable.startswith("GLOO") or value.startswith("=")
+        for wanted in value.removeprefix("=").split(","):
+            if not any(name == wanted if whole else name.startswith(wanted) for name in present):
+                raise ValueError(f"{variable} is {value!r}: no such network interface; valid: {', '.join(present)}")
+
+
+def check_world_size(world_size: int, environ: Mapping[str, str] = ENVIRONMENT) -> None:
+    """Compare the number of processes that met with how many were started, and with what the batch script expects.
 
     Raises:
         ValueError: one line with both numbers.
     """
-    expected = environ.get(EXPECTED_WORLD_SIZE, "")
-    if expected and not (expected.isascii() and expected.isdigit() and int(expected) > 0):
-        raise ValueError(f"{EXPECTED_WORLD_SIZE} is {expected!r}; valid range: 1 process or more")
-    if expected and int(expected) != world_size:
+    if world_size == 1:
+        for name in ("WORLD_SIZE", *STARTED):
+            if (started := environ.get(name, "")).isdigit() and int(started) > 1:
+                raise ValueError(
+                    f"{started} processes were started ({name}={started}), but each runs alone: start them with "
+                    f"torchrun, as slurm/train.sbatch does; for {started} separate runs, unset {name} in each"
+                )
+        own = launcher_environment() or {}
+        if own and "TORCHELASTIC_RUN_ID" not in environ and "MASTER_ADDR" in environ and "MASTER_ADDR" not in own:
+            raise ValueError(
+                "accelerate launch was asked for several processes but started one (its file's distributed_type): "
+                "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N train.py starts N on the CPU"
+            )
+    if (expected := integer(EXPECTED_WORLD_SIZE, 1, environ)) != world_size and environ.get(EXPECTED_WORLD_SIZE):
         raise ValueError(
             f"{world_size} process(es) are running and {EXPECTED_WORLD_SIZE} is {expected}: "
             "the launcher did not start what the job asked for"
         )
 
 
-def signal_warning(environ: Mapping[str, str] = os.environ) -> str | None:
+def launcher_environment() -> dict[str, str] | None:
+    """Return what torchrun or accelerate was itself started with; None where neither is this process' parent (Linux).
+
+    It tells what the user has set from what the launcher has, and a launched process from one that inherited its
+    variables.
+    """
+    parent = Path(f"/proc/{os.getppid()}")
+    try:
+        command, pairs = (parent / "cmdline").read_bytes(), (parent / "environ").read_bytes()
+    except OSError:
+        return None
+    if not LAUNCHERS & {os.path.basename(word) for word in os.fsdecode(command).split("\0")[:6]}:
+        return None
+    return dict(pair.split("=", 1) for pair in os.fsdecode(pairs).split("\0") if "=" in pair)
+
+
+def is_sibling() -> bool:
+    """Say whether another process of the same launcher has the same command line, and reports what is wrong in it."""
+    return ENVIRONMENT.get("LOCAL_RANK", "0") != "0" and launcher_environment() is not None
+
+
+def signal_warning(environ: Mapping[str, str] = ENVIRONMENT) -> str | None:
     """Say what keeps SLURM's signals from stopping this run with a checkpoint; none where nothing does.
 
     Args:
@@ -53,7 +130,7 @@ def signal_warning(environ: Mapping[str, str] = os.environ) -> str | None:
     return f"set in the job's environment, as slurm/train.sbatch does: {'; '.join(missing)}"
 
 
-def announce(environ: Mapping[str, str] = os.environ) -> None:
+def announce(environ: Mapping[str, str] = ENVIRONMENT) -> None:
     """Log the SLURM job and what its signals would miss; call it once, on the main process."""
     if "SLURM_JOB_ID" in environ:
         nodes, restarts = environ.get("SLURM_JOB_NUM_NODES", "1"), environ.get("SLURM_RESTART_COUNT", "0")
@@ -62,8 +139,24 @@ def announce(environ: Mapping[str, str] = os.environ) -> None:
         logger.warning("%s", warning)
 
 
-def stop_with_launcher(environ: Mapping[str, str] = os.environ) -> None:
+def stop_with_launcher(environ: Mapping[str, str] = ENVIRONMENT) -> None:
     """Get SIGTERM when the launcher dies, so that a killed one leaves no orphan but a checkpoint (Linux)."""
     launched = "TORCHELASTIC_RUN_ID" in environ or "ACCELERATE_MIXED_PRECISION" in environ
     if launched and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+def without_effect(precision: str) -> list[str]:
+    """Name what is set for Accelerate and would change the arithmetic, had it an effect.
+
+    Args:
+        precision: of this run, fp32 or bf16.
+    """
+    harmless = {
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("", "1", "auto"),
+        "ACCELERATE_DYNAMO_BACKEND": ("", "no"),
+        "ACCELERATE_MIXED_PRECISION": ("", "no", precision),
+        "ACCELERATE_TORCH_DEVICE": ("",),
+    }
+    values = {name: ENVIRONMENT.get(name, "") for name in harmless}
+    return [f"{name}={value}" for name, value in values.items() if value.lower() not in harmless[name]]

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fmnist.runtime.console import one_line
+from fmnist.runtime.hardware import in_float64
 from fmnist.runtime.lost_process import LINGER_S, PATIENCE, describe_loss, is_lost_process, share_status
 
 logger = logging.getLogger("fmnist")
@@ -33,6 +34,8 @@ class Processes:
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
         self.control: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if world_size > 1 else None
+        if rank:  # the others' messages are those of the main process; their warnings are their own
+            logger.setLevel(logging.WARNING)
 
     @property
     def is_main(self) -> bool:
@@ -47,7 +50,7 @@ class Processes:
 
     def mean(self, scalars: Mapping[str, Tensor]) -> dict[str, float]:
         """Average device scalars over processes and read them: the loop's one device sync."""
-        stacked = self.sum(torch.stack([value.double() for value in scalars.values()])) / self.world_size
+        stacked = self.sum(in_float64(torch.stack(list(scalars.values())))) / self.world_size
         return dict(zip(scalars, stacked.tolist(), strict=True))
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fmnist.runtime.lost_process import limit_waits
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 
 
 class StopVote:

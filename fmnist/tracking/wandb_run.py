@@ -2,16 +2,18 @@
 
 import logging
 import netrc
-import os
+import os.path
 import re
 import secrets
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from fmnist.config.schema import LogConfig
 from fmnist.runtime.console import one_line
+from fmnist.runtime.environment import ENVIRONMENT, is_true, set_default, unset_empty
 from fmnist.runtime.files import write_atomic
 from fmnist.runtime.probe import answers
 
@@ -32,24 +34,29 @@ def start_wandb(directory: Path, cfg: LogConfig, resolved: Mapping[str, Any]) ->
         resolved: every option of the run.
 
     Returns:
-        The client's run. The client's exceptions pass through; the caller catches them.
+        The client's run; None where the environment or W&B's own settings disable it and `cfg` leaves that open. The
+        client's exceptions pass through; the caller catches them.
     """
-    os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    if not os.environ.get("WANDB_MODE"):
-        os.environ.pop("WANDB_MODE", None)  # set but empty, which the client refuses
+    set_default("WANDB_SILENT", "true")
+    set_default("WANDB_ERROR_REPORTING", "false")
+    home = os.path.expanduser("~")
+    set_default("HOME", home if os.path.isdir(home) else tempfile.gettempdir())  # without one the client complains
+    for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_NAME"):
+        unset_empty(name)
     import wandb  # late: takes half a second, and may not be installed
 
-    mode = cfg.wandb
-    if mode == "auto":
-        mode = "online" if has_api_key() else "offline"
-    if mode == "online" and not answers(wandb.setup().settings.base_url, PROBE_TIMEOUT_S):
+    user = wandb.setup().settings  # what the environment and W&B's files of settings say
+    mode = _automatic_mode(user.mode) if cfg.wandb == "auto" else cfg.wandb
+    if mode == "disabled":
+        logger.info("Weights & Biases: disabled by its own settings; --log.wandb online overrides them")
+        return None
+    if mode == "online" and not answers(user.base_url, PROBE_TIMEOUT_S):
         logger.warning("Weights & Biases does not answer: offline")
         mode = "offline"
     run_id = _run_id(directory / WANDB_ID_FILE)
     options: dict[str, Any] = {
-        "project": cfg.project,
-        "name": directory.resolve().name,
+        "project": (user.project if cfg.project == LogConfig.project else None) or cfg.project,
+        "name": user.run_name or directory.resolve().name,
         "id": run_id,
         "resume": "allow",
         "dir": str(directory),
@@ -60,7 +67,11 @@ def start_wandb(directory: Path, cfg: LogConfig, resolved: Mapping[str, Any]) ->
         login_timeout=INIT_TIMEOUT_S,
         finish_timeout=FINISH_TIMEOUT_S,
         silent=True,
-        # Never sent, since they may hold a password: source, the remote's URL, argv, console output.
+        # Never sent, since they may hold a password or are nobody's concern: source, the remote's URL, argv, console
+        # output, installed packages, the names of host and script.
+        x_save_requirements=False,
+        host="-",
+        program="fmnist",
         save_code=False,
         disable_code=True,
         disable_git=True,
@@ -108,6 +119,8 @@ def log_evaluation(
         return
     try:
         started = start_wandb(directory, cfg, resolved)
+        if started is None:
+            return
         import wandb
 
         columns: list[Any] = list(errors[0]) if errors else ["picture"]
@@ -122,6 +135,13 @@ def log_evaluation(
         logger.warning("Weights & Biases has no evaluation: %s", without_secrets(error))
 
 
+def _automatic_mode(asked: str) -> Literal["online", "offline", "disabled"]:
+    """Return what `auto` means where the client's own settings ask for this mode."""
+    if asked == "disabled" or is_true("WANDB_DISABLED"):
+        return "disabled"
+    return "online" if asked not in ("offline", "dryrun") and has_api_key() else "offline"
+
+
 def _run_id(path: Path) -> str:
     """Return the W&B run id, which the first start chose and wrote to `path`."""
     try:
@@ -129,7 +149,7 @@ def _run_id(path: Path) -> str:
     except (OSError, ValueError):
         run_id = ""
     if not re.fullmatch(RUN_ID, run_id):
-        run_id = os.environ.get("WANDB_RUN_ID", "")  # chosen by a sweep's agent
+        run_id = ENVIRONMENT.get("WANDB_RUN_ID", "")  # chosen by a sweep's agent
         if not re.fullmatch(RUN_ID, run_id):
             run_id = secrets.token_hex(4)
         write_atomic(path, run_id + "\n")
@@ -139,17 +159,17 @@ def _run_id(path: Path) -> str:
 def without_secrets(error: Exception) -> str:
     """Return an error on one line of at most 200 characters, without the API key and passwords in URLs."""
     text = re.sub(r"//[^/@\s]+@", "//***@", str(error))
-    key = os.environ.get("WANDB_API_KEY")
+    key = ENVIRONMENT.get("WANDB_API_KEY")
     return one_line(text.replace(key, "***") if key else text, 200)  # cut last: half a key is a secret too
 
 
 def has_api_key() -> bool:
     """Return whether the client would find an API key: in the environment or in netrc."""
-    if os.environ.get("WANDB_API_KEY"):
+    if ENVIRONMENT.get("WANDB_API_KEY") or ENVIRONMENT.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    own_server = urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname
+    own_server = urlsplit(ENVIRONMENT.get("WANDB_BASE_URL", "")).hostname
     try:
-        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
+        hosts = netrc.netrc(ENVIRONMENT.get("NETRC")).hosts
     except (OSError, ValueError, netrc.NetrcParseError):
         return False
     return any("wandb" in host or host == own_server for host in hosts)

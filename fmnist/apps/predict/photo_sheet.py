@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
@@ -44,10 +42,11 @@ def draw_sheet(cells: Sequence[Cell], title: str, columns: int = 5) -> bytes:
     Returns:
         A PNG.
     """
-    # DejaVu Sans comes with matplotlib and has most scripts that a file name is written in.
-    fonts = os.path.join(matplotlib.get_data_path(), "fonts", "ttf")
-    font = ImageFont.truetype(os.path.join(fonts, "DejaVuSans.ttf"), 12)
-    bold = ImageFont.truetype(os.path.join(fonts, "DejaVuSans-Bold.ttf"), 15)
+    from fmnist.report.figures import font_folder  # late: half a second of libraries
+
+    # DejaVu Sans has most scripts that a file name is written in.
+    font = ImageFont.truetype(font_folder() / "DejaVuSans.ttf", 12)
+    bold = ImageFont.truetype(font_folder() / "DejaVuSans-Bold.ttf", 15)
     columns = min(columns, len(cells))
     num_lines = max(len(cell.lines) for cell in cells)
     width, height = 2 * SIDE + 4 + 2 * MARGIN, SIDE + num_lines * LINE + 2 * MARGIN

@@ -14,6 +14,7 @@ import torch
 from fmnist.apps.novelty import NoveltyReference, open_reference
 from fmnist.apps.predict.photo_sheet import BLACK, GREY, ORANGE, Cell, draw_sheet
 from fmnist.apps.views import Photo, read_photo
+from fmnist.runtime.console import keep_at_interrupt
 from fmnist.runtime.files import csv_bytes, write_atomic
 from fmnist.trained import Trained, open_trained
 
@@ -123,18 +124,26 @@ def write_predictions(items: Iterable[Prediction], args: argparse.Namespace, tit
 
     Returns:
         How many are `predicted`, of those `unfamiliar` and `uncropped` (no object cut out), and `errors`.
+
+    Raises:
+        KeyboardInterrupt: at Ctrl-C, once predictions.csv holds what is done.
     """
     counts = Counter(predicted=0, unfamiliar=0, uncropped=0, errors=0)
     rows: list[list[str]] = []
     shown: list[Prediction] = []
-    for item in items:
-        rows.append(row(item, args.top))
-        counts["predicted" if item.top else "errors"] += 1
-        counts["unfamiliar"] += item.unfamiliar
-        counts["uncropped"] += item.photo.cutout is not None and item.photo.cutout.box is None
-        if len(shown) < args.sheet:  # pictures are kept for the sheet only
-            shown.append(item)
-    write_atomic(args.output / "predictions.csv", csv_bytes(header(args.top), rows))
+    with keep_at_interrupt() as interrupted:
+        for item in items:
+            rows.append(row(item, args.top))
+            counts["predicted" if item.top else "errors"] += 1
+            counts["unfamiliar"] += item.unfamiliar
+            counts["uncropped"] += item.photo.cutout is not None and item.photo.cutout.box is None
+            if len(shown) < args.sheet:  # pictures are kept for the sheet only
+                shown.append(item)
+    path = args.output / "predictions.csv"
+    if rows or not interrupted:
+        write_atomic(path, csv_bytes(header(args.top), rows))
+    if interrupted:
+        raise KeyboardInterrupt(f"{path} holds the {len(rows):,} pictures that are done" if rows else "")
     if shown:
         part = f", the first {len(shown)} of {len(rows):,}" if len(rows) > len(shown) else ""
         write_atomic(args.output / "predictions.png", draw_sheet([sheet_cell(item) for item in shown], title + part))

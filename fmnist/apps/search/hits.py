@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from fmnist.apps.search.catalogue import UNKNOWN, Catalogue
-from fmnist.report.figures import BLUE, GREEN, ORANGE, save_figure
+from fmnist.report.figures import BLUE, GREEN, ORANGE, Axes, Figure, by_default_style, save_figure
 from fmnist.runtime.files import csv_bytes
 
 COLUMNS = 10  # images in one line of the sheet; more follow below
@@ -65,6 +63,7 @@ def hits_csv(hits: Sequence[Hit], catalogue: Catalogue) -> bytes:
     return csv_bytes(list(rows[0]), [list(row.values()) for row in rows])
 
 
+@by_default_style
 def plot_hits(hits: Sequence[Hit], catalogue: Catalogue, path: Path) -> None:
     """Draw each query, framed, then its nearest items with class and similarity.
 

@@ -1,0 +1,537 @@
+"""What the environment decides: each variable is obeyed, without effect or refused, as docs/environment.md says."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, environment, train
+from test_tracker_faults import KEY, Server
+from torch import nn
+
+from fmnist.config.same_run import differences
+from fmnist.config.schema import Config, LogConfig, check_values
+from fmnist.evaluation.numbers import reliability_bins
+from fmnist.report.figures import plot_reliability
+from fmnist.runtime import compute as compute_module
+from fmnist.runtime import hardware, launcher
+from fmnist.runtime.compute import Compute
+from fmnist.runtime.console import one_line_errors
+from fmnist.runtime.environment import ENVIRONMENT, VARIABLES, hidden, integer, is_true, remove_effects
+from fmnist.runtime.launcher import check_processes, check_world_size
+from fmnist.tracking.tracker import Tracker
+from fmnist.tracking.wandb_run import WANDB_ID_FILE, log_evaluation
+
+LAUNCHED = (*launcher.INTEGERS, *launcher.STARTED, "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS")
+# The step, and what it does to arithmetic when Accelerate is left to read it.
+CHANGES = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+    "ACCELERATE_DYNAMO_BACKEND": "EAGER",
+    "ACCELERATE_TORCH_DEVICE": "meta",
+    "ACCELERATE_DOWNCAST_BF16": "1",
+    "ACCELERATE_CPU_AFFINITY": "1",
+    "ACCELERATE_DEBUG_MODE": "maybe",  # which Accelerate itself would refuse
+    "RANK": "1",
+    "LOCAL_RANK": "1",
+}
+WARNED = ("GRADIENT_ACCUMULATION_STEPS=4", "MIXED_PRECISION=bf16", "DYNAMO_BACKEND=EAGER", "TORCH_DEVICE=meta")
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment that no launcher, cluster or Accelerate file has touched."""
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "SLURM_", "TORCHELASTIC_"))]:
+        monkeypatch.delenv(name)
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hardware, "launcher_environment", lambda: None)
+    monkeypatch.setattr(launcher, "launcher_environment", lambda: None)
+    return monkeypatch
+
+
+def table() -> str:
+    """Return the table of the page."""
+    rows = [f"| `{each.name}` | {each.rule} | {each.meaning} |" for each in VARIABLES]
+    return "\n".join(["| variable | | meaning |", "|---|---|---|", *rows])
+
+
+def test_the_page_holds_the_table() -> None:
+    text = (ROOT / "docs/environment.md").read_text()
+    begin, end = "<!-- variables: begin -->\n", "\n<!-- variables: end -->"
+    assert text.partition(begin)[2].partition(end)[0] == table()
+
+
+def test_what_is_read_is_in_the_table_and_nothing_else_can_be_read() -> None:
+    readers = (
+        "ENVIRONMENT.get",
+        "environ.get",
+        "own.get",
+        "is_true",
+        "integer",
+        "set_default",
+        "unset_empty",
+        "hidden",
+    )
+    found = set()
+    for path in (ROOT / "fmnist").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in readers:
+                found |= {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)}
+    assert len(found) > 20
+    assert [name for name in found if not any(fnmatchcase(name, row.name) for row in VARIABLES)] == []
+    with pytest.raises(AssertionError, match="SECRET is not in the table"):
+        ENVIRONMENT.get("SECRET")
+
+
+def one_step() -> tuple[torch.Tensor, torch.Tensor, str, str]:
+    with Compute(precision="fp32", seed=1) as compute:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+        prepared, gradients = compute.prepare(model)
+        images, labels = torch.rand(8, 1, 28, 28), torch.arange(8)
+        for part in gradients.over(prepared, [slice(0, 4), slice(4, 8)]):
+            gradients.backward(F.cross_entropy(prepared(images[part]), labels[part]))
+        weight = model[1].weight
+        assert weight.grad is not None
+        return weight.grad.clone(), weight.detach().clone(), compute.precision, str(compute.device)
+
+
+def test_nothing_set_for_accelerate_changes_a_gradient(
+    alone: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = one_step()
+    for name, value in CHANGES.items():
+        alone.setenv(name, value)
+    found = one_step()
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])  # seen: a quarter
+    assert found[2:] == expected[2:] == ("fp32", "cpu")
+    assert {name: os.environ[name] for name in CHANGES} == CHANGES  # a notebook keeps its own
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert all(each in warning for each in WARNED)
+
+
+@pytest.mark.parametrize("way", launcher.OTHER_WAYS)
+def test_another_way_to_train_is_refused(way: str, alone: pytest.MonkeyPatch) -> None:
+    alone.setenv(f"ACCELERATE_USE_{way}", "True")
+    with pytest.raises(ValueError, match=f"^ACCELERATE_USE_{way} is true, .* DDP") as refused:
+        Compute()
+    assert "\n" not in str(refused.value)
+    alone.setenv(f"ACCELERATE_USE_{way}", "false")
+    assert check_processes() == 1
+
+
+@pytest.mark.thorough
+def test_the_whole_program_with_everything_that_is_inherited(tmp_path: Path) -> None:
+    flags = ["--config", ROOT / "configs/mlp.yaml", "--log.wandb", "disabled", "--schedule.warmup_epochs", 0]
+    flags += ["--schedule.steps", 60, "--optim.name", "sgd", "--optim.lr", 0.05, "--optim.ema_decay", 0]
+    train(*flags, "--output_dir", tmp_path / "plain")
+    (tmp_path / "matplotlibrc").write_text("axes.facecolor: black\nno.such.key: 3\n")
+    inherited = CHANGES | {
+        "PYTHONHASHSEED": "77",
+        "PYTHONWARNINGS": "error",
+        "PYTHONOPTIMIZE": "2",
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "TIMM_FUSED_ATTN": "0",
+        "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1",
+        "COLUMNS": "20",
+        "TQDM_DISABLE": "1",
+        "FORK_LAUNCHED": "1",
+    }
+    command = [sys.executable, ROOT / "train.py", *flags, "--output_dir", tmp_path / "inherited"]
+    done = subprocess.run(
+        list(map(str, command)),
+        env=environment() | inherited,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    plain, found = tmp_path / "plain", tmp_path / "inherited"
+    assert (found / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+    # 71.72 % where it was recorded; a quarter of each gradient gave 44.59 %
+    assert json.loads((found / "summary.json").read_text())["test.top1"] == pytest.approx(0.7172, abs=0.01)
+    assert (found / "evaluation/test/confusion_matrix.png").is_file()
+
+
+# Who speaks, and whether processes meet
+
+
+@pytest.mark.parametrize(
+    "left_over",
+    [
+        {"RANK": "1"},
+        {"LOCAL_RANK": "1"},
+        {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "1"},
+        {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"},
+        {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "none"},
+    ],
+)
+def test_an_error_is_always_shown(
+    left_over: Mapping[str, str], alone: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in left_over.items():
+        alone.setenv(name, value)
+    with pytest.raises(SystemExit), one_line_errors("train.py"):
+        raise ValueError("no")
+    assert capsys.readouterr().err == "train.py: error: no\n"
+    assert not launcher.is_sibling()
+
+
+def test_an_error_of_several_processes_is_shown_once(
+    alone: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in (("WORLD_SIZE", "3"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(store.port))):
+        alone.setenv(name, value)
+    for rank, text in (("1", "the same"), ("0", "the same"), ("2", "my own")):
+        alone.setenv("RANK", rank)
+        with pytest.raises(SystemExit), one_line_errors("train.py"):
+            raise ValueError(text)
+    assert capsys.readouterr().err == "train.py: error: the same\ntrain.py: error: my own\n"
+    alone.setenv("RANK", "0")  # after a restart by torchrun it is news again
+    alone.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(SystemExit), one_line_errors("train.py"):
+        raise ValueError("the same")
+    assert capsys.readouterr().err == "train.py: error: the same\n"
+
+
+@pytest.mark.thorough
+def test_a_misspelt_flag_of_two_processes_is_one_line() -> None:
+    done = train("--optim.lrr", 3, processes=2, check=False)
+    assert done.stderr.count("train.py: error:") == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; valid: a whole number, 1 or more"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"RANK": "-1"}, "RANK is '-1'; valid: a whole number, 0 or more"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2, but MASTER_ADDR, where they meet, is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "a"}, "RANK is 5, but WORLD_SIZE is 2; valid: 0 to 1"),
+        ({"ACCELERATE_USE_FSDP": "maybe"}, "ACCELERATE_USE_FSDP is 'maybe'; valid: true or false"),
+        (
+            {"WORLD_SIZE": "2", "MASTER_ADDR": "a", "GLOO_SOCKET_IFNAME": "eth77"},
+            "GLOO_SOCKET_IFNAME is 'eth77': no such network interface; valid: .*lo",
+        ),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "a", "NCCL_SOCKET_IFNAME": "lo,eth77"}, "NCCL_SOCKET_IFNAME is"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "a", "NCCL_SOCKET_IFNAME": "=l"}, "NCCL_SOCKET_IFNAME is '=l'"),
+    ],
+)
+def test_what_no_process_can_use_is_named(values: Mapping[str, str], said: str, alone: pytest.MonkeyPatch) -> None:
+    for name, value in values.items():
+        alone.setenv(name, value)
+    with pytest.raises(ValueError, match=said):
+        check_processes()
+
+
+@pytest.mark.parametrize("name", ["lo", "l", "=lo", "^eth0", "eth77"])
+def test_interfaces_that_are_there_or_not_asked_for(name: str, alone: pytest.MonkeyPatch) -> None:
+    alone.setenv("NCCL_SOCKET_IFNAME", name)
+    if name != "eth77":  # which one process does not need
+        alone.setenv("WORLD_SIZE", "2")
+        alone.setenv("MASTER_ADDR", "127.0.0.1")
+    assert check_processes() == (1 if name == "eth77" else 2)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", *launcher.STARTED])
+def test_processes_that_each_run_alone_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^2 processes were started \\({name}=2\\), but each runs alone: .*torchrun"):
+        check_world_size(1, {name: "2"})
+    check_world_size(1, {name: "1"})
+    check_world_size(2, {name: "2"})
+
+
+def test_accelerate_that_starts_one_of_several_is_refused(alone: pytest.MonkeyPatch) -> None:
+    alone.setattr(launcher, "launcher_environment", lambda: {"PATH": "/bin"})
+    environ = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}
+    with pytest.raises(ValueError, match="asked for several processes but started one"):
+        check_world_size(1, environ)
+    check_world_size(1, environ | {"TORCHELASTIC_RUN_ID": "none"})
+    alone.setattr(launcher, "launcher_environment", lambda: {"MASTER_ADDR": "127.0.0.1"})
+    check_world_size(1, environ)  # the user's own, left over
+
+
+def test_a_long_wait_for_others_is_reported_and_ends_in_one_line(
+    alone: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone.setattr(compute_module, "WAITING_S", 0.01)
+    refused = pytest.raises(ValueError, match=r"^2 processes \(WORLD_SIZE\) cannot meet: timed out")
+    with refused, compute_module._meeting(2):
+        time.sleep(0.3)
+        raise RuntimeError("timed out\nafter 600 s")
+    assert caplog.messages == ["waiting for 1 more process (WORLD_SIZE=2)"]
+    with compute_module._meeting(4):
+        time.sleep(0.3)
+    assert caplog.messages[1:] == ["waiting for 3 more processes (WORLD_SIZE=4)"]
+
+
+# Threads
+
+
+@pytest.mark.parametrize(
+    ("values", "own", "expected"),
+    [
+        ({}, None, None),  # torch's own number
+        ({"SLURM_CPUS_PER_TASK": "1"}, None, 1),
+        ({"SLURM_CPUS_ON_NODE": "1"}, None, 1),
+        ({"SLURM_CPUS_ON_NODE": "1", "SLURM_CPUS_PER_TASK": "2"}, None, None),
+        ({"SLURM_CPUS_PER_TASK": "1", "OMP_NUM_THREADS": "2"}, None, None),  # as the user says
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, {}, 2),  # the launcher's 1
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, {"OMP_NUM_THREADS": "1"}, None),  # the user's 1
+        ({"OMP_NUM_THREADS": "64", "ACCELERATE_MIXED_PRECISION": "no"}, {"HOME": "/"}, 2),  # the launcher's, of all
+        ({"OMP_NUM_THREADS": "1", "SLURM_CPUS_PER_TASK": "1", "TORCHELASTIC_RUN_ID": "x"}, {"HOME": "/"}, 1),
+        ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2"}, {"HOME": "/"}, 1),
+    ],
+)
+def test_threads_are_at_most_what_the_job_was_given(
+    values: Mapping[str, str], own: Mapping[str, str] | None, expected: int | None, alone: pytest.MonkeyPatch
+) -> None:
+    for name, value in values.items():
+        alone.setenv(name, value)
+    chosen: list[int] = []
+    alone.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    alone.setattr(torch, "get_num_threads", lambda: 2)
+    alone.setattr(torch, "set_num_threads", chosen.append)
+    alone.setattr(hardware, "launcher_environment", lambda: own)
+    hardware.set_threads(None, 1)
+    assert chosen == ([] if expected is None else [expected])
+    hardware.set_threads(3, 1)  # the option is above all
+    assert chosen[-1] == 3
+
+
+def test_threads_are_no_part_of_a_run_and_exact_has_one(alone: pytest.MonkeyPatch) -> None:
+    assert differences(Config(threads=1), Config(threads=8)) == []
+    with pytest.raises(ValueError, match="threads is 4, but exact computes with one"):
+        Compute(shards=2, threads=4)
+    before = torch.get_num_threads()
+    with Compute(precision="fp32", threads=1):
+        assert torch.get_num_threads() == 1
+    torch.set_num_threads(before)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("users", [None, "1"])
+def test_the_users_thread_is_told_from_the_launchers(users: str | None, tmp_path: Path) -> None:
+    script = tmp_path / "threads.py"
+    script.write_text(
+        "import os, torch\nfrom fmnist.runtime import hardware\nos.sched_getaffinity = lambda _: range(6)\n"
+        "hardware.set_threads(None, 2)\nprint('threads', torch.get_num_threads(), os.environ['OMP_NUM_THREADS'])\n"
+    )
+    environ = environment()
+    del environ["OMP_NUM_THREADS"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environ |= {"OMP_NUM_THREADS": users} if users else {}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+    assert done.stdout.count(f"threads {1 if users else 3} 1") == 2, done.stdout + done.stderr
+
+
+# Weights & Biases
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
+    """A working server, with a key to it, and a client that has read nothing yet."""
+    import wandb
+
+    serving = Server("good")
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{serving.server_address[1]}")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.chdir(tmp_path)
+    wandb.teardown()
+    yield serving
+    wandb.teardown()
+    serving.stop()
+
+
+def tracked(directory: Path, cfg: LogConfig) -> None:
+    directory.mkdir(exist_ok=True)
+    tracker = Tracker(directory, cfg, {"optim.lr": 0.1}, step=0, total_steps=1)
+    tracker.log("train", {"loss": 1.0}, 1, 0.1)
+    tracker.finish({})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"WANDB_MODE": "offline"},
+        {"WANDB_MODE": "dryrun"},
+        {"WANDB_MODE": "disabled"},
+        {"WANDB_DISABLED": "true"},
+        {"wandb/settings": "mode = offline"},
+        {"wandb/settings": "mode = disabled"},
+    ],
+)
+def test_wandb_is_as_quiet_as_it_is_told(
+    values: Mapping[str, str], server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in values.items():
+        if name == "wandb/settings":
+            (tmp_path / "wandb").mkdir()
+            (tmp_path / name).write_text(f"[default]\n{value}\n")
+        else:
+            monkeypatch.setenv(name, value)
+    run = tmp_path / "run"
+    tracked(run, LogConfig())
+    (run / WANDB_ID_FILE).write_text("abcd1234\n")
+    log_evaluation(run, LogConfig(), {}, prefix="evaluation/test", scalars={"top1": 0.9}, files=[], errors=[])
+    assert server.paths == []
+    kept = list(run.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(kept) == (2 if "offline" in str(values) or "dryrun" in str(values) else 0)
+
+
+def sent(server: Server) -> dict[str, object]:
+    bodies = [json.loads(body) for body in server.bodies if b"UpsertBucket" in body]
+    return bodies[0]["variables"]
+
+
+def test_wandb_gets_the_project_and_name_of_the_environment_and_nothing_of_the_machine(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "team")
+    monkeypatch.setenv("WANDB_NAME", "first try")
+    monkeypatch.setenv("WANDB_RUN_GROUP", "sweep")
+    tracked(tmp_path / "run", LogConfig())
+    found = sent(server)
+    assert (found["project"], found["displayName"], found["groupName"]) == ("team", "first try", "sweep")
+    assert (found["host"], found["program"], found["repo"], found["commit"]) == ("-", "fmnist", None, None)
+    assert not any("requirements" in path or "metadata" in path for path in server.paths)
+    everything = b"".join(server.bodies)
+    for private in (os.uname().nodename, str(ROOT), str(tmp_path), sys.executable, f"torch=={torch.__version__}"):
+        assert len(private) < 4 or private.encode() not in everything, private
+
+
+def test_wandb_gets_what_the_config_says_first(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "team")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracked(tmp_path / "mine", LogConfig(wandb="online", project="own"))
+    assert (sent(server)["project"], sent(server)["displayName"]) == ("own", "mine")
+
+
+@pytest.mark.thorough
+def test_wandb_is_silent_without_a_home(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path\nfrom fmnist.config.schema import LogConfig\nfrom fmnist.tracking.tracker import *\n"
+        "Tracker(Path('run'), LogConfig(wandb='offline'), {}, step=0, total_steps=1).finish({})\n"
+    )
+    (tmp_path / "run").mkdir()
+    environ = {name: value for name, value in environment().items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.glob("run/wandb/offline-run-*/run-*.wandb"))
+
+
+# Figures
+
+DRAW = """
+import sys, torch
+from pathlib import Path
+from fmnist.evaluation.numbers import reliability_bins
+from fmnist.report.figures import plot_reliability
+torch.manual_seed(0)
+plot_reliability(reliability_bins(torch.rand(50, 10).softmax(1), torch.arange(50) % 10), 0.1, "t", Path(sys.argv[1]))
+"""
+
+
+def draw(path: Path) -> bytes:
+    torch.manual_seed(0)
+    bins = reliability_bins(torch.rand(50, 10).softmax(1), torch.arange(50) % 10)
+    plot_reliability(bins, 0.1, "t", path)
+    return path.read_bytes()
+
+
+def test_figures_are_those_of_matplotlibs_defaults(tmp_path: Path) -> None:
+    expected = draw(tmp_path / "plain.png")
+    rc = "axes.facecolor: black\nfont.size: 30\nno.such.key: 1\nbackend: module://nothing\nsavefig.dpi: 20\n"
+    for folder in ("here", "config"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "matplotlibrc").write_text(rc)
+    environ = environment() | {
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "MATPLOTLIBRC": str(tmp_path / "here" / "matplotlibrc"),
+        "MPLCONFIGDIR": str(tmp_path / "config"),
+    }
+    command = [sys.executable, "-c", DRAW, str(tmp_path / "found.png")]
+    done = subprocess.run(command, env=environ, cwd=tmp_path / "here", capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "found.png").read_bytes() == expected
+
+
+def test_figures_leave_a_notebooks_style_alone(tmp_path: Path) -> None:
+    expected = draw(tmp_path / "plain.png")
+    with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30, "axes.grid": True}):
+        assert draw(tmp_path / "found.png") == expected
+        assert matplotlib.rcParams["font.size"] == 30
+
+
+# The rest
+
+
+def test_values_that_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, expected in (("True", True), ("1", True), (" yes ", True), ("false", False), ("", False), ("0", False)):
+        monkeypatch.setenv("ACCELERATE_USE_CPU", value)
+        assert is_true("ACCELERATE_USE_CPU") is expected
+    with hidden("ACCELERATE_*"):
+        assert "ACCELERATE_USE_CPU" not in os.environ
+    assert os.environ["ACCELERATE_USE_CPU"] == "0"
+    monkeypatch.setenv("FMNIST_EXPECTED_WORLD_SIZE", "\u0663")  # a digit, but not one of ours
+    with pytest.raises(ValueError, match="valid: a whole number, 1 or more"):
+        integer("FMNIST_EXPECTED_WORLD_SIZE", 1)
+
+
+def test_the_cpu_is_taken_where_the_environment_asks_for_it(alone: pytest.MonkeyPatch) -> None:
+    alone.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("meta"))
+    assert hardware.find_device(None) == torch.device("meta")
+    alone.setenv("ACCELERATE_USE_CPU", "true")
+    assert hardware.find_device(None) == torch.device("cpu")
+    assert hardware.find_device("meta") == torch.device("meta")  # --device says it first
+
+
+def test_what_would_change_arithmetic_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    import warnings
+
+    gone = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TIMM_FUSED_ATTN")
+    for name in (*gone, "TIMMY"):
+        monkeypatch.setenv(name, "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        remove_effects()
+        warnings.warn("only said", stacklevel=1)
+    assert not any(name in os.environ for name in gone)
+    assert "TIMMY" in os.environ
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_a_path_that_is_no_text_in_the_locale(locale: str, tmp_path: Path) -> None:
+    environ = environment() | {"LC_ALL": locale, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "fmnist", "launch", "--output_dir", "\u00fc/run"]
+    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, timeout=60)
+    if locale == "C":
+        assert done.returncode == 2
+        assert re.search(rb"output_dir is .*: no text in this locale \(ascii\); set LC_ALL=C.UTF-8\n$", done.stderr)
+        assert done.stderr.count(b"\n") == 1
+    else:
+        assert done.stdout.decode().strip() == str(tmp_path / "\u00fc" / "run")
+
+
+def test_a_byte_that_is_no_text_is_refused_in_any_locale() -> None:
+    with pytest.raises(ValueError, match="output_dir is .*: no text in this locale"):
+        check_values(Config(output_dir="a\udcff"))
