@@ -3,13 +3,14 @@
 import csv
 import io
 import os
+import signal
 import stat
 import threading
 from pathlib import Path
 
 import pytest
 
-from fmnist.runtime.files import LEFTOVER_AGE_S, csv_bytes, read_json, write_atomic
+from fmnist.runtime.files import LEFTOVER_AGE_S, csv_bytes, read_json, temporary_folder, write_atomic
 
 
 def names(folder: Path) -> list[str]:
@@ -63,14 +64,60 @@ def test_the_mode_follows_the_umask(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_killed_writes_go_and_a_write_under_way_stays(tmp_path: Path) -> None:
-    stale, fresh, other = (tmp_path / name for name in (".a[1].1234.part", ".a[1].5678.part", ".b.1234.part"))
-    for path in (stale, fresh, other):
+    stale, ahead = tmp_path / ".a[1].01234567.part", tmp_path / ".a[1].89abcdef.part"
+    new, other = tmp_path / ".a[1].00112233.part", tmp_path / ".b.01234567.part"
+    for path in (stale, ahead, new, other, tmp_path / ".a[1].mine.part"):
         path.write_text("half")
-    long_ago = stale.stat().st_mtime - LEFTOVER_AGE_S - 60
-    os.utime(stale, (long_ago, long_ago))
-    os.utime(other, (long_ago, long_ago))
+    for path, seconds in ((stale, -2), (ahead, 7200), (other, -2)):  # the clock may have been set back
+        os.utime(path, (path.stat().st_mtime + seconds,) * 2)
+    (tmp_path / ".a[1].44556677.part").symlink_to(other)
+    folder = tmp_path / ".a[1].fedcba98.part"
+    folder.mkdir()
+    (folder / "weights").write_text("half")
+    os.utime(folder, (0, 0))
+    kept = [".a[1].00112233.part", ".a[1].44556677.part", ".a[1].mine.part", ".b.01234567.part"]
     write_atomic(tmp_path / "a[1]", "x")
-    assert names(tmp_path) == [".a[1].5678.part", ".b.1234.part", "a[1]"]
+    assert names(tmp_path) == [*kept, "a[1]"]
+
+    def meanwhile(file: io.BufferedWriter) -> None:
+        (part,) = tmp_path.glob(".file.*.part")
+        os.utime(part, (0, 0))  # it has been written for long
+        write_atomic(tmp_path / "file", "second")
+        assert part.exists()
+        file.write(b"first")
+
+    write_atomic(tmp_path / "file", meanwhile)
+    assert (tmp_path / "file").read_text() == "first"
+    assert names(tmp_path) == [*kept, "a[1]", "file"]
+
+
+def test_without_locks_leftovers_go_by_their_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fmnist.runtime.files.fcntl", None)
+    for name, age in (("01234567", LEFTOVER_AGE_S + 60), ("89abcdef", 60)):
+        path = tmp_path / f".a.{name}.part"
+        path.write_text("half")
+        os.utime(path, (path.stat().st_mtime - age,) * 2)
+    write_atomic(tmp_path / "a", "x")
+    assert names(tmp_path) == [".a.89abcdef.part", "a"]
+
+
+def test_a_temporary_folder_goes_also_after_a_kill(tmp_path: Path) -> None:
+    with temporary_folder(tmp_path / "hub") as folder:
+        (folder / "weights").write_text("x")
+        os.utime(folder, (0, 0))
+        with temporary_folder(tmp_path / "hub"):
+            assert (folder / "weights").exists()  # another process is at it
+    assert names(tmp_path) == []
+    child = os.fork()
+    if child == 0:
+        with temporary_folder(tmp_path / "hub") as folder:
+            os.utime(folder, (0, 0))
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(names(tmp_path)) == 1
+    with temporary_folder(tmp_path / "hub"):
+        assert len(names(tmp_path)) == 1
+    assert names(tmp_path) == []
 
 
 def test_writers_at_once_leave_one_whole_file(tmp_path: Path) -> None:

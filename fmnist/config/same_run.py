@@ -1,20 +1,20 @@
 """The options that decide a run's result, and which of them differ between two configs."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-from fmnist.config.schema import Config, flatten
+from fmnist.config import strict_yaml
+from fmnist.config.schema import SECTIONS, Config, flatten
 
+# These belong to one start of a run, and are not kept in its config.yaml.
+OF_A_START = ("resume", "overwrite", "max_minutes", "profile", "dry_run")
 # What may differ between a run's two starts: nothing here changes which weights come out.
 MAY_CHANGE = (
+    *OF_A_START,
     "output_dir",
-    "resume",
-    "overwrite",
-    "max_minutes",
-    "profile",
-    "dry_run",
     "timeout_s",
-    "data.root",
+    "data.root",  # what it holds is compared by its bytes: checkpoint/fingerprint.py
     "model.weights",
     "log.",
     "checkpoint.",
@@ -33,6 +33,16 @@ MAY_CHANGE_ROUNDING = (
 def recipe(cfg: Config) -> dict[str, Any]:
     """Return the options that decide the result, under their dotted names."""
     return {key: value for key, value in flatten(cfg).items() if not key.startswith(MAY_CHANGE + MAY_CHANGE_ROUNDING)}
+
+
+def run_yaml(cfg: Config) -> str:
+    """Return what a run keeps as its config.yaml."""
+    return strict_yaml.dump({name: value for name, value in asdict(cfg).items() if name not in OF_A_START})
+
+
+def is_run_yaml(content: Any) -> bool:
+    """Say whether the content of a YAML file is a run's config: it has every section, as recipes by hand have not."""
+    return isinstance(content, dict) and {*SECTIONS, "output_dir"} <= content.keys()
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

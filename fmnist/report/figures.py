@@ -22,7 +22,7 @@ DPI = 150
 def save_figure(path: Path, figure: Figure) -> None:
     """Write a figure as PNG, whole or not at all."""
     FigureCanvasAgg(figure)
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=DPI))
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=DPI, metadata={"Software": "fmnist"}))
 
 
 def plot_confusion_matrix(
