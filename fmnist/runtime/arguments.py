@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+MAX_NUMBER = 2**62  # no tensor has more
+
 
 class CommandLine(argparse.ArgumentParser):
     """argparse with options in full only, and one line on stderr (status 2) for a mistake."""
@@ -31,6 +33,10 @@ class CommandLine(argparse.ArgumentParser):
             self.add_device()
         self.add_argument("--batch_size", type=number(1), help="images of one forward (default: the run's)")
         self.add_argument("--data.root", dest="root", help="folder with the data set (default: the run's)")
+
+    def add_force(self) -> None:
+        """Add --force."""
+        self.add_argument("--force", action="store_true", help="replace files that this command did not make")
 
     def add_device(self) -> None:
         """Add --device."""
@@ -68,9 +74,9 @@ def number(low: float, high: float = math.inf, kind: Callable[[str], float] = in
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high:
+        if not low <= value <= min(high, MAX_NUMBER):
             limits = f"{low:g} and more" if high == math.inf else f"{low:g} to {high:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not valid; valid range: {limits}")
+            raise argparse.ArgumentTypeError(f"{text!r:.60} is not valid; valid range: {limits}")
         return value
 
     return read

@@ -134,6 +134,8 @@ def check_outputs(marks: Mapping[Path, bytes], *, force: bool = False) -> None:
             first = path.resolve().relative_to(run).parts[0]
             if _like(first, RUN_FILES) and first != "evaluation":
                 raise ValueError(f"--output: {path} is a file of the run in {run}; give another place")
+            if path.name == CONFIG and first != "export":
+                raise ValueError(f"--output: {path} lies in the run {run}; valid inside a run: {run / 'export'}")
             if first in ("evaluation", "export", "search"):
                 continue  # what lies there, commands made
         if path.is_dir() and not path.is_symlink():

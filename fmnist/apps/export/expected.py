@@ -74,6 +74,8 @@ def read_measured(expected: Expected) -> Measured:
     trained = expected.trained
     folder = trained.folder("evaluation", "test")
     again = f"run: fmnist evaluate {trained.weights.parent}"
+    if missing := [folder / name for name in ("metrics.json", "predictions.csv") if not (folder / name).exists()]:
+        raise ValueError(f"a model card states measured figures, and there is no {missing[0]}; {again}")
     try:
         metrics = read_json(folder / "metrics.json")
         _check_metrics(metrics)
@@ -81,8 +83,6 @@ def read_measured(expected: Expected) -> Measured:
             rows = [row[4:] for row, _ in zip(csv.reader(file), range(1 + len(expected.images)), strict=False)][1:]
         written = torch.tensor([[float(cell) for cell in row] for row in rows])
         distance = (written - expected.logits.softmax(-1)).abs().mean()
-    except FileNotFoundError as error:
-        raise ValueError(f"a model card states measured figures, and there is no {error.filename}; {again}") from None
     except (OSError, ValueError, RuntimeError, KeyError, TypeError):
         raise ValueError(f"{folder} does not hold a whole evaluation; {again}") from None
     mirrored, _ = trained(expected.images.flip(-1))
