@@ -72,8 +72,9 @@ def _check_ours(directory: Path, names: list[str]) -> None:
     try:
         _run_config(directory)
     except ValueError as error:
+        found = foreign_file(directory) or directory / names[0]
         raise ValueError(
-            f"overwrite is true, but output_dir {directory} holds {names[0]} and is not a run: {error}; nothing was "
+            f"overwrite is true, but output_dir {directory} is not a run ({error}) and holds {found}; nothing was "
             "deleted: give another --output_dir"
         ) from None
     if (foreign := foreign_file(directory)) is not None:

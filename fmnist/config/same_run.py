@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fmnist.config import strict_yaml
-from fmnist.config.schema import SECTIONS, Config, flatten
+from fmnist.config.schema import Config, flatten
 
 # These belong to one start of a run, and are not kept in its config.yaml.
 OF_A_START = ("resume", "overwrite", "max_minutes", "profile", "dry_run")
@@ -41,8 +41,8 @@ def run_yaml(cfg: Config) -> str:
 
 
 def is_run_yaml(content: Any) -> bool:
-    """Say whether the content of a YAML file is a run's config: it has every section, as recipes by hand have not."""
-    return isinstance(content, dict) and {*SECTIONS, "output_dir"} <= content.keys()
+    """Say whether the content of a YAML file is a run's config, of this version or another: a recipe by hand is not."""
+    return isinstance(content, dict) and {"data", "batch", "model", "optim", "seed", "output_dir"} <= content.keys()
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

@@ -47,7 +47,7 @@ def agree(run: Run, seen: Mapping[str, str], remedy: str) -> None:
 
     Args:
         run: the processes.
-        seen: by name, what this process sees.
+        seen: what this process sees, under the words that say where.
         remedy: ends the message.
 
     Raises:
@@ -57,7 +57,7 @@ def agree(run: Run, seen: Mapping[str, str], remedy: str) -> None:
     for rank, view in enumerate(views):
         for name, value in view.items():
             if value != views[0].get(name):
-                raise ValueError(f"rank {rank} sees {name} {value}, rank 0 {views[0].get(name)}: {remedy}")
+                raise ValueError(f"rank {rank} sees {value} {name}, rank 0 {views[0].get(name)}: {remedy}")
 
 
 def find_start(cfg: Config, run: Run, checkpoints: Checkpoints) -> tuple[bool, Path | None]:
@@ -73,12 +73,14 @@ def find_start(cfg: Config, run: Run, checkpoints: Checkpoints) -> tuple[bool, P
         ValueError: the run is of other data or weights, its checkpoints cannot be used, or the processes see different
             directories, data or options.
     """
-    options = {name: json.dumps(value) for name, value in recipe(cfg).items()}
+    options = {f"as {name}": json.dumps(value) for name, value in recipe(cfg).items()}
     agree(run, options, "give all processes the same options")
-    agree(run, run.fingerprint, "all processes have to read the same data and weights")
-    shared = f"output_dir {run.directory} must be shared by all processes"
+    made_of = {f"as {name}": _short(digest) for name, digest in run.fingerprint.items()}
+    agree(run, made_of, "all processes have to read the same data and weights")
+    place, shared = f"in {run.directory}", "output_dir must be shared by all processes"
     finished, again = together(run, lambda: _status(cfg, run))
-    agree(run, {"the run": "finished" if finished else "begun again" if again else "unfinished"}, shared)
+    state = "a finished run" if finished else "nothing to go on with" if again else "an unfinished run or none"
+    agree(run, {place: state}, shared)
     if finished:
         return True, None
     if not cfg.dry_run:
@@ -86,9 +88,9 @@ def find_start(cfg: Config, run: Run, checkpoints: Checkpoints) -> tuple[bool, P
     if again:
         return False, None
     newest = together(run, lambda: _newest(cfg, checkpoints))
-    state = "no checkpoint" if newest is None else f"the checkpoint of step {int(newest.name[5:])}"
-    agree(run, {"in the run directory": state}, shared)
-    agree(run, {"a manifest with sha256": sha256_of(newest / MANIFEST) if newest else "none"}, shared)
+    state = "no checkpoint" if newest is None else f"step {int(newest.name.removeprefix('step_'))}"
+    agree(run, {place: state}, shared)
+    agree(run, {f"{place} as the manifest of {state}": sha256_of(newest / MANIFEST) if newest else "none"}, shared)
     if newest is not None and cfg.overwrite:
         logger.info(
             "overwrite is true, but %s holds the unfinished run that this command began: it resumes; "
