@@ -18,7 +18,7 @@ from fmnist.report.comparison import write_comparison
 from fmnist.report.retrieval_table import RETRIEVAL_FILE, read_precision, write_precision
 from fmnist.report.write import write_evaluation
 from fmnist.runtime.compute import Compute
-from fmnist.runtime.console import log_to_console, one_line_errors
+from fmnist.runtime.console import log_to_console, one_line, one_line_errors
 from fmnist.trained import open_together
 
 logger = logging.getLogger("fmnist")
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace | None = None) -> None:
             found = findings(outcome, copies, retrieval, quick=request.quick)
             write_evaluation(found)
             print((outcome.directory / "report.txt").read_text())
-            print(f"written to {outcome.directory}\n", flush=True)
+            print(f"written to {one_line(str(outcome.directory), 4096)}\n", flush=True)
             return found
 
         found = []

@@ -268,3 +268,9 @@ def test_metrics_json_goes_first_and_comes_last(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="No space"):
         write_evaluation(found)
     assert not (tmp_path / "metrics.json").exists() and not (tmp_path / "report.html").exists()
+
+
+def test_escapes_in_a_path_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    run = tmp_path / "\x1b[31mred"
+    run.mkdir()
+    assert "\x1b" not in command(monitor_main, run, tmp_path, status=2)

@@ -152,11 +152,14 @@ def test_a_kill_while_deleting_leaves_what_is_still_provably_ours(run: Path, mon
     open_directory(Config(output_dir=str(run), resume="never", overwrite=True))
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "train.log", "evaluation", "config.yaml", ".lock", "wandb"])
+@pytest.mark.parametrize(
+    "name", ["checkpoints", "train.log", "evaluation", "config.yaml", ".lock", "wandb", "evaluation/test"]
+)
 @pytest.mark.parametrize("start", [{}, OVER])
 def test_a_link_that_leads_a_runs_files_elsewhere_is_refused(
     name: str, start: dict[str, object], run: Path, tmp_path: Path
 ) -> None:
+    (run / name).parent.mkdir(exist_ok=True)
     if (run / name).is_dir():
         shutil.move(run / name, tmp_path / "elsewhere")
     else:
@@ -166,6 +169,15 @@ def test_a_link_that_leads_a_runs_files_elsewhere_is_refused(
     with pytest.raises(ValueError, match=rf"run/{name} is a link"):
         open_directory(Config(output_dir=str(run), **start))  # type: ignore[arg-type]
     assert (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "train.log", "summary.json", "config.yaml"])
+def test_a_pipe_under_a_runs_name_is_no_wait_without_end(name: str, run: Path) -> None:
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    for start in ({}, OVER):
+        with pytest.raises(ValueError, match=f"run/{name} is a pipe or a device"):
+            open_directory(Config(output_dir=str(run), **start))  # type: ignore[arg-type]
 
 
 def test_output_dir_itself_may_be_a_link(run: Path, tmp_path: Path) -> None:

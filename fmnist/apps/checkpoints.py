@@ -110,7 +110,8 @@ def table(run: Path, found: list[Checked], problems: list[str]) -> str:
         if isinstance(versions := meta.get("versions"), dict):
             notes.append(f"torch {one_line(str(versions.get('torch', 'unknown')), 40)}")
         notes += [ROLES[role] for role in checked.roles]
-        state = "damaged" if checked.problem else "valid"
+        unread = "permission denied" in checked.problem  # it may be whole
+        state = "unread" if unread else "damaged" if checked.problem else "valid"
         lines.append(f"  step {checked.step:8d}  {checked.bytes / 1e6:9.2f} MB  {state:7s}  {'; '.join(notes)}")
     return "\n".join(lines + [f"  {one_line(problem, 500)}" for problem in problems])
 

@@ -33,11 +33,13 @@ def open_directory(cfg: Config) -> Path:
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"output_dir {directory} is a file")
     names = listing(directory)
-    for name in (LOCK, *run_files(directory)):
-        if (directory / name).is_symlink():
+    for path in (directory / name for name in (LOCK, *run_files(directory), "evaluation/test", "profile/trace.json")):
+        if path.is_symlink():
             raise ValueError(
-                f"{directory / name} is a link: a run writes inside its directory only; output_dir itself may be a link"
+                f"{path} is a link: a run writes inside its directory only; output_dir itself may be a link"
             )
+        if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe would wait without end
+            raise ValueError(f"{path} is a pipe or a device, not a file of a run")
     outer = run_around(directory)
     if outer is not None and directory.resolve().relative_to(outer).parts[0] in RUN_FILES:
         raise ValueError(f"output_dir {directory} lies among the files of the run in {outer}")

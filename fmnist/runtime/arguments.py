@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fmnist.runtime.console import one_line
+
 MAX_NUMBER = 2**62  # no tensor has more
 
 
@@ -55,7 +57,7 @@ class CommandLine(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with one line on stderr and status 2."""
-        line = re.sub(r"^argument ([^:]+): ", r"\1: ", " ".join(message.split()))
+        line = re.sub(r"^argument ([^:]+): ", r"\1: ", one_line(message, 2000))
         sys.stderr.write(f"{self.prog}: error: {line}\n")
         raise SystemExit(2)
 

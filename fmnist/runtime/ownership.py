@@ -40,8 +40,9 @@ INSIDE = (
     *(f"checkpoints/step_{'[0-9]' * 8}/{name}" for name in ("*.json", "*.safetensors")),
     *("checkpoints/.part_*", "features/*.safetensors", "profile/table.txt", "profile/trace.json"),
     *(f"evaluation/*/{name}" for name in EVALUATION_FILES),
-    *("wandb/*run-*-{run_id}/*", "wandb/latest-run", "wandb/debug*.log", "wandb/settings", "*/.*.part"),
+    *("wandb/*run-*-{run_id}/*", "wandb/latest-run", "wandb/debug*.log", f"*/.*.{'[0-9a-f]' * 8}.part"),
 )
+RUN_MARKS = ("metrics.jsonl", "checkpoints", "summary.json")  # beside a config.yaml; a hub folder has none of them
 NOBODYS = (".lock", ".DS_Store", "Thumbs.db", "desktop.ini", ".nfs*")  # of the system: neither a run nor in its way
 # Where a file begins or ends with one of these, by its suffix, fmnist made it.
 MARKS = {".png": b"Software\x00fmnist", ".onnx": b"weights_sha256", ".safetensors": b"weights_sha256"}
@@ -113,7 +114,7 @@ def _like(name: str, patterns: Iterable[str]) -> bool:
 def run_around(path: Path) -> Path | None:
     """Return the run directory that a path lies in, links followed; None where it lies in none."""
     for folder in path.resolve().parents:
-        if (folder / CONFIG).is_file() and any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+        if (folder / CONFIG).is_file() and any((folder / name).exists() for name in RUN_MARKS):
             return folder
     return None
 
