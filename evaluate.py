@@ -3,10 +3,9 @@
 import argparse
 import functools
 import logging
-from dataclasses import replace
 
 from fmnist.evaluation.options import parse_args
-from fmnist.runtime.console import log_to_console, one_line_errors, open_door, same_arguments
+from fmnist.runtime.console import log_to_console, one_line, one_line_errors, open_door, same_arguments
 
 if __name__ == "__main__":
     open_door("evaluate.py")
@@ -22,7 +21,7 @@ from fmnist.report.comparison import write_comparison
 from fmnist.report.retrieval_table import RETRIEVAL_FILE, read_precision, write_precision
 from fmnist.report.write import write_evaluation
 from fmnist.runtime.compute import Compute
-from fmnist.trained import open_trained
+from fmnist.trained import open_together
 
 logger = logging.getLogger("fmnist")
 
@@ -30,12 +29,11 @@ logger = logging.getLogger("fmnist")
 def main(args: argparse.Namespace | None = None) -> None:
     args = args or parse_args()
     log_to_console()
-    request = Request(split=args.split, tta=args.tta, batch_size=args.batch_size, root=args.root, quick=args.quick)
+    about = {name: getattr(args, name) for name in ("split", "tta", "batch_size", "root", "quick", "output")}
+    request = Request(**about, written=True)
     with one_line_errors("evaluate.py"), Compute(device=args.device) as compute:
-        opened = [open_trained(path, compute.device) for path in args.paths]
+        opened = [open_together(path, compute) for path in args.paths]
         check_comparable(opened, request.split)
-        for trained in opened:
-            trained.load()  # now: a run that is still training drops its older checkpoints
 
         @functools.cache  # the same for all runs on the same images
         def near_copies(root: str | None, val_size: int) -> NearCopies | None:
@@ -60,7 +58,7 @@ def main(args: argparse.Namespace | None = None) -> None:
             found = findings(outcome, copies, retrieval, quick=request.quick)
             write_evaluation(found)
             print((outcome.directory / "report.txt").read_text())
-            print(f"written to {outcome.directory}\n", flush=True)
+            print(f"written to {one_line(str(outcome.directory), 4096)}\n", flush=True)
             return found
 
         found = []
@@ -69,7 +67,7 @@ def main(args: argparse.Namespace | None = None) -> None:
             logger.info("%s (%d of %d): %s images%s", trained.name, position, len(opened), request.split, rest)
             outcome = evaluate(trained, compute, request)  # on all processes
             if outcome is not None:  # the main one
-                found.append(report(replace(outcome, directory=args.output or outcome.directory)))
+                found.append(report(outcome))
         if args.ensemble and found:
             found.append(report(ensemble([each.outcome for each in found], args.comparison)))
         if len(found) > 1:

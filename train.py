@@ -11,7 +11,7 @@ if __name__ == "__main__":
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from fmnist.checkpoint.run_directory import is_finished, open_directory
+from fmnist.checkpoint.run_directory import open_directory
 from fmnist.metrics import validate
 from fmnist.optim import set_lr
 from fmnist.run import Run
@@ -70,11 +70,9 @@ def train(training: Training, cfg: Config, run: Run) -> None:
 def main(cfg: Config) -> None:
     log_to_console()
     with one_line_errors("train.py"), Run(cfg, open_directory(cfg)) as run, run.watch_lost_processes():
-        if is_finished(run.directory, test=cfg.evaluation.test) and not cfg.overwrite:
-            return
-        if not cfg.dry_run:
-            run.claim()
         training = build(cfg, run)
+        if training is None:  # the run is finished
+            return
         if cfg.dry_run:
             print_plan(training, cfg, run)
             return

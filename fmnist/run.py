@@ -8,12 +8,15 @@ from typing import Any
 
 from filelock import BaseFileLock
 
-from fmnist.checkpoint.run_directory import SUMMARY, clear_directory, has_run, lock_directory
-from fmnist.config.schema import Config, flatten, to_yaml
+from fmnist.checkpoint.fingerprint import keep_fingerprint
+from fmnist.checkpoint.run_directory import SUMMARY, has_run, lock_directory
+from fmnist.config.same_run import run_yaml
+from fmnist.config.schema import Config, flatten
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.console import log_to_file
 from fmnist.runtime.files import write_atomic
 from fmnist.runtime.launcher import announce
+from fmnist.runtime.ownership import delete_run_files
 from fmnist.runtime.stop_vote import StopVote
 from fmnist.tracking.progress import Progress
 from fmnist.tracking.tracker import NullTracker, Tracker
@@ -28,6 +31,7 @@ class Run(Compute):
     Attributes:
         cfg: every option.
         directory: the run directory.
+        fingerprint: of data and weights, see checkpoint/fingerprint.py; `build` fills it in.
         should_stop: say, after a step, whether a signal or the time limit asks for a stop; all processes answer alike.
 
     Args:
@@ -39,6 +43,7 @@ class Run(Compute):
         super().__init__(precision=cfg.model.precision, shards=cfg.exact, seed=cfg.seed, threads=cfg.threads)
         self.cfg, self.directory = cfg, directory
         self.should_stop = StopVote(self.control, max_minutes=cfg.max_minutes, timeout_s=cfg.timeout_s)
+        self.fingerprint: dict[str, str] = {}
         self.tracker: NullTracker = NullTracker()
         self.steps_per_epoch = 1
         self._lock: BaseFileLock | None = None
@@ -75,10 +80,11 @@ class Run(Compute):
             self._claim()
             if has_run(self.directory):
                 raise ValueError(f"output_dir {self.directory}: another process began a run here; start again")
-        if self.cfg.overwrite:
-            clear_directory(self.directory)
+        if self.cfg.overwrite and progress.step() == 0:  # else the run goes on that this command began
+            delete_run_files(self.directory)
         (self.directory / "REQUEUE").unlink(missing_ok=True)
-        write_atomic(self.directory / "config.yaml", to_yaml(self.cfg))
+        write_atomic(self.directory / "config.yaml", run_yaml(self.cfg))
+        keep_fingerprint(self.fingerprint, self.directory)
         log_to_file(self.directory / TRAIN_LOG)
         for line in opening:
             logger.info("%s", line)

@@ -1,15 +1,18 @@
 """A trained run, or one of its checkpoints, as a function of images: logits and features."""
 
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fmnist.checkpoint.contents import MODEL, read_state, verify, weights_to_use
-from fmnist.checkpoint.run_directory import read_summary
+from fmnist.checkpoint.fingerprint import IMAGES, kept_fingerprint
+from fmnist.checkpoint.run_directory import SUMMARY, read_summary
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.checkpoint.tensors import load_strict, non_finite, read_tensors_and_digest
 from fmnist.config.parse import load_config
@@ -18,7 +21,13 @@ from fmnist.data.augment import Augment
 from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.models.head import feature_width, logits_and_features
 from fmnist.network import build_network
+from fmnist.runtime.console import one_line
+from fmnist.runtime.files import Unreadable
 from fmnist.runtime.hardware import autocast, find_device
+
+if TYPE_CHECKING:
+    from fmnist.runtime.compute import Compute  # half a second of accelerate, which only several processes need
+logger = logging.getLogger("fmnist")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +42,9 @@ class Trained:
         cfg: the run's config.
         summary: the run's summary.json, empty while it has none.
         device: where the model lives.
+        sha256: what the weights have to have: in the checkpoint's manifest, or in summary.json; empty where a run from
+            before it stood there says nothing.
+        fingerprint: of the run's data and first weights; empty for a run from before there was one.
     """
 
     name: str
@@ -42,18 +54,32 @@ class Trained:
     cfg: Config
     summary: dict[str, Any]
     device: torch.device
+    sha256: str = ""
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
 
-    def folder(self, kind: str) -> Path:
+    def folder(self, kind: str, *more: str) -> Path:
         """Return where a command keeps what it makes of these weights.
 
-        That is `<directory>/<kind>`, and in there a folder of its own for a checkpoint: a further file inside one would
-        make it a damaged one.
+        That is `<directory>/<kind>`, and in there a folder of its own for a checkpoint, which no command writes into.
+
+        Raises:
+            ValueError: a link there leads out of the run directory.
         """
-        return self.directory / kind / self.checkpoint
+        folder = self.directory.joinpath(kind, self.checkpoint, *more)
+        if not folder.resolve().is_relative_to(self.directory.resolve()):
+            raise ValueError(f"{folder} is a link out of the run directory: remove it, or name another place: --output")
+        return folder
+
+    def images_sha256(self, split: str) -> str | None:
+        """Return the digest of the run's own split; None for a run from before it was kept."""
+        return self.fingerprint.get(IMAGES[split])
 
     @cached_property
     def _loaded(self) -> tuple[nn.Module, Augment, str]:
         tensors, digest = read_tensors_and_digest(self.weights)
+        if self.sha256 and digest != self.sha256:
+            origin = "its checkpoint's manifest" if self.checkpoint else SUMMARY
+            raise ValueError(f"{self.weights} does not have the hash in {origin}: it was changed afterwards")
         if bad := non_finite(tensors):
             raise ValueError(f"{self.weights} holds non-finite values in {', '.join(bad[:3])}")
         model, augment = build_network(self.cfg, self.device, load_weights=False)
@@ -120,13 +146,19 @@ class Trained:
         return torch.cat(logits).cpu(), torch.cat(features).cpu()
 
 
-def open_trained(path: Path, device: torch.device | str | None = None, batch_size: int | None = None) -> Trained:
-    """Open a run directory (its weights to use; while it trains, its newest valid checkpoint) or a checkpoint.
+def open_trained(
+    path: Path, device: torch.device | str | None = None, batch_size: int | None = None, **model: Any
+) -> Trained:
+    """Open a run directory or a checkpoint.
+
+    Of a run directory that is its weights to use; where it was trained further since they were written, or is still
+    training, its newest valid checkpoint.
 
     Args:
         path: what train.py wrote.
         device: as torch names it; None takes the accelerator where there is one, else the CPU.
         batch_size: images of one forward; None takes the run's.
+        model: options of the section `model` that replace the run's, e.g. precision="fp32".
 
     Raises:
         ValueError: one line, for a path that is neither, a checkpoint that does not verify, or a device that is not
@@ -137,24 +169,92 @@ def open_trained(path: Path, device: torch.device | str | None = None, batch_siz
     place = find_device(device)
     if not (path.parent.parent / "config.yaml").is_file():
         path = path.resolve()  # step_00000040 or . where that is the working directory, or a link
-    if path.name.startswith("step_") and (path / "manifest.json").is_file():
-        verify(path)
-        return _open(path.parent.parent, path, place, batch_size)
-    if (path / MODEL).is_file() and (path / "config.yaml").is_file():
-        return _open(path, None, place, batch_size)
-    newest = Checkpoints(path / "checkpoints", 1, {}).newest_good()
-    if newest is None:
+    named = path.name.startswith("step_") and (path / "manifest.json").is_file()
+    run = path.parent.parent if named else path
+    summary = read_summary(run)
+
+    def opened(checkpoint: Path | None) -> Trained:
+        return _open(run, checkpoint, summary, place, batch_size, model)
+
+    if named:
+        return opened(path)
+    while (newest := _newer_than_weights(run, summary)) is not None:
+        try:
+            trained = opened(newest)
+            trained.load()  # now: a run that is training drops its older checkpoints
+        except ValueError:
+            if newest.is_dir():
+                raise
+        else:
+            logger.info("%s is not finished: %s, its newest valid checkpoint, is used", path, newest.name)
+            return trained
+    return opened(None)
+
+
+def _newer_than_weights(path: Path, summary: Mapping[str, Any]) -> Path | None:
+    """Return a run's newest valid checkpoint where its model.safetensors is older or missing, else None."""
+    checkpoints = Checkpoints(path / "checkpoints", 1, {})
+    steps = summary.get("steps")
+    written = steps if isinstance(steps, int) else 0
+    has_weights = (path / MODEL).is_file() and (path / "config.yaml").is_file()
+    if has_weights and (summary.get("status") == "finished" or max(checkpoints.steps(), default=0) <= written):
+        return None
+    try:
+        newest = checkpoints.newest_good()
+    except Unreadable:
+        raise
+    except ValueError:
+        if not has_weights:
+            raise
+        return None
+    if newest is None and not has_weights:
         raise ValueError(f"{path} holds no model.safetensors and no checkpoint: not a run directory of train.py")
-    return _open(path, newest, place, batch_size)
+    return newest if newest is None or not has_weights or read_state(newest).step > written else None
 
 
-def _open(directory: Path, checkpoint: Path | None, device: torch.device, batch_size: int | None) -> Trained:
-    name = directory.resolve().name
-    weights = directory / MODEL
+def open_together(path: Path, compute: "Compute") -> Trained:
+    """Open the same weights on all processes: what the main one found and read goes to the others.
+
+    A run that is training writes and drops checkpoints meanwhile, and the disk of another process may hold other ones.
+
+    Raises:
+        ValueError: on the main process, see `open_trained`; the others end with it.
+    """
+
+    def load() -> tuple[Trained, str]:
+        trained = open_trained(path, compute.device)
+        return trained, trained.digest
+
+    mine = compute.on_main(load)
+    about = compute.gather(mine and (replace(mine[0], device=torch.device("cpu")), mine[1]))[0]  # without the tensors
+    assert about is not None  # the main process has one, or all have ended
+    if mine is not None:
+        trained = mine[0]
+    else:
+        trained, digest = replace(about[0], device=compute.device), about[1]
+        model, augment = build_network(trained.cfg, compute.device, load_weights=False)
+        trained.__dict__["_loaded"] = model.eval(), augment, digest  # where the cached property keeps it
+    compute.broadcast(trained.model.state_dict().values())
+    return trained
+
+
+def _open(
+    directory: Path,
+    checkpoint: Path | None,
+    summary: dict[str, Any],
+    device: torch.device,
+    batch_size: int | None,
+    model: Mapping[str, Any],
+) -> Trained:
+    name = one_line(directory.resolve().name)
+    weights, sha256 = directory / MODEL, summary.get("weights_sha256")
     if checkpoint is not None:
+        digests = verify(checkpoint)
         name += f" step {read_state(checkpoint).step}"
-        weights = weights_to_use(checkpoint)
+        weights = weights_to_use(checkpoint, digests)
+        sha256 = digests[weights.name]
     cfg = load_config(directory / "config.yaml")
+    cfg = replace(cfg, model=replace(cfg.model, **model))
     if batch_size is not None:
         cfg = replace(cfg, evaluation=replace(cfg.evaluation, batch_size=batch_size))
     return Trained(
@@ -163,6 +263,8 @@ def _open(directory: Path, checkpoint: Path | None, device: torch.device, batch_
         checkpoint=checkpoint.name if checkpoint is not None else "",
         weights=weights,
         cfg=cfg,
-        summary=read_summary(directory),
+        summary=summary,
         device=device,
+        sha256=sha256 if isinstance(sha256, str) else "",
+        fingerprint=kept_fingerprint(directory),
     )

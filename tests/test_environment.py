@@ -15,7 +15,7 @@ import matplotlib
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, environment, train
+from conftest import ROOT, environment, progress, train
 from test_tracker_faults import KEY, Server
 from torch import nn
 
@@ -362,7 +362,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
 
 def tracked(directory: Path, cfg: LogConfig) -> None:
     directory.mkdir(exist_ok=True)
-    tracker = Tracker(directory, cfg, {"optim.lr": 0.1}, step=0, total_steps=1)
+    tracker = Tracker(directory, cfg, {"optim.lr": 0.1}, progress(0))
     tracker.log("train", {"loss": 1.0}, 1, 0.1)
     tracker.finish({})
 

@@ -1,15 +1,29 @@
 """One writer of whole files, one JSON reader, one CSV writer: each case with its right value."""
 
+import argparse
 import csv
 import io
 import os
+import signal
 import stat
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from small import command
 
-from fmnist.runtime.files import LEFTOVER_AGE_S, csv_bytes, read_json, write_atomic
+from fmnist.apps.monitor.__main__ import main as monitor_main
+from fmnist.apps.monitor.batch import read_batch
+from fmnist.config.parse import parse_config
+from fmnist.data.fashion_mnist import CLASS_NAMES
+from fmnist.evaluation.findings import findings
+from fmnist.evaluation.outcome import Outcome
+from fmnist.report.write import write_evaluation
+from fmnist.runtime.arguments import number
+from fmnist.runtime.files import LEFTOVER_AGE_S, csv_bytes, read_json, temporary_folder, write_atomic
+from fmnist.tracking.metrics_file import read_metrics, truncate_metrics
 
 
 def names(folder: Path) -> list[str]:
@@ -63,14 +77,60 @@ def test_the_mode_follows_the_umask(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_killed_writes_go_and_a_write_under_way_stays(tmp_path: Path) -> None:
-    stale, fresh, other = (tmp_path / name for name in (".a[1].1234.part", ".a[1].5678.part", ".b.1234.part"))
-    for path in (stale, fresh, other):
+    stale, ahead = tmp_path / ".a[1].01234567.part", tmp_path / ".a[1].89abcdef.part"
+    new, other = tmp_path / ".a[1].00112233.part", tmp_path / ".b.01234567.part"
+    for path in (stale, ahead, new, other, tmp_path / ".a[1].mine.part"):
         path.write_text("half")
-    long_ago = stale.stat().st_mtime - LEFTOVER_AGE_S - 60
-    os.utime(stale, (long_ago, long_ago))
-    os.utime(other, (long_ago, long_ago))
+    for path, seconds in ((stale, -2), (ahead, 7200), (other, -2)):  # the clock may have been set back
+        os.utime(path, (path.stat().st_mtime + seconds,) * 2)
+    (tmp_path / ".a[1].44556677.part").symlink_to(other)
+    folder = tmp_path / ".a[1].fedcba98.part"
+    folder.mkdir()
+    (folder / "weights").write_text("half")
+    os.utime(folder, (0, 0))
+    kept = [".a[1].00112233.part", ".a[1].44556677.part", ".a[1].mine.part", ".b.01234567.part"]
     write_atomic(tmp_path / "a[1]", "x")
-    assert names(tmp_path) == [".a[1].5678.part", ".b.1234.part", "a[1]"]
+    assert names(tmp_path) == [*kept, "a[1]"]
+
+    def meanwhile(file: io.BufferedWriter) -> None:
+        (part,) = tmp_path.glob(".file.*.part")
+        os.utime(part, (0, 0))  # it has been written for long
+        write_atomic(tmp_path / "file", "second")
+        assert part.exists()
+        file.write(b"first")
+
+    write_atomic(tmp_path / "file", meanwhile)
+    assert (tmp_path / "file").read_text() == "first"
+    assert names(tmp_path) == [*kept, "a[1]", "file"]
+
+
+def test_without_locks_leftovers_go_by_their_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fmnist.runtime.files.fcntl", None)
+    for name, age in (("01234567", LEFTOVER_AGE_S + 60), ("89abcdef", 60)):
+        path = tmp_path / f".a.{name}.part"
+        path.write_text("half")
+        os.utime(path, (path.stat().st_mtime - age,) * 2)
+    write_atomic(tmp_path / "a", "x")
+    assert names(tmp_path) == [".a.89abcdef.part", "a"]
+
+
+def test_a_temporary_folder_goes_also_after_a_kill(tmp_path: Path) -> None:
+    with temporary_folder(tmp_path / "hub") as folder:
+        (folder / "weights").write_text("x")
+        os.utime(folder, (0, 0))
+        with temporary_folder(tmp_path / "hub"):
+            assert (folder / "weights").exists()  # another process is at it
+    assert names(tmp_path) == []
+    child = os.fork()
+    if child == 0:
+        with temporary_folder(tmp_path / "hub") as folder:
+            os.utime(folder, (0, 0))
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(names(tmp_path)) == 1
+    with temporary_folder(tmp_path / "hub"):
+        assert len(names(tmp_path)) == 1
+    assert names(tmp_path) == []
 
 
 def test_writers_at_once_leave_one_whole_file(tmp_path: Path) -> None:
@@ -126,3 +186,91 @@ def test_csv_cells_are_no_formulas_and_no_name_breaks_a_line() -> None:
         "3",
         "0.5",
     ]
+
+
+# --- readers that stand elsewhere, each with the table's case --------------------------------------------------------
+
+
+def test_a_config_that_is_no_file_is_called_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path, kind in ((tmp_path, "is a folder"), (tmp_path / "pipe.yaml", "is a pipe or a device"), ("no.yaml", "")):
+        with pytest.raises(SystemExit) as end:
+            parse_config(["--config", str(path)])
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and said.count("\n") == 1 and str(path) in said
+        assert f"{kind}, not a file of options" in said if kind else "no such file" in said
+
+
+@pytest.mark.parametrize("flag", ["--seed", "--optim.lr", "--schedule.steps"])
+@pytest.mark.parametrize("digits", [400, 4000, 5000])
+def test_a_number_of_many_digits_is_one_short_line(flag: str, digits: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_config([flag, "9" * digits])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and flag.strip("-") in said and len(said) < 300
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 5000, "1e999", "nan", "\x1b[2J"])
+def test_a_number_of_a_command_has_limits(text: str) -> None:
+    for kind in (int, float):
+        with pytest.raises(argparse.ArgumentTypeError) as error:
+            number(1, kind=kind)(text)
+        assert len(str(error.value)) < 200 and "\x1b" not in str(error.value)
+
+
+def test_lines_of_metrics_that_are_none_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    strange = ('{"step": 1e999, "prefix": "train"}', "[" * 5000, "3", '{"step": "x"}', "null", '["step"]')
+    path.write_text("\n".join([*strange, '{"step": 2, "prefix": "train", "loss": 1.0}', '{"step": 3, "pre']) + "\n")
+    assert read_metrics(path) == {"train": [{"step": 2, "prefix": "train", "loss": 1.0}]}
+    truncate_metrics(path, 2)
+    assert path.read_text() == '{"step": 2, "prefix": "train", "loss": 1.0}\n'
+
+
+def test_an_archive_under_an_arrays_name_is_measured_before_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez_compressed(tmp_path / "x.npz", images=np.zeros((40_000, 28, 28), np.uint8))
+    (tmp_path / "x.npz").rename(tmp_path / "x.npy")
+    assert (tmp_path / "x.npy").stat().st_size < 100_000
+    monkeypatch.setattr("fmnist.apps.monitor.batch.MAX_FILE_BYTES", 1_000_000)
+    with pytest.raises(ValueError, match="31,360,[0-9]+ bytes, expected at most 1,000,000"):
+        next(read_batch(tmp_path / "x.npy"))
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "batch"), MemoryError(), KeyError("x")])
+def test_the_monitor_has_no_verdict_where_anything_went_wrong(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(args: object) -> int:
+        raise error
+
+    monkeypatch.setattr("fmnist.apps.monitor.batch.monitor", fail)
+    (tmp_path / "config.yaml").write_text("")
+    command(monitor_main, tmp_path, tmp_path, status=2, lines=None)
+
+
+def test_metrics_json_goes_first_and_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = Outcome(
+        name="run", model="cnn", directory=tmp_path, split="test", tta="none", class_names=CLASS_NAMES,
+        images=torch.zeros(20, 28, 28, dtype=torch.uint8), labels=torch.arange(20) % 10,
+        logits=torch.eye(10).repeat(2, 1),
+    )  # fmt: skip
+    found = findings(outcome, quick=True)
+    write_evaluation(found)
+    assert (tmp_path / "metrics.json").exists()
+    (tmp_path / "report.html").write_text("of an earlier one")
+
+    def full_disk(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fmnist.report.write.plot_reliability", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_evaluation(found)
+    assert not (tmp_path / "metrics.json").exists() and not (tmp_path / "report.html").exists()
+
+
+def test_escapes_in_a_path_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    run = tmp_path / "\x1b[31mred"
+    run.mkdir()
+    assert "\x1b" not in command(monitor_main, run, tmp_path, status=2)

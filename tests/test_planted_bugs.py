@@ -125,7 +125,7 @@ BUGS = (
     ),
     Bug(
         name="a restart loses the optimizer's moments",
-        function="fmnist.training.build.restore",
+        function="fmnist.training.resume.restore",
         old="    load_optimizer_tensors(model, optimizer, read_tensors(moments), moments)\n",
         new="",
         test="test_exactness.py",

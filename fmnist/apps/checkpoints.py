@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fmnist.runtime.arguments import CommandLine, run_path
-from fmnist.runtime.console import log_to_console, one_line_errors
+from fmnist.runtime.console import log_to_console, one_line, one_line_errors
 
 PARSER = CommandLine(prog="fmnist checkpoint", description=__doc__)
 PARSER.add_argument("runs", nargs="+", type=run_path, metavar="RUN", help="a run directory of train.py")
@@ -81,7 +81,10 @@ def inspect(run: Path) -> tuple[list[Checked], list[str]]:
     for checked in found:
         checked.roles += ["best"] * (checked.step == best)
     # Only at the end: a run that goes on drops older checkpoints.
-    finished = read_summary(run).get("status") == "finished"
+    summary = read_summary(run)
+    finished = summary.get("status") == "finished"
+    if weights is not None and summary.get("weights_sha256", weights) != weights:
+        problems.append(f"{run / MODEL} does not have the hash in summary.json: it was changed afterwards")
     if finished and weights is not None and not any("weights" in checked.roles for checked in found):
         problems.append(f"{run / MODEL} is not a copy of any valid checkpoint here: its own is gone, or it is damaged")
     if not found:
@@ -98,18 +101,19 @@ ROLES = {
 
 def table(run: Path, found: list[Checked], problems: list[str]) -> str:
     """Return the text for people."""
-    lines = [str(run)]
+    lines = [one_line(str(run), 4096)]
     for checked in found:
         meta = checked.meta
-        notes = [str(meta["model"])] if "model" in meta else []
+        notes = [one_line(str(meta["model"]), 60)] if "model" in meta else []
         if isinstance(size := meta.get("world_size"), int):
             notes.append(f"{size} process{'es' * (size != 1)}")
         if isinstance(versions := meta.get("versions"), dict):
-            notes.append(f"torch {versions.get('torch', 'unknown')}")
+            notes.append(f"torch {one_line(str(versions.get('torch', 'unknown')), 40)}")
         notes += [ROLES[role] for role in checked.roles]
-        state = "damaged" if checked.problem else "valid"
+        unread = "permission denied" in checked.problem  # it may be whole
+        state = "unread" if unread else "damaged" if checked.problem else "valid"
         lines.append(f"  step {checked.step:8d}  {checked.bytes / 1e6:9.2f} MB  {state:7s}  {'; '.join(notes)}")
-    return "\n".join(lines + [f"  {problem}" for problem in problems])
+    return "\n".join(lines + [f"  {one_line(problem, 500)}" for problem in problems])
 
 
 def main(argv: list[str] | None = None) -> int:

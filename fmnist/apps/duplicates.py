@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fmnist.runtime.arguments import CommandLine, number
 from fmnist.runtime.console import log_to_console, one_line_errors
+from fmnist.runtime.ownership import check_outputs, check_suffix
 
 NEAR_COPY, SIMILAR = 0.99, 0.98  # those of evaluation/near_copies.py, which imports torch
 HEADER = ("index", "label", "train_index", "train_label", "correlation")
@@ -19,6 +20,7 @@ PARSER.add_argument(
     "--threshold", type=number(SIMILAR, 1, float), default=NEAR_COPY, help="list images above this correlation"
 )
 PARSER.add_argument("--output", type=Path, metavar="FILE", help="CSV to write (default: print it)")
+PARSER.add_force()
 PARSER.add_argument("--data.root", dest="root", help="folder with the data set")
 PARSER.add_device()
 
@@ -28,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     args = PARSER.parse_args(argv)
     log_to_console()
     with one_line_errors(PARSER.prog):
+        if args.output:
+            check_suffix(args.output, ".csv")
+            check_outputs({args.output: ",".join(HEADER).encode()}, force=args.force)
         from fmnist.data.fashion_mnist import CLASS_NAMES
         from fmnist.evaluation.near_copies import find_near_copies, load_pair
         from fmnist.runtime.files import csv_bytes, write_atomic

@@ -5,6 +5,7 @@ import sys
 from fmnist.benchmark.command_line import PROGRAM, parse
 from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.runtime.files import read_json
+from fmnist.runtime.ownership import check_outputs
 
 
 def main(argv: list[str]) -> int:
@@ -16,8 +17,12 @@ def main(argv: list[str]) -> int:
 
     log_to_console()
     with one_line_errors(PROGRAM):
+        path = options.file or options.output.with_name(f"{options.output.name}.json")
+        chart = path.with_suffix(".png")
+        marks = {chart: b""} if options.file else {path: b'"name": "benchmark"', chart: b""}
+        check_outputs(marks, force=options.force)
         if options.mode == "plot":
-            draw(read_json(options.file), options.file.with_suffix(".png"))
+            draw(read_json(options.file), chart)
             return 0
         with Compute(keep_memory=options.allocator == "kept") as compute:
             return Suite(options, argv, compute).run()

@@ -74,6 +74,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--baseline", "with --scaling: JSON of the same command on one process", type=existing, metavar="JSON")
     add("--allocator", "on a CPU: keep freed memory, as train.py does", choices=("kept", "default"), default="kept")
     add("--output", "write STEM.json and STEM.png", type=Path, default=Path("runs/benchmark"), metavar="STEM")
+    parser.add_force()
     options = parser.parse_args(argv)
 
     if (options.mode == "plot") != (options.file is not None):

@@ -1,12 +1,16 @@
 """What a checkpoint holds: its files, where training stood, and the manifest that they are verified against."""
 
 import hashlib
+import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fmnist.runtime.files import read_json
+from fmnist.runtime.files import Unreadable, cannot_read, open_regular, read_json
+
+logger = logging.getLogger("fmnist")
 
 FORMAT = 1
 MANIFEST, STATE, MODEL, EMA, OPTIMIZER = (
@@ -16,6 +20,7 @@ MANIFEST, STATE, MODEL, EMA, OPTIMIZER = (
     "ema.safetensors",
     "optimizer.safetensors",
 )
+NEEDED = {STATE, MODEL, OPTIMIZER}  # the moving average is there only where the run keeps one
 
 
 @dataclass(kw_only=True)
@@ -43,35 +48,46 @@ class TrainState:
 def verify(directory: Path) -> dict[str, str]:
     """Check a checkpoint against its manifest, and return the sha256 of each of its files.
 
+    Other files beside them, such as a file manager's, are one warning: nothing reads them.
+
     Raises:
-        ValueError: one line naming the file that is missing, unexpected, or not as it was written.
+        ValueError: one line naming the file that is missing or not as it was written; Unreadable where this user may
+            not read one, which may be whole.
     """
     try:
         manifest = read_json(directory / MANIFEST)
         version = manifest["format"]
         files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except Unreadable:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{directory / MANIFEST} is missing or not readable") from None
+        raise ValueError(f"{directory / MANIFEST} is missing or is no manifest") from None
     if version != FORMAT:
         raise ValueError(f"{directory / MANIFEST} has format {version}; this version reads {FORMAT}")
-    present = {path.name for path in directory.iterdir()} - {MANIFEST}
-    if present != set(files):
-        raise ValueError(f"{directory} holds {sorted(present)}; its manifest lists {sorted(files)}")
+    if lacking := sorted(NEEDED - files.keys()):
+        raise ValueError(f"{directory / MANIFEST} does not list {', '.join(lacking)}, which a checkpoint needs")
     for name, (size, digest) in files.items():
         path = directory / name
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 found = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:  # a dangling link, a directory, a disk that cannot be read
-            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+            raise cannot_read(path, error) from None
         if found != (size, digest):
             raise ValueError(f"{path} is not what was written: {found[0]} bytes for {size}, sha256 differs")
+    if more := sorted(set(os.listdir(directory)) - files.keys() - {MANIFEST}):
+        logger.warning("%s holds files that are not of the checkpoint, and are not used: %.200r", directory, more)
     return {name: digest for name, (_, digest) in files.items()}
 
 
-def weights_to_use(directory: Path) -> Path:
-    """Return a checkpoint's file of weights to use: the moving average where there is one, else the model's."""
-    return directory / (EMA if (directory / EMA).is_file() else MODEL)
+def weights_to_use(directory: Path, digests: Mapping[str, str]) -> Path:
+    """Return a checkpoint's file of weights to use: the moving average where it has one, else the model's.
+
+    Args:
+        directory: the checkpoint.
+        digests: what `verify` returned: a file that its manifest does not list is none of it.
+    """
+    return directory / (EMA if EMA in digests else MODEL)
 
 
 def read_state(directory: Path) -> TrainState:
@@ -97,4 +113,5 @@ def read_state(directory: Path) -> TrainState:
 def read_meta(directory: Path) -> dict[str, Any]:
     """Return what a verified checkpoint says about itself: model, config, world size, versions."""
     meta = read_json(directory / STATE).get("meta")
-    return meta if isinstance(meta, dict) else {}
+    meta = meta if isinstance(meta, dict) else {}
+    return meta | {key: {} for key in ("config", "versions") if not isinstance(meta.get(key), dict)}

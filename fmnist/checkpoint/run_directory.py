@@ -1,40 +1,23 @@
-"""The run directory: may it be used, is it finished."""
+"""The run directory: may it be used, is it finished, is it locked."""
 
 import errno
 import logging
 import os
 import platform
-import shutil
 from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
+from fmnist.config import strict_yaml
 from fmnist.config.parse import load_config
-from fmnist.config.same_run import differences
+from fmnist.config.same_run import differences, is_run_yaml
 from fmnist.config.schema import Config
 from fmnist.runtime.files import read_json
+from fmnist.runtime.ownership import CONFIG, RUN_FILES, foreign_file, listing, run_around, run_files
 
 logger = logging.getLogger("fmnist")
 SUMMARY = "summary.json"
-# Everything a run writes into its directory; nothing else there is ever touched.
-RUN_FILES = (
-    "config.yaml",
-    "metrics.jsonl",
-    "checkpoints",
-    "model.safetensors",
-    SUMMARY,
-    "train.log",
-    "learning_curves.png",
-    "train_batch.png",
-    "features",
-    "profile",
-    "evaluation",
-    "wandb",
-    "wandb_run_id",
-    "REQUEUE",
-    "non_finite_step_*.png",
-)
 LOCK, LOCK_WAIT_S = ".lock", 5.0
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # of a file system without them
 
@@ -43,18 +26,32 @@ def open_directory(cfg: Config) -> Path:
     """Check that the run directory may be used, before anything is built or written.
 
     Raises:
-        ValueError: it holds another run, or files that a run would overwrite.
+        ValueError: it holds another run, files that a run would overwrite, or a link that would lead a run's files
+            out of it; with `overwrite`, anything that is not provably a run's.
     """
     directory = Path(cfg.output_dir or "runs/run")
-    present = [path.name for name in RUN_FILES for path in directory.glob(name)]
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"output_dir {directory} is a file")
-    if cfg.resume == "never" and not cfg.overwrite and any(path.name != LOCK for path in directory.glob("*")):
-        raise ValueError(f"output_dir {directory} is not empty; add --overwrite true to delete the run in it")
-    if cfg.resume == "auto" and present:
-        if "config.yaml" not in present:
+    names = listing(directory)
+    for path in (directory / name for name in (LOCK, *run_files(directory), "evaluation/test", "profile/trace.json")):
+        if path.is_symlink():
+            raise ValueError(
+                f"{path} is a link: a run writes inside its directory only; output_dir itself may be a link"
+            )
+        if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe would wait without end
+            raise ValueError(f"{path} is a pipe or a device, not a file of a run")
+    outer = run_around(directory)
+    if outer is not None and directory.resolve().relative_to(outer).parts[0] in RUN_FILES:
+        raise ValueError(f"output_dir {directory} lies among the files of the run in {outer}")
+    if cfg.overwrite:
+        _check_ours(directory, names)
+    elif cfg.resume == "never":
+        if names:
+            raise ValueError(f"output_dir {directory} is not empty; add --overwrite true to delete the run in it")
+    elif present := run_files(directory):
+        if CONFIG not in present:
             raise ValueError(f"output_dir {directory} holds {present[0]} but no config.yaml: no run to resume")
-        if changed := differences(load_config(directory / "config.yaml"), cfg):
+        if changed := differences(_run_config(directory), cfg):
             raise ValueError(
                 f"{directory} holds a run with another config: {'; '.join(changed[:3])}. "
                 "Give another --output_dir, or --resume never --overwrite true"
@@ -62,9 +59,41 @@ def open_directory(cfg: Config) -> Path:
     return directory
 
 
+def _run_config(directory: Path) -> Config:
+    """Read the config.yaml of a run; one that somebody wrote by hand is not replaced by a run's."""
+    cfg = load_config(directory / CONFIG)
+    if not is_run_yaml(strict_yaml.load_file(directory / CONFIG)):
+        raise ValueError(f"{directory / CONFIG} was not written by a run: some sections are not in it")
+    return cfg
+
+
+def _check_ours(directory: Path, names: list[str]) -> None:
+    """Refuse to overwrite what is not provably a run: an empty directory, or a run's config.yaml and its files."""
+    if not names:
+        return
+    try:
+        _run_config(directory)
+    except ValueError as error:
+        found = foreign_file(directory) or directory / names[0]
+        raise ValueError(
+            f"overwrite is true, but output_dir {directory} is not a run ({error}) and holds {found}; nothing was "
+            "deleted: give another --output_dir"
+        ) from None
+    if (foreign := foreign_file(directory)) is not None:
+        raise ValueError(
+            f"overwrite is true, but {foreign} was not written by the run; nothing was deleted: move it away, "
+            "or give another --output_dir"
+        )
+
+
+def same_recipe(directory: Path, cfg: Config) -> bool:
+    """Say whether the run in a directory has the options that a config asks for."""
+    return has_run(directory) and not differences(load_config(directory / CONFIG), cfg)
+
+
 def has_run(directory: Path) -> bool:
     """Say whether a run has begun in this directory."""
-    return (directory / "config.yaml").exists()
+    return (directory / CONFIG).exists()
 
 
 def lock_directory(directory: Path) -> BaseFileLock:
@@ -99,10 +128,13 @@ def lock_directory(directory: Path) -> BaseFileLock:
 
 
 def read_summary(directory: Path) -> dict[str, Any]:
-    """Return what summary.json holds; empty where there is none, or it is no summary."""
+    """Return what summary.json holds; empty where there is none, or, with a warning, where it is no summary."""
+    if not os.path.lexists(directory / SUMMARY):
+        return {}
     try:
         return read_json(directory / SUMMARY)
-    except ValueError:
+    except ValueError as error:
+        logger.warning("%s", error)
         return {}
 
 
@@ -123,12 +155,3 @@ def is_finished(directory: Path, *, test: bool) -> bool:
     again = "to train again: another --output_dir, or --resume never --overwrite true"
     logger.info("%s is finished: %s; %s", directory, evaluated, again)
     return True
-
-
-def clear_directory(directory: Path) -> None:
-    """Delete a run's files, and nothing else."""
-    for path in [path for name in RUN_FILES for path in directory.glob(name)]:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)

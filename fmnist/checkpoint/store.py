@@ -3,6 +3,8 @@
 import hashlib
 import json
 import logging
+import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,7 +18,7 @@ from torch import Tensor
 from fmnist.checkpoint.contents import FORMAT, MANIFEST, STATE, TrainState, verify, weights_to_use
 from fmnist.checkpoint.tensors import apart
 from fmnist.runtime.console import one_line
-from fmnist.runtime.files import sync_path, write_atomic
+from fmnist.runtime.files import Unreadable, cannot_read, sync_path, write_atomic
 
 logger = logging.getLogger("fmnist")
 
@@ -38,9 +40,18 @@ class Checkpoints:
         return self.directory / f"step_{step:08d}"
 
     def steps(self) -> list[int]:
-        """Return the steps that have a checkpoint directory, oldest first; none of them is verified."""
-        found = self.directory.glob("step_" + "[0-9]" * 8)
-        return sorted(int(path.name.removeprefix("step_")) for path in found)
+        """Return the steps that have a checkpoint directory, oldest first; none of them is verified.
+
+        Raises:
+            ValueError: the folder cannot be read: that is not the same as one without checkpoints.
+        """
+        try:
+            names = os.listdir(self.directory)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise cannot_read(self.directory, error) from None
+        return sorted(int(name.removeprefix("step_")) for name in names if re.fullmatch("step_[0-9]{8}", name))
 
     def save(self, state: TrainState, groups: Mapping[str, Mapping[str, Tensor]]) -> Path:
         """Write one checkpoint, then drop those that are no longer kept.
@@ -89,39 +100,52 @@ class Checkpoints:
         """Return the newest checkpoint that verifies, warning about each newer one that does not.
 
         Raises:
-            ValueError: there are checkpoints, but not one verifies.
+            ValueError: there are checkpoints, but not one verifies; or Unreadable: one that may be whole can't be read,
+                and neither an older one nor a new start may take its place.
         """
-        steps = self.steps()
+        steps, dropped, damaged = self.steps(), False, ""
         for step in reversed(steps):
             try:
                 verify(self.path(step))
+            except Unreadable:
+                raise
             except ValueError as error:
-                logger.warning("checkpoint skipped: %s", error)
+                if not os.path.lexists(self.path(step)):  # the run that is training dropped it just now
+                    dropped = True
+                    continue
+                logger.warning("checkpoint skipped: %s", one_line(error))
+                damaged = damaged or str(error)
             else:
                 return self.path(step)
-        if steps:
-            raise ValueError(
-                f"{self.directory} holds no valid checkpoint; start again: --resume never --overwrite true"
-            )
+        if dropped:
+            return self.newest_good()
+        if damaged:
+            raise ValueError(f"{self.directory} holds no valid checkpoint ({damaged}); train into another --output_dir")
         return None
 
-    def export(self, step: int, target: Path) -> None:
+    def export(self, step: int, target: Path) -> str:
         """Copy the weights to use of one checkpoint (the moving average where there is one) to a file.
 
         A damaged or lost one is reported, and the newest valid one taken.
 
+        Returns:
+            The sha256 of what was written.
+
         Raises:
             ValueError: no checkpoint verifies.
         """
-        source: Path | None = self.path(step)
+        source = self.path(step)
         try:
-            verify(self.path(step))
+            digests = verify(source)
         except ValueError as error:
-            source = self.newest_good()
-            logger.warning("the best checkpoint cannot be used: %s; %s takes its place", error, source)
-        if source is None:
-            raise ValueError(f"{self.directory} holds no checkpoint")
-        write_atomic(target, weights_to_use(source).read_bytes())
+            newest = self.newest_good()
+            logger.warning("the best checkpoint cannot be used: %s; %s takes its place", one_line(error), newest)
+            if newest is None:
+                raise ValueError(f"{self.directory} holds no checkpoint") from None
+            source, digests = newest, verify(newest)
+        data = weights_to_use(source, digests).read_bytes()
+        write_atomic(target, data)
+        return hashlib.sha256(data).hexdigest()
 
     def _prune(self, state: TrainState) -> None:
         """Drop what is not kept: older ones, and later ones, which are damaged: the run went on from before them."""

@@ -11,6 +11,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from fmnist.runtime.console import one_line
+from fmnist.runtime.files import cannot_read, open_regular
 from fmnist.runtime.muon import Muon
 
 
@@ -61,7 +62,7 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) 
     """Load tensors whose names and shapes are exactly the module's.
 
     Raises:
-        ValueError: one line naming the tensors that are missing, unexpected or of another shape, and the file.
+        ValueError: one line naming the tensors that are missing, unexpected or of another shape or type, and the file.
     """
     own = module.state_dict()
     wrong = [f"{name} missing" for name in own if name not in tensors]
@@ -70,6 +71,11 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) 
         f"{name} is {list(tensors[name].shape)} not {list(own[name].shape)}"
         for name in own
         if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    wrong += [  # load_state_dict would cast it in silence
+        f"{name} is {tensors[name].dtype} not {own[name].dtype}"
+        for name in own
+        if name in tensors and tensors[name].dtype != own[name].dtype
     ]
     if wrong:
         raise ValueError(f"{source} does not fit the model: {'; '.join(wrong[:3])} ({len(wrong)} tensors in all)")
@@ -114,7 +120,13 @@ def read_tensors_and_digest(path: Path) -> tuple[dict[str, Tensor], str]:
         ValueError: one line, for a file that is missing or not safetensors.
     """
     try:
-        data = path.read_bytes()
-        return load(data), hashlib.sha256(data).hexdigest()
-    except (OSError, SafetensorError) as error:
+        with open_regular(path) as file:
+            data = file.read()
+        tensors = load(data)
+    except OSError as error:
+        raise cannot_read(path, error) from None
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # of types that torch does not know, too
         raise ValueError(f"{path} cannot be read: {one_line(error, 120)}") from None
+    if odd := [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.itemsize < 2]:
+        raise ValueError(f"{path} cannot be read: {odd[0]} is {tensors[odd[0]].dtype}, which no run writes")
+    return tensors, hashlib.sha256(data).hexdigest()

@@ -1,21 +1,21 @@
 """The options that decide a run's result, and which of them differ between two configs."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+from fmnist.config import strict_yaml
 from fmnist.config.schema import Config, flatten
 
+# These belong to one start of a run, and are not kept in its config.yaml.
+OF_A_START = ("resume", "overwrite", "max_minutes", "profile", "dry_run")
 # What may differ between a run's two starts: nothing here changes which weights come out.
 MAY_CHANGE = (
+    *OF_A_START,
     "output_dir",
-    "resume",
-    "overwrite",
-    "max_minutes",
-    "profile",
-    "dry_run",
     "timeout_s",
     "threads",
-    "data.root",
+    "data.root",  # what it holds is compared by its bytes: checkpoint/fingerprint.py
     "model.weights",
     "log.",
     "checkpoint.",
@@ -34,6 +34,16 @@ MAY_CHANGE_ROUNDING = (
 def recipe(cfg: Config) -> dict[str, Any]:
     """Return the options that decide the result, under their dotted names."""
     return {key: value for key, value in flatten(cfg).items() if not key.startswith(MAY_CHANGE + MAY_CHANGE_ROUNDING)}
+
+
+def run_yaml(cfg: Config) -> str:
+    """Return what a run keeps as its config.yaml."""
+    return strict_yaml.dump({name: value for name, value in asdict(cfg).items() if name not in OF_A_START})
+
+
+def is_run_yaml(content: Any) -> bool:
+    """Say whether the content of a YAML file is a run's config, of this version or another: a recipe by hand is not."""
+    return isinstance(content, dict) and {"data", "batch", "model", "optim", "seed", "output_dir"} <= content.keys()
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

@@ -292,7 +292,7 @@ def check_values(cfg: Config) -> None:
             low, high = limits
             for number in value.values() if isinstance(value, dict) else [value]:
                 if number is not None and not low <= number <= high:  # NaN fails both comparisons
-                    raise ValueError(f"{name} is {value}; valid range: {low} to {high}")
+                    raise ValueError(f"{name} is {value!s:.100}; valid range: {low} to {high}")
     size = cfg.augment.size
     if isinstance(size, dict) and (0 not in size or min(size) < 0):
         raise ValueError(f"augment.size is {size}; valid: {{0: pixels, later epoch: pixels}}")

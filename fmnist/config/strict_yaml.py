@@ -34,7 +34,8 @@ def load_file(path: Path) -> Any:
     """Read one YAML file as `load` does; ValueError where it is not a regular file of text."""
     try:
         if not path.is_file():  # a pipe would block, a device never end
-            raise ValueError("there is no such file")
+            kind = "is a folder" if path.is_dir() else "is a pipe or a device" if path.exists() else ""
+            raise ValueError(f"{kind}, not a file of options" if kind else "there is no such file")
         with path.open(encoding="utf-8-sig") as file:
             return load(file.read(MAX_LENGTH + 1))
     except OSError as error:

@@ -4,7 +4,9 @@ Order and augmentation parameters are pure functions of (seed, epoch, sample): t
 device and process count sees the same ones, and moved once per epoch. Any batch of any step can be made again alone.
 """
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -32,6 +34,15 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of images and labels, with their types and shapes: what a run was trained and judged on."""
+        found = hashlib.sha256()
+        for tensor in (self.images, self.labels):
+            found.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+            found.update(tensor.cpu().contiguous().numpy().data)
+        return found.hexdigest()
 
     @classmethod
     def load(

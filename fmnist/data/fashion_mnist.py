@@ -12,6 +12,7 @@ from torch import Tensor
 from fmnist.data.fetch import PUBLISHED, find_file
 from fmnist.data.find import locate
 from fmnist.data.idx import read_idx
+from fmnist.runtime.console import one_line
 
 logger = logging.getLogger("fmnist")
 
@@ -57,6 +58,19 @@ def load(split: Literal["train", "test"], root: str | None = None, *, fetch: boo
         path = labels_path if images_known else images_path
         logger.warning("%s: not the published Fashion-MNIST (its sha256 differs); used anyway", path)
     return images, labels.long()
+
+
+def name_of(split: Literal["train", "val", "test"], root: str | None = None) -> str:
+    """Name the data set of a split: Fashion-MNIST where its files are the published ones, else its folder.
+
+    Args:
+        split: see `load_split`.
+        root: see `locate`.
+    """
+    folder, prefix = locate(root), "t10k" if split == "test" else "train"
+    files = (("images", 3), ("labels", 1))
+    known = all(_load_file(folder, f"{prefix}-{kind}-idx{n}-ubyte", kind, n)[2] for kind, n in files)
+    return "Fashion-MNIST" if known else one_line(folder.resolve().name, 80)
 
 
 def _load_file(folder: Path, name: str, kind: str, dimensions: int) -> tuple[Tensor, Path, bool]:

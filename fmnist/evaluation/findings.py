@@ -50,6 +50,7 @@ def findings(
         ValueError: logits that are not finite.
     """
     metrics = summarize(outcome.logits, outcome.labels, outcome.class_names)
+    metrics["data"] = {"name": outcome.data, "sha256": outcome.data_sha256}
     scaled_bins = None
     if not quick:
         calibration = None

@@ -7,6 +7,19 @@ import argparse
 from pathlib import Path
 
 from fmnist.runtime.arguments import CommandLine, number, run_path
+from fmnist.runtime.ownership import check_outputs, check_suffix
+
+# What tells the files of an earlier evaluation or comparison from somebody else's.
+EVALUATION = {
+    "metrics.json": b'"top1_interval"',
+    "report.txt": b": top1 ",
+    "predictions.csv": b"index,label,prediction,confidence,",
+    "confusion_matrix.png": b"",
+    "reliability.png": b"",
+    "report.html": b"This page holds everything it shows",
+    "retrieval.json": b'"num_queries"',
+}
+COMPARISON = {"comparison.txt": b"McNemar's exact p", "comparison.json": b'"seeds"', "comparison.png": b""}
 
 
 def parse_args() -> argparse.Namespace:
@@ -22,6 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data.root", dest="root", help="folder with the data set (default: the run's)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="of one run (default: RUN/evaluation/SPLIT)")
     parser.add_argument("--comparison", type=Path, default=Path("comparison"), help="folder for several runs' table")
+    parser.add_force()
     parser.add_argument("--ensemble", action="store_true", help="the runs' averaged probabilities as a further row")
     parser.add_argument(
         "--quick",
@@ -35,4 +49,13 @@ def parse_args() -> argparse.Namespace:
         parser.error("--output is a checkpoint, which a further file would damage; give another folder")
     if args.output and len(args.paths) > 1:
         parser.error("--output takes one run; --comparison is the folder of several")
+    places = [(args.output, EVALUATION)] if args.output else []
+    places += [(args.comparison, COMPARISON)] if len(args.paths) > 1 else []
+    places += [(args.comparison / "ensemble" / args.split, EVALUATION)] if args.ensemble else []
+    try:
+        for folder, marks in places:
+            check_suffix(folder, "")
+            check_outputs({folder / name: mark for name, mark in marks.items()}, force=args.force)
+    except ValueError as error:
+        parser.error(str(error))
     return args

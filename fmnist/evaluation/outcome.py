@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor
 
 from fmnist.data.batches import Split
+from fmnist.data.fashion_mnist import name_of
 from fmnist.evaluation.calibration import average_probabilities
 from fmnist.evaluation.cost import Cost, measure_cost, sum_of_costs
 from fmnist.metrics import predict
 from fmnist.runtime.compute import Compute
+from fmnist.runtime.ownership import check_writable
 from fmnist.trained import Trained
 
+logger = logging.getLogger("fmnist")
 Tta = Literal["none", "flip"]
 
 
@@ -30,6 +34,8 @@ class Request:
         batch_size: images of one forward; none takes the run's own.
         root: folder of the IDX files; none takes the run's own.
         quick: metrics and figures only: skips accuracy on subsets, calibration, timing and report.html.
+        output: folder of its files; none takes the run's `evaluation/<split>`.
+        written: files will be written, so a folder that cannot be is refused before anything is computed.
     """
 
     split: Literal["test", "val", "train"] = "test"
@@ -37,6 +43,8 @@ class Request:
     batch_size: int | None = None
     root: str | None = None
     quick: bool = False
+    output: Path | None = None
+    written: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +63,7 @@ class Outcome:
         validation: logits and labels of the validation images; none where there are none.
         class_names: C names, in label order.
         cost: none where quick.
+        data, data_sha256: name of the data set, and digest of these images and labels.
         trained: the run; none for an ensemble.
         members: names of an ensemble's models.
     """
@@ -71,13 +80,22 @@ class Outcome:
     class_names: tuple[str, ...]
     validation: tuple[Tensor, Tensor] | None = None
     cost: Cost | None = None
+    data: str = "Fashion-MNIST"
+    data_sha256: str = ""
     trained: Trained | None = None
     members: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
         """The heading of its files."""
-        return f"{self.name}: {self.split} images" + (", flip averaging" if self.tta == "flip" else "")
+        other = f" of {self.data} (sha256 {self.data_sha256[:8]})" if self.other_data else ""
+        return f"{self.name}: {self.split} images{other}" + (", flip averaging" if self.tta == "flip" else "")
+
+    @property
+    def other_data(self) -> bool:
+        """Whether these are other images than those of this split that the run was made with."""
+        own = self.trained.images_sha256(self.split) if self.trained is not None else None
+        return own is not None and own != self.data_sha256
 
     @property
     def correct(self) -> Tensor:
@@ -99,6 +117,14 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
     split = Split.load(request.split, data, compute.device)
     if not len(split):
         raise ValueError(f"{trained.name} was trained with data.val_size 0: it has no validation images")
+    own = trained.images_sha256(request.split)
+    # Other images than the run's own have a folder of their own; a run from before it knew takes --data.root's word.
+    other = split.digest != own if own else request.root not in (None, trained.cfg.data.root)
+    directory = request.output or trained.folder("evaluation", request.split + other * f"-{split.digest[:8]}")
+    if request.written:
+        compute.on_main(check_writable, directory)
+    if other:
+        logger.info("%s was made with other %s images than these: see %s", trained.name, request.split, directory)
     cfg = trained.cfg.evaluation
     cfg = replace(cfg, tta=request.tta or cfg.tta, batch_size=request.batch_size or cfg.batch_size)
 
@@ -119,7 +145,7 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
     outcome = Outcome(
         name=trained.name,
         model=trained.cfg.model.name,
-        directory=trained.folder("evaluation") / request.split,
+        directory=directory,
         split=request.split,
         tta=cfg.tta,
         images=split.images.cpu(),
@@ -129,6 +155,8 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
         class_names=split.class_names,
         validation=validation,
         cost=cost,
+        data=name_of(request.split, data.root),
+        data_sha256=split.digest,
         trained=trained,
     )
     return compute.on_main(lambda: outcome)

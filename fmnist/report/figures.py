@@ -56,7 +56,7 @@ def by_default_style(draw: Callable[P, T]) -> Callable[P, T]:
 def save_figure(path: Path, figure: Figure) -> None:
     """Write a figure as PNG, whole or not at all."""
     FigureCanvasAgg(figure)
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=DPI))
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=DPI, metadata={"Software": "fmnist"}))
 
 
 @by_default_style

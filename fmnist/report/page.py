@@ -90,11 +90,12 @@ def context(findings: Findings) -> dict[str, Any]:
     trained = outcome.trained
     lines = trained.directory / METRICS_FILE if trained else None
     batch = trained.directory / "train_batch.png" if trained else None
+    human = None if outcome.other_data else HUMAN_TOP1
     return {
         "outcome": outcome,
         "result": metrics,
-        "human": HUMAN_TOP1,
-        "strip": place_on_scale(metrics["top1"], metrics["top1_interval"], HUMAN_TOP1),
+        "human": human,
+        "strip": place_on_scale(metrics["top1"], metrics["top1_interval"], human),
         "num_errors": len(findings.errors),
         "curves": learning_curves(lines) if lines is not None and lines.is_file() else [],
         "loss_note": loss_note(trained.cfg) if trained else "",

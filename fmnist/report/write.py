@@ -34,13 +34,13 @@ def write_evaluation(findings: Findings) -> None:
     """
     outcome, metrics = findings.outcome, findings.metrics
     directory, names = outcome.directory, outcome.class_names
+    # First: a directory with a metrics.json is a complete one, and nothing in it is of another evaluation.
+    for name in ("metrics.json", "report.html"):
+        (directory / name).unlink(missing_ok=True)
     write_atomic(directory / "report.txt", report_text(findings))
     write_atomic(directory / "predictions.csv", predictions_csv(findings))
     plot_confusion_matrix(metrics["confusion_matrix"], names, outcome.title, directory / "confusion_matrix.png")
     plot_reliability(findings.bins, metrics["ece"], outcome.title, directory / "reliability.png")
-    # Last, so that a directory with a metrics.json is a complete one.
-    write_atomic(directory / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
-
     trained = outcome.trained
     inside = trained is not None and directory.resolve().is_relative_to(trained.directory.resolve())
     if trained is not None and inside and (lines := trained.directory / METRICS_FILE).is_file():
@@ -48,8 +48,9 @@ def write_evaluation(findings: Findings) -> None:
         plot_learning_curves(lines, trained.directory / "learning_curves.png", outcome.name, note)
     if findings.complete:
         write_html(findings, directory / "report.html")
-        if trained is not None and not trained.checkpoint:
-            _log_to_wandb(findings)
+    write_atomic(directory / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+    if findings.complete and inside and trained is not None and not trained.checkpoint:
+        _log_to_wandb(findings)
 
 
 def report_text(findings: Findings) -> str:
@@ -68,8 +69,9 @@ def report_text(findings: Findings) -> str:
         digits=4,
         zero_division=0.0,
     )
+    data = f"images: {outcome.data}, sha256 {outcome.data_sha256}\n" if outcome.data_sha256 else ""
     notes = _notes(metrics) if findings.complete else ""
-    return f"{headline}\n\n{table}" + (f"\n{notes}\n" if notes else "")
+    return f"{headline}\n{data}\n{table}" + (f"\n{notes}\n" if notes else "")
 
 
 def _notes(metrics: Mapping[str, Any]) -> str:
@@ -122,7 +124,7 @@ def _log_to_wandb(findings: Findings) -> None:
         trained.directory,
         trained.cfg.log,
         flatten(trained.cfg),
-        prefix=f"evaluation/{outcome.split}",
+        prefix=f"evaluation/{outcome.directory.name}",
         scalars=scalars,
         files=[file for file in files if file.is_file()],
         errors=[error.row(outcome) for error in findings.errors[:200]],

@@ -14,6 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fmnist.runtime.console import one_line
+
+MAX_NUMBER = 2**62  # no tensor has more
+
 
 class CommandLine(argparse.ArgumentParser):
     """argparse with options in full only, and one line on stderr (status 2) for a mistake."""
@@ -32,6 +36,10 @@ class CommandLine(argparse.ArgumentParser):
         self.add_argument("--batch_size", type=number(1), help="images of one forward (default: the run's)")
         self.add_argument("--data.root", dest="root", help="folder with the data set (default: the run's)")
 
+    def add_force(self) -> None:
+        """Add --force."""
+        self.add_argument("--force", action="store_true", help="replace files that this command did not make")
+
     def add_device(self) -> None:
         """Add --device."""
         self.add_argument("--device", help="as torch names it (default: the accelerator, else the CPU)")
@@ -49,7 +57,7 @@ class CommandLine(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with one line on stderr and status 2."""
-        line = re.sub(r"^argument ([^:]+): ", r"\1: ", " ".join(message.split()))
+        line = re.sub(r"^argument ([^:]+): ", r"\1: ", one_line(message, 2000))
         sys.stderr.write(f"{self.prog}: error: {line}\n")
         raise SystemExit(2)
 
@@ -68,9 +76,9 @@ def number(low: float, high: float = math.inf, kind: Callable[[str], float] = in
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high:
+        if not low <= value <= min(high, MAX_NUMBER):
             limits = f"{low:g} and more" if high == math.inf else f"{low:g} to {high:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not valid; valid range: {limits}")
+            raise argparse.ArgumentTypeError(f"{text!r:.60} is not valid; valid range: {limits}")
         return value
 
     return read

@@ -1,24 +1,37 @@
 """Files written whole or not at all, whatever stops the process or the power; JSON and CSV; hashes."""
 
 import csv
+import errno
 import glob
 import hashlib
 import io
 import json
 import os
 import secrets
+import shutil
+import stat
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from fmnist.runtime.console import one_line
 
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: leftovers there go by their age
+    fcntl = None  # type: ignore[assignment]
+
 MAX_JSON_BYTES = 1 << 26
 CHUNK_BYTES = 1 << 20  # read at once from a file or server whose length is not known
-LEFTOVER_AGE_S = 3600.0  # a temporary file this old is no longer being written
+LEFTOVER_AGE_S = 3600.0  # without flock, a temporary file this old is taken for one that nobody writes any more
 # A spreadsheet runs a cell that begins with one of these.
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+class Unreadable(ValueError):
+    """A file that is there, perhaps whole, and that this user may not read."""
 
 
 def sync_path(path: Path) -> None:
@@ -33,7 +46,8 @@ def sync_path(path: Path) -> None:
 def write_atomic(path: Path, content: bytes | str | Callable[[BinaryIO], object]) -> None:
     """Write a file whole or not at all: its content is on the disk before its name is, and then its name.
 
-    No link is followed: one of that name is replaced. The mode follows the umask.
+    No link is followed: one of that name is replaced. The mode follows the umask. What an earlier write of this file
+    left that was killed is removed.
 
     Args:
         path: its folder is made if absent.
@@ -44,49 +58,125 @@ def write_atomic(path: Path, content: bytes | str | Callable[[BinaryIO], object]
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
-    # A random name of its own: two processes, in two containers too, may write the same file.
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    part = _part(path)
     try:
         with part.open("xb") as file:
+            _lock(file.fileno())
             if callable(content):
                 content(file)
             else:
                 file.write(content.encode() if isinstance(content, str) else content)
-        sync_path(part)
-        part.replace(path)
+            sync_path(part)
+            if fcntl is not None:
+                part.replace(path)  # while it is locked: nobody takes it for a leftover
+        if fcntl is None:
+            part.replace(path)  # Windows renames no open file
     except BaseException:
         part.unlink(missing_ok=True)  # half a file would only take what room is left
         raise
     sync_path(path.parent)
 
 
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Make a folder beside `path` to build its content in; it goes at the end, or with the next one after a kill."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    part = _part(path)
+    part.mkdir()
+    descriptor = os.open(part, os.O_RDONLY)
+    try:
+        _lock(descriptor)
+        yield part
+    finally:
+        os.close(descriptor)
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _part(path: Path) -> Path:
+    """A random name: two processes, in two containers too, may write the same file."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+
+
+def _lock(descriptor: int) -> None:
+    """Hold a temporary file for as long as this process writes it; the kernel lets go of it when that is killed."""
+    if fcntl is not None:
+        with suppress(OSError):  # a file system without flock
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _remove_leftovers(path: Path) -> None:
-    """Remove what a write of this file left that was killed long ago."""
-    for name in glob.iglob(f".{glob.escape(path.name)}.*part", root_dir=path.parent, include_hidden=True):
+    """Remove what writes of this file left that were killed; what is being written stays."""
+    pattern = f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.part"
+    for name in glob.iglob(pattern, root_dir=path.parent, include_hidden=True):
         leftover = path.parent / name
         try:
-            if time.time() - leftover.lstat().st_mtime > LEFTOVER_AGE_S:
-                leftover.unlink()
-        except OSError:  # another process was faster, or it is not ours
+            descriptor = os.open(leftover, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        except OSError:  # another process was faster, or it is a link and so not ours
             continue
+        try:
+            if _abandoned(descriptor):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        except OSError:
+            continue
+        finally:
+            os.close(descriptor)
+
+
+def _abandoned(descriptor: int) -> bool:
+    age = abs(time.time() - os.fstat(descriptor).st_mtime)  # clocks may be set back
+    if fcntl is None:
+        return age > LEFTOVER_AGE_S
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return age > LEFTOVER_AGE_S
+    return age > 1.0  # one that was made this instant may not be locked yet
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a regular file to read; a pipe is no wait without end, and a folder or device no content.
+
+    Raises:
+        OSError: there is none, it may not be read, or it is something else.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(descriptor, "rb")
+
+
+def reason(error: OSError) -> str:
+    """Return what the system says, to stand inside a sentence: permission denied."""
+    said = error.strerror or type(error).__name__
+    return said[0].lower() + said[1:]
+
+
+def cannot_read(path: Path, error: OSError) -> ValueError:
+    """Return the error for a file that the system does not give: Unreadable where it may well be whole."""
+    kind = Unreadable if isinstance(error, PermissionError) else ValueError
+    return kind(f"{path} cannot be read: {reason(error)}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
     Raises:
-        ValueError: one line: no regular file, larger than MAX_JSON_BYTES, no JSON, or no object.
+        ValueError: one line: no regular file, larger than MAX_JSON_BYTES, no JSON, or no object; Unreadable where
+            this user may not read it.
     """
     try:
-        if not path.is_file():
-            raise ValueError("no such file" if not path.exists() else "not a regular file")
-        if (size := path.stat().st_size) > MAX_JSON_BYTES:
-            raise ValueError(f"{size:,} bytes, expected at most {MAX_JSON_BYTES:,}")
-        content = json.loads(path.read_bytes())
+        with open_regular(path) as file:
+            if (size := os.fstat(file.fileno()).st_size) > MAX_JSON_BYTES:
+                raise ValueError(f"{size:,} bytes, expected at most {MAX_JSON_BYTES:,}")
+            content = json.loads(file.read())
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise cannot_read(path, error) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {one_line(error, 120)}") from None
     return content
@@ -136,5 +226,5 @@ def _is_number(cell: str) -> bool:
 
 def sha256_of(path: Path) -> str:
     """Return the sha256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

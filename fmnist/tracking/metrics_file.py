@@ -24,7 +24,7 @@ def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
         try:
             line = json.loads(text)
             step, prefix = int(line["step"]), str(line["prefix"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue  # a killed run leaves half a line, in the middle too once the run has gone on
         # A run that resumes from a checkpoint logs some steps twice: the later line is the one that counts.
         lines.setdefault(prefix, {})[step] = line
@@ -41,6 +41,6 @@ def truncate_metrics(path: Path, step: int) -> None:
             entry = json.loads(line)
             if entry["step"] <= step and entry.get("prefix") != "test":  # the test images are evaluated again
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
     write_atomic(path, "".join(kept))

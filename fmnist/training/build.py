@@ -1,18 +1,16 @@
 """What the training loop works with: built from a config, and put back from a checkpoint."""
 
-import json
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from fmnist.checkpoint.contents import EMA, MODEL, OPTIMIZER, STATE, TrainState, read_meta, read_state
+from fmnist.checkpoint.contents import TrainState
+from fmnist.checkpoint.fingerprint import WEIGHTS, digest_of_weights, fingerprint
 from fmnist.checkpoint.store import Checkpoints
-from fmnist.checkpoint.tensors import load_optimizer_tensors, load_strict, read_tensors
-from fmnist.config.same_run import changes, recipe
+from fmnist.config.same_run import recipe
 from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader, Split
@@ -25,6 +23,7 @@ from fmnist.runtime.provenance import versions
 from fmnist.tracking.progress import Progress
 from fmnist.training.clock import Clock
 from fmnist.training.non_finite import NonFiniteWatch
+from fmnist.training.resume import find_start, restore, together
 
 logger = logging.getLogger("fmnist")
 
@@ -66,16 +65,18 @@ class Training:
     non_finite: NonFiniteWatch
 
 
-def build(cfg: Config, run: Run) -> Training:
+def build(cfg: Config, run: Run) -> Training | None:
     """Build everything the loop needs and put back the newest valid checkpoint, if there is one.
+
+    Returns:
+        None where the run is finished.
 
     Raises:
         ValueError: data, weights, options or checkpoints that cannot be used; one line each.
     """
     # data: all three splits, so that a damaged file is found now and not after the training
-    train_split, val_split, test_split = (
-        Split.load(name, cfg.data, run.device, fetch=True) for name in ("train", "val", "test")
-    )
+    splits = together(run, lambda: load_splits(cfg, run.device))
+    train_split, val_split, test_split = splits.values()
     if cfg.exact and cfg.exact % run.world_size:
         raise ValueError(f"exact is {cfg.exact}; valid with {run.world_size} processes: a multiple of that")
     loader = Loader(
@@ -87,19 +88,28 @@ def build(cfg: Config, run: Run) -> Training:
         world_size=run.world_size,
     )
 
+    # where to begin: all processes see the same directory, data and weights, which are those of the run in it
+    digests = {name: split.digest for name, split in splits.items()}
+    run.fingerprint = together(run, lambda: fingerprint(digests, cfg.model.weights))
+    about = {"model": cfg.model.name, "world_size": run.world_size, "versions": versions()}
+    meta = about | {"config": recipe(cfg) | run.fingerprint}
+    checkpoints = Checkpoints(run.directory / "checkpoints", cfg.checkpoint.keep_last, meta)
+    finished, newest = find_start(cfg, run, checkpoints)
+    if finished:
+        return None
+
     # model, and what feeds it: pretrained weights only where no checkpoint will fill it
     schedule = Schedule.from_config(cfg, loader.steps_per_epoch)
-    meta = {"model": cfg.model.name, "world_size": run.world_size, "versions": versions(), "config": recipe(cfg)}
-    checkpoints = Checkpoints(run.directory / "checkpoints", cfg.checkpoint.keep_last, meta)
-    newest = None if cfg.overwrite else checkpoints.newest_good()
     model, augment = build_network(cfg, run.device, load_weights=newest is None)
+    if newest is None and cfg.model.weights and digest_of_weights(cfg.model.weights) != run.fingerprint[WEIGHTS]:
+        raise ValueError(f"model.weights: {cfg.model.weights} was replaced while it was read; start again")
 
     # optimizer, and the moving average of the weights
     optimizer = build_optimizer(model, cfg.optim)
     ema = ModelEmaV3(model, decay=cfg.optim.ema_decay, use_warmup=True) if cfg.optim.ema_decay else None
 
     # resume: weights, optimizer and step of the newest checkpoint
-    state = TrainState() if newest is None else restore(newest, cfg, model, ema, optimizer)
+    state = TrainState() if newest is None else restore(newest, cfg, model, ema, optimizer, run.fingerprint)
 
     return Training(
         model=model,
@@ -125,33 +135,14 @@ def build(cfg: Config, run: Run) -> Training:
     )
 
 
+def load_splits(cfg: Config, device: torch.device) -> dict[str, Split]:
+    """Load train, val and test, in this order, fetched where no folder was named."""
+    return {name: Split.load(name, cfg.data, device, fetch=True) for name in ("train", "val", "test")}
+
+
 def peak_images_per_second(model: nn.Module, augment: Augment, run: Run) -> float | None:
     """Return what the peak arithmetic of all processes' hardware would allow; None where it is not known."""
     peak = peak_flops(run.device_name, run.precision)
     if peak is None:
         return None
     return peak * run.world_size / flops_per_image(model, len(augment.mean), augment.final_size)[1]
-
-
-def restore(
-    path: Path, cfg: Config, model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer
-) -> TrainState:
-    """Put a verified checkpoint back, and return where training stood.
-
-    Raises:
-        ValueError: it is of another config or model; one line naming the file and what differs.
-    """
-    state, meta = read_state(path), read_meta(path)
-    if changed := changes(meta.get("config", {}), json.loads(json.dumps(recipe(cfg)))):
-        raise ValueError(f"{path / STATE} is of another config: {'; '.join(changed[:3])}")
-    load_strict(model, read_tensors(path / MODEL), path / MODEL)
-    moments = path / OPTIMIZER
-    load_optimizer_tensors(model, optimizer, read_tensors(moments), moments)
-    if ema is not None:
-        load_strict(ema.module, read_tensors(path / EMA), path / EMA)
-    logger.info("resuming from %s", path)
-    if (made_with := meta.get("versions", {}).get("torch", torch.__version__)) != torch.__version__:
-        logger.warning(
-            "it was written with torch %s, this is %s: the last bits may differ", made_with, torch.__version__
-        )
-    return state

@@ -7,6 +7,7 @@ from typing import Any
 from fmnist.checkpoint.contents import MODEL
 from fmnist.checkpoint.tensors import load_strict, read_tensors
 from fmnist.config.schema import Config
+from fmnist.data.fashion_mnist import name_of
 from fmnist.evaluation.findings import Findings, findings
 from fmnist.evaluation.outcome import Outcome
 from fmnist.metrics import predict
@@ -38,7 +39,8 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
         "status": "finished" if finished else "stopped",
     }
     if state.best_step:
-        run.on_main(training.checkpoints.export, state.best_step, run.directory / MODEL)
+        exported = run.on_main(training.checkpoints.export, state.best_step, run.directory / MODEL)
+        summary["weights_sha256"] = exported
     found = evaluate_test(training, cfg, run) if finished and cfg.evaluation.test else None
     if found is not None:
         scores = {key: found.metrics[key] for key in ("top1", "loss", "num_images")}
@@ -70,6 +72,8 @@ def evaluate_test(training: Training, cfg: Config, run: Run) -> Findings | None:
         labels=split.labels.cpu(),
         logits=logits,
         class_names=split.class_names,
+        data=name_of("test", cfg.data.root),
+        data_sha256=split.digest,
     )
     return run.on_main(findings, outcome, quick=True)
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from fmnist.runtime.arguments import CommandLine
 from fmnist.runtime.console import log_to_console, one_line_errors
+from fmnist.runtime.ownership import check_outputs, check_suffix
 
-NAMES = {"onnx": "model.onnx", "hub": "hub"}
+NAMES, SUFFIXES = {"onnx": "model.onnx", "hub": "hub"}, {"onnx": ".onnx", "hub": ""}
 PARSER = CommandLine(prog="fmnist export", description=__doc__)
 PARSER.add_run(device=False)
 PARSER.add_argument("--to", choices=sorted(NAMES), required=True, help="what to write")
@@ -21,19 +22,25 @@ PARSER.add_argument(
     "--output", type=Path, metavar="PATH", help="file or folder (default: export/model.onnx or export/hub in the run)"
 )
 
+PARSER.add_force()
+
 
 def main(argv: list[str] | None = None) -> int:
     """Write the file or the folder, and print how closely it agrees with the run."""
     args = PARSER.parse_args(argv)
     log_to_console()
     with one_line_errors(PARSER.prog):
+        if args.output:
+            check_suffix(args.output, SUFFIXES[args.to])
         from fmnist.apps.export.expected import open_expected
-        from fmnist.apps.export.hub import write_hub
+        from fmnist.apps.export.hub import FILES, write_hub
         from fmnist.apps.export.onnx import write_onnx
 
         expected = open_expected(args.run, args.root, args.batch_size)
-        write = {"onnx": write_onnx, "hub": write_hub}[args.to]
-        print(write(expected, args.output or expected.trained.folder("export") / NAMES[args.to]))
+        path = args.output or expected.trained.folder("export", NAMES[args.to])
+        marks = {path / name: mark for name, mark in FILES.items()} if args.to == "hub" else {path: b""}
+        check_outputs(marks, force=args.force)
+        print({"onnx": write_onnx, "hub": write_hub}[args.to](expected, path))
     return 0
 
 

@@ -1,8 +1,7 @@
 """The expected answers of an export, and the measured figures that its card states."""
 
 import csv
-import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fmnist.data.fashion_mnist import load_split
+from fmnist.runtime.files import read_json
 from fmnist.trained import Trained, open_trained
 
 NUM_IMAGES = 1000
@@ -42,10 +42,8 @@ def open_expected(path: Path, root: str | None = None, batch_size: int | None = 
     Raises:
         ValueError: one line, for a path that is neither, weights that do not fit, or test images that cannot be had.
     """
-    trained = open_trained(path, "cpu", batch_size)
     # However it was trained, what is written is float32 in torch's usual memory format.
-    plain = replace(trained.cfg.model, precision="fp32", channels_last=False, compile=False)
-    trained = replace(trained, cfg=replace(trained.cfg, model=plain))
+    trained = open_trained(path, "cpu", batch_size, precision="fp32", channels_last=False, compile=False)
     images, _ = load_split("test", root or trained.cfg.data.root, trained.cfg.data.val_size)
     logits, _ = trained(images[:NUM_IMAGES])
     return Expected(trained=trained, images=images[:NUM_IMAGES], logits=logits)
@@ -74,17 +72,18 @@ def read_measured(expected: Expected) -> Measured:
         ValueError: one line: there is no evaluation of the test images, or it is of other weights.
     """
     trained = expected.trained
-    folder = trained.folder("evaluation") / "test"
+    folder = trained.folder("evaluation", "test")
     again = f"run: fmnist evaluate {trained.weights.parent}"
+    if missing := [folder / name for name in ("metrics.json", "predictions.csv") if not (folder / name).exists()]:
+        raise ValueError(f"a model card states measured figures, and there is no {missing[0]}; {again}")
     try:
-        metrics = json.loads((folder / "metrics.json").read_bytes())
+        metrics = read_json(folder / "metrics.json")
+        _check_metrics(metrics)
         with (folder / "predictions.csv").open(newline="") as file:
             rows = [row[4:] for row, _ in zip(csv.reader(file), range(1 + len(expected.images)), strict=False)][1:]
         written = torch.tensor([[float(cell) for cell in row] for row in rows])
         distance = (written - expected.logits.softmax(-1)).abs().mean()
-    except FileNotFoundError as error:
-        raise ValueError(f"a model card states measured figures, and there is no {error.filename}; {again}") from None
-    except (OSError, ValueError, RuntimeError):
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError):
         raise ValueError(f"{folder} does not hold a whole evaluation; {again}") from None
     mirrored, _ = trained(expected.images.flip(-1))
     averaged = (expected.logits.softmax(-1) + mirrored.softmax(-1)) / 2
@@ -92,3 +91,15 @@ def read_measured(expected: Expected) -> Measured:
     if not min(distance, distance_flipped) < SAME_PROBABILITIES:
         raise ValueError(f"{folder} was evaluated with other weights; {again}")
     return Measured(metrics=metrics, flip=bool(distance_flipped < distance))
+
+
+def _check_metrics(metrics: dict[str, Any]) -> None:
+    """Refuse a metrics.json that a card could not be made of."""
+    numbers = [metrics.get(key) for key in ("top1", "loss", "ece", "num_images")]
+    rows = metrics.get("per_class")
+    if not isinstance(rows, dict) or not rows:
+        raise ValueError("per_class is missing")
+    numbers += [row[key] for row in rows.values() for key in ("precision", "recall", "f1", "support")]
+    low, high = metrics["top1_interval"]
+    if not all(isinstance(value, int | float) for value in (*numbers, low, high)):
+        raise ValueError("a number is missing")

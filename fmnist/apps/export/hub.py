@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import timm
 import torch
@@ -17,10 +16,17 @@ from fmnist.apps.export.model_card import model_card
 from fmnist.checkpoint.tensors import apart
 from fmnist.config.schema import to_yaml
 from fmnist.models import REGISTRY
+from fmnist.runtime.files import temporary_folder, write_atomic
 from fmnist.trained import Trained, open_trained
 
 LARGEST_DIFFERENCE = 1e-5  # of any logit; where logits exceed 10, in proportion: fp32 rounds so
-FILES = ("config.json", "model.safetensors", "config.yaml", "README.md")
+# The files of the folder, and what tells an earlier export's from somebody else's.
+FILES = {
+    "config.json": b'"label_names"',
+    "model.safetensors": b'"made_by":"fmnist"',
+    "config.yaml": b"global_batch_size:",
+    "README.md": b"\n- fmnist\n",
+}
 
 
 def write_hub(expected: Expected, folder: Path) -> str:
@@ -36,16 +42,11 @@ def write_hub(expected: Expected, folder: Path) -> str:
     trained = expected.trained
     ours = trained.cfg.model.name in REGISTRY
     measured = read_measured(expected)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output {folder} is a file; give a folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
-        part = Path(name)
+    with temporary_folder(folder) as part:
         write_files(trained, measured, part, ours)
         difference = check(part, expected, ours)
-        folder.mkdir(exist_ok=True)
         for file in FILES:
-            (part / file).replace(folder / file)
+            write_atomic(folder / file, (part / file).read_bytes())
     opener = f'open_trained(Path("{folder}"))' if ours else f'timm.create_model("local-dir:{folder}", pretrained=True)'
     return f"{folder}: {opener} gives the run's logits within {difference:.1e} on {len(expected.images):,} test images"
 
@@ -55,7 +56,9 @@ def write_files(trained: Trained, measured: Measured, folder: Path, ours: bool) 
     cfg, augment, size = trained.cfg.model, trained.augment, trained.size
     num_channels = len(augment.mean)
     names = {"num_classes": len(trained.class_names), "label_names": list(trained.class_names)}
-    save_file(apart(trained.model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        apart(trained.model.state_dict()), folder / "model.safetensors", metadata={"format": "pt", "made_by": "fmnist"}
+    )
     if ours:  # timm does not know them, and says so when it is asked to build one
         about = names | {
             "library_name": "fmnist",

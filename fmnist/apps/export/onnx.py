@@ -6,13 +6,13 @@ import logging
 import time
 import warnings
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fmnist.apps.export.expected import Expected
+from fmnist.runtime.files import write_atomic
 from fmnist.trained import Trained
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -64,12 +64,9 @@ def write_onnx(expected: Expected, path: Path) -> str:
     }
     onnx.helper.set_model_props(proto, about)
     onnx.checker.check_model(proto)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        part = Path(folder) / path.name
-        onnx.save(proto, part)
-        seen = check(part, expected)
-        part.replace(path)
+    graph = proto.SerializeToString()
+    seen = check(graph, expected)
+    write_atomic(path, graph)
     return (
         f"{path}: {path.stat().st_size / 1e6:.2f} MB; on {len(expected.images):,} test images the largest difference "
         f"from torch is {seen['logits']:.1e} in logits, {seen['probabilities']:.1e} in probabilities; "
@@ -111,11 +108,11 @@ def _trace(expected: Expected) -> Any:
             logger.setLevel(level)
 
 
-def check(path: Path, expected: Expected, limit: float = LARGEST_DIFFERENCE) -> dict[str, float]:
+def check(graph: Path | bytes, expected: Expected, limit: float = LARGEST_DIFFERENCE) -> dict[str, float]:
     """Run a graph in onnxruntime over the expected images, in batches of several sizes.
 
     Args:
-        path: the .onnx file.
+        graph: the .onnx file, or its content.
         expected: the run's images and logits.
         limit: largest difference that passes, for values of up to 10.
 
@@ -129,7 +126,7 @@ def check(path: Path, expected: Expected, limit: float = LARGEST_DIFFERENCE) -> 
 
     count = len(expected.images)
     try:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
         parts = [session.run(None, {"images": part.numpy()}) for part in expected.images.split([1, 7, count - 8])]
         start = time.perf_counter()
         session.run(None, {"images": expected.images[8:].numpy()})

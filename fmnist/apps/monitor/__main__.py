@@ -7,6 +7,8 @@ result; the exit status is 0 fine, 1 alert, 2 a mistake or too few pictures for 
 in a crontab: 0 6 * * * fmnist monitor runs/cnn incoming/ || mail -s drift me
 """
 
+import traceback
+
 from fmnist.runtime.arguments import CommandLine, existing, number
 from fmnist.runtime.console import log_to_console, one_line_errors
 
@@ -29,13 +31,19 @@ PARSER.add_argument("--json", action="store_true", help="print all the numbers a
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Test a batch; return 0 (fine), 1 (alert) or 2 (too few pictures)."""
+    """Test a batch; return 0 (fine), 1 (alert) or 2 (no verdict: too few pictures, or whatever went wrong)."""
     args = PARSER.parse_args(argv)
     log_to_console()
-    with one_line_errors(PARSER.prog):
-        from fmnist.apps.monitor.batch import monitor
+    try:
+        with one_line_errors(PARSER.prog):
+            from fmnist.apps.monitor.batch import monitor
 
-        return monitor(args)
+            return monitor(args)
+    except SystemExit:  # said in one line
+        return 2
+    except Exception:  # a fault of ours: an alert it is not
+        traceback.print_exc()
+        return 2
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def _stack(views: list[np.ndarray]) -> Tensor:
 def _read_array(path: Path) -> Tensor:
     """Read .npy, or .npz with one array or one called images; never a pickle."""
     try:
-        if path.suffix == ".npz":
+        if zipfile.is_zipfile(path):  # whatever its name: numpy goes by the content too
             with zipfile.ZipFile(path) as archive:
                 size = sum(item.file_size for item in archive.infolist())  # what it says it unpacks to
         else:

@@ -12,11 +12,13 @@ from pathlib import Path
 
 from fmnist.runtime.arguments import CommandLine, number
 from fmnist.runtime.console import log_to_console, one_line_errors
+from fmnist.runtime.ownership import check_outputs, check_suffix
 
 PARSER = CommandLine(prog="fmnist predict", description=__doc__)
 PARSER.add_run()
 PARSER.add_argument("paths", nargs="+", metavar="PATH", help="pictures (JPEG, PNG, WebP), folders or globs")
 PARSER.add_argument("--output", type=Path, default=Path("predictions"), help="folder for the CSV and the sheet")
+PARSER.add_force()
 PARSER.add_argument("--top", type=number(1), default=3, help="classes given with their probability")
 PARSER.add_argument(
     "--invert", choices=("auto", "always", "never"), default="auto", help="turn dark on light into light on dark"
@@ -41,10 +43,10 @@ def main(argv: list[str] | None = None) -> int:
         found = list(find_pictures(args.paths))
         if all(error for _, error in found):
             raise ValueError("; ".join(f"{name}: {error}" for name, error in found[:3]))
-        try:
-            args.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--output is {args.output}: {error.strerror}") from None
+        check_suffix(args.output, "")
+        marks = {args.output / "predictions.csv": b"file,prediction,confidence,"}
+        marks |= {args.output / "predictions.png": b""} if args.sheet else {}
+        check_outputs(marks, force=args.force)
 
         from fmnist.apps.predict.predictions import predict
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 SIDE, MARGIN, LINE = 112, 10, 16  # pixels; 112 is 4 times 28
 ORANGE, GREY, BLACK, BLUE = "#B84A00", "#666666", "#111111", "#0072B2"
@@ -61,8 +62,9 @@ def draw_sheet(cells: Sequence[Cell], title: str, columns: int = 5) -> bytes:
         for number, (text, colour) in enumerate(cell.lines):
             y = top + SIDE + 4 + number * LINE
             draw.text((left, y), _shorten(text, font, 2 * SIDE + 4), colour, font)
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", optimize=True)
+    buffer, about = io.BytesIO(), PngInfo()
+    about.add_text("Software", "fmnist")  # how the next sheet knows that it may replace this one
+    sheet.save(buffer, "PNG", optimize=True, pnginfo=about)
     return buffer.getvalue()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from fmnist.apps.search.names import SOURCES, picture
 from fmnist.runtime.arguments import CommandLine, existing, number
 from fmnist.runtime.console import log_to_console, one_line_errors
+from fmnist.runtime.ownership import check_suffix
 
 
 def folder(text: str) -> Path:
@@ -33,6 +34,7 @@ ASK.add_argument("--split", choices=SOURCES, default="train", help="images to se
 ASK.add_argument("--index", type=existing, metavar="FILE", help="search in a folder's pictures instead, see index")
 ASK.add_argument("--k", type=number(1), default=10, help="images found per query (default: 10)")
 ASK.add_argument("--output", type=Path, metavar="FOLDER", help="for search.csv and search.png (default: RUN/search)")
+ASK.add_force()
 ASK.add_argument("--sheet", type=number(0, 200), default=30, help="queries on search.png; 0: no sheet (default: 30)")
 ASK.add_argument("--json", action="store_true", help="print what was found as JSON, for scripts")
 
@@ -40,11 +42,13 @@ INDEX = COMMANDS.add_parser("index", help="compute the features of a folder of p
 INDEX.add_run()
 INDEX.add_argument("--folder", type=folder, required=True, metavar="DIR", help="its pictures, and those below it")
 INDEX.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/search/index.safetensors")
+INDEX.add_force()
 
 EVALUATE = COMMANDS.add_parser("evaluate", help="precision of test images among the training images, per class")
 EVALUATE.add_run()
 EVALUATE.add_argument("--k", type=number(1), default=10, help="nearest images counted (default: 10)")
 EVALUATE.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/evaluation/test/retrieval.json")
+EVALUATE.add_force()
 EVALUATE.add_argument("--json", action="store_true", help="print the figures as JSON, for scripts")
 
 
@@ -53,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     args = PARSER.parse_args(argv)
     log_to_console()
     with one_line_errors(PARSER.prog):
+        if args.output:
+            check_suffix(args.output, {"query": "", "index": ".safetensors", "evaluate": ".json"}[args.command])
         from fmnist.apps.search import queries
 
         {"query": queries.query, "index": queries.index, "evaluate": queries.evaluate}[args.command](args)

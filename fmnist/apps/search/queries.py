@@ -24,12 +24,16 @@ from fmnist.evaluation.neighbours import Neighbours
 from fmnist.evaluation.retrieval import measure_precision
 from fmnist.report.retrieval_table import RETRIEVAL_FILE, precision_table, write_precision
 from fmnist.runtime.files import write_atomic
+from fmnist.runtime.ownership import check_outputs
 from fmnist.trained import Trained, open_trained
 
 
 def query(args: argparse.Namespace) -> None:
     """Find the nearest images of each picture; write search.csv, then the sheet."""
     trained = open_trained(args.run, args.device, args.batch_size)
+    output = args.output or trained.folder("search")
+    marks = {output / "search.csv": b"query,rank,item,", output / "search.png": b""}
+    check_outputs(marks, force=args.force)
     catalogue = load_catalogue(args.index, trained) if args.index else split_catalogue(trained, args.split, args.root)
     queries = [_read_query(name, trained, args.root) for name in args.images]
     logits, features = trained(torch.stack([image for image, _ in queries]))
@@ -45,7 +49,6 @@ def query(args: argparse.Namespace) -> None:
             args.images, queries, logits.argmax(1), positions, similarities, strict=True
         )
     ]
-    output = args.output or trained.folder("search")
     write_atomic(output / "search.csv", hits_csv(hits, catalogue))  # first: it is there also where a sheet fails
     if shown := hits[: args.sheet]:
         plot_hits(shown, catalogue, output / "search.png")
@@ -79,10 +82,11 @@ def _position(name: str, catalogue: Catalogue) -> int:
 def index(args: argparse.Namespace) -> None:
     """Compute the features of a folder's pictures and write them."""
     trained = open_trained(args.run, args.device, args.batch_size)
+    path = args.output or trained.folder("search") / "index.safetensors"
+    check_outputs({path: b""}, force=args.force)
     start = time.perf_counter()
     catalogue = folder_catalogue(trained, args.folder)
     seconds = time.perf_counter() - start
-    path = args.output or trained.folder("search") / "index.safetensors"
     save_catalogue(catalogue, path, trained)
     size = f"{len(catalogue):,} pictures, {catalogue.features.shape[1]} features each, in {seconds:.1f} s"
     print(f"{path}: {size}, {path.stat().st_size / 1e6:.1f} MB")
@@ -91,8 +95,9 @@ def index(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """Measure retrieval precision, print the table and write the JSON."""
     trained = open_trained(args.run, args.device, args.batch_size)
+    output = args.output or trained.folder("evaluation", "test") / RETRIEVAL_FILE
+    check_outputs({output: b'"num_queries"'}, force=args.force)
     result = measure_precision(trained, k=args.k, root=args.root)
-    output = args.output or trained.folder("evaluation") / "test" / RETRIEVAL_FILE
     write_precision(result, output)
     if args.json:
         print(json.dumps(result))

@@ -1,0 +1,188 @@
+"""What is ours, and so may be deleted or replaced: the files of a run, and a command's own earlier output.
+
+A run directory's files are ours by their names, and a file that a command made elsewhere by a mark in it. Everything
+else belongs to somebody: it is named and left alone.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from fmnist.runtime.files import open_regular, reason
+
+CONFIG = "config.yaml"
+# Everything a run writes into its directory; config.yaml goes last, because it says whose the rest is.
+RUN_FILES = (
+    "metrics.jsonl",
+    "checkpoints",
+    "model.safetensors",
+    "summary.json",
+    "fingerprint.json",
+    "train.log",
+    "learning_curves.png",
+    "train_batch.png",
+    "features",
+    "profile",
+    "evaluation",
+    "wandb",
+    "wandb_run_id",
+    "REQUEUE",
+    "non_finite_step_*.png",
+    CONFIG,
+)
+EVALUATION_FILES = (
+    *("metrics.json", "report.txt", "predictions.csv", "confusion_matrix.png", "reliability.png", "report.html"),
+    "retrieval.json",
+)
+# What lies in its folders; * stands for slashes too. The client of Weights & Biases puts the run's id behind its names.
+INSIDE = (
+    *(f"checkpoints/step_{'[0-9]' * 8}/{name}" for name in ("*.json", "*.safetensors")),
+    *("checkpoints/.part_*", "features/*.safetensors", "profile/table.txt", "profile/trace.json"),
+    *(f"evaluation/*/{name}" for name in EVALUATION_FILES),
+    *("wandb/*run-*-{run_id}/*", "wandb/latest-run", "wandb/debug*.log", f"*/.*.{'[0-9a-f]' * 8}.part"),
+)
+RUN_MARKS = ("metrics.jsonl", "checkpoints", "summary.json")  # beside a config.yaml; a hub folder has none of them
+NOBODYS = (".lock", ".DS_Store", "Thumbs.db", "desktop.ini", ".nfs*")  # of the system: neither a run nor in its way
+# Where a file begins or ends with one of these, by its suffix, fmnist made it.
+MARKS = {".png": b"Software\x00fmnist", ".onnx": b"weights_sha256", ".safetensors": b"weights_sha256"}
+MARKED_BYTES = 1 << 16
+
+
+def listing(folder: Path) -> list[str]:
+    """Return the names in a folder, those of the system apart; none where there is no such folder.
+
+    Raises:
+        ValueError: it is a file, or may not be read.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        names = []
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be read: {reason(error)}") from None
+    return sorted(name for name in names if not _like(name, NOBODYS))
+
+
+def run_files(directory: Path) -> list[str]:
+    """Return the names in a directory that a run writes."""
+    return [name for name in listing(directory) if _like(name, RUN_FILES)]
+
+
+def foreign_file(directory: Path) -> Path | None:
+    """Return one file in the folders of a run that the run did not write; None where all are its own."""
+    return next((path for path, ours in _walk(directory) if not ours), None)
+
+
+def delete_run_files(directory: Path) -> None:
+    """Delete what the run in a directory wrote, and nothing else; config.yaml last: a kill leaves the rest ours."""
+    for path, ours in sorted(_walk(directory), key=lambda found: found[0].name == CONFIG):
+        if ours:
+            path.unlink(missing_ok=True)
+    for name in run_files(directory):
+        if (directory / name).is_dir():
+            for folder, _, _ in os.walk(directory / name, topdown=False):
+                if not os.listdir(folder):
+                    os.rmdir(folder)
+
+
+def _walk(directory: Path) -> Iterator[tuple[Path, bool]]:
+    """Yield each file and link among a run's, and whether the run wrote it."""
+    try:
+        run_id = (directory / "wandb_run_id").read_text(errors="replace").strip()
+    except OSError:
+        run_id = ""
+    if not re.fullmatch(r"[\w-]+", run_id):  # no pattern may come from a file
+        run_id = "none"
+    inside = [pattern.replace("{run_id}", run_id) for pattern in INSIDE]
+    for name in run_files(directory):
+        top = directory / name
+        if top.is_symlink() or not top.is_dir():
+            yield top, True
+            continue
+        for folder, folders, files in os.walk(top):
+            links = [entry for entry in folders if (Path(folder) / entry).is_symlink()]
+            for entry in (*files, *links):
+                path = Path(folder) / entry
+                yield path, _like(entry, NOBODYS) or _like(path.relative_to(directory).as_posix(), inside)
+
+
+def _like(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def run_around(path: Path) -> Path | None:
+    """Return the run directory that a path lies in, links followed; None where it lies in none."""
+    for folder in path.resolve().parents:
+        if (folder / CONFIG).is_file() and any((folder / name).exists() for name in RUN_MARKS):
+            return folder
+    return None
+
+
+def check_outputs(marks: Mapping[Path, bytes], *, force: bool = False) -> None:
+    """Refuse to write where that would replace a file of a run, or one that this command did not make.
+
+    Args:
+        marks: each file that will be written, and what one that this command made begins or ends with; empty: what
+            MARKS has for its suffix.
+        force: replace other files too, but never those of a run.
+
+    Raises:
+        ValueError: one line naming the file, or a folder that cannot be written.
+    """
+    for path, mark in marks.items():
+        if (run := run_around(path)) is not None:
+            first = path.resolve().relative_to(run).parts[0]
+            if _like(first, RUN_FILES) and first != "evaluation":
+                raise ValueError(f"--output: {path} is a file of the run in {run}; give another place")
+            if path.name == CONFIG and first != "export":
+                raise ValueError(f"--output: {path} lies in the run {run}; valid inside a run: {run / 'export'}")
+            if first in ("evaluation", "export", "search"):
+                continue  # what lies there, commands made
+        if path.is_dir() and not path.is_symlink():
+            raise ValueError(f"--output: {path} is a folder; a file is written there")
+        if os.path.lexists(path) and not force and not _bears(path, mark or MARKS[path.suffix.lower()]):
+            raise ValueError(f"--output: {path} was not made by this command; give another place, or --force")
+    for folder in {path.parent for path in marks}:
+        check_writable(folder)
+
+
+def check_suffix(path: Path, suffix: str) -> None:
+    """Refuse an output whose name says that it is something else: `suffix` for a file, empty for a folder."""
+    found = path.suffix.lower()
+    if suffix and found != suffix:
+        raise ValueError(f"--output is {path}; valid: a name that ends in {suffix}")
+    if not suffix and found in (".csv", ".png", ".json", ".jsonl", ".txt", ".html", ".onnx", ".safetensors", ".yaml"):
+        raise ValueError(f"--output is {path}; valid: a folder, in which the files have names of their own")
+    if not suffix and path.exists() and not path.is_dir():
+        raise ValueError(f"--output is {path}, which is a file; valid: a folder")
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written, before anything is computed for it.
+
+    Raises:
+        ValueError: one line naming it.
+    """
+    place = folder
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(f"{folder} cannot be made: {place} is not a folder")
+    try:
+        if not os.access(place, os.W_OK | os.X_OK):  # false on a read-only disk too
+            (place / ".probe").mkdir()  # to hear why
+            (place / ".probe").rmdir()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written: {reason(error)}; --output names another place") from None
+
+
+def _bears(path: Path, mark: bytes) -> bool:
+    try:
+        with open_regular(path) as file:
+            head = file.read(MARKED_BYTES)
+            file.seek(max(0, os.fstat(file.fileno()).st_size - MARKED_BYTES))
+            return mark in head or mark in file.read()
+    except OSError:
+        return False

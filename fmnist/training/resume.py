@@ -1,0 +1,162 @@
+"""Where a start begins: what the run directory holds, compared between the processes, and put back."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from fmnist.checkpoint.contents import EMA, MANIFEST, MODEL, OPTIMIZER, STATE, TrainState, read_meta, read_state
+from fmnist.checkpoint.fingerprint import kept_fingerprint
+from fmnist.checkpoint.run_directory import has_run, is_finished, read_summary, same_recipe
+from fmnist.checkpoint.store import Checkpoints
+from fmnist.checkpoint.tensors import load_optimizer_tensors, load_strict, read_tensors
+from fmnist.config.same_run import changes, recipe
+from fmnist.config.schema import Config
+from fmnist.run import Run
+from fmnist.runtime.console import one_line
+from fmnist.runtime.environment import ENVIRONMENT
+from fmnist.runtime.files import sha256_of
+
+logger = logging.getLogger("fmnist")
+T = TypeVar("T")
+
+
+def together(run: Run, action: Callable[[], T]) -> T:
+    """Do something on every process; where it fails on one it fails on all, with that one's words.
+
+    Raises:
+        ValueError: the first of the processes' errors.
+    """
+    failure = ""
+    try:
+        result = action()
+    except (ValueError, OSError) as error:
+        failure = str(error)
+    if said := next(filter(None, run.gather(failure)), ""):
+        raise ValueError(said)
+    return result
+
+
+def agree(run: Run, seen: Mapping[str, str], remedy: str) -> None:
+    """Compare what the processes see, before a step is made on it.
+
+    Args:
+        run: the processes.
+        seen: what this process sees, under the words that say where.
+        remedy: ends the message.
+
+    Raises:
+        ValueError: on all of them, naming the first that sees something else than rank 0.
+    """
+    views = run.gather(dict(seen))
+    for rank, view in enumerate(views):
+        for name, value in view.items():
+            if value != views[0].get(name):
+                raise ValueError(f"rank {rank} sees {value} {name}, rank 0 {views[0].get(name)}: {remedy}")
+
+
+def find_start(cfg: Config, run: Run, checkpoints: Checkpoints) -> tuple[bool, Path | None]:
+    """Find out whether the run is finished, and else which checkpoint to resume from.
+
+    With `overwrite`, a run of these very options and data that has not come to its end is one that this command began:
+    it goes on, and is not deleted a second time. So is a finished one where SLURM itself started the job again.
+
+    Returns:
+        Whether it is finished, and the checkpoint; none to start at step 0.
+
+    Raises:
+        ValueError: the run is of other data or weights, its checkpoints cannot be used, or the processes see different
+            directories, data or options.
+    """
+    options = {f"as {name}": json.dumps(value) for name, value in recipe(cfg).items()}
+    agree(run, options, "give all processes the same options")
+    made_of = {f"as {name}": _short(digest) for name, digest in run.fingerprint.items()}
+    agree(run, made_of, "all processes have to read the same data and weights")
+    place, shared = f"in {run.directory}", "output_dir must be shared by all processes"
+    finished, again = together(run, lambda: _status(cfg, run))
+    state = "a finished run" if finished else "nothing to go on with" if again else "an unfinished run or none"
+    agree(run, {place: state}, shared)
+    if finished:
+        return True, None
+    if not cfg.dry_run:
+        run.claim()
+    if again:
+        return False, None
+    newest = together(run, lambda: _newest(cfg, checkpoints))
+    state = "no checkpoint" if newest is None else f"step {int(newest.name.removeprefix('step_'))}"
+    agree(run, {place: state}, shared)
+    agree(run, {f"{place} as the manifest of {state}": sha256_of(newest / MANIFEST) if newest else "none"}, shared)
+    if newest is not None and cfg.overwrite:
+        logger.info(
+            "overwrite is true, but %s holds the unfinished run that this command began: it resumes; "
+            "delete the directory to start again",
+            run.directory,
+        )
+    return False, newest
+
+
+def _status(cfg: Config, run: Run) -> tuple[bool, bool]:
+    """Say whether the run is finished, and whether it is to be begun again over what lies there."""
+    directory = run.directory
+    if not has_run(directory):
+        return False, cfg.overwrite
+    before = {name: _short(value) for name, value in kept_fingerprint(directory).items()}
+    changed = changes(before, {name: _short(value) for name, value in run.fingerprint.items()})
+    if cfg.overwrite:
+        restarted = ENVIRONMENT.get("SLURM_RESTART_COUNT", "0") > "0"  # by SLURM, not by a person
+        ended = read_summary(directory).get("status") == "finished" and not restarted
+        if changed or ended or not same_recipe(directory, cfg):
+            return False, True
+    elif changed:
+        raise ValueError(
+            f"{directory} holds a run that was made of something else: {'; '.join(changed)}. "
+            "Give what it began with, or another --output_dir"
+        )
+    return is_finished(directory, test=cfg.evaluation.test), False
+
+
+def _short(digest: str) -> str:
+    return digest if len(digest) != 64 else f"sha256 {digest[:12]}"
+
+
+def _newest(cfg: Config, checkpoints: Checkpoints) -> Path | None:
+    try:
+        return checkpoints.newest_good()
+    except ValueError:
+        if cfg.overwrite:  # nothing to resume from, and leave to delete it
+            return None
+        raise
+
+
+def restore(
+    path: Path,
+    cfg: Config,
+    model: nn.Module,
+    ema: ModelEmaV3 | None,
+    optimizer: torch.optim.Optimizer,
+    fingerprint: Mapping[str, str] | None = None,
+) -> TrainState:
+    """Put a verified checkpoint back, and return where training stood.
+
+    Raises:
+        ValueError: it is of another config, model, data or weights; one line naming the file and what differs.
+    """
+    state, meta = read_state(path), read_meta(path)
+    # Only what both know is compared: a checkpoint from before the fingerprint goes on without one.
+    if changed := changes(meta["config"], json.loads(json.dumps(recipe(cfg))) | dict(fingerprint or {})):
+        raise ValueError(f"{path / STATE} is of another config: {'; '.join(changed[:3])}")
+    load_strict(model, read_tensors(path / MODEL), path / MODEL)
+    moments = path / OPTIMIZER
+    load_optimizer_tensors(model, optimizer, read_tensors(moments), moments)
+    if ema is not None:
+        load_strict(ema.module, read_tensors(path / EMA), path / EMA)
+    logger.info("resuming from %s", path)
+    if (made_with := meta["versions"].get("torch", torch.__version__)) != torch.__version__:
+        said = one_line(str(made_with), 40)
+        logger.warning("it was written with torch %s, this is %s: the last bits may differ", said, torch.__version__)
+    return state
