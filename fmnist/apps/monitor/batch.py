@@ -4,7 +4,6 @@ import argparse
 import json
 import zipfile
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from fmnist.apps.monitor.drift import MIN_PICTURES, SIGNALS, BatchSums, DriftTest, drift_test
 from fmnist.apps.novelty import open_reference
-from fmnist.apps.views import read_photo
+from fmnist.apps.views import read_photos, stack_views
 from fmnist.data.fashion_mnist import IMAGE_SIZE
 from fmnist.data.idx import MAX_FILE_BYTES, read_idx
 from fmnist.data.photos import find_pictures
@@ -55,14 +54,9 @@ def read_batch(path: Path) -> Iterator[tuple[Tensor, int]]:
         ValueError: one line, for a path that is none of them, or an array of another shape or type.
     """
     if path.is_dir():
-        pictures = find_pictures([str(path)])
-        while chunk := list(islice(pictures, CHUNK)):
-            views = []
-            for name, error in chunk:
-                photo = None if error else read_photo(name)
-                if photo is not None and photo.cutout is not None:
-                    views.append(photo.cutout.view)
-            yield _stack(views), len(chunk) - len(views)
+        for photos in read_photos(find_pictures([str(path)])):
+            views = stack_views(photos)
+            yield views, len(photos) - len(views)
         return
     images = _read_array(path) if path.suffix in (".npy", ".npz") else read_idx(path)[0]
     if images.dtype != torch.uint8 or images.ndim != 3 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE):
@@ -70,10 +64,6 @@ def read_batch(path: Path) -> Iterator[tuple[Tensor, int]]:
         raise ValueError(f"{path}: {kind} {list(images.shape)}, expected uint8 [N, {IMAGE_SIZE}, {IMAGE_SIZE}]")
     for part in images.split(CHUNK):
         yield part, 0
-
-
-def _stack(views: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(views)) if views else torch.zeros(0, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
 
 
 def _read_array(path: Path) -> Tensor:
