@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fmnist.apps.cutout import Cutout, Invert, cut_out
 from fmnist.data.fashion_mnist import IMAGE_SIZE
-from fmnist.data.photos import as_rgb, open_picture
+from fmnist.data.photos import FORMATS, as_rgb, open_picture
 from fmnist.runtime.console import one_line
 
 CHUNK = 64  # pictures in memory at a time, and as many that are being read
@@ -51,8 +52,8 @@ def read_photo(name: str, *, invert: Invert = "auto", crop: bool = True) -> Phot
     try:
         image = open_picture(Path(name))
     except UnidentifiedImageError:
-        return Photo(name=name, error="not a JPEG, PNG or WebP picture")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return Photo(name=name, error=f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture")
+    except Image.DecompressionBombError:
         return Photo(name=name, error=f"more than {Image.MAX_IMAGE_PIXELS:,} pixels")
     except Exception as error:  # decoders raise what they like on a damaged file: struct.error, SyntaxError, KeyError
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -89,6 +90,11 @@ def read_photos(
             ahead = [pool.submit(read, item) for item in islice(items, CHUNK)]
             yield [future.result() for future in waiting]
             waiting = ahead
+
+
+def count_kinds(kinds: Counter[str]) -> str:
+    """Say how many files there are of each kind, e.g. "3 .txt, 1 .csv"."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
 
 
 def stack_views(photos: Iterable[Photo]) -> Tensor:

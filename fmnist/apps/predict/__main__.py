@@ -8,6 +8,7 @@ example: fmnist predict runs/cnn photos/ more/*.jpg --output predictions
 """
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 from fmnist.runtime.arguments import CommandLine, number
@@ -15,7 +16,9 @@ from fmnist.runtime.console import log_to_console, one_line_errors
 
 PARSER = CommandLine(prog="fmnist predict", description=__doc__)
 PARSER.add_run()
-PARSER.add_argument("paths", nargs="+", metavar="PATH", help="pictures (JPEG, PNG, WebP), folders or globs")
+PARSER.add_argument(
+    "paths", nargs="+", metavar="PATH", help="pictures (JPEG, PNG, WebP, GIF, BMP, TIFF), folders or globs"
+)
 PARSER.add_argument("--output", type=Path, default=Path("predictions"), help="folder for the CSV and the sheet")
 PARSER.add_argument("--top", type=number(1), default=3, help="classes given with their probability")
 PARSER.add_argument(
@@ -38,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     with one_line_errors(PARSER.prog):
         from fmnist.data.photos import find_pictures
 
-        found = list(find_pictures(args.paths))
+        left_out: Counter[str] = Counter()
+        found = list(find_pictures(args.paths, left_out))
         if all(error for _, error in found):
             raise ValueError("; ".join(f"{name}: {error}" for name, error in found[:3]))
         try:
@@ -48,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
         from fmnist.apps.predict.predictions import predict
 
-        return predict(found, args)
+        return predict(found, args, left_out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from fmnist.apps.novelty import NoveltyReference, open_reference
 from fmnist.apps.predict.photo_sheet import BLACK, GREY, ORANGE, Cell, draw_sheet
-from fmnist.apps.views import Photo, read_photos, stack_views
+from fmnist.apps.views import Photo, count_kinds, read_photos, stack_views
 from fmnist.runtime.files import csv_bytes, write_atomic
 from fmnist.trained import Trained, open_trained
 
@@ -31,12 +31,13 @@ class Prediction:
     unfamiliar: bool = False
 
 
-def predict(found: Sequence[tuple[str, str]], args: argparse.Namespace) -> int:
+def predict(found: Sequence[tuple[str, str]], args: argparse.Namespace, left_out: Counter[str]) -> int:
     """Predict pictures and write the files; return 0, or 1 where no picture could be read.
 
     Args:
         found: what `find_pictures` yields.
         args: the command line.
+        left_out: what was found beside pictures, by suffix.
 
     Raises:
         ValueError: one line, for a run that cannot be used or a --top above its number of classes.
@@ -48,11 +49,12 @@ def predict(found: Sequence[tuple[str, str]], args: argparse.Namespace) -> int:
     items = predict_pictures(trained, reference, found, args)
     counts = write_predictions(items, args, f"{trained.name}: each photo and what the model sees")
     if args.json:
-        print(json.dumps({**counts, "output": str(args.output)}))
+        print(json.dumps({**counts, "left_out": left_out, "output": str(args.output)}))
     else:
         errors = f"{counts['errors']:,} error{'s' * (counts['errors'] != 1)}"
         flags = f"{counts['unfamiliar']:,} flagged as unfamiliar, {counts['uncropped']:,} used uncropped"
-        print(f"{counts['predicted']:,} predicted: {flags}; {errors}")
+        beside = f"; left out: {count_kinds(left_out)}" if left_out else ""
+        print(f"{counts['predicted']:,} predicted: {flags}; {errors}{beside}")
         print(f"written to {args.output}")
     return 0 if counts["predicted"] else 1
 
