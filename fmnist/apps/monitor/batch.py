@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fmnist.apps.monitor.drift import MIN_PICTURES, SIGNALS, BatchSums, DriftTest, drift_test
 from fmnist.apps.novelty import MIN_CALIBRATION, open_reference
-from fmnist.apps.views import describe_left_out, read_photos, stack_views
+from fmnist.apps.views import count_kinds, read_photos, stack_views
 from fmnist.data.fashion_mnist import IMAGE_SIZE
 from fmnist.data.idx import MAX_FILE_BYTES, read_idx
 from fmnist.data.photos import find_pictures
@@ -107,11 +107,8 @@ def report(
 ) -> dict[str, Any]:
     """Return what --json prints; `verdict` is fine, alert or too few, and `line` says it to people."""
     errors, number = unreadable.total(), f"{batch.num_images:,} pictures"
-    if errors:
-        number += (
-            f", {errors:,} unreadable ({', '.join(f'{count:,} {kind}' for kind, count in unreadable.most_common())})"
-        )
-    number += describe_left_out(left_out)
+    number += f", {errors:,} unreadable ({count_kinds(unreadable)})" if errors else ""
+    number += f", left out {count_kinds(left_out)}" if left_out else ""
     result: dict[str, Any] = {
         "verdict": "too few",
         "line": f"too few: {number}; the drift test needs at least {MIN_PICTURES}",

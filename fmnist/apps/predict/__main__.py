@@ -2,7 +2,8 @@
 
 Each picture is made to look like Fashion-MNIST: the object is cut from its plain background, turned light on black,
 and fitted into 28 x 28. Written to the output folder: predictions.csv, one row per picture, and predictions.png, each
-photo beside what the model sees. A file that cannot be read is a row with its error.
+photo beside what the model sees. JPEG, PNG, WebP, GIF, BMP and TIFF are read; a file that cannot be is a row with its
+error.
 
 example: fmnist predict runs/cnn photos/ more/*.jpg --output predictions
 """
@@ -16,9 +17,7 @@ from fmnist.runtime.console import log_to_console, one_line_errors
 
 PARSER = CommandLine(prog="fmnist predict", description=__doc__)
 PARSER.add_run()
-PARSER.add_argument(
-    "paths", nargs="+", metavar="PATH", help="pictures (JPEG, PNG, WebP, GIF, BMP, TIFF), folders or globs"
-)
+PARSER.add_argument("paths", nargs="+", metavar="PATH", help="pictures, folders or globs")
 PARSER.add_argument("--output", type=Path, default=Path("predictions"), help="folder for the CSV and the sheet")
 PARSER.add_argument("--top", type=number(1), default=3, help="classes given with their probability")
 PARSER.add_argument(
