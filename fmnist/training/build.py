@@ -12,6 +12,7 @@ from torch import nn
 from fmnist.checkpoint.contents import EMA, MODEL, OPTIMIZER, STATE, TrainState, read_meta, read_state
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.checkpoint.tensors import load_optimizer_tensors, load_strict, read_tensors
+from fmnist.config.conflicts import Length, without_effect
 from fmnist.config.same_run import changes, recipe
 from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
@@ -86,6 +87,9 @@ def build(cfg: Config, run: Run) -> Training:
 
     # model, and what feeds it: pretrained weights only where no checkpoint will fill it
     schedule = Schedule.from_config(cfg, loader.steps_per_epoch)
+    side = train_split.images.shape[-1]
+    for line in without_effect(cfg, Length(schedule.total_steps, schedule.steps_per_epoch, side)):
+        logger.warning("%s", line)
     meta = {"model": cfg.model.name, "world_size": run.world_size, "versions": versions(), "config": recipe(cfg)}
     checkpoints = Checkpoints(run.directory / "checkpoints", cfg.checkpoint.keep_last, meta)
     newest = None if cfg.overwrite else checkpoints.newest_good()

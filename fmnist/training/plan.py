@@ -56,7 +56,7 @@ def print_plan(training: Training, cfg: Config, run: Run) -> None:
     rows = {
         "data": f"{locate(cfg.data.root)}: {len(loader.split):,} train, {len(t.val_split):,} validation images",
         "model": f"{cfg.model.name}, {parameters:,} parameters, {len(t.augment.mean)} input channel(s)",
-        "image size": f"{cfg.augment.size} px in training, "
+        "image size": f"{t.augment.sizes} px in training, "
         f"{cfg.evaluation.size or t.augment.final_size} px in evaluation; made by: {t.augment.backend}",
         "FLOPs per image": f"{forward / 1e9:.4g} G forward, {both / 1e9:.4g} G forward and backward",
         "batch": f"{loader.global_batch_size} = {loader.micro_batch_size} images x {loader.world_size} process(es) "
