@@ -153,11 +153,11 @@ def test_bad_files_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     picture.save(tmp_path / "whole.png")
     assert error("absent.jpg") == "no such file"
     assert error("empty.jpg", b"") == "an empty file"
-    assert error("text.jpg", b"not a picture\n" * 20) == "not a JPEG, PNG or WebP picture"
+    assert error("text.jpg", b"not a picture\n" * 20) == "not a JPEG, PNG, WEBP, GIF, BMP or TIFF picture"
     assert "truncated" in error("half.jpg", (tmp_path / "whole.jpg").read_bytes()[:1500])
     error("half.png", (tmp_path / "whole.png").read_bytes()[:400])
-    picture.save(tmp_path / "other.tiff")  # a decoder that stays closed
-    assert error("other.tiff") == "not a JPEG, PNG or WebP picture"
+    picture.save(tmp_path / "other.ppm")  # a decoder that stays closed
+    assert error("other.ppm") == "not a JPEG, PNG, WEBP, GIF, BMP or TIFF picture"
     (tmp_path / "folder.png").mkdir()
     assert error("folder.png") == "a folder"
     os.mkfifo(tmp_path / "pipe.png")  # would block for ever if it were opened

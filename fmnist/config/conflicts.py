@@ -21,9 +21,9 @@ class Length:
     steps_per_epoch: int
     image_side: int = IMAGE_SIDE
 
-    def rounds_to_none(self, epochs: float) -> bool:
-        """Say whether a duration is not 0 and yet no step."""
-        return epochs > 0 and not round(epochs * self.steps_per_epoch)
+    def steps(self, epochs: float) -> int:
+        """Return a duration in steps."""
+        return round(epochs * self.steps_per_epoch)
 
 
 # What has no effect whatever the length of the run: option, when, why. Such a config is refused.
@@ -41,49 +41,58 @@ REFUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
 )
 # What has none, or another, in a run of this length, as a short trial of a recipe is: said when the run begins.
 SAID: tuple[tuple[str, Callable[[Config, Length], bool], str], ...] = (
-    ("checkpoint.every_steps", lambda cfg, run: cfg.checkpoint.every_steps > run.total_steps, "the run is shorter"),
-    ("log.every_steps", lambda cfg, run: cfg.log.every_steps > run.total_steps, "the run is shorter: one line, at its end"),
+    (
+        "checkpoint.every_steps",
+        lambda cfg, run: cfg.checkpoint.every_steps > run.total_steps,
+        "has no effect: the run is shorter",
+    ),
+    (
+        "log.every_steps",
+        lambda cfg, run: cfg.log.every_steps > run.total_steps,
+        "is longer than the run: one line, at its end",
+    ),
     (
         "evaluation.every_steps",
         lambda cfg, run: (cfg.evaluation.every_steps or 0) > run.total_steps,
-        "the run is shorter: evaluated at its end",
+        "is longer than the run: one evaluation, at its end",
     ),
     (
         "evaluation.every_epochs",
-        lambda cfg, run: (
-            cfg.evaluation.every_steps is None
-            and cfg.evaluation.every_epochs * run.steps_per_epoch > run.total_steps
-        ),
-        "the run is shorter: evaluated at its end",
+        lambda cfg, run: not cfg.evaluation.every_steps and run.steps(cfg.evaluation.every_epochs) > run.total_steps,
+        "is longer than the run: one evaluation, at its end",
     ),
-    ("profile", lambda cfg, run: run.total_steps <= 10, "it traces steps after the first ten, and the run has no more"),
+    (
+        "profile",
+        lambda cfg, run: run.total_steps <= 10,
+        "has no effect: it traces steps after the first ten, and the run has no more",
+    ),
     (
         "augment.flip_in_turn",
         lambda cfg, run: run.total_steps <= run.steps_per_epoch,
-        "the run has no second epoch, in which an image would take its other turn",
+        "has no effect: the run has no second epoch, in which an image would take its other turn",
     ),
     (
         "augment.shift",
         lambda cfg, run: (
-            set(sizes_by_epoch(cfg).values()) == {run.image_side}
+            {*sizes_by_epoch(cfg).values()} == {run.image_side}
             and not (cfg.augment.rotation or cfg.augment.scale)
             and round(cfg.augment.shift * run.image_side) == 0
         ),
-        "shifts are whole pixels where nothing else is interpolated, and this is less than half of one",
+        "has no effect: it is less than half a pixel, and shifts are whole where nothing else is interpolated",
     ),
     (
         "schedule.warmup_epochs",
-        lambda cfg, run: cfg.schedule.warmup_steps is None and run.rounds_to_none(cfg.schedule.warmup_epochs),
-        "it is less than half a step",
+        lambda cfg, run: cfg.schedule.warmup_steps is None and not run.steps(cfg.schedule.warmup_epochs),
+        "has no effect: it is less than half a step",
     ),
     (
         "optim.head_only_epochs",
-        lambda cfg, run: run.rounds_to_none(cfg.optim.head_only_epochs),
-        "it is less than half a step",
+        lambda cfg, run: not run.steps(cfg.optim.head_only_epochs),
+        "has no effect: it is less than half a step",
     ),
-    ("log.project", lambda cfg, run: cfg.log.wandb == "disabled", "log.wandb is disabled"),
-    ("model.channels_last", lambda cfg, run: cfg.model.name == "mlp", "the MLP has no convolution"),
-)  # fmt: skip
+    ("log.project", lambda cfg, run: cfg.log.wandb == "disabled", "has no effect: log.wandb is disabled"),
+    ("model.channels_last", lambda cfg, run: cfg.model.name == "mlp", "has no effect: the MLP has no convolution"),
+)
 
 
 def validate(cfg: Config) -> None:
@@ -95,8 +104,8 @@ def validate(cfg: Config) -> None:
     check_values(cfg)
     batch = cfg.batch
     for name, when, reason in REFUSED:
-        if when(cfg) and (text := _given(cfg, name)):
-            raise ValueError(f"{text} has no effect: {reason}")
+        if _given(cfg, name) and when(cfg):
+            raise ValueError(f"{_given(cfg, name)} has no effect: {reason}")
     if cfg.exact:
         shard, rest = divmod(batch.global_batch_size, cfg.exact)
         if rest:
@@ -112,9 +121,7 @@ def validate(cfg: Config) -> None:
 
 def without_effect(cfg: Config, run: Length) -> list[str]:
     """Say, one line each, which options have no effect or another in a run of this length."""
-    lines = [
-        f"{text} has no effect: {why}" for name, when, why in SAID if when(cfg, run) and (text := _given(cfg, name))
-    ]
+    lines = [f"{_given(cfg, name)} {what}" for name, when, what in SAID if _given(cfg, name) and when(cfg, run)]
     sizes = sizes_by_epoch(cfg)
     if isinstance(cfg.augment.size, dict) and sizes != cfg.augment.size:
         epochs = run.total_steps / run.steps_per_epoch
