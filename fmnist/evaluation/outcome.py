@@ -57,6 +57,7 @@ class Outcome:
         cost: none where quick.
         trained: the run; none for an ensemble.
         members: names of an ensemble's models.
+        published: int64 [N], the images' positions in the data set's own file; none: those in the split.
     """
 
     name: str
@@ -73,6 +74,12 @@ class Outcome:
     cost: Cost | None = None
     trained: Trained | None = None
     members: tuple[str, ...] = ()
+    published: Tensor | None = None
+
+    @property
+    def indices(self) -> list[int]:
+        """By what files and tables name each image."""
+        return list(range(len(self.labels))) if self.published is None else self.published.tolist()
 
     @property
     def title(self) -> str:
@@ -130,6 +137,7 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
         validation=validation,
         cost=cost,
         trained=trained,
+        published=split.published,
     )
     return compute.on_main(lambda: outcome)
 
