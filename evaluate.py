@@ -40,7 +40,7 @@ def main(args: argparse.Namespace | None = None) -> None:
             if request.quick or request.split == "train":
                 return None
             logger.info("%s images: searching near copies of training images", request.split)
-            (images, _), (training, _) = load_pair(request.split, root, val_size)
+            (images, *_), (training, *_) = load_pair(request.split, root, val_size)
             return find_near_copies(images.to(compute.device), training.to(compute.device))
 
         def report(outcome: Outcome) -> Findings:

@@ -1,5 +1,7 @@
 """Exact metrics: every image counted once, whatever the process count."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,7 +43,9 @@ def predict(model: nn.Module, split: Split, augment: Augment, cfg: EvaluationCon
             logits[part] = model(images).float()
             if cfg.tta == "flip":
                 mirrored = model(images.flip(-1)).float()
-                logits[part] = ((logits[part].softmax(-1) + mirrored.softmax(-1)) / 2).log()
+                # In logarithms: a class of probability 1e-1000 has one, and no infinity.
+                both = logits[part].log_softmax(-1), mirrored.log_softmax(-1)
+                logits[part] = torch.logaddexp(*both) - math.log(2)
     model.train(was_training)
     return processes.sum(logits)  # the other processes' rows are exact zeros
 

@@ -1,8 +1,11 @@
 """A network on the device, with what feeds it."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
+from fmnist.config.conflicts import sizes_by_epoch
 from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
 from fmnist.data.fashion_mnist import MEAN, NUM_CLASSES, STD
@@ -21,8 +24,8 @@ def build_network(cfg: Config, device: torch.device, *, load_weights: bool) -> t
     Raises:
         ValueError: an unknown model, an option or size it does not take, or weights that do not fit.
     """
-    size = cfg.augment.size
-    sizes = tuple(size.values()) if isinstance(size, dict) else (size,)
+    by_epoch = sizes_by_epoch(cfg)
+    sizes = tuple(by_epoch.values())
     final = cfg.evaluation.size or sizes[-1]
     model, normalization = build_model(
         cfg.model,
@@ -36,7 +39,7 @@ def build_network(cfg: Config, device: torch.device, *, load_weights: bool) -> t
     memory_format = torch.channels_last if cfg.model.channels_last else torch.contiguous_format
     model = model.to(device).to(memory_format=memory_format)
     augment = Augment(
-        cfg.augment,
+        replace(cfg.augment, size=by_epoch),
         num_classes=NUM_CLASSES,
         mean=normalization.mean,
         std=normalization.std,

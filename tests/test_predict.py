@@ -18,8 +18,8 @@ from test_photos import drawn
 from fmnist.apps.cutout import Cutout
 from fmnist.apps.novelty import open_reference
 from fmnist.apps.predict.__main__ import PARSER, main
-from fmnist.apps.predict.predictions import CHUNK, Prediction, header, predict_pictures, row
-from fmnist.apps.views import Photo
+from fmnist.apps.predict.predictions import Prediction, header, predict_pictures, row
+from fmnist.apps.views import CHUNK, Photo
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
 from fmnist.trained import open_trained
 
@@ -113,7 +113,7 @@ def test_pictures_are_held_a_chunk_at_a_time(run_directory: Path, tmp_path: Path
         trained, open_reference(trained), endless(), PARSER.parse_args([str(run_directory), "a.png"])
     )
     first = next(items)
-    assert taken == CHUNK and len(first.top) == 3
+    assert taken == 2 * CHUNK and len(first.top) == 3
 
 
 def test_a_row_has_a_cell_for_every_column() -> None:

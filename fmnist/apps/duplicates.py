@@ -1,6 +1,7 @@
 """List the images that nearly copy a training image, as CSV: index, label, train_index, train_label, correlation.
 
-Pearson's correlation over pixels, exact, between each image of a split and every training image.
+An index is the position in the data set's own file. Pearson's correlation over pixels, exact, between each image of a
+split and every training image.
 """
 
 import sys
@@ -39,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         from fmnist.runtime.hardware import describe_device, find_device
 
         device = find_device(args.device)
-        (images, labels), (training, training_labels) = load_pair(args.split, args.root, args.val_size)
+        (images, labels, index_of), (training, training_labels, train_index_of) = load_pair(
+            args.split, args.root, args.val_size
+        )
         start = time.perf_counter()
         found = find_near_copies(images.to(device), training.to(device))
         seconds = time.perf_counter() - start
@@ -47,8 +50,11 @@ def main(argv: list[str] | None = None) -> int:
         content = csv_bytes(
             HEADER,
             [
-                (index, CLASS_NAMES[labels[index]], partner, CLASS_NAMES[training_labels[partner]], f"{value:.6f}")
-                for index, partner, value in pairs
+                (
+                    *(int(index_of[place]), CLASS_NAMES[labels[place]]),
+                    *(int(train_index_of[partner]), CLASS_NAMES[training_labels[partner]], f"{value:.6f}"),
+                )
+                for place, partner, value in pairs
                 if value > args.threshold
             ],
         )

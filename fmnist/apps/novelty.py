@@ -16,6 +16,7 @@ from fmnist.trained import Trained
 logger = logging.getLogger("fmnist")
 NUM_IMAGES = 5000  # of each kind: seconds on a CPU; ten thousand change the error rates by less than a point
 NEIGHBOURS = 10
+MIN_CALIBRATION = 100  # images: the share of FLAGGED of them is that of 5, give or take 2
 FLAGGED = 0.05  # of the validation images, all of them of the known classes
 SEED = 20171
 
@@ -91,6 +92,8 @@ def open_reference(trained: Trained, root: str | None = None) -> NoveltyReferenc
     else:
         logger.warning("the run has no validation images: calibrated on training images, so more will be flagged")
         val = _features(trained, "train_held_out", images, order[count : 2 * count])
+    if len(val) < MIN_CALIBRATION:
+        logger.warning("the flag for unfamiliar pictures is calibrated on only %d images: do not rely on it", len(val))
     return NoveltyReference(train.features, val.features, val.logits)
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from fmnist.apps.cutout import Cutout, Floats, Invert, cut_out
-from fmnist.data.photos import as_rgb, open_picture
+from fmnist.apps.cutout import Cutout, Invert, cut_out
+from fmnist.data.fashion_mnist import IMAGE_SIZE
+from fmnist.data.photos import FORMATS, as_rgb, open_picture
 from fmnist.runtime.console import one_line
+
+CHUNK = 64  # pictures in memory at a time, and as many that are being read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +52,55 @@ def read_photo(name: str, *, invert: Invert = "auto", crop: bool = True) -> Phot
     try:
         image = open_picture(Path(name))
     except UnidentifiedImageError:
-        return Photo(name=name, error="not a JPEG, PNG or WebP picture")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return Photo(name=name, error=f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture")
+    except Image.DecompressionBombError:
         return Photo(name=name, error=f"more than {Image.MAX_IMAGE_PIXELS:,} pixels")
     except Exception as error:  # decoders raise what they like on a damaged file: struct.error, SyntaxError, KeyError
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         return Photo(name=name, error=one_line(text) or type(error).__name__)
     try:
-        cutout = cut_out(*_arrays(image), invert=invert, crop=crop)
+        cutout = cut_out(image, invert=invert, crop=crop)
     except ValueError as error:
         return Photo(name=name, image=_on_white(image), error=str(error))
     return Photo(name=name, image=_on_white(image), cutout=cutout)
+
+
+def read_photos(
+    found: Iterable[tuple[str, str]], *, invert: Invert = "auto", crop: bool = True
+) -> Iterator[list[Photo]]:
+    """Read pictures in threads, CHUNK at a time; the next are read while the caller works on these.
+
+    Args:
+        found: what `find_pictures` yields.
+        invert: see `cut_out`.
+        crop: see `cut_out`.
+
+    Yields:
+        The photos in the order given; what cannot be found or read has its error.
+    """
+
+    def read(item: tuple[str, str]) -> Photo:
+        name, error = item
+        return Photo(name=name, error=error) if error else read_photo(name, invert=invert, crop=crop)
+
+    items = iter(found)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow and numpy let other threads run
+        waiting = [pool.submit(read, item) for item in islice(items, CHUNK)]
+        while waiting:
+            ahead = [pool.submit(read, item) for item in islice(items, CHUNK)]
+            yield [future.result() for future in waiting]
+            waiting = ahead
+
+
+def count_kinds(kinds: Counter[str]) -> str:
+    """Say how many files there are of each kind, e.g. "3 .txt, 1 .csv"."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+
+
+def stack_views(photos: Iterable[Photo]) -> Tensor:
+    """Return what the model sees of those that it sees: uint8 [N, 28, 28] on the CPU."""
+    views = [torch.from_numpy(photo.cutout.view) for photo in photos if photo.cutout]
+    return torch.stack(views) if views else torch.zeros(0, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
 
 
 def read_view(name: str) -> Tensor:
@@ -80,12 +124,7 @@ def view_of(image: Image.Image) -> Tensor:
     Raises:
         ValueError: there is no object in it.
     """
-    return torch.from_numpy(cut_out(*_arrays(as_rgb(image))).view)
-
-
-def _arrays(image: Image.Image) -> tuple[Floats, Floats | None]:
-    pixels = np.asarray(image, dtype=np.float32)
-    return pixels[..., :3], pixels[..., 3] / np.float32(255) if image.mode == "RGBA" else None
+    return torch.from_numpy(cut_out(as_rgb(image)).view)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

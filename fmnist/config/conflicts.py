@@ -1,6 +1,98 @@
-"""Options that contradict each other, or have no effect together."""
+"""Options that contradict each other, or have no effect: one table of each kind, refused or said."""
 
-from fmnist.config.schema import Config, OptimConfig, check_values
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fmnist.config.schema import Config, check_values, flatten
+
+NUM_IMAGES, IMAGE_SIDE = 60_000, 28  # of the published training images
+
+
+@dataclass(frozen=True)
+class Length:
+    """A run in steps.
+
+    Attributes:
+        total_steps, steps_per_epoch: optimizer updates.
+        image_side: pixels per side of the stored images.
+    """
+
+    total_steps: int
+    steps_per_epoch: int
+    image_side: int = IMAGE_SIDE
+
+    def steps(self, epochs: float) -> int:
+        """Return a duration in steps."""
+        return round(epochs * self.steps_per_epoch)
+
+
+# What has no effect whatever the length of the run: option, when, why. Such a config is refused.
+REFUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
+    (
+        "augment.mix_probability",
+        lambda cfg: not (cfg.augment.mixup_alpha or cfg.augment.cutmix_alpha),
+        "augment.mixup_alpha and augment.cutmix_alpha are 0",
+    ),
+    ("augment.mixup_alpha", lambda cfg: not cfg.augment.mix_probability, "augment.mix_probability is 0"),
+    ("augment.cutmix_alpha", lambda cfg: not cfg.augment.mix_probability, "augment.mix_probability is 0"),
+    ("augment.flip_in_turn", lambda cfg: cfg.augment.flip in (0, 1), "augment.flip is 0 or 1, which leaves no turn"),
+    ("optim.beta2", lambda cfg: cfg.optim.name == "sgd", "optim.name is sgd, which uses beta1 only"),
+    ("schedule.min_lr", lambda cfg: cfg.schedule.name == "constant", "schedule.name is constant"),
+)
+# What has none, or another, in a run of this length, as a short trial of a recipe is: said when the run begins.
+SAID: tuple[tuple[str, Callable[[Config, Length], bool], str], ...] = (
+    (
+        "checkpoint.every_steps",
+        lambda cfg, run: cfg.checkpoint.every_steps > run.total_steps,
+        "has no effect: the run is shorter",
+    ),
+    (
+        "log.every_steps",
+        lambda cfg, run: cfg.log.every_steps > run.total_steps,
+        "is longer than the run: one line, at its end",
+    ),
+    (
+        "evaluation.every_steps",
+        lambda cfg, run: (cfg.evaluation.every_steps or 0) > run.total_steps,
+        "is longer than the run: one evaluation, at its end",
+    ),
+    (
+        "evaluation.every_epochs",
+        lambda cfg, run: not cfg.evaluation.every_steps and run.steps(cfg.evaluation.every_epochs) > run.total_steps,
+        "is longer than the run: one evaluation, at its end",
+    ),
+    (
+        "profile",
+        lambda cfg, run: run.total_steps <= 10,
+        "has no effect: it traces steps after the first ten, and the run has no more",
+    ),
+    (
+        "augment.flip_in_turn",
+        lambda cfg, run: run.total_steps <= run.steps_per_epoch,
+        "has no effect: the run has no second epoch, in which an image would take its other turn",
+    ),
+    (
+        "augment.shift",
+        lambda cfg, run: (
+            {*sizes_by_epoch(cfg).values()} == {run.image_side}
+            and not (cfg.augment.rotation or cfg.augment.scale)
+            and round(cfg.augment.shift * run.image_side) == 0
+        ),
+        "has no effect: it is less than half a pixel, and shifts are whole where nothing else is interpolated",
+    ),
+    (
+        "schedule.warmup_epochs",
+        lambda cfg, run: cfg.schedule.warmup_steps is None and not run.steps(cfg.schedule.warmup_epochs),
+        "has no effect: it is less than half a step",
+    ),
+    (
+        "optim.head_only_epochs",
+        lambda cfg, run: not run.steps(cfg.optim.head_only_epochs),
+        "has no effect: it is less than half a step",
+    ),
+    ("log.project", lambda cfg, run: cfg.log.wandb == "disabled", "has no effect: log.wandb is disabled"),
+    ("model.channels_last", lambda cfg, run: cfg.model.name == "mlp", "has no effect: the MLP has no convolution"),
+)
 
 
 def validate(cfg: Config) -> None:
@@ -10,16 +102,10 @@ def validate(cfg: Config) -> None:
         ValueError: one line with the option, its value and what would be valid.
     """
     check_values(cfg)
-    augment, batch, optim, schedule = cfg.augment, cfg.batch, cfg.optim, cfg.schedule
-    if augment.mix_probability < 1 and not (augment.mixup_alpha or augment.cutmix_alpha):
-        reason = "mixup_alpha and cutmix_alpha are 0"
-        raise ValueError(f"augment.mix_probability {augment.mix_probability} has no effect: {reason}")
-    if augment.flip_in_turn and augment.flip in (0, 1):
-        raise ValueError(f"augment.flip_in_turn has no effect: augment.flip is {augment.flip:g}, which leaves no turn")
-    if optim.name == "sgd" and optim.beta2 != OptimConfig.beta2:
-        raise ValueError(f"optim.beta2 {optim.beta2} has no effect: optim.name is sgd, which uses beta1 only")
-    if schedule.name == "constant" and schedule.min_lr:
-        raise ValueError(f"schedule.min_lr {schedule.min_lr} has no effect: schedule.name is constant")
+    batch = cfg.batch
+    for name, when, reason in REFUSED:
+        if _given(cfg, name) and when(cfg):
+            raise ValueError(f"{_given(cfg, name)} has no effect: {reason}")
     if cfg.exact:
         shard, rest = divmod(batch.global_batch_size, cfg.exact)
         if rest:
@@ -31,3 +117,43 @@ def validate(cfg: Config) -> None:
             raise ValueError(f"batch.micro_batch_size is {batch.micro_batch_size}, but {reason}: leave it out")
     if cfg.overwrite and cfg.resume != "never":
         raise ValueError("overwrite is true but resume is auto: give --resume never to start again")
+
+
+def without_effect(cfg: Config, run: Length) -> list[str]:
+    """Say, one line each, which options have no effect or another in a run of this length."""
+    lines = [f"{_given(cfg, name)} {what}" for name, when, what in SAID if _given(cfg, name) and when(cfg, run)]
+    sizes = sizes_by_epoch(cfg)
+    if isinstance(cfg.augment.size, dict) and sizes != cfg.augment.size:
+        epochs = run.total_steps / run.steps_per_epoch
+        lines.append(f"augment.size {cfg.augment.size} becomes {sizes}: the run has {epochs:.3g} epochs")
+    return lines
+
+
+def _given(cfg: Config, name: str) -> str:
+    """Return an option with its value; nothing where it has its default."""
+    value = flatten(cfg)[name]
+    if value == flatten(Config())[name]:
+        return ""
+    return name if value is True else f"{name} {value}"
+
+
+def sizes_by_epoch(cfg: Config) -> dict[int, int]:
+    """Return augment.size as {first epoch: pixels}, in a short run fitted into it.
+
+    A model is judged at the last size: one that has never seen it would be judged wrongly. So each size but the first
+    begins early enough for one whole epoch of its own and of each that follows; in a run with fewer epochs than sizes
+    the first sizes are left out. The number of images behind schedule.steps is that of the published data.
+    """
+    size = cfg.augment.size
+    if isinstance(size, int):
+        return {0: size}
+    steps_per_epoch = max(1, (NUM_IMAGES - cfg.data.val_size) // cfg.batch.global_batch_size)
+    epochs = cfg.schedule.steps / steps_per_epoch if cfg.schedule.steps else cfg.schedule.epochs
+    fitted: dict[int, int] = {}
+    latest = max(1, int(epochs)) - 1  # the last epoch that is whole
+    for first in sorted(size, reverse=True):
+        fitted[max(0, min(first, latest))] = size[first]
+        if latest <= 0:
+            break
+        latest = min(first, latest) - 1
+    return dict(sorted(fitted.items()))

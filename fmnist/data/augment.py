@@ -9,7 +9,15 @@ from torch import Tensor
 
 from fmnist.config.schema import AugmentConfig
 from fmnist.data.augment_table import MATRIX, OWN_SHARE, augmentation_table, flip_in_turn
-from fmnist.data.augment_torch import Plan, augment_reference, compose, normalize, pack_neighbours, resample_packed
+from fmnist.data.augment_torch import (
+    Plan,
+    augment_reference,
+    check_whole_pixels,
+    compose,
+    normalize,
+    pack_neighbours,
+    resample_packed,
+)
 from fmnist.data.batches import MicroBatch
 from fmnist.runtime.environment import ENVIRONMENT
 
@@ -84,6 +92,8 @@ class Augment:
             if self.cfg.flip_in_turn:
                 uniforms = flip_in_turn(uniforms, seed=batch.key[0], epoch=batch.epoch)
             table = augmentation_table(self.cfg, uniforms, shape, size, whole_pixels=whole_pixels)
+            if whole_pixels:
+                check_whole_pixels(table[:, MATRIX], size)
             self._table = (batch.uniforms, size, table)
         return self._table[2]
 

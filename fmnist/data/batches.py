@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fmnist.config.schema import DataConfig
-from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
+from fmnist.data.fashion_mnist import CLASS_NAMES, load_indexed
 
 NUM_UNIFORMS = 15  # random numbers of one sample and epoch; augment_table.py says what each decides
 
@@ -26,11 +26,13 @@ class Split:
         images: uint8 [N, H, W], or [N, C, H, W] where there are colours; 0 to 255.
         labels: int64 [N].
         class_names: in label order.
+        published: int64 [N] on the CPU, the images' positions in the data set's own file; None: they have none.
     """
 
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...] = ()
+    published: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -53,8 +55,8 @@ class Split:
         Raises:
             ValueError: files that are missing, cannot be fetched, or are invalid.
         """
-        images, labels = load_split(name, cfg.root, cfg.val_size, fetch=fetch)
-        return cls(images=images.to(device), labels=labels.to(device), class_names=CLASS_NAMES)
+        images, labels, published = load_indexed(name, cfg.root, cfg.val_size, fetch=fetch)
+        return cls(images=images.to(device), labels=labels.to(device), class_names=CLASS_NAMES, published=published)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -120,9 +120,9 @@ def stratified_split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
     return torch.nonzero(~in_val).flatten(), torch.nonzero(in_val).flatten()
 
 
-def load_split(
+def load_indexed(
     name: Literal["train", "val", "test"], root: str | None, val_size: int, *, fetch: bool = False
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Load one of the three splits; train and val partition the 60,000.
 
     Args:
@@ -132,7 +132,8 @@ def load_split(
         fetch: See `locate`.
 
     Returns:
-        Images, uint8 [N, H, W], and labels, int64 [N], on the CPU, in the order of the files.
+        Images, uint8 [N, H, W], labels, int64 [N], and their positions in the data set's own file, int64 [N], by which
+        every command names an image; on the CPU, in the order of the files.
 
     Raises:
         ValueError: See `load` and `stratified_split`.
@@ -140,8 +141,16 @@ def load_split(
     if name not in ("train", "val", "test"):
         raise ValueError(f"split {name!r}: expected train, val or test")
     if name == "test":
-        return load("test", root, fetch=fetch)
+        images, labels = load("test", root, fetch=fetch)
+        return images, labels, torch.arange(len(labels))
     images, labels = load("train", root, fetch=fetch)
     train, val = stratified_split(labels, val_size)
     indices = train if name == "train" else val
-    return images[indices], labels[indices]
+    return images[indices], labels[indices], indices
+
+
+def load_split(
+    name: Literal["train", "val", "test"], root: str | None, val_size: int, *, fetch: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Load images and labels of a split: `load_indexed` without the positions."""
+    return load_indexed(name, root, val_size, fetch=fetch)[:2]

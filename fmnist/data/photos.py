@@ -1,68 +1,99 @@
-"""Find and decode pictures from outside: JPEG, PNG and WebP from files, folders and globs."""
+"""Find and decode pictures from outside, from files, folders and globs."""
 
 from __future__ import annotations
 
 import glob
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp")
-FORMATS = ("JPEG", "PNG", "WEBP")  # every other decoder of Pillow stays closed to files from outside
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # every other decoder stays closed to files from outside
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# Pictures too, though of formats that are not read: errors, where a text file in the same folder is passed over.
+OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw")
 WORK_SIZE = 512  # pixels of the longest edge that is worked on: an object of a tenth of it still has 51 for our 28
 MAX_FILE_BYTES = 1 << 28
+MAX_JPEG_PIXELS = 300_000_000  # before it is decoded smaller: a phone's 200 megapixels, and no bomb
+OURS = {"predictions": ".csv", "search": ".csv", "comparison": ".txt"}  # tables beside which our commands draw a .png
+# Metadata that is odd but harmless. Not for each picture: that is not safe among threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB: some editors keep megabytes beside a picture
 
 
-def find_pictures(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
+def find_pictures(paths: Iterable[str], left_out: Counter[str] | None = None) -> Iterator[tuple[str, str]]:
     """List the pictures that the user names, each once.
 
     Args:
         paths: files (of any suffix), folders (their pictures by suffix, sub-folders too, hidden ones not) and globs
             (`**` for any depth).
+        left_out: counts what folders hold beside pictures, by suffix, and what this project made ("made by fmnist"):
+            sheets of predictions, and whole run directories.
 
     Yields:
         The path of a picture and an empty error, or what the user named and why nothing can be read from it.
     """
+    left_out = Counter() if left_out is None else left_out
     seen = set()  # real paths: a link back to a folder above makes `**` find each file many times
     for name in paths:
         # A file may be called "shirt[1].jpg": what exists is not a pattern.
-        matches = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
+        named = os.path.lexists(name)
+        matches = [name] if named else sorted(glob.glob(name, recursive=True))
         if not matches:
             yield name, "matches no file" if glob.has_magic(name) else "no such file or folder"
         for match in matches:
             number = 0
-            for found, error in _expand(match):
+            for found, error in [(match, "")] if named and not os.path.isdir(match) else _expand(match, left_out):
                 number += 1
                 if (real := os.path.realpath(found)) not in seen:
                     seen.add(real)
                     yield found, error
-            if not number:
+            if not number and os.path.isdir(match):
                 yield match, f"a folder without pictures ({', '.join(SUFFIXES)})"
 
 
-def _expand(path: str) -> Iterator[tuple[str, str]]:
+def _expand(path: str, left_out: Counter[str]) -> Iterator[tuple[str, str]]:
+    """List what a folder holds, or one file that a glob found."""
     if not os.path.isdir(path):
-        yield path, ""
+        if _is_ours(path):
+            left_out["made by fmnist"] += 1
+        else:
+            yield path, ""
         return
     failed: list[OSError] = []
     for folder, folders, files in os.walk(path, onerror=failed.append):  # links to folders are not followed: no loops
+        if "config.yaml" in files and ("metrics.jsonl" in files or "checkpoints" in folders):  # a run directory
+            left_out["made by fmnist"] += len(files)
+            folders[:] = []
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+        for name in sorted(name for name in files if not name.startswith(".")):
+            if _is_ours(os.path.join(folder, name)):
+                left_out["made by fmnist"] += 1
+            elif name.lower().endswith((*SUFFIXES, *OTHER_SUFFIXES)):
                 yield os.path.join(folder, name), ""
+            else:
+                left_out[os.path.splitext(name)[1].lower() or "no suffix"] += 1
     for error in failed:
         yield str(error.filename), error.strerror or str(error)
 
 
+def _is_ours(path: str) -> bool:
+    stem, suffix = os.path.splitext(path)
+    table = OURS.get(os.path.basename(stem))
+    return table is not None and suffix in (".png", table) and os.path.isfile(stem + table)
+
+
 def open_picture(path: Path) -> Image.Image:
-    """Decode a picture, upright as its EXIF says, at most WORK_SIZE on a side.
+    """Decode a picture, upright as its EXIF says, at most WORK_SIZE on a side; of an animation, its first.
 
     Args:
-        path: a JPEG, PNG or WebP file, whatever its name says.
+        path: a file of one of FORMATS, whatever its name says.
 
     Returns:
         An image of mode RGB or, with transparency, RGBA.
@@ -76,17 +107,33 @@ def open_picture(path: Path) -> Image.Image:
     size = path.stat().st_size
     if not 0 < size <= MAX_FILE_BYTES:
         raise ValueError(f"{size:,} bytes" if size else "an empty file")
-    with warnings.catch_warnings(), path.open("rb") as stream:
-        warnings.simplefilter("ignore")  # metadata that is odd but harmless
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's limit, without its factor of two
-        image: Image.Image = Image.open(stream, formats=FORMATS)
-        image.draft(None, (2 * WORK_SIZE, 2 * WORK_SIZE))  # a JPEG of 48 megapixels is decoded at an eighth
+    with path.open("rb") as stream:
+        image = _open(stream)
         image.load()
         try:
             image = ImageOps.exif_transpose(image)
         except Exception:  # broken metadata does not make a broken picture
             image = image.copy()
         return as_rgb(image)
+
+
+def _open(stream: BinaryIO) -> Image.Image:
+    image: Image.Image
+    head = stream.read(3)
+    stream.seek(0)
+    if head == b"\xff\xd8\xff":
+        try:
+            # Not Image.open, which refuses by size what is decoded at an eighth of its size here.
+            image = JpegImagePlugin.JpegImageFile(stream)
+        except SyntaxError as error:
+            raise UnidentifiedImageError from error
+        if image.width * image.height <= MAX_JPEG_PIXELS:
+            image.draft(None, (2 * WORK_SIZE, 2 * WORK_SIZE))
+    else:
+        image = Image.open(stream, formats=FORMATS)
+    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or MAX_JPEG_PIXELS):  # Pillow itself doubles its limit
+        raise Image.DecompressionBombError
+    return image
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

@@ -94,5 +94,5 @@ def average_probabilities(logits: list[Tensor]) -> Tensor:
     Args:
         logits: float32 [N, C] each.
     """
-    mean = torch.stack([part.double().softmax(dim=1) for part in logits]).mean(dim=0)
-    return mean.clamp(min=torch.finfo(torch.float32).tiny).log().float()
+    stacked = torch.stack([part.double().log_softmax(dim=1) for part in logits])
+    return (stacked.logsumexp(dim=0) - math.log(len(logits))).float()

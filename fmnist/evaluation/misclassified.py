@@ -16,13 +16,15 @@ class Misclassified:
     """An image that was taken for another class.
 
     Attributes:
-        index: its position in the split.
+        index: its position in the data set's own file.
+        position: that in the split.
         label, prediction: class names.
         confidence: probability of the prediction.
         p_label: probability of the label.
     """
 
     index: int
+    position: int
     label: str
     prediction: str
     confidence: float
@@ -31,7 +33,7 @@ class Misclassified:
     def row(self, outcome: Outcome) -> dict[str, Any]:
         """Return a row of an error table, with the picture."""
         return {
-            "picture": outcome.images[self.index].numpy(),
+            "picture": outcome.images[self.position].numpy(),
             "index": self.index,
             "label": self.label,
             "prediction": self.prediction,
@@ -51,15 +53,17 @@ def confident_errors(outcome: Outcome, limit: int | None = None) -> list[Misclas
     confidence, predictions = probabilities.max(dim=1)
     wrong = (predictions != outcome.labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)][:limit]
+    indices = outcome.indices
     return [
         Misclassified(
-            index=index,
-            label=outcome.class_names[outcome.labels[index]],
-            prediction=outcome.class_names[predictions[index]],
-            confidence=float(confidence[index]),
-            p_label=float(probabilities[index, outcome.labels[index]]),
+            index=indices[position],
+            position=position,
+            label=outcome.class_names[outcome.labels[position]],
+            prediction=outcome.class_names[predictions[position]],
+            confidence=float(confidence[position]),
+            p_label=float(probabilities[position, outcome.labels[position]]),
         )
-        for index in wrong.tolist()
+        for position in wrong.tolist()
     ]
 
 

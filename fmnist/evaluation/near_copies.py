@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fmnist.data.fashion_mnist import load, load_split
+from fmnist.data.fashion_mnist import load_indexed
 
 NEAR_COPY, SIMILAR = 0.99, 0.98  # correlations above which an image counts as a near copy, or as similar
 BASIS_SIZE = 96
@@ -103,8 +103,11 @@ def _exact(left: Tensor, right: Tensor) -> Tensor:
     return (pair[0] * pair[1]).sum(dim=1) / norms.clamp(min=1e-12)
 
 
-def load_pair(split: str, root: str | None, val_size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Load images and labels of a split, and of the training images to compare with it.
+Indexed = tuple[Tensor, Tensor, Tensor]  # images, labels, positions in the data set's own file
+
+
+def load_pair(split: str, root: str | None, val_size: int) -> tuple[Indexed, Indexed]:
+    """Load a split, and the training images to compare with it.
 
     Args:
         split: test, to compare with all 60,000 training images; or val, with the rest of them.
@@ -112,5 +115,5 @@ def load_pair(split: str, root: str | None, val_size: int) -> tuple[tuple[Tensor
         val_size: validation images among the 60,000.
     """
     if split == "test":
-        return load("test", root), load("train", root)
-    return load_split("val", root, val_size), load_split("train", root, val_size)
+        return load_indexed("test", root, 0), load_indexed("train", root, 0)
+    return load_indexed("val", root, val_size), load_indexed("train", root, val_size)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fmnist.evaluation.near_copies import NEAR_COPY, SIMILAR, NearCopies
 
 NUM_BINS = 15
+RATIOS = ("precision", "recall", "f1")
 
 
 def _check(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:
@@ -63,7 +64,8 @@ def summarize(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> dic
     Returns:
         A JSON-ready dict: `top1` (fraction), `top1_interval` (95 %, Wilson), `loss` (mean cross-entropy, nats),
         `ece` (top-label, 15 equal-width bins), `num_images`, `confusion_matrix` (rows true, columns predicted),
-        `per_class` (name -> precision, recall, f1, support; 0 where a ratio is 0/0).
+        `per_class` (name -> precision, recall, f1, support; None where the class has no images, else 0 where a ratio
+        is 0/0), `macro_avg` (their means over the classes with images, whose number is `num_classes`).
 
     Raises:
         ValueError: If a shape, a label or a logit is outside the ranges above.
@@ -79,6 +81,8 @@ def summarize(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> dic
     # Labels are stated: a class that a small split lacks keeps its row.
     pair = labels.numpy(), predictions.numpy()
     columns = precision_recall_fscore_support(*pair, labels=classes, zero_division=0.0)
+    rows = [(*map(float, row[:3]), int(row[3])) for row in zip(*columns, strict=True)]
+    present = np.array([row[:3] for row in rows if row[3]])  # a class without images has no recall to average
     return {
         "top1": correct / num_images,
         "top1_interval": wilson_interval(correct, num_images),
@@ -87,9 +91,10 @@ def summarize(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> dic
         "num_images": num_images,
         "confusion_matrix": confusion_matrix(*pair, labels=classes).tolist(),
         "per_class": {
-            name: {"precision": float(p), "recall": float(r), "f1": float(f1), "support": int(support)}
-            for name, p, r, f1, support in zip(class_names, *columns, strict=True)
+            name: dict(zip(RATIOS, row[:3] if row[3] else [None] * 3, strict=True)) | {"support": row[3]}
+            for name, row in zip(class_names, rows, strict=True)
         },
+        "macro_avg": dict(zip(RATIOS, present.mean(0).tolist(), strict=True)) | {"num_classes": len(present)},
     }
 
 

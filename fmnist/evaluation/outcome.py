@@ -66,6 +66,7 @@ class Outcome:
         data, data_sha256: name of the data set, and digest of these images and labels.
         trained: the run; none for an ensemble.
         members: names of an ensemble's models.
+        published: int64 [N], the images' positions in the data set's own file; none: those in the split.
     """
 
     name: str
@@ -84,6 +85,12 @@ class Outcome:
     data_sha256: str = ""
     trained: Trained | None = None
     members: tuple[str, ...] = ()
+    published: Tensor | None = None
+
+    @property
+    def indices(self) -> list[int]:
+        """By what files and tables name each image."""
+        return list(range(len(self.labels))) if self.published is None else self.published.tolist()
 
     @property
     def title(self) -> str:
@@ -158,6 +165,7 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
         data=name_of(request.split, data.root),
         data_sha256=split.digest,
         trained=trained,
+        published=split.published,
     )
     return compute.on_main(lambda: outcome)
 

@@ -40,7 +40,7 @@ def _pairs(findings: Findings) -> list[dict[str, Any]]:
 
 
 def _shown(outcome: Outcome, error: Misclassified) -> dict[str, Any]:
-    return {"error": error, "uri": picture(outcome.images[error.index])}
+    return {"error": error, "uri": picture(outcome.images[error.position])}
 
 
 def _matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> list[dict[str, Any]]:
@@ -62,7 +62,7 @@ def _matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> l
                     "right": i == j,
                 }
             )
-        rows.append({"name": class_names[i], "cells": cells, "recall": counts[i] / total})
+        rows.append({"name": class_names[i], "cells": cells, "recall": counts[i] / total if sum(counts) else None})
     return rows
 
 
@@ -119,7 +119,7 @@ def render(values: dict[str, Any]) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["percent"] = lambda value, digits=2: f"{100 * value:.{digits}f}"
+    environment.filters["percent"] = lambda value, digits=2: "-" if value is None else f"{100 * value:.{digits}f}"
     environment.filters["comma"] = lambda value: f"{value:,.0f}"
     environment.filters["ms"] = lambda value: f"{value:.3g}" if value < 100 else f"{value:,.0f}"
     return environment.get_template("report.html").render(values)

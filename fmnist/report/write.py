@@ -6,10 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from sklearn.metrics import classification_report
-
 from fmnist.config.schema import flatten
 from fmnist.evaluation.findings import Findings
+from fmnist.evaluation.numbers import RATIOS
 from fmnist.report.curves import loss_note, plot_learning_curves
 from fmnist.report.figures import plot_confusion_matrix, plot_reliability
 from fmnist.report.page import write_html
@@ -61,17 +60,31 @@ def report_text(findings: Findings) -> str:
         f"{outcome.title}: top1 {100 * metrics['top1']:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f}), "
         f"loss {metrics['loss']:.4f}, ECE {metrics['ece']:.4f}, {metrics['num_images']:,} images"
     )
-    table = classification_report(
-        outcome.labels.numpy(),
-        outcome.logits.argmax(dim=1).numpy(),
-        labels=range(len(outcome.class_names)),
-        target_names=list(outcome.class_names),
-        digits=4,
-        zero_division=0.0,
-    )
     data = f"images: {outcome.data}, sha256 {outcome.data_sha256}\n" if outcome.data_sha256 else ""
+    table = class_table(metrics)
     notes = _notes(metrics) if findings.complete else ""
     return f"{headline}\n{data}\n{table}" + (f"\n{notes}\n" if notes else "")
+
+
+def class_table(metrics: Mapping[str, Any]) -> str:
+    """Lay precision, recall and F1 out as scikit-learn's classification_report does; "-" for a class without images."""
+    macro, per_class = metrics["macro_avg"], metrics["per_class"]
+    weights = {name: row["support"] / metrics["num_images"] for name, row in per_class.items() if row["support"]}
+    weighted = {key: sum(weight * per_class[name][key] for name, weight in weights.items()) for key in RATIOS}
+    width = max(12, *map(len, per_class))
+    total = {"support": metrics["num_images"]}
+
+    def line(name: str, row: Mapping[str, Any]) -> str:
+        cells = ["" if key not in row else "-" if row[key] is None else f"{row[key]:.4f}" for key in RATIOS]
+        return f"{name:>{width}} " + "".join(f"{cell:>10}" for cell in (*cells, row["support"]))
+
+    lines = [" " * (width + 1) + "".join(f"{head:>10}" for head in ("precision", "recall", "f1-score", "support")), ""]
+    lines += [line(name, row) for name, row in per_class.items()]
+    lines += ["", line("accuracy", {"f1": metrics["top1"]} | total)]
+    lines += [line("macro avg", macro | total), line("weighted avg", weighted | total)]
+    if macro["num_classes"] < len(per_class):
+        lines.append(f"\nmacro avg: over the {macro['num_classes']} of {len(per_class)} classes that have images")
+    return "\n".join(lines) + "\n"
 
 
 def _notes(metrics: Mapping[str, Any]) -> str:
@@ -101,8 +114,8 @@ def predictions_csv(findings: Findings) -> bytes:
     predictions = outcome.logits.argmax(dim=1).tolist()
     probabilities = outcome.logits.double().softmax(dim=1).float().tolist()
     rows = []
-    for index, (label, prediction, row) in enumerate(
-        zip(outcome.labels.tolist(), predictions, probabilities, strict=True)
+    for index, label, prediction, row in zip(
+        outcome.indices, outcome.labels.tolist(), predictions, probabilities, strict=True
     ):
         cells = [f"{p:.9g}" for p in row]  # nine digits give a float32 back unchanged
         rows.append([index, label, prediction, cells[prediction], *cells])

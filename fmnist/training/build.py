@@ -10,6 +10,7 @@ from torch import nn
 from fmnist.checkpoint.contents import TrainState
 from fmnist.checkpoint.fingerprint import WEIGHTS, digest_of_weights, fingerprint
 from fmnist.checkpoint.store import Checkpoints
+from fmnist.config.conflicts import Length, without_effect
 from fmnist.config.same_run import recipe
 from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
@@ -100,6 +101,9 @@ def build(cfg: Config, run: Run) -> Training | None:
 
     # model, and what feeds it: pretrained weights only where no checkpoint will fill it
     schedule = Schedule.from_config(cfg, loader.steps_per_epoch)
+    side = train_split.images.shape[-1]
+    for line in without_effect(cfg, Length(schedule.total_steps, schedule.steps_per_epoch, side)):
+        logger.warning("%s", line)
     model, augment = build_network(cfg, run.device, load_weights=newest is None)
     if newest is None and cfg.model.weights and digest_of_weights(cfg.model.weights) != run.fingerprint[WEIGHTS]:
         raise ValueError(f"model.weights: {cfg.model.weights} was replaced while it was read; start again")

@@ -51,7 +51,7 @@ def opening(training: Training, cfg: Config, run: Run) -> list[str]:
         f"{len(t.test_split):,} test images",
         "model": f"{cfg.model.name} {origin}, {parameters:,} parameters, {count(len(augment.mean), 'input channel')}",
         "recipe": f"{schedule.epoch(schedule.total_steps):.4g} epochs = {schedule.total_steps:,} steps of "
-        f"{loader.global_batch_size} images at {sizes(cfg.augment.size)}; {cfg.optim.name}, "
+        f"{loader.global_batch_size} images at {sizes(t.augment.sizes)}; {cfg.optim.name}, "
         f"learning rate {schedule.peak_lr:.4g}, {schedule.shape}",
         "device": f"{run.device_name}: {count(run.world_size, 'process')}"
         f", {run.precision}; augmentation {BACKENDS[augment.backend]}",
@@ -92,8 +92,6 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
-def sizes(size: int | dict[int, int]) -> str:
-    """Return the image size, or how it grows over the epochs: "20 px, 28 px from epoch 4"."""
-    if not isinstance(size, dict):
-        return f"{size} px"
+def sizes(size: dict[int, int]) -> str:
+    """Return the image size, and how it grows over the epochs: "20 px, 28 px from epoch 4"."""
     return ", ".join(f"{px} px from epoch {epoch}" if epoch else f"{px} px" for epoch, px in size.items())

@@ -119,7 +119,7 @@ def _headline(trained: Trained, measured: Measured) -> str:
 def _class_table(metrics: dict[str, Any]) -> str:
     lines = ["| class | precision | recall | F1 | images |", "|---|---|---|---|---|"]
     for name, row in metrics["per_class"].items():
-        cells = (f"{row[key]:.4f}" for key in ("precision", "recall", "f1"))
+        cells = ("-" if row[key] is None else f"{row[key]:.4f}" for key in ("precision", "recall", "f1"))
         lines.append(f"| {escape(name)} | {' | '.join(cells)} | {row['support']:,} |")
     return "\n".join(lines)
 

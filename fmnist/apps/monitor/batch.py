@@ -3,8 +3,8 @@
 import argparse
 import json
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from fmnist.apps.monitor.drift import MIN_PICTURES, SIGNALS, BatchSums, DriftTest, drift_test
-from fmnist.apps.novelty import open_reference
-from fmnist.apps.views import read_photo
+from fmnist.apps.novelty import MIN_CALIBRATION, open_reference
+from fmnist.apps.views import count_kinds, read_photos, stack_views
 from fmnist.data.fashion_mnist import IMAGE_SIZE
 from fmnist.data.idx import MAX_FILE_BYTES, read_idx
 from fmnist.data.photos import find_pictures
 from fmnist.trained import open_trained
 
-CHUNK = 256
+CHUNK = 256  # images of an array at a time
 UNREADABLE = 0.1  # share of unreadable files above which they are themselves an alert
 
 
@@ -31,49 +31,48 @@ def monitor(args: argparse.Namespace) -> int:
         ValueError: one line, for a run or a batch that cannot be used.
     """
     trained = open_trained(args.run, args.device, args.batch_size)
-    batch, errors = BatchSums(open_reference(trained, args.root)), 0
-    for images, failed in read_batch(args.batch):
+    reference = open_reference(trained, args.root)
+    if len(reference.val) < MIN_CALIBRATION:
+        raise ValueError(
+            f"{trained.name} has {len(reference.val)} validation images: too few to say what is usual; valid: "
+            f"data.val_size {MIN_CALIBRATION} and more"
+        )
+    batch = BatchSums(reference)
+    errors, left_out = Counter[str](), Counter[str]()
+    for images, failed in read_batch(args.batch, left_out):
         errors += failed
         if len(images):
             batch.add(*trained(images))
     tested = drift_test(batch, args.false_alarms) if batch.num_images >= MIN_PICTURES else None
-    result = report(batch, tested, errors, trained.class_names, args)
+    result = report(batch, tested, errors, left_out, trained.class_names, args)
     print(json.dumps(result, indent=2, allow_nan=False) if args.json else result["line"])
     return {"fine": 0, "alert": 1, "too few": 2}[result["verdict"]]
 
 
-def read_batch(path: Path) -> Iterator[tuple[Tensor, int]]:
+def read_batch(path: Path, left_out: Counter[str]) -> Iterator[tuple[Tensor, Counter[str]]]:
     """Read a batch in parts.
 
     Args:
         path: a folder of pictures, an IDX file, .npy or .npz.
+        left_out: counts what a folder holds beside pictures, by suffix.
 
     Yields:
-        uint8 [N, 28, 28] on the CPU, and how many files beside them could not be read.
+        uint8 [N, 28, 28] on the CPU, and how many pictures beside them could not be read, by suffix.
 
     Raises:
         ValueError: one line, for a path that is none of them, or an array of another shape or type.
     """
     if path.is_dir():
-        pictures = find_pictures([str(path)])
-        while chunk := list(islice(pictures, CHUNK)):
-            views = []
-            for name, error in chunk:
-                photo = None if error else read_photo(name)
-                if photo is not None and photo.cutout is not None:
-                    views.append(photo.cutout.view)
-            yield _stack(views), len(chunk) - len(views)
+        for photos in read_photos(find_pictures([str(path)], left_out)):
+            failed = (Path(photo.name).suffix.lower() or "no suffix" for photo in photos if photo.cutout is None)
+            yield stack_views(photos), Counter(failed)
         return
     images = _read_array(path) if path.suffix in (".npy", ".npz") else read_idx(path)[0]
     if images.dtype != torch.uint8 or images.ndim != 3 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE):
         kind = str(images.dtype).removeprefix("torch.")
         raise ValueError(f"{path}: {kind} {list(images.shape)}, expected uint8 [N, {IMAGE_SIZE}, {IMAGE_SIZE}]")
     for part in images.split(CHUNK):
-        yield part, 0
-
-
-def _stack(views: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(views)) if views else torch.zeros(0, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+        yield part, Counter()
 
 
 def _read_array(path: Path) -> Tensor:
@@ -99,10 +98,17 @@ def _read_array(path: Path) -> Tensor:
 
 
 def report(
-    batch: BatchSums, tested: DriftTest | None, errors: int, class_names: tuple[str, ...], args: argparse.Namespace
+    batch: BatchSums,
+    tested: DriftTest | None,
+    unreadable: Counter[str],
+    left_out: Counter[str],
+    class_names: tuple[str, ...],
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Return what --json prints; `verdict` is fine, alert or too few, and `line` says it to people."""
-    number = f"{batch.num_images:,} pictures" + (f", {errors:,} unreadable" if errors else "")
+    errors, number = unreadable.total(), f"{batch.num_images:,} pictures"
+    number += f", {errors:,} unreadable ({count_kinds(unreadable)})" if errors else ""
+    number += f", left out {count_kinds(left_out)}" if left_out else ""
     result: dict[str, Any] = {
         "verdict": "too few",
         "line": f"too few: {number}; the drift test needs at least {MIN_PICTURES}",
@@ -110,6 +116,8 @@ def report(
         "batch": str(args.batch),
         "num_images": batch.num_images,
         "num_errors": errors,
+        "unreadable": unreadable,
+        "left_out": left_out,
         "false_alarm_rate": args.false_alarms,
     }
     if tested is None:

@@ -2,12 +2,14 @@
 
 Each picture is made to look like Fashion-MNIST: the object is cut from its plain background, turned light on black,
 and fitted into 28 x 28. Written to the output folder: predictions.csv, one row per picture, and predictions.png, each
-photo beside what the model sees. A file that cannot be read is a row with its error.
+photo beside what the model sees. JPEG, PNG, WebP, GIF, BMP and TIFF are read; a file that cannot be is a row with its
+error.
 
 example: fmnist predict runs/cnn photos/ more/*.jpg --output predictions
 """
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 from fmnist.runtime.arguments import CommandLine, number
@@ -16,7 +18,7 @@ from fmnist.runtime.ownership import check_outputs, check_suffix
 
 PARSER = CommandLine(prog="fmnist predict", description=__doc__)
 PARSER.add_run()
-PARSER.add_argument("paths", nargs="+", metavar="PATH", help="pictures (JPEG, PNG, WebP), folders or globs")
+PARSER.add_argument("paths", nargs="+", metavar="PATH", help="pictures, folders or globs")
 PARSER.add_argument("--output", type=Path, default=Path("predictions"), help="folder for the CSV and the sheet")
 PARSER.add_force()
 PARSER.add_argument("--top", type=number(1), default=3, help="classes given with their probability")
@@ -40,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     with one_line_errors(PARSER.prog):
         from fmnist.data.photos import find_pictures
 
-        found = list(find_pictures(args.paths))
+        left_out: Counter[str] = Counter()
+        found = list(find_pictures(args.paths, left_out))
         if all(error for _, error in found):
             raise ValueError("; ".join(f"{name}: {error}" for name, error in found[:3]))
         check_suffix(args.output, "")
@@ -50,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
         from fmnist.apps.predict.predictions import predict
 
-        return predict(found, args)
+        return predict(found, args, left_out)
 
 
 if __name__ == "__main__":

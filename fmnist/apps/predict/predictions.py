@@ -6,19 +6,13 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-
-import numpy as np
-import torch
 
 from fmnist.apps.novelty import NoveltyReference, open_reference
 from fmnist.apps.predict.photo_sheet import BLACK, GREY, ORANGE, Cell, draw_sheet
-from fmnist.apps.views import Photo, read_photo
+from fmnist.apps.views import Photo, count_kinds, read_photos, stack_views
 from fmnist.runtime.console import keep_at_interrupt
 from fmnist.runtime.files import csv_bytes, write_atomic
 from fmnist.trained import Trained, open_trained
-
-CHUNK = 64  # pictures in memory at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +32,13 @@ class Prediction:
     unfamiliar: bool = False
 
 
-def predict(found: Sequence[tuple[str, str]], args: argparse.Namespace) -> int:
+def predict(found: Sequence[tuple[str, str]], args: argparse.Namespace, left_out: Counter[str]) -> int:
     """Predict pictures and write the files; return 0, or 1 where no picture could be read.
 
     Args:
         found: what `find_pictures` yields.
         args: the command line.
+        left_out: what was found beside pictures, by suffix.
 
     Raises:
         ValueError: one line, for a run that cannot be used or a --top above its number of classes.
@@ -55,11 +50,12 @@ def predict(found: Sequence[tuple[str, str]], args: argparse.Namespace) -> int:
     items = predict_pictures(trained, reference, found, args)
     counts = write_predictions(items, args, f"{trained.name}: each photo and what the model sees")
     if args.json:
-        print(json.dumps({**counts, "output": str(args.output)}))
+        print(json.dumps({**counts, "left_out": left_out, "output": str(args.output)}))
     else:
         errors = f"{counts['errors']:,} error{'s' * (counts['errors'] != 1)}"
         flags = f"{counts['unfamiliar']:,} flagged as unfamiliar, {counts['uncropped']:,} used uncropped"
-        print(f"{counts['predicted']:,} predicted: {flags}; {errors}")
+        beside = f"; left out: {count_kinds(left_out)}" if left_out else ""
+        print(f"{counts['predicted']:,} predicted: {flags}; {errors}{beside}")
         print(f"written to {args.output}")
     return 0 if counts["predicted"] else 1
 
@@ -67,25 +63,18 @@ def predict(found: Sequence[tuple[str, str]], args: argparse.Namespace) -> int:
 def predict_pictures(
     trained: Trained, reference: NoveltyReference, found: Iterable[tuple[str, str]], args: argparse.Namespace
 ) -> Iterator[Prediction]:
-    """Predict pictures in the order found, a chunk at a time."""
-    pictures = iter(found)
-    while chunk := list(islice(pictures, CHUNK)):
-        photos = [
-            Photo(name=name, error=error) if error else read_photo(name, invert=args.invert, crop=args.crop)
-            for name, error in chunk
-        ]
-        views = [photo.cutout.view for photo in photos if photo.cutout]
-        images = torch.from_numpy(np.stack(views)) if views else torch.zeros(0, 28, 28, dtype=torch.uint8)
-        logits, features = trained(images)
+    """Predict pictures in the order found."""
+    for photos in read_photos(found, invert=args.invert, crop=args.crop):
+        logits, features = trained(stack_views(photos))
+        values, labels = logits.double().softmax(1).topk(args.top)
         scores = reference.score(features)
-        rows = zip(logits.double().softmax(1), scores.tolist(), strict=True)
+        rows = zip(values.tolist(), labels.tolist(), scores.tolist(), strict=True)
         for photo in photos:
             if photo.cutout is None:
                 yield Prediction(photo=photo)
                 continue
-            probabilities, score = next(rows)
-            values, labels = probabilities.topk(args.top)
-            top = tuple((trained.class_names[i], p) for p, i in zip(values.tolist(), labels.tolist(), strict=True))
+            probabilities, classes, score = next(rows)
+            top = tuple((trained.class_names[i], p) for p, i in zip(probabilities, classes, strict=True))
             yield Prediction(photo=photo, top=top, score=score, unfamiliar=score > reference.threshold)
 
 

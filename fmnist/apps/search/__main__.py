@@ -11,7 +11,7 @@ The features of a split are computed once and kept in the run's folder features/
 import argparse
 from pathlib import Path
 
-from fmnist.apps.search.names import SOURCES, picture
+from fmnist.apps.search.names import SOURCES
 from fmnist.runtime.arguments import CommandLine, existing, number
 from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.runtime.ownership import check_suffix
@@ -29,7 +29,7 @@ COMMANDS = PARSER.add_subparsers(dest="command", required=True, metavar="{query,
 
 ASK = COMMANDS.add_parser("query", help="show the nearest images of pictures")
 ASK.add_run()
-ASK.add_argument("images", nargs="+", type=picture, metavar="IMAGE", help="a picture file, or split:number as test:17")
+ASK.add_argument("images", nargs="+", metavar="IMAGE", help="pictures, folders, globs, or split:index as test:17")
 ASK.add_argument("--split", choices=SOURCES, default="train", help="images to search in (default: train)")
 ASK.add_argument("--index", type=existing, metavar="FILE", help="search in a folder's pictures instead, see index")
 ASK.add_argument("--k", type=number(1), default=10, help="images found per query (default: 10)")
@@ -61,8 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             check_suffix(args.output, {"query": "", "index": ".safetensors", "evaluate": ".json"}[args.command])
         from fmnist.apps.search import queries
 
-        {"query": queries.query, "index": queries.index, "evaluate": queries.evaluate}[args.command](args)
-    return 0
+        return {"query": queries.query, "index": queries.index, "evaluate": queries.evaluate}[args.command](args)
 
 
 if __name__ == "__main__":

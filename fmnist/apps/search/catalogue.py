@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fmnist.apps.views import read_view
-from fmnist.data.fashion_mnist import load_split
+from fmnist.apps.views import count_kinds, read_photos
+from fmnist.data.fashion_mnist import load_indexed
 from fmnist.data.photos import find_pictures
 from fmnist.evaluation.features import compute_features, features_of
 from fmnist.runtime.files import write_atomic
@@ -33,7 +34,7 @@ class Catalogue:
         features: float16 [N, D], penultimate features, each of length 1 (to rounding).
         labels: int64 [N], the class, or UNKNOWN.
         predictions: int16 [N], the predicted class.
-        names: N times `split:number`, or a file's path below its folder.
+        names: N times `split:number`, the position in the data set's own file, or a path below its folder.
         images: uint8 [N, H, W], what the model was given.
         class_names: in label order.
         run: name of the run whose weights made the features.
@@ -53,8 +54,8 @@ class Catalogue:
         return len(self.names)
 
 
-def read_split(trained: Trained, split: Split, root: str | None) -> tuple[Tensor, Tensor]:
-    """Read a split as the run divides the images: uint8 [N, H, W] images and int64 [N] labels.
+def read_split(trained: Trained, split: Split, root: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Read a split as the run divides the images; see `load_indexed`.
 
     Raises:
         ValueError: the data cannot be had, or the run kept no validation images.
@@ -62,7 +63,7 @@ def read_split(trained: Trained, split: Split, root: str | None) -> tuple[Tensor
     data = trained.cfg.data
     if split == "val" and data.val_size == 0:
         raise ValueError(f"{trained.name} was trained with data.val_size 0: it has no validation images")
-    return load_split(split, root or data.root, data.val_size)
+    return load_indexed(split, root or data.root, data.val_size)
 
 
 def split_catalogue(trained: Trained, source: Split | Literal["all"], root: str | None = None) -> Catalogue:
@@ -80,13 +81,14 @@ def split_catalogue(trained: Trained, source: Split | Literal["all"], root: str 
     if source == "all" and trained.cfg.data.val_size == 0:
         splits = ("train", "test")
     loaded = {split: read_split(trained, split, root) for split in splits}
-    found = [features_of(trained, split, images) for split, (images, _) in loaded.items()]
-    images, labels = (torch.cat(tensors) for tensors in zip(*loaded.values(), strict=True))
+    found = [features_of(trained, split, images) for split, (images, *_) in loaded.items()]
+    images, labels, indices = (torch.cat(tensors) for tensors in zip(*loaded.values(), strict=True))
+    splits_of = [split for split, (_, part, _) in loaded.items() for _ in range(len(part))]
     return Catalogue(
         features=torch.cat([part.features for part in found]),
         labels=labels,
         predictions=torch.cat([part.logits for part in found]).argmax(1).short(),
-        names=[f"{split}:{number}" for split, (_, part) in loaded.items() for number in range(len(part))],
+        names=[f"{split}:{index}" for split, index in zip(splits_of, indices.tolist(), strict=True)],
         images=images,
         class_names=trained.class_names,
         run=trained.name,
@@ -100,19 +102,18 @@ def folder_catalogue(trained: Trained, folder: Path) -> Catalogue:
     Raises:
         ValueError: no picture in it that can be read, or features that are not finite.
     """
-    views, names = [], []
-    found = list(find_pictures([str(folder)]))
+    found = list(find_pictures([str(folder)], left_out := Counter[str]()))
     if found[0][0] == str(folder):  # the folder itself: nothing is in it
         raise ValueError(": ".join(found[0]))
-    for name, error in found:
-        try:
-            if error:
-                raise ValueError(f"{name}: {error}")
-            views.append(read_view(name))
-        except ValueError as reason:
-            logger.warning("left out: %s", reason)
+    views, names = [], []
+    for photo in (photo for photos in read_photos(found) for photo in photos):
+        if photo.cutout is None:
+            logger.warning("left out: %s: %s", photo.name, photo.error)
         else:
-            names.append(Path(name).relative_to(folder).as_posix())
+            views.append(torch.from_numpy(photo.cutout.view))
+            names.append(Path(photo.name).relative_to(folder).as_posix())
+    if left_out:
+        logger.warning("left out beside pictures: %s", count_kinds(left_out))
     if not views:
         raise ValueError(f"{folder} holds no picture that can be read")
     images = torch.stack(views)

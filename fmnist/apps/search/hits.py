@@ -1,6 +1,6 @@
 """Results of a search: rows for the CSV, and a sheet of pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fmnist.apps.search.catalogue import UNKNOWN, Catalogue
 from fmnist.report.figures import BLUE, GREEN, ORANGE, Axes, Figure, by_default_style, save_figure
-from fmnist.runtime.files import csv_bytes
 
+COLUMN_NAMES = ("query", "rank", "item", "class", "predicted", "similarity", "error")  # of search.csv
 COLUMNS = 10  # images in one line of the sheet; more follow below
 CELL_INCHES, CAPTION_INCHES, HEAD_INCHES = 0.98, 0.46, 0.62
 
@@ -36,31 +36,19 @@ class Hit:
     similarities: Tensor
 
 
-def hits_rows(hits: Sequence[Hit], catalogue: Catalogue) -> list[dict[str, Any]]:
-    """Return one row per query and image found: query, rank, item, class ("" if unknown), predicted, similarity."""
-    rows = []
+def hits_rows(hits: Sequence[Hit], catalogue: Catalogue, errors: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return one row per query and image found, then one per query that could not be read, with COLUMN_NAMES."""
+    rows: list[tuple[Any, ...]] = []
     for hit in hits:
         for rank, (position, similarity) in enumerate(
             zip(hit.positions.tolist(), hit.similarities.tolist(), strict=True), 1
         ):
             label = int(catalogue.labels[position])
-            rows.append(
-                {
-                    "query": hit.query,
-                    "rank": rank,
-                    "item": catalogue.names[position],
-                    "class": "" if label == UNKNOWN else catalogue.class_names[label],
-                    "predicted": catalogue.class_names[int(catalogue.predictions[position])],
-                    "similarity": round(similarity, 6),
-                }
-            )
-    return rows
-
-
-def hits_csv(hits: Sequence[Hit], catalogue: Catalogue) -> bytes:
-    """Return `hits_rows` as CSV."""
-    rows = hits_rows(hits, catalogue)
-    return csv_bytes(list(rows[0]), [list(row.values()) for row in rows])
+            known = "" if label == UNKNOWN else catalogue.class_names[label]
+            predicted = catalogue.class_names[int(catalogue.predictions[position])]
+            rows.append((hit.query, rank, catalogue.names[position], known, predicted, round(similarity, 6), ""))
+    rows += [(query, *[""] * 5, error) for query, error in errors.items()]
+    return [dict(zip(COLUMN_NAMES, row, strict=True)) for row in rows]
 
 
 @by_default_style

@@ -1,8 +1,10 @@
 """The three commands of `fmnist search`, after their arguments."""
 
 import argparse
+import functools
 import json
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -17,58 +19,98 @@ from fmnist.apps.search.catalogue import (
     save_catalogue,
     split_catalogue,
 )
-from fmnist.apps.search.hits import Hit, hits_csv, hits_rows, plot_hits
+from fmnist.apps.search.hits import COLUMN_NAMES, Hit, hits_rows, plot_hits
 from fmnist.apps.search.names import QUERY, SOURCES
-from fmnist.apps.views import read_view
+from fmnist.apps.views import count_kinds, read_photos
+from fmnist.data.photos import find_pictures
 from fmnist.evaluation.neighbours import Neighbours
 from fmnist.evaluation.retrieval import measure_precision
 from fmnist.report.retrieval_table import RETRIEVAL_FILE, precision_table, write_precision
-from fmnist.runtime.files import write_atomic
+from fmnist.runtime.files import csv_bytes, write_atomic
 from fmnist.runtime.ownership import check_outputs
 from fmnist.trained import Trained, open_trained
 
 
-def query(args: argparse.Namespace) -> None:
-    """Find the nearest images of each picture; write search.csv, then the sheet."""
+def query(args: argparse.Namespace) -> int:
+    """Find the nearest images of each picture; write search.csv, then the sheet; return 1 where none was read."""
+    left_out = Counter[str]()
+    named = [pair for name in args.images for pair in _named(name, left_out)]
+    if all(error for _, error in named):
+        raise ValueError("; ".join(f"{name}: {error}" for name, error in named[:3]))
     trained = open_trained(args.run, args.device, args.batch_size)
     output = args.output or trained.folder("search")
     marks = {output / "search.csv": b"query,rank,item,", output / "search.png": b""}
     check_outputs(marks, force=args.force)
     catalogue = load_catalogue(args.index, trained) if args.index else split_catalogue(trained, args.split, args.root)
-    queries = [_read_query(name, trained, args.root) for name in args.images]
-    logits, features = trained(torch.stack([image for image, _ in queries]))
-    exclude = torch.tensor([_position(name, catalogue) for name in args.images])
-    k = min(args.k, len(catalogue) - bool((exclude >= 0).any()))
+    queries, errors = _read_queries(named, trained, args.root)
+    hits, milliseconds = _nearest(queries, trained, catalogue, args.k) if queries else ([], 0.0)
+    rows = hits_rows(hits, catalogue, errors)
+    # First: it is there also where a sheet fails.
+    write_atomic(output / "search.csv", csv_bytes(COLUMN_NAMES, [list(row.values()) for row in rows]))
+    if shown := hits[: args.sheet]:
+        plot_hits(shown, catalogue, output / "search.png")
+    if args.json:
+        print(json.dumps(rows))
+        return 0 if hits else 1
+    part = f" of the first {len(shown)} queries" if len(hits) > len(shown) else ""
+    k = len(hits[0].positions) if hits else 0
+    bad = f"; {len(errors):,} not read" if errors else ""
+    bad += f"; left out: {count_kinds(left_out)}" if left_out else ""
+    print(f"the {k} nearest of {len(catalogue):,} images to each picture, {milliseconds:.1f} ms a query{bad}")
+    print(f"written to {output}: search.csv" + (f", search.png{part}" if shown else ""))
+    return 0 if hits else 1
+
+
+def _named(name: str, left_out: Counter[str]) -> list[tuple[str, str]]:
+    return [(name, "")] if QUERY.fullmatch(name) else list(find_pictures([name], left_out))
+
+
+def _read_queries(
+    named: list[tuple[str, str]], trained: Trained, root: str | None
+) -> tuple[dict[str, tuple[Tensor, int]], dict[str, str]]:
+    """Return picture and class (UNKNOWN for a file) of each query that can be read, and an error for each other."""
+    split_of = functools.cache(functools.partial(read_split, trained, root=root))
+    files = [pair for pair in named if not QUERY.fullmatch(pair[0])]
+    photos = {photo.name: (photo.cutout, photo.error) for part in read_photos(files) for photo in part}
+    queries: dict[str, tuple[Tensor, int]] = {}
+    errors: dict[str, str] = {}
+    for name, _ in named:
+        if match := QUERY.fullmatch(name):
+            images, labels, indices = split_of(match[1])
+            position = int((indices == int(match[2])).long().argmax())
+            if int(indices[position]) != int(match[2]):
+                raise ValueError(f"{name}: {match[1]} has {_range(indices)}")
+            queries[name] = images[position], int(labels[position])
+        elif (cutout := photos[name][0]) is None:
+            errors[name] = photos[name][1]
+        else:
+            queries[name] = torch.from_numpy(cutout.view), UNKNOWN
+    return queries, errors
+
+
+def _range(indices: Tensor) -> str:
+    low, high = int(indices.min()), int(indices.max())
+    whole = high - low + 1 == len(indices)
+    return f"images {low} to {high}" + ("" if whole else ", without those of the other of train and val")
+
+
+def _nearest(
+    queries: dict[str, tuple[Tensor, int]], trained: Trained, catalogue: Catalogue, most: int
+) -> tuple[list[Hit], float]:
+    """Return the hits, and the milliseconds of a query."""
+    logits, features = trained(torch.stack([image for image, _ in queries.values()]))
+    exclude = torch.tensor([_position(name, catalogue) for name in queries])
+    k = min(most, len(catalogue) - bool((exclude >= 0).any()))
     neighbours = Neighbours(catalogue.features, trained.device)
     start = time.perf_counter()
     similarities, positions = neighbours(features, k, exclude)
     milliseconds = 1000 * (time.perf_counter() - start) / len(queries)
+    found = zip(queries.items(), logits.argmax(1), positions, similarities, strict=True)
     hits = [
         Hit(query=name, image=image, label=label, prediction=int(prediction), positions=places, similarities=cosines)
-        for name, (image, label), prediction, places, cosines in zip(
-            args.images, queries, logits.argmax(1), positions, similarities, strict=True
-        )
+        for (name, (image, label)), prediction, places, cosines in found
     ]
-    write_atomic(output / "search.csv", hits_csv(hits, catalogue))  # first: it is there also where a sheet fails
-    if shown := hits[: args.sheet]:
-        plot_hits(shown, catalogue, output / "search.png")
-    if args.json:
-        print(json.dumps(hits_rows(hits, catalogue)))
-        return
-    part = f" of the first {len(shown)} queries" if len(hits) > len(shown) else ""
-    print(f"the {k} nearest of {len(catalogue):,} images to each picture, {milliseconds:.1f} ms a query")
-    print(f"written to {output}: search.csv" + (f", search.png{part}" if shown else ""))
-
-
-def _read_query(name: str, trained: Trained, root: str | None) -> tuple[Tensor, int]:
-    """Return the picture and its class (UNKNOWN for a file)."""
-    match = QUERY.fullmatch(name)
-    if match is None:
-        return read_view(name), UNKNOWN
-    images, labels = read_split(trained, match[1], root)  # type: ignore[arg-type]  # one of its three names
-    if (number := int(match[2])) >= len(images):
-        raise ValueError(f"{name}: {match[1]} has images 0 to {len(images) - 1}")
-    return images[number], int(labels[number])
+    return hits, milliseconds
 
 
 def _position(name: str, catalogue: Catalogue) -> int:
@@ -79,7 +121,7 @@ def _position(name: str, catalogue: Catalogue) -> int:
     return catalogue.names.index(name) if name in catalogue.names else -1
 
 
-def index(args: argparse.Namespace) -> None:
+def index(args: argparse.Namespace) -> int:
     """Compute the features of a folder's pictures and write them."""
     trained = open_trained(args.run, args.device, args.batch_size)
     path = args.output or trained.folder("search") / "index.safetensors"
@@ -90,9 +132,10 @@ def index(args: argparse.Namespace) -> None:
     save_catalogue(catalogue, path, trained)
     size = f"{len(catalogue):,} pictures, {catalogue.features.shape[1]} features each, in {seconds:.1f} s"
     print(f"{path}: {size}, {path.stat().st_size / 1e6:.1f} MB")
+    return 0
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def evaluate(args: argparse.Namespace) -> int:
     """Measure retrieval precision, print the table and write the JSON."""
     trained = open_trained(args.run, args.device, args.batch_size)
     output = args.output or trained.folder("evaluation", "test") / RETRIEVAL_FILE
@@ -103,3 +146,4 @@ def evaluate(args: argparse.Namespace) -> None:
         print(json.dumps(result))
     else:
         print(f"{precision_table(result)}\n\nwritten to {output}; the next report.html of fmnist evaluate shows it")
+    return 0
