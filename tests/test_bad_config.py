@@ -327,7 +327,7 @@ def test_a_damaged_config_of_a_run_is_one_line_and_no_output(
 WATCHED = """
 import runpy, sys
 def watch(event, args):
-    if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"):
+    if event == "open" and isinstance(args[0], str | bytes) and isinstance(args[1], str) and set(args[1]) & set("wax+"):
         sys.__stdout__.write(f"{event} {args}\\n")
     elif event in ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.mkdir", "os.system", "os.rename"):
         sys.__stdout__.write(f"{event} {args}\\n")

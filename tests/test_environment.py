@@ -32,7 +32,14 @@ from fmnist.runtime.launcher import check_processes, check_world_size
 from fmnist.tracking.tracker import Tracker
 from fmnist.tracking.wandb_run import WANDB_ID_FILE, log_evaluation
 
-LAUNCHED = (*launcher.INTEGERS, *launcher.STARTED, "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS")
+LAUNCHED = (
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "TORCHELASTIC_RUN_ID",
+    "OMP_NUM_THREADS",
+    *launcher.INTEGERS,
+    *launcher.STARTED,
+)
 # The step, and what it does to arithmetic when Accelerate is left to read it.
 CHANGES = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
@@ -43,7 +50,8 @@ CHANGES = {
     "ACCELERATE_CPU_AFFINITY": "1",
     "ACCELERATE_DEBUG_MODE": "maybe",  # which Accelerate itself would refuse
     "RANK": "1",
-    "LOCAL_RANK": "1",
+    "LOCAL_RANK": "-1",
+    "MASTER_PORT": "tcp://10.0.0.1:80",  # as Kubernetes sets it for a service called master
 }
 WARNED = ("GRADIENT_ACCUMULATION_STEPS=4", "MIXED_PRECISION=bf16", "DYNAMO_BACKEND=EAGER", "TORCH_DEVICE=meta")
 
@@ -217,9 +225,9 @@ def test_a_misspelt_flag_of_two_processes_is_one_line() -> None:
     [
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; valid: a whole number, 1 or more"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
-        ({"RANK": "-1"}, "RANK is '-1'; valid: a whole number, 0 or more"),
-        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
-        ({"MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK is '-1'; valid: a whole number, 0 or more"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "tcp://10.0.0.1:80"}, "MASTER_PORT is 'tcp://10.0.0.1:80'"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2, but MASTER_ADDR, where they meet, is not set"),
         ({"WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "a"}, "RANK is 5, but WORLD_SIZE is 2; valid: 0 to 1"),
         ({"ACCELERATE_USE_FSDP": "maybe"}, "ACCELERATE_USE_FSDP is 'maybe'; valid: true or false"),

@@ -14,8 +14,6 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from tqdm import tqdm
-
 from fmnist.runtime.environment import ENVIRONMENT, remove_effects
 from fmnist.runtime.launcher import is_sibling
 
@@ -39,6 +37,8 @@ def one_line(text: str | BaseException, limit: int = 300) -> str:
 class _AboveTheBar(logging.StreamHandler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print a message so that a progress bar on the same terminal stays whole."""
+        from tqdm import tqdm  # late: a tenth of a second, before a misspelt option is answered
+
         tqdm.write(self.format(record), file=sys.stderr)
 
 

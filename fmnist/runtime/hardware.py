@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fmnist.runtime.environment import ENVIRONMENT, is_true, set_default
+from fmnist.runtime.environment import ENVIRONMENT, integer, is_true, set_default
 from fmnist.runtime.launcher import launcher_environment
 
 NO_FLOAT64 = ("mps",)
@@ -80,7 +80,8 @@ def set_threads(threads: int | None, num_processes: int) -> None:
         return
     cores = available_cores()
     if launched:
-        cores = max(1, cores // int(ENVIRONMENT.get("LOCAL_WORLD_SIZE") or num_processes))
+        here = integer("LOCAL_WORLD_SIZE", 1) if "LOCAL_WORLD_SIZE" in ENVIRONMENT else num_processes
+        cores = max(1, cores // here)
     if threads or launched or cores < torch.get_num_threads():
         torch.set_num_threads(threads or cores)
 

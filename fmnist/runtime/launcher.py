@@ -17,7 +17,7 @@ MIN_SHUTDOWN_TIMEOUT_S = 60
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 # What asks Accelerate for another way to train than DDP.
 OTHER_WAYS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
-INTEGERS = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}  # and their minimum
+INTEGERS = {"RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}  # and their minimum
 LAUNCHERS = {"torchrun", "torch.distributed.run", "accelerate", "accelerate-launch", "accelerate.commands.launch"}
 # How many processes others than torchrun started; none of them tells them how to meet.
 STARTED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -32,11 +32,9 @@ def check_processes() -> int:
     for name in (f"ACCELERATE_USE_{way}" for way in OTHER_WAYS):
         if is_true(name):
             raise ValueError(f"{name} is true, but processes train with DDP here: unset it, or run accelerate config")
-    for name, low in INTEGERS.items():
-        integer(name, low)
-    world_size, rank = integer("WORLD_SIZE", 1), integer("RANK", 0)
-    if world_size == 1:
+    if (world_size := integer("WORLD_SIZE", 1)) == 1:  # what else is left over has no effect, whatever it holds
         return 1
+    rank, *_ = (integer(name, low) for name, low in INTEGERS.items())
     way_out = "unset WORLD_SIZE and RANK, or start the processes with torchrun"
     if rank >= world_size:
         raise ValueError(f"RANK is {rank}, but WORLD_SIZE is {world_size}; valid: 0 to {world_size - 1}: {way_out}")
