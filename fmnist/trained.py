@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fmnist.checkpoint.contents import MODEL, read_state, verify, weights_to_use
 from fmnist.checkpoint.fingerprint import IMAGES, kept_fingerprint
 from fmnist.checkpoint.run_directory import SUMMARY, read_summary
-from fmnist.checkpoint.store import Checkpoints
+from fmnist.checkpoint.store import newer_than_weights
 from fmnist.checkpoint.tensors import load_strict, non_finite, read_tensors_and_digest
 from fmnist.config.parse import load_config
 from fmnist.config.schema import Config
@@ -22,7 +22,6 @@ from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.models.head import feature_width, logits_and_features
 from fmnist.network import build_network
 from fmnist.runtime.console import one_line
-from fmnist.runtime.files import Unreadable
 from fmnist.runtime.hardware import autocast, find_device
 
 if TYPE_CHECKING:
@@ -178,7 +177,7 @@ def open_trained(
 
     if named:
         return opened(path)
-    while (newest := _newer_than_weights(run, summary)) is not None:
+    while (newest := newer_than_weights(run, summary)) is not None:
         try:
             trained = opened(newest)
             trained.load()  # now: a run that is training drops its older checkpoints
@@ -189,27 +188,6 @@ def open_trained(
             logger.info("%s is not finished: %s, its newest valid checkpoint, is used", path, newest.name)
             return trained
     return opened(None)
-
-
-def _newer_than_weights(path: Path, summary: Mapping[str, Any]) -> Path | None:
-    """Return a run's newest valid checkpoint where its model.safetensors is older or missing, else None."""
-    checkpoints = Checkpoints(path / "checkpoints", 1, {})
-    steps = summary.get("steps")
-    written = steps if isinstance(steps, int) else 0
-    has_weights = (path / MODEL).is_file() and (path / "config.yaml").is_file()
-    if has_weights and (summary.get("status") == "finished" or max(checkpoints.steps(), default=0) <= written):
-        return None
-    try:
-        newest = checkpoints.newest_good()
-    except Unreadable:
-        raise
-    except ValueError:
-        if not has_weights:
-            raise
-        return None
-    if newest is None and not has_weights:
-        raise ValueError(f"{path} holds no model.safetensors and no checkpoint: not a run directory of train.py")
-    return newest if newest is None or not has_weights or read_state(newest).step > written else None
 
 
 def open_together(path: Path, compute: "Compute") -> Trained:

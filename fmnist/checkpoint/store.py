@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fmnist.checkpoint.contents import FORMAT, MANIFEST, STATE, TrainState, verify, weights_to_use
+from fmnist.checkpoint.contents import FORMAT, MANIFEST, MODEL, STATE, TrainState, read_state, verify, weights_to_use
 from fmnist.checkpoint.tensors import apart
 from fmnist.runtime.console import one_line
 from fmnist.runtime.files import Unreadable, cannot_read, sync_path, write_atomic
@@ -167,3 +167,31 @@ class Checkpoints:
                 shutil.rmtree(leftover)
             else:
                 leftover.unlink()
+
+
+def newer_than_weights(run: Path, summary: Mapping[str, Any]) -> Path | None:
+    """Return a run's newest valid checkpoint where its model.safetensors is older or missing, else None.
+
+    Args:
+        run: the run directory.
+        summary: its summary.json, which says at which step the weights were written.
+
+    Raises:
+        ValueError: there are no weights, and no checkpoint that can be used.
+    """
+    checkpoints, steps = Checkpoints(run / "checkpoints", 1, {}), summary.get("steps")
+    written = steps if isinstance(steps, int) else 0
+    has_weights = (run / MODEL).is_file() and (run / "config.yaml").is_file()
+    if has_weights and (summary.get("status") == "finished" or max(checkpoints.steps(), default=0) <= written):
+        return None
+    try:
+        newest = checkpoints.newest_good()
+    except Unreadable:
+        raise
+    except ValueError:
+        if not has_weights:
+            raise
+        return None
+    if newest is None and not has_weights:
+        raise ValueError(f"{run} holds no model.safetensors and no checkpoint: not a run directory of train.py")
+    return newest if newest is None or not has_weights or read_state(newest).step > written else None
