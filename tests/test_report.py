@@ -11,7 +11,13 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
+from sklearn.metrics import (
+    accuracy_score,
+    classification_report,
+    confusion_matrix,
+    log_loss,
+    precision_recall_fscore_support,
+)
 from torch import Tensor
 
 from fmnist.config.schema import AugmentConfig, Config, ModelConfig, OptimConfig
@@ -19,7 +25,7 @@ from fmnist.evaluation.findings import Findings, findings
 from fmnist.evaluation.numbers import summarize
 from fmnist.evaluation.outcome import Outcome
 from fmnist.report.curves import loss_note, plot_learning_curves, series
-from fmnist.report.write import write_evaluation
+from fmnist.report.write import class_table, write_evaluation
 from fmnist.tracking.metrics_file import read_metrics
 
 NAMES = [
@@ -117,7 +123,15 @@ def test_agrees_with_scikit_learn() -> None:
 def test_a_class_without_images_keeps_its_row() -> None:
     summary = summarize(tiny_logits()[:1], TINY_LABELS[:1], TINY_NAMES)
     assert summary["confusion_matrix"] == [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
-    assert summary["per_class"]["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
+    assert summary["per_class"]["c"] == {"precision": None, "recall": None, "f1": None, "support": 0}
+    # One class has images, and its one image is found: the means are those of this class, not of all three.
+    assert summary["macro_avg"] == {"precision": 1.0, "recall": 1.0, "f1": 1.0, "num_classes": 1}
+
+
+def test_the_table_is_that_of_scikit_learn() -> None:
+    logits, labels = random_evaluation()
+    expected = classification_report(labels, logits.argmax(dim=1), target_names=list(NAMES), digits=4)
+    assert class_table(summarize(logits, labels, NAMES)) == expected
 
 
 @pytest.mark.parametrize(("num_correct", "expected"), [(8, 0.0), (10, 0.2), (0, 0.8)])

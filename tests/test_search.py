@@ -17,7 +17,7 @@ from small import NUM_TEST, NUM_TRAIN, VAL_SIZE, command, untrained, write_small
 from fmnist.apps.search.__main__ import main as search_main
 from fmnist.apps.search.catalogue import Catalogue, folder_catalogue, load_catalogue, save_catalogue
 from fmnist.config.schema import ModelConfig
-from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
+from fmnist.data.fashion_mnist import CLASS_NAMES, load, load_indexed, load_split
 from fmnist.evaluation import features
 from fmnist.evaluation.findings import findings
 from fmnist.evaluation.neighbours import Neighbours, precision_at_k
@@ -135,9 +135,10 @@ def test_an_index_holds_unit_float16_features_and_no_pickle(run_directory: Path,
 
 
 def test_query_by_split_and_by_file(run_directory: Path, tmp_path: Path) -> None:
-    image = load_split("val", None, VAL_SIZE)[0][17].numpy()
+    images, _, indices = load_indexed("val", None, VAL_SIZE)
+    image, name = images[17].numpy(), f"val:{indices[17]}"
     Image.fromarray(image).save(tmp_path / "$odd_{name}.png")  # matplotlib would take it for a formula
-    query = ("val:17", "test:3", tmp_path / "$odd_{name}.png")
+    query = (name, "test:3", tmp_path / "$odd_{name}.png")
     options = ("--split", "val", "--k", 12, "--output", tmp_path / "out")
     done = search("query", run_directory, *query, *options)
     assert f"the 12 nearest of {VAL_SIZE} images to each picture" in done
@@ -146,10 +147,10 @@ def test_query_by_split_and_by_file(run_directory: Path, tmp_path: Path) -> None
         assert sheet.format == "PNG" and sheet.width > 1000
     rows = rows_of(tmp_path / "out" / "search.csv")
     assert [row["rank"] for row in rows] == [str(rank) for rank in range(1, 13)] * 3
-    assert "val:17" not in [row["item"] for row in rows[:12]]  # the query itself does not count
+    assert name not in [row["item"] for row in rows[:12]]  # the query itself does not count
     # As a file it is another picture, whose nearest is the one it was made from.
-    assert rows[24]["item"] == "val:17" and float(rows[24]["similarity"]) == pytest.approx(1, abs=1e-3)
-    labels = load_split("val", None, VAL_SIZE)[1]
+    assert rows[24]["item"] == name and float(rows[24]["similarity"]) == pytest.approx(1, abs=1e-3)
+    labels = load("train")[1]
     assert all(row["class"] == CLASS_NAMES[labels[int(row["item"][4:])]] for row in rows)
     similarities = [float(row["similarity"]) for row in rows[:12]]
     assert similarities == sorted(similarities, reverse=True)
