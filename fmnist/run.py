@@ -36,7 +36,9 @@ class Run(Compute):
     def __init__(self, cfg: Config, directory: Path) -> None:
         super().__init__(precision=cfg.model.precision, shards=cfg.exact, seed=cfg.seed)
         self.cfg, self.directory = cfg, directory
-        self.should_stop = StopVote(self.control, max_minutes=cfg.max_minutes, timeout_s=cfg.timeout_s)
+        self.should_stop = StopVote(
+            self.control, max_minutes=cfg.max_minutes, timeout_s=cfg.timeout_s, heartbeat=self.heartbeat
+        )
         self.tracker: NullTracker = NullTracker()
         self.steps_per_epoch = 1
         self._lock: BaseFileLock | None = None

@@ -17,8 +17,8 @@ from fmnist.runtime.hardware import (
     resolve_precision,
     use_all_cores,
 )
-from fmnist.runtime.launcher import check_world_size, stop_with_launcher
-from fmnist.runtime.lost_process import PATIENCE
+from fmnist.runtime.heartbeat import PATIENCE
+from fmnist.runtime.launcher import check_gpus, check_world_size, stop_with_launcher
 from fmnist.runtime.processes import Processes
 
 
@@ -55,6 +55,8 @@ class Compute(Processes):
         device: str | None = None,
     ) -> None:
         stop_with_launcher()
+        if not device:
+            check_gpus(torch.accelerator.device_count())
         named = find_device(device) if device else None
         # said to Accelerate, which else leaves processes on a machine without accelerator to themselves
         on_cpu = named.type == "cpu" if named else not torch.accelerator.is_available()
@@ -108,6 +110,8 @@ class Compute(Processes):
     def close(self) -> None:
         """Join all processes, then end the process group: without the join a fast one can abort a slow one."""
         self.join()
+        if self.heartbeat is not None:
+            self.heartbeat.stop()
         self.accelerator.end_training()
         if self.world_size == 1:  # so that the next one in this process may have another device or precision
             AcceleratorState._reset_state(reset_partial_state=True)

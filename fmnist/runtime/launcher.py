@@ -10,6 +10,7 @@ from collections.abc import Mapping
 logger = logging.getLogger("fmnist")
 EXPECTED_WORLD_SIZE = "FMNIST_EXPECTED_WORLD_SIZE"
 MIN_SHUTDOWN_TIMEOUT_S = 60
+TRUE = ("1", "true", "yes", "y", "on", "t")  # as Accelerate reads a variable
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
@@ -24,8 +25,32 @@ def check_world_size(world_size: int, environ: Mapping[str, str] = os.environ) -
         raise ValueError(f"{EXPECTED_WORLD_SIZE} is {expected!r}; valid range: 1 process or more")
     if expected and int(expected) != world_size:
         raise ValueError(
-            f"{world_size} process(es) are running and {EXPECTED_WORLD_SIZE} is {expected}: "
+            f"processes running: {world_size}, and {EXPECTED_WORLD_SIZE} is {expected}: "
             "the launcher did not start what the job asked for"
+        )
+
+
+def given_gpus(environ: Mapping[str, str] = os.environ) -> int:
+    """Return how many GPUs SLURM gave this job's step on this node."""
+    given = environ.get("SLURM_GPUS_ON_NODE", "")
+    return int(given) if given.isdecimal() else 0
+
+
+def check_gpus(found: int, environ: Mapping[str, str] = os.environ) -> None:
+    """Refuse to train on the CPU in a SLURM job that was given GPUs, unless that is asked for.
+
+    Args:
+        found: accelerators that torch sees.
+        environ: of this process.
+
+    Raises:
+        ValueError: one line.
+    """
+    given = given_gpus(environ)
+    if given and not found and environ.get("ACCELERATE_USE_CPU", "").lower() not in TRUE:
+        raise ValueError(
+            f"torch sees no GPU, and this job has {given} on its node: install a torch that fits the driver "
+            "(nvidia-smi names it), or train on the CPU with ACCELERATE_USE_CPU=true"
         )
 
 
@@ -57,7 +82,7 @@ def announce(environ: Mapping[str, str] = os.environ) -> None:
     """Log the SLURM job and what its signals would miss; call it once, on the main process."""
     if "SLURM_JOB_ID" in environ:
         nodes, restarts = environ.get("SLURM_JOB_NUM_NODES", "1"), environ.get("SLURM_RESTART_COUNT", "0")
-        logger.info("SLURM job %s, %s node(s), restart %s", environ["SLURM_JOB_ID"], nodes, restarts)
+        logger.info("SLURM job %s, nodes: %s, restart %s", environ["SLURM_JOB_ID"], nodes, restarts)
     if warning := signal_warning(environ):
         logger.warning("%s", warning)
 
