@@ -11,7 +11,7 @@ from filelock import BaseFileLock
 from fmnist.checkpoint.run_directory import SUMMARY, clear_directory, has_run, lock_directory
 from fmnist.config.schema import Config, flatten, to_yaml
 from fmnist.runtime.compute import Compute
-from fmnist.runtime.console import log_to_file
+from fmnist.runtime.console import counted, log_to_file
 from fmnist.runtime.files import write_atomic
 from fmnist.runtime.launcher import announce
 from fmnist.runtime.stop_vote import StopVote
@@ -66,7 +66,8 @@ class Run(Compute):
         self.steps_per_epoch = steps_per_epoch
         self.join()  # every process has read the directory as it was
         self.on_main(self._open, step, total_steps)
-        logger.info("training on %s: %d process(es), %s", self.device_name, self.world_size, self.precision)
+        processes = counted(self.world_size, "process", "processes")
+        logger.info("training on %s: %s, %s", self.device_name, processes, self.precision)
         self.should_stop.watch_signals()
 
     def _open(self, step: int, total_steps: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from conftest import ROOT, environment
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "srun")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "srun", "salloc")
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -121,10 +121,10 @@ class Cluster:
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=self.env, cwd=ROOT)
         return done.stdout + done.stderr
 
-    def submit(self, *command: object, **env: str) -> int:
-        """Submit a script from the repository's root, with its log in the cluster's folder."""
+    def submit(self, *command: object, folder: Path = ROOT, **env: str) -> int:
+        """Submit a script from a folder, the repository's root by default, with its log in the cluster's folder."""
         line = ["sbatch", "--parsable", f"--output={self.folder}/%A_%a.out", *map(str, command)]
-        done = subprocess.run(line, capture_output=True, text=True, env=self.env | env, cwd=ROOT)
+        done = subprocess.run(line, capture_output=True, text=True, env=self.env | env, cwd=folder)
         assert done.returncode == 0, done.stderr
         return int(done.stdout)
 

@@ -23,6 +23,7 @@ from fmnist.config.shipped import shipped
 from fmnist.evaluation.findings import findings
 from fmnist.evaluation.outcome import Request, evaluate
 from fmnist.runtime.compute import Compute
+from fmnist.runtime.console import MAX_ERROR, one_line
 from fmnist.tracking.metrics_file import METRICS_FILE, read_metrics
 from fmnist.trained import Trained, open_trained
 
@@ -163,7 +164,7 @@ def _exits_are_errors() -> Iterator[None]:
     except SystemExit as end:
         if isinstance(error := end.__context__, OSError | FloatingPointError):
             raise error from None
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(one_line(error or end, MAX_ERROR)) from None
 
 
 def _as_flag(value: Any) -> str:

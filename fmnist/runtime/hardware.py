@@ -7,6 +7,8 @@ import sys
 
 import torch
 
+from fmnist.runtime.console import counted
+
 
 def find_device(device: torch.device | str | None) -> torch.device:
     """Return a device that is there.
@@ -73,7 +75,7 @@ def describe_device(device: torch.device) -> str:
     """Return the device's name as people know it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}), {torch.get_num_threads()} thread(s)"
+    return f"CPU ({platform.machine()}), {counted(torch.get_num_threads(), 'thread')}"
 
 
 # Dense bf16 matrix products, operations per second, by a part of the name that the driver gives.

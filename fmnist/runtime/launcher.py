@@ -7,6 +7,8 @@ import signal
 import sys
 from collections.abc import Mapping
 
+from fmnist.runtime.console import counted
+
 logger = logging.getLogger("fmnist")
 EXPECTED_WORLD_SIZE = "FMNIST_EXPECTED_WORLD_SIZE"
 MIN_SHUTDOWN_TIMEOUT_S = 60
@@ -25,7 +27,7 @@ def check_world_size(world_size: int, environ: Mapping[str, str] = os.environ) -
         raise ValueError(f"{EXPECTED_WORLD_SIZE} is {expected!r}; valid range: 1 process or more")
     if expected and int(expected) != world_size:
         raise ValueError(
-            f"processes running: {world_size}, and {EXPECTED_WORLD_SIZE} is {expected}: "
+            f"started: {counted(world_size, 'process', 'processes')}, and {EXPECTED_WORLD_SIZE} is {expected}: "
             "the launcher did not start what the job asked for"
         )
 

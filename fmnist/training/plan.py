@@ -8,6 +8,7 @@ from fmnist.config.schema import Config
 from fmnist.data.find import locate
 from fmnist.models.flops import flops_per_image
 from fmnist.run import Run
+from fmnist.runtime.console import counted
 from fmnist.training.build import Training
 
 
@@ -55,12 +56,13 @@ def print_plan(training: Training, cfg: Config, run: Run) -> None:
     total = sum(memory.values())
     rows = {
         "data": f"{locate(cfg.data.root)}: {len(loader.split):,} train, {len(t.val_split):,} validation images",
-        "model": f"{cfg.model.name}, {parameters:,} parameters, {len(t.augment.mean)} input channel(s)",
+        "model": f"{cfg.model.name}, {parameters:,} parameters, {counted(len(t.augment.mean), 'input channel')}",
         "image size": f"{cfg.augment.size} px in training, "
         f"{cfg.evaluation.size or t.augment.final_size} px in evaluation; made by: {t.augment.backend}",
         "FLOPs per image": f"{forward / 1e9:.4g} G forward, {both / 1e9:.4g} G forward and backward",
-        "batch": f"{loader.global_batch_size} = {loader.micro_batch_size} images x {loader.world_size} process(es) "
-        f"x {loader.accumulation_steps} accumulation step(s)",
+        "batch": f"{loader.global_batch_size} = {counted(loader.micro_batch_size, 'image')} x "
+        f"{counted(loader.world_size, 'process', 'processes')} x "
+        f"{counted(loader.accumulation_steps, 'accumulation step')}",
         "steps": f"{schedule.total_steps:,} = {schedule.epoch(schedule.total_steps):.4g} epochs x "
         f"{schedule.steps_per_epoch:,}; {schedule.warmup_steps:,} of warm-up; "
         f"evaluation every {schedule.evaluation_steps:,}",

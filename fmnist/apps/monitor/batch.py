@@ -18,6 +18,7 @@ from fmnist.apps.views import read_photo
 from fmnist.data.fashion_mnist import IMAGE_SIZE
 from fmnist.data.idx import MAX_FILE_BYTES, read_idx
 from fmnist.data.photos import find_pictures
+from fmnist.runtime.console import counted, one_line
 from fmnist.trained import open_trained
 
 CHUNK = 256
@@ -95,14 +96,14 @@ def _read_array(path: Path) -> Tensor:
                 loaded = loaded["images" if "images" in names else names[0]]
         return torch.from_numpy(np.ascontiguousarray(loaded))
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split()) or 'cannot be read'}") from None
+        raise ValueError(f"{path}: {one_line(error) or 'cannot be read'}") from None
 
 
 def report(
     batch: BatchSums, tested: DriftTest | None, errors: int, class_names: tuple[str, ...], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Return what --json prints; `verdict` is fine, alert or too few, and `line` says it to people."""
-    number = f"{batch.num_images:,} pictures" + (f", {errors:,} unreadable" if errors else "")
+    number = counted(batch.num_images, "picture") + (f", {errors:,} unreadable" if errors else "")
     result: dict[str, Any] = {
         "verdict": "too few",
         "line": f"too few: {number}; the drift test needs at least {MIN_PICTURES}",

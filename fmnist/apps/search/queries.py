@@ -23,6 +23,7 @@ from fmnist.apps.views import read_view
 from fmnist.evaluation.neighbours import Neighbours
 from fmnist.evaluation.retrieval import measure_precision
 from fmnist.report.retrieval_table import RETRIEVAL_FILE, precision_table, write_precision
+from fmnist.runtime.console import counted
 from fmnist.runtime.files import write_atomic
 from fmnist.trained import Trained, open_trained
 
@@ -84,7 +85,7 @@ def index(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     path = args.output or trained.folder("search") / "index.safetensors"
     save_catalogue(catalogue, path, trained)
-    size = f"{len(catalogue):,} pictures, {catalogue.features.shape[1]} features each, in {seconds:.1f} s"
+    size = f"{counted(len(catalogue), 'picture')}, {catalogue.features.shape[1]} features each, in {seconds:.1f} s"
     print(f"{path}: {size}, {path.stat().st_size / 1e6:.1f} MB")
 
 
