@@ -63,10 +63,10 @@ def train(training: Training, cfg: Config, run: Run) -> None:
     profiler.close()
 
 
-@record  # torchrun's summary then shows this process' traceback and rank
-def main(cfg: Config) -> None:
+def run_training(cfg: Config) -> None:
+    """Train, or resume, with what stands around the loop."""
     log_to_console()
-    with one_line_errors("train.py"), Run(cfg, open_directory(cfg)) as run, run.watch_lost_processes():
+    with Run(cfg, open_directory(cfg)) as run, run.watch_lost_processes():
         if is_finished(run.directory, test=cfg.evaluation.test) and not cfg.overwrite:
             return
         if not cfg.dry_run:
@@ -78,6 +78,12 @@ def main(cfg: Config) -> None:
         run.start(training.state.step, training.schedule.total_steps, training.schedule.steps_per_epoch)
         train(training, cfg, run)
         finish(training, cfg, run)
+
+
+@record  # torchrun's summary then shows this process' traceback and rank
+def main(cfg: Config) -> None:
+    with one_line_errors("train.py"):
+        run_training(cfg)
 
 
 if __name__ == "__main__":

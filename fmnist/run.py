@@ -101,8 +101,9 @@ class Run(Compute):
         self.tracker.finish(summary)
 
     def close(self) -> None:
-        """Put the signal handlers back, let go of the directory, and close what `Compute` opened."""
+        """Put the signal handlers back, let go of the directory, and close the trackers and what `Compute` opened."""
         self.should_stop.restore_signals()
+        self.tracker.finish(None)  # after an error; else it is closed already
         super().close()
         if self._lock is not None:
             self._lock.release()

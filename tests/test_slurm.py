@@ -277,7 +277,9 @@ def test_a_lost_process_is_requeued_and_a_nan_is_not(
     cluster: Cluster, config: Path, unbroken: Path, tmp_path: Path, how: str
 ) -> None:
     run = tmp_path / "run"
-    flags = ("--optim.lr", 1e30, "--log.every_steps", 7, "--checkpoint.every_steps", 1) if how == "NaN" else ()
+    # each step multiplies the weights by 1 - 100 x 1: infinite after some twenty of them, most of which are saved
+    diverges = ("--optim.lr", 100, "--optim.weight_decay", 1, "--checkpoint.every_steps", 1)
+    flags = diverges if how == "NaN" else ()
     job = cluster.submit(SCRIPT, config, "--output_dir", run, *flags)
     if how == "killed":
         cluster.wait_until(lambda: steps(run) >= 120, f"step 120 {cluster.log(job)}", 120)

@@ -11,6 +11,11 @@ def shipped(name: str) -> Path:
     return (inside if inside.is_dir() else PACKAGE.parent) / name
 
 
+def command(name: str) -> str:
+    """Return how one calls train or evaluate here: python train.py in a checkout, fmnist train of a wheel."""
+    return f"fmnist {name}" if (PACKAGE / "shipped").is_dir() else f"python {name}.py"
+
+
 def find_recipe(name: str) -> Path:
     """Return a config file as it is named; configs/NAME.yaml that is not here is the shipped recipe."""
     path = Path(name)

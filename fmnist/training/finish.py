@@ -6,6 +6,7 @@ from typing import Any
 from fmnist.checkpoint.contents import MODEL
 from fmnist.checkpoint.tensors import load_strict, read_tensors
 from fmnist.config.schema import Config
+from fmnist.config.shipped import command
 from fmnist.evaluation.findings import Findings, findings
 from fmnist.evaluation.outcome import Outcome
 from fmnist.metrics import predict
@@ -47,9 +48,7 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
     if not finished:
         total = training.schedule.total_steps
         logger.info("stopped at step %s of %s; checkpoint saved; rerun the same command to resume", state.step, total)
-    elif not cfg.evaluation.test:
-        logger.info("finished; the test images were not evaluated; the run is in %s", run.directory)
-    if found is not None:  # after the summary: a figure that fails costs neither numbers nor summary
+    if finished and run.is_main:  # after the summary: a figure that fails costs neither numbers nor summary
         write_report(found, run)
 
 
@@ -73,16 +72,21 @@ def evaluate_test(training: Training, cfg: Config, run: Run) -> Findings | None:
     return run.on_main(findings, outcome, quick=True)
 
 
-def write_report(found: Findings, run: Run) -> None:
-    """Write the evaluation's files and the learning curves; whatever fails is one warning."""
+def write_report(found: Findings | None, run: Run) -> None:
+    """Write the learning curves, and the evaluation's files where there is one; whatever fails is one warning."""
     from fmnist.report.curves import plot_learning_curves  # three seconds of libraries, needed only here
     from fmnist.report.write import report_text, write_evaluation
 
-    directory, name = run.directory, found.outcome.name
-    logger.info("%s", report_text(found))
+    directory = run.directory
     try:
-        write_evaluation(found)
-        plot_learning_curves(directory / METRICS_FILE, directory / "learning_curves.png", name)
+        if found is not None:
+            logger.info("%s", report_text(found))
+            write_evaluation(found)
+        plot_learning_curves(directory / METRICS_FILE, directory / "learning_curves.png", directory.resolve().name)
     except Exception as error:  # numbers and summary are safe, and evaluate.py writes the files again
-        logger.warning("the report is not complete (%s); write it again: python evaluate.py %s", error, directory)
-    logger.info("test top1 %.2f %%; the run is in %s", 100 * found.metrics["top1"], directory)
+        again = f"{command('evaluate')} {directory}"
+        logger.warning("the report is not complete (%s); write it again: %s", error, again)
+    if found is None:
+        logger.info("finished; the test images were not evaluated; the run is in %s", directory)
+    else:
+        logger.info("test top1 %.2f %%; the run is in %s", 100 * found.metrics["top1"], directory)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,10 +15,13 @@ import torch
 from fmnist.apps.novelty import NoveltyReference, open_reference
 from fmnist.apps.predict.photo_sheet import BLACK, GREY, ORANGE, Cell, draw_sheet
 from fmnist.apps.views import Photo, read_photo
+from fmnist.runtime.console import one_line
 from fmnist.runtime.files import csv_bytes, write_atomic
 from fmnist.trained import Trained, open_trained
 
+logger = logging.getLogger("fmnist")
 CHUNK = 64  # pictures in memory at a time
+NAMED = 5  # broken pictures that are named on the terminal; the CSV holds all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +134,8 @@ def write_predictions(items: Iterable[Prediction], args: argparse.Namespace, tit
     for item in items:
         rows.append(row(item, args.top))
         counts["predicted" if item.top else "errors"] += 1
+        if not item.top and counts["errors"] <= NAMED:
+            logger.warning("%s: %s", one_line(item.photo.name), item.photo.error)
         counts["unfamiliar"] += item.unfamiliar
         counts["uncropped"] += item.photo.cutout is not None and item.photo.cutout.box is None
         if len(shown) < args.sheet:  # pictures are kept for the sheet only
