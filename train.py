@@ -66,10 +66,10 @@ def train(training: Training, cfg: Config, run: Run) -> None:
     profiler.close()
 
 
-@record  # torchrun's summary then shows this process' traceback and rank
-def main(cfg: Config) -> None:
+def run_training(cfg: Config) -> None:
+    """Train, or resume, with what stands around the loop."""
     log_to_console()
-    with one_line_errors("train.py"), Run(cfg, open_directory(cfg)) as run, run.watch_lost_processes():
+    with Run(cfg, open_directory(cfg)) as run, run.watch_lost_processes():
         training = build(cfg, run)
         if training is None:  # the run is finished
             return
@@ -80,6 +80,12 @@ def main(cfg: Config) -> None:
         run.on_main(write_train_batch, run.directory, training.loader, training.augment, training.schedule)
         train(training, cfg, run)
         finish(training, cfg, run)
+
+
+@record  # torchrun's summary then shows this process' traceback and rank
+def main(cfg: Config) -> None:
+    with one_line_errors("train.py"):
+        run_training(cfg)
 
 
 if __name__ == "__main__":

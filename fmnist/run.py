@@ -42,8 +42,10 @@ class Run(Compute):
     def __init__(self, cfg: Config, directory: Path) -> None:
         super().__init__(precision=cfg.model.precision, shards=cfg.exact, seed=cfg.seed, threads=cfg.threads)
         self.cfg, self.directory = cfg, directory
-        self.should_stop = StopVote(self.control, max_minutes=cfg.max_minutes, timeout_s=cfg.timeout_s)
         self.fingerprint: dict[str, str] = {}
+        self.should_stop = StopVote(
+            self.control, max_minutes=cfg.max_minutes, timeout_s=cfg.timeout_s, heartbeat=self.heartbeat
+        )
         self.tracker: NullTracker = NullTracker()
         self.steps_per_epoch = 1
         self._lock: BaseFileLock | None = None
@@ -107,9 +109,9 @@ class Run(Compute):
         self.tracker.finish(summary)
 
     def close(self) -> None:
-        """Put the signal handlers back, let go of the directory, and close what `Compute` opened."""
+        """Put the signal handlers back, let go of the directory, and close the trackers and what `Compute` opened."""
         self.should_stop.restore_signals()
-        self.tracker.close()
+        self.tracker.finish(None)  # after an error; else it is closed already
         super().close()
         if self._lock is not None:
             self._lock.release()

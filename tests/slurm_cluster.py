@@ -13,7 +13,7 @@ from pathlib import Path
 
 from conftest import ROOT, environment
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "srun")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "srun", "salloc")
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -32,7 +32,9 @@ SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
-SelectType=select/linear
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+GresTypes=gpu
 SchedulerType=sched/builtin
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 ReturnToService=2
@@ -40,8 +42,8 @@ KillWait=20
 MinJobAge=600
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 Gres=gpu:2
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 Gres=gpu:2
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
 """
 
@@ -84,6 +86,9 @@ class Cluster:
         key.chmod(0o400)
         text = CONFIG.format(folder=self.folder, host=socket.gethostname(), ports=free_ports(3))
         self.config.write_text(text)
+        for number in range(2):  # GPUs that SLURM counts; there is no device behind them
+            (self.folder / f"gpu{number}").touch()
+        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-1]\n")
         munge = [f"--{name}-file={self.folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
         self.spawn("munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket", *munge)
         self.wait_until(lambda: (self.folder / "munge.socket").exists(), "munged")
@@ -116,10 +121,10 @@ class Cluster:
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=self.env, cwd=ROOT)
         return done.stdout + done.stderr
 
-    def submit(self, *command: object, **env: str) -> int:
-        """Submit a script from the repository's root, with its log in the cluster's folder."""
+    def submit(self, *command: object, folder: Path = ROOT, **env: str) -> int:
+        """Submit a script from a folder, the repository's root by default, with its log in the cluster's folder."""
         line = ["sbatch", "--parsable", f"--output={self.folder}/%A_%a.out", *map(str, command)]
-        done = subprocess.run(line, capture_output=True, text=True, env=self.env | env, cwd=ROOT)
+        done = subprocess.run(line, capture_output=True, text=True, env=self.env | env, cwd=folder)
         assert done.returncode == 0, done.stderr
         return int(done.stdout)
 

@@ -1,9 +1,12 @@
 """From Python: train, resume, open, predict and evaluate in one process, which is afterwards as it was before."""
 
 import logging
+import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,14 @@ from PIL import Image
 import fmnist
 from fmnist.config.schema import BatchConfig, Config, LogConfig, ModelConfig, ScheduleConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load
+
+QUICK: dict[str, Any] = {
+    "data": {"val_size": 0},
+    "batch": {"global_batch_size": 32},
+    "model": {"options": {"width": 16}},
+    "evaluation": {"test": False},
+    "log": {"every_steps": 1, "wandb": "disabled"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +101,83 @@ def test_paths_pictures_and_arrays_give_one_answer(run: fmnist.RunResults, tmp_p
     assert run.predict([]) == []
 
 
+def test_every_kind_of_picture_works_or_is_one_line(run: fmnist.RunResults, tmp_path: Path) -> None:
+    images = load("test")[0][:3].numpy()
+    answers = run.predict(images)
+    wide = np.repeat(np.repeat(images[:1], 2, axis=1), 2, axis=2)
+
+    def best(found: list[list[tuple[str, float]]]) -> list[str]:  # a batch of another size rounds otherwise
+        return [answer[0][0] for answer in found]
+
+    assert best(run.predict([images[0], wide, images[1:]])) == best([answers[0], *answers])  # 28 and 56 px
+    assert best(run.predict(images[::-1])) == best(answers)[::-1] and len(run.predict(images[:, :, ::-1])) == 3
+    assert run.predict(images[:0]) == run.predict([]) == run.predict(iter(())) == []
+    assert run.predict(tuple(images)) == answers == run.predict(torch.from_numpy(images))
+    assert run.predict(images, top=np.int64(1))[0] == answers[0][:1]
+    (tmp_path / "broken.png").write_bytes(b"\\x89PNG")
+    wrong: list[tuple[Any, str]] = [
+        (None, "images is None; expected paths"),
+        (7, "images is 7"),
+        (b"a.png", "images is b'a.png'"),
+        ({"a": 1}, "images is {'a': 1}"),
+        ([None], "a picture is None"),
+        ([[0, 1]], r"a picture is [0, 1]"),
+        (images[:, :0], "uint8 [3, 0, 28]"),
+        (np.zeros((28, 0), np.uint8), "uint8 [28, 0]"),
+        (images[None], "uint8 [1, 3, 28, 28]"),
+        (images > 0, "bool [3, 28, 28]"),
+        (np.array([["a.png"]]), "<U5 [1, 1]"),
+        (tmp_path / "broken.png", "broken.png: "),
+        (str(tmp_path), "a folder"),
+    ]
+    for value, words in wrong:
+        with pytest.raises(ValueError) as error:
+            run.predict(value)
+        assert words in str(error.value) and "\\n" not in str(error.value), value
+    for top in (2.5, 0, True, "3", None):
+        with pytest.raises(ValueError, match="^top is .*; valid: a whole number from 1 to 10$"):
+            run.predict(images, top=top)
+
+
+def test_a_mistake_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """By the exception alone, whether the flags or the run find it."""
+    for options in ({"optim": {"lr": -1.0}}, {"data": {"root": str(ROOT)}, "output_dir": str(tmp_path / "run")}):
+        with pytest.raises(ValueError):
+            fmnist.train("configs/mlp.yaml", **options)
+    assert "error" not in capfd.readouterr().err
+
+
+@pytest.mark.thorough
+def test_an_interrupt_stops_at_the_next_step_and_the_same_call_resumes(tmp_path: Path) -> None:
+    """As the stop button of a notebook."""
+    before = state()
+    options = QUICK | {"output_dir": str(tmp_path / "run"), "schedule": {"steps": 200, "warmup_epochs": 0.0}}
+
+    def press() -> None:
+        while not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").stat().st_size:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press, daemon=True).start()
+    stopped = fmnist.train("configs/mlp.yaml", **options)
+    assert stopped.summary["status"] == "stopped" and 0 < stopped.summary["steps"] < 200
+    assert state() == before
+    assert fmnist.train("configs/mlp.yaml", **options).summary["status"] == "finished"
+    assert (tmp_path / "run/learning_curves.png").exists()  # without the test images too
+
+
+def test_a_run_that_fails_closes_its_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    options = QUICK | {"output_dir": str(tmp_path / "run"), "schedule": {"steps": 50, "warmup_epochs": 0.0}}
+    options |= {"log": {"every_steps": 1, "wandb": "offline"}, "optim": {"lr": 100.0, "weight_decay": 1.0}}
+    before = state()
+    with pytest.raises(FloatingPointError):  # the weights grow by a factor of 99 a step
+        fmnist.train("configs/mlp.yaml", **options)
+    assert wandb.run is None and state() == before
+    assert list((tmp_path / "run/wandb").glob("offline-run-*"))
+
+
 def test_mistakes_are_value_errors_of_one_line(run: fmnist.RunResults, tmp_path: Path) -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"schedule": {"epoch": 1}}, "schedule.epochs"),
@@ -111,7 +199,7 @@ def test_mistakes_are_value_errors_of_one_line(run: fmnist.RunResults, tmp_path:
         run.predict("absent.png")
     with pytest.raises(ValueError, match=r"float64 \[2, 28, 28\]; expected uint8"):
         run.predict(np.zeros((2, 28, 28)))
-    with pytest.raises(ValueError, match="top is 11; valid range: 1 to 10"):
+    with pytest.raises(ValueError, match="top is 11; valid: a whole number from 1 to 10"):
         run.predict(load("test")[0][:1], top=11)
     with pytest.raises(AttributeError, match="no attribute 'predict'"):
         fmnist.predict  # noqa: B018

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fmnist.checkpoint.contents import MODEL, OPTIMIZER, TrainState, read_state, verify
+from fmnist.checkpoint.run_directory import lock_directory
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.checkpoint.tensors import load_optimizer_tensors, load_strict, non_finite, optimizer_tensors, read_tensors
 from fmnist.config.schema import OptimConfig
@@ -53,6 +54,21 @@ def test_a_restored_optimizer_goes_on_with_the_same_bits(name: str, checkpoints:
     learn(other, other_optimizer, 9)
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[key]), key
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o664), (0o022, 0o644), (0o077, 0o600)])
+def test_its_files_and_the_lock_follow_the_umask(umask: int, mode: int, checkpoints: Checkpoints) -> None:
+    """As in a folder that a group shares: a colleague evaluates, and goes on with the run."""
+    before = os.umask(umask)
+    try:
+        path = save(checkpoints, 3)
+        lock_directory(path.parent).release()
+    finally:
+        os.umask(before)
+    assert {file.name: file.stat().st_mode & 0o777 for file in path.iterdir()} == dict.fromkeys(
+        (MODEL, "state.json", "manifest.json"), mode
+    )
+    assert (path.parent / ".lock").stat().st_mode & 0o777 == mode
 
 
 def test_nothing_in_it_is_a_pickle_and_the_manifest_lists_all(checkpoints: Checkpoints) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from torch import nn
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.gradients import AllReduce, ShardSum
 from fmnist.runtime.hardware import autocast, peak_flops
-from fmnist.runtime.stop_vote import StopVote
+from fmnist.runtime.launcher import check_gpus
+from fmnist.runtime.stop_vote import STOP_SIGNALS, StopVote
 from fmnist.training.clock import Clock
 from fmnist.training.profile import SKIPPED, StepProfiler
 
@@ -54,15 +56,41 @@ def test_both_ways_to_sum_gradients_give_the_mean_over_the_global_batch() -> Non
         assert gradients.model is model
 
 
-def test_a_signal_asks_for_a_stop_and_the_handlers_are_put_back() -> None:
-    before = signal.getsignal(signal.SIGUSR1)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_asks_for_a_stop_and_the_handlers_are_put_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
     vote = StopVote(None, max_minutes=None, timeout_s=1)
     vote.watch_signals()
     assert vote() is False
-    os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), number)
     assert vote() is True and vote.last() is False
     vote.restore_signals()
-    assert signal.getsignal(signal.SIGUSR1) is before
+    assert signal.getsignal(number) is before
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        vote = StopVote(None, max_minutes=None, timeout_s=1)
+        vote.watch_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert vote() is False
+        vote.restore_signals()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("given", "found", "on_cpu", "refused"),
+    [("2", 0, "", True), ("2", 2, "", False), ("2", 0, "true", False), ("0", 0, "", False), (None, 0, "", False)],
+)
+def test_a_job_with_gpus_that_torch_cannot_see_is_refused(
+    given: str | None, found: int, on_cpu: str, refused: bool
+) -> None:
+    environ = {"ACCELERATE_USE_CPU": on_cpu} | ({"SLURM_GPUS_ON_NODE": given} if given else {})
+    with pytest.raises(ValueError, match="^torch sees no GPU, and this job has 2 ") if refused else nullcontext():
+        check_gpus(found, environ)
 
 
 def test_the_time_limit_asks_for_a_stop() -> None:
@@ -75,7 +103,7 @@ def test_the_peak_is_of_the_most_specific_name_and_of_bf16_alone() -> None:
     assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
     assert peak_flops("NVIDIA L40S", "bf16") == 362e12
     assert peak_flops("NVIDIA H100 80GB HBM3", "fp32") is None
-    assert peak_flops("CPU (x86_64), 2 thread(s)", "bf16") is None
+    assert peak_flops("CPU (x86_64), 2 threads", "bf16") is None
 
 
 def test_mfu_is_the_rate_over_what_the_peak_would_allow(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from fmnist.runtime.console import counted
 from fmnist.runtime.hardware import describe_device, make_deterministic, resolve_precision, set_threads
 from fmnist.runtime.provenance import processor
 
@@ -72,5 +73,5 @@ def test_exact_allows_deterministic_kernels_only(monkeypatch: pytest.MonkeyPatch
 
 def test_names_for_people() -> None:
     assert describe_device(torch.device("cpu")).startswith("CPU (")
-    assert f"{torch.get_num_threads()} thread(s)" in describe_device(torch.device("cpu"))
+    assert counted(torch.get_num_threads(), "thread") in describe_device(torch.device("cpu"))
     assert processor()

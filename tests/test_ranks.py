@@ -1,18 +1,23 @@
 """One process of two dies or hangs: the other ends soon and names it, and the last checkpoint loads."""
 
+import json
 import re
+import subprocess
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from conftest import ROOT, train
+from conftest import ROOT, environment, train
 
 import fmnist.runtime.lost_process
 from fmnist.checkpoint.contents import read_state
 from fmnist.checkpoint.store import Checkpoints
-from fmnist.runtime.lost_process import LINGER_S, describe_loss, is_lost_process
+from fmnist.runtime.heartbeat import LINGER_S, NEVER, Beat, Waiting
+from fmnist.runtime.lost_process import describe_loss, is_lost_process
 
 
 def lose(
@@ -111,3 +116,57 @@ def test_the_lost_rank_is_named_where_it_can_be_known(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.distributed, "monitored_barrier", lambda **_: time.sleep(30))
     monkeypatch.setattr(fmnist.runtime.lost_process, "PROBE", timedelta(seconds=0.1))
     assert describe_loss(RuntimeError("Application timeout"), None, [0, 2]).startswith("rank 0 does not answer")
+
+
+def test_only_a_process_that_keeps_another_waiting_is_lost() -> None:
+    waiting = Waiting()
+    mine = Beat(1, 10, 5)
+    assert not waiting.waits(mine) and waiting.waits(Beat(2, 10, 5))
+    behind, level, later = Beat(1, 9, 5), Beat(1, 10, 5), Beat(1, 10, 4)
+
+    def lost(others: dict[int, Beat], seconds: float) -> list[int]:
+        """Let each process beat, but begin nothing, for so long."""
+        found: list[int] = []
+        for number in range(round(seconds)):
+            found = waiting.lost({rank: beat._replace(number=number) for rank, beat in others.items()}, 1.0, 3.0)
+        return found
+
+    assert lost({1: level, 2: behind}, 3) == []
+    assert lost({1: level, 2: behind}, 2) == [2]  # not rank 1, which waits too, or computes for long
+    assert waiting.waits(Beat(3, 10, 5)) and not waiting.waits(Beat(4, 11, 5)) and waiting.waits(Beat(5, 11, 5))
+    assert lost({1: level, 2: behind}, 3) == []  # counted anew after a step of its own
+    assert lost({1: level._replace(world=11), 2: behind._replace(world=10)}, 3) == []  # rank 2 has begun another one
+    assert lost({1: later._replace(world=11)}, 500) == []  # what rank 0 does alone may take ten minutes
+    assert lost({1: later._replace(world=11)}, 110) == [1]
+    ahead = {1: Beat(7, 12, 5)}  # it waits for this process, and is gone once its own patience is
+    assert [waiting.lost(ahead, 1.0, 3.0) for _ in range(9)] == [[]] * 9
+    frozen = {1: Beat(7, 11, 5)}
+    assert not waiting.waits(Beat(6, 12, 5)) and waiting.waits(Beat(7, 12, 5))
+    assert [waiting.lost(frozen, 1.0, 3.0) for _ in range(5)][-2:] == [[], [1]]  # it beats no more
+    assert NEVER.total_seconds() * 1000 < 2**31  # else a store's poll() takes it for a negative number
+
+
+@pytest.mark.thorough
+def test_a_run_that_is_suspended_for_longer_than_the_timeout_goes_on(tmp_path: Path, small_config: Path) -> None:
+    """As by `scontrol suspend`: all processes stop, the launcher too, and later all go on."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [ROOT / "train.py", "--config", small_config, "--output_dir", run, "--timeout_s", "3"]
+    with (tmp_path / "log").open("wb") as log:
+        child = subprocess.Popen(
+            [*command, "--schedule.steps", "60"], env=environment(), stderr=log, start_new_session=True
+        )
+    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").stat().st_size == 0:
+        assert child.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.05)
+    everyone = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
+    for _ in range(2):
+        for process in everyone:
+            process.suspend()
+        time.sleep(12)  # four times the limit
+        for process in everyone:
+            process.resume()
+        time.sleep(1)
+    assert child.wait(240) == 0, (tmp_path / "log").read_text()
+    assert "stood still for 1" in (tmp_path / "log").read_text()
+    assert json.loads((run / "summary.json").read_text())["steps"] == 60

@@ -109,8 +109,9 @@ QUICK = [
     ("torchrun", "launcher", signal.SIGUSR1),
     ("torchrun", "1", signal.SIGTERM),
     ("accelerate", "launcher", signal.SIGTERM),
+    ("accelerate", "0", signal.SIGHUP),
 ]
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 TARGETS = [
     ("torchrun", "launcher"),
     ("torchrun", "0"),

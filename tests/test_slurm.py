@@ -1,7 +1,9 @@
 """The scripts of slurm/ on a real SLURM of two nodes: to the end, preempted, out of time, as an array, cancelled."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ import pytest
 import yaml
 from conftest import ROOT, SMALL_RUN, environment, metrics, train
 from slurm_cluster import Cluster, missing_programs
+from test_signals import mentioning
 
 from fmnist.config.parse import load_config
 from fmnist.runtime.launcher import signal_warning
@@ -83,7 +86,7 @@ def test_two_nodes_train_together_to_the_end(cluster: Cluster, config: Path, tmp
     record = cluster.wait_for(job)
     assert (record["JobState"], record["NumNodes"]) == ("COMPLETED", "2"), cluster.log(job)
     assert (summary(run)["status"], summary(run)["world_size"], summary(run)["steps"]) == ("finished", 2, 12)
-    assert "2 node(s) x 1 process(es)" in cluster.log(job)
+    assert "nodes: 2, processes on each: 1" in cluster.log(job)
     assert "set in the job's environment" not in cluster.log(job)
 
 
@@ -190,8 +193,145 @@ def test_a_wrong_number_of_processes_is_one_line(config: Path, tmp_path: Path, m
     monkeypatch.setenv("FMNIST_EXPECTED_WORLD_SIZE", "2")
     done = train("--config", config, "--output_dir", tmp_path / "run", check=False)
     assert done.returncode == 2
-    assert "1 process(es) are running and FMNIST_EXPECTED_WORLD_SIZE is 2" in done.stderr
+    assert "started: 1 process, and FMNIST_EXPECTED_WORLD_SIZE is 2" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+FEW = ("--schedule.steps", 12, "--checkpoint.every_steps", 4)
+
+
+@pytest.mark.parametrize("export", ["NONE", "FMNIST_VENV={},FMNIST_PROCESSES_PER_NODE=1"])
+def test_a_job_without_the_callers_environment_trains(
+    cluster: Cluster, config: Path, tmp_path: Path, export: str
+) -> None:
+    run, script = tmp_path / "run", tmp_path / "with_venv.sh"
+    script.write_text(f'#!/bin/bash\nexport FMNIST_VENV={sys.prefix}\nexec bash {SCRIPT} "$@"\n')
+    job = cluster.submit(f"--export={export.format(sys.prefix)}", script, config, "--output_dir", run, *FEW)
+    assert cluster.wait_for(job)["JobState"] == "COMPLETED", cluster.log(job)
+    assert summary(run)["status"] == "finished"
+
+
+def test_a_job_runs_in_the_folder_that_chdir_names(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    run, script = tmp_path / "run", ROOT / SCRIPT
+    job = cluster.submit(f"--chdir={ROOT}", script, config, "--output_dir", run, *FEW, folder=tmp_path)
+    assert cluster.wait_for(job)["JobState"] == "COMPLETED", cluster.log(job)
+    lost = cluster.submit(script, config, folder=tmp_path)
+    assert cluster.wait_for(lost)["ExitCode"] == "2:0"
+    assert said(cluster, lost) == [
+        f"slurm/train.sbatch: error: {tmp_path} is not the root of the repository: "
+        "submit from there, or add --chdir=ROOT"
+    ]
+    array = cluster.submit("--array=3", ROOT / "slurm/array.sbatch", config, folder=tmp_path)
+    cluster.wait_until(lambda: job_is_over(cluster, array), "the array", 60)
+    assert f"{tmp_path} is not the root of the repository" in cluster.log(array)
+
+
+def said(cluster: Cluster, job: int) -> list[str]:
+    return [line for line in cluster.log(job).splitlines() if line and not line.startswith(("srun:", "slurmstepd"))]
+
+
+@pytest.mark.parametrize(
+    ("options", "env", "line"),
+    [
+        ([], {"FMNIST_VENV": "/nonexistent"}, "FMNIST_VENV is /nonexistent, which has no bin/python"),
+        ([], {"FMNIST_PROCESSES_PER_NODE": "two"}, "FMNIST_PROCESSES_PER_NODE is two; valid: a number"),
+        (["--nodes=2", "--gpus=3"], {"FMNIST_PROCESSES_PER_NODE": "", "ACCELERATE_USE_CPU": "true"}, "have 1 2 GPUs"),
+        (["--gpus-per-task=1"], {"ACCELERATE_USE_CPU": ""}, "torch sees no GPU, and this job has 1 on its node"),
+    ],
+)
+def test_a_job_that_cannot_train_is_one_line(
+    cluster: Cluster, config: Path, tmp_path: Path, options: list[str], env: dict[str, str], line: str
+) -> None:
+    job = cluster.submit(*options, SCRIPT, config, "--output_dir", tmp_path / "run", **env)
+    record = cluster.wait_for(job)
+    assert (record["JobState"], record["Restarts"], record["ExitCode"]) == ("FAILED", "0", "2:0"), cluster.log(job)
+    (only,) = said(cluster, job)
+    assert line in only
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_environment_without_an_activation_script_is_taken(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    """As conda makes them."""
+    conda = tmp_path / "conda env"
+    (conda / "bin").mkdir(parents=True)
+    for name in ("python", "torchrun"):
+        (conda / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.prefix}/bin/{name} "$@"\n')
+        (conda / "bin" / name).chmod(0o755)
+    run = tmp_path / "runs of mine" / "run"
+    job = cluster.submit(SCRIPT, config, "--output_dir", run, *FEW, FMNIST_VENV=str(conda))
+    assert cluster.wait_for(job)["JobState"] == "COMPLETED", cluster.log(job)
+    assert summary(run)["status"] == "finished"
+
+
+def test_every_gpu_of_a_node_gets_a_process(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    """SLURM's GPUs have no device behind them: the two processes that they stand for train on the CPU."""
+    options = ("--ntasks-per-node=2", "--gpus-per-task=1")
+    env = {"FMNIST_PROCESSES_PER_NODE": "", "ACCELERATE_USE_CPU": "true"}
+    job = cluster.submit(*options, SCRIPT, config, "--output_dir", tmp_path / "run", *FEW, "--exact", 2, **env)
+    assert cluster.wait_for(job)["JobState"] == "COMPLETED", cluster.log(job)
+    assert summary(tmp_path / "run")["world_size"] == 2
+
+
+@pytest.mark.parametrize("how", ["killed", "NaN"])
+def test_a_lost_process_is_requeued_and_a_nan_is_not(
+    cluster: Cluster, config: Path, unbroken: Path, tmp_path: Path, how: str
+) -> None:
+    run = tmp_path / "run"
+    # each step multiplies the weights by 1 - 100 x 1: infinite after some twenty of them, most of which are saved
+    diverges = ("--optim.lr", 100, "--optim.weight_decay", 1, "--checkpoint.every_steps", 1)
+    flags = diverges if how == "NaN" else ()
+    job = cluster.submit(SCRIPT, config, "--output_dir", run, *flags)
+    if how == "killed":
+        cluster.wait_until(lambda: steps(run) >= 120, f"step 120 {cluster.log(job)}", 120)
+        for process in mentioning(str(run)):
+            if process.environ().get("LOCAL_RANK") == "0":
+                process.kill()
+    record = cluster.wait_for(job)
+    if how == "killed":
+        assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
+        assert "lost a process or node" in cluster.log(job)
+        assert same_run(run, unbroken)
+    else:
+        assert (record["JobState"], record["Restarts"]) == ("FAILED", "0"), cluster.log(job)
+        assert list(run.glob("non_finite_step_*"))
+
+
+def test_a_job_that_may_not_be_requeued_stops_well(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    flags = ("--output_dir", tmp_path / "run", "--max_minutes", 0.001)
+    job = cluster.submit("--no-requeue", SCRIPT, config, *flags)
+    record = cluster.wait_for(job)
+    assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "0"), cluster.log(job)
+    assert f"stopped and is not requeued: submit the same command to resume {tmp_path / 'run'}" in cluster.log(job)
+    words = ["salloc", "--quiet", "bash", SCRIPT, config, *flags]
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, env=cluster.env, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "stopped and is not requeued" in done.stdout
+    assert summary(tmp_path / "run")["status"] == "stopped"
+
+
+def test_a_job_that_gets_nowhere_twice_fails(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    """As with --time=2, where the warning comes before the first step."""
+    run = tmp_path / "run"
+    job = cluster.submit(SCRIPT, config, "--output_dir", run)
+    for start in ("1", "2"):
+        cluster.wait_until(lambda start=start: f"start {start}: nodes" in cluster.log(job), f"start {start}", 120)
+        cluster.call("scancel", "--batch", "--signal=USR1", job)
+    record = cluster.wait_for(job)
+    assert (record["JobState"], record["Restarts"], record["ExitCode"]) == ("FAILED", "1", "1:0"), cluster.log(job)
+    assert "ended twice without a new checkpoint: not again; give it more --time" in cluster.log(job)
+
+
+def test_two_nodes_meet_where_the_port_of_the_job_is_taken(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    last = cluster.submit("--wrap", "true")
+    with contextlib.ExitStack() as stack:
+        for number in range(15000 + last, 15000 + last + 3):  # the ports of the next jobs
+            taken = stack.enter_context(socket.socket())
+            taken.bind(("", number))
+            taken.listen()
+        job = cluster.submit("--nodes=2", SCRIPT, config, "--output_dir", tmp_path / "run", *FEW, "--exact", 2)
+        assert job == last + 1
+        assert cluster.wait_for(job)["JobState"] == "COMPLETED", cluster.log(job)
+    assert summary(tmp_path / "run")["world_size"] == 2
 
 
 READY = {

@@ -4,15 +4,15 @@ import contextlib
 import importlib.util
 import io
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import yaml
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -23,10 +23,12 @@ from fmnist.config.shipped import shipped
 from fmnist.evaluation.findings import findings
 from fmnist.evaluation.outcome import Request, evaluate
 from fmnist.runtime.compute import Compute
+from fmnist.runtime.console import MAX_ERROR, one_line
 from fmnist.tracking.metrics_file import METRICS_FILE, read_metrics
 from fmnist.trained import Trained, open_trained
 
-Picture = str | Path | Image.Image | NDArray[np.uint8] | Tensor
+Picture = str | Path | Image.Image | np.ndarray | Tensor
+EXPECTED = "paths, PIL pictures, or uint8 arrays or tensors [N, H, W] or [H, W], 0 to 255"
 
 
 class RunResults:
@@ -62,9 +64,9 @@ class RunResults:
         """Predict pictures.
 
         Args:
-            images: paths of pictures or PIL pictures, which are cut out and made to look like Fashion-MNIST as
-                `fmnist predict` does; or uint8 arrays or tensors, [N, H, W] or one [H, W], 0 to 255, taken as they
-                are: light on black.
+            images: one or several paths of pictures or PIL pictures, which are cut out and made to look like
+                Fashion-MNIST as `fmnist predict` does; or uint8 arrays or tensors, [N, H, W] or [H, W], 0 to 255,
+                taken as they are: light on black. They may be mixed, and of several sizes.
             top: classes per picture, 1 to num_classes.
 
         Returns:
@@ -74,14 +76,15 @@ class RunResults:
             ValueError: a picture that cannot be read or is empty; another type or shape; one line.
         """
         names = self.trained.class_names
-        if not 1 <= top <= len(names):
-            raise ValueError(f"top is {top}; valid range: 1 to {len(names)}")
-        one = isinstance(images, str | Path | Image.Image | np.ndarray | Tensor)
-        pictures: Sequence[Any] = [images] if one else images  # type: ignore[assignment]
-        if not pictures:
-            return []
-        logits, _ = self.trained(torch.cat([_as_views(picture) for picture in pictures]))
-        values, labels = logits.double().softmax(1).topk(top)
+        if isinstance(top, bool) or not isinstance(top, int | np.integer) or not 1 <= top <= len(names):
+            raise ValueError(f"top is {top!r}; valid: a whole number from 1 to {len(names)}")
+        one = isinstance(images, Picture)
+        if not one and (isinstance(images, str | bytes | Mapping) or not isinstance(images, Iterable)):
+            raise ValueError(f"images is {images!r:.100}; expected {EXPECTED}")
+        pictures: Iterable[Any] = [images] if one else images  # type: ignore[assignment]
+        views = [_as_views(picture) for picture in pictures]
+        logits = torch.cat([torch.zeros(0, len(names)), *(self.trained(part)[0] for part in _stacked(views))])
+        values, labels = logits.double().softmax(1).topk(int(top))
         return [
             [(names[label], value) for value, label in zip(*row, strict=True)]
             for row in zip(values.tolist(), labels.tolist(), strict=True)
@@ -142,28 +145,20 @@ def train(config: str | Path | Config = "configs/cnn.yaml", **options: Any) -> R
         section = isinstance(value, Mapping) and name in Config.__dataclass_fields__
         wanted |= {f"{name}.{field}": inner for field, inner in value.items()} if section else {name: value}
     flags += [f"--{name}={_as_flag(value)}" for name, value in wanted.items()]
-    with contextlib.redirect_stderr(io.StringIO()), _exits_are_errors():
-        cfg = parse_config(flags)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            cfg = parse_config(flags)
+    except SystemExit as end:  # raised while a ValueError was handled
+        raise ValueError(one_line(end.__context__ or end, MAX_ERROR)) from None
     if cfg.dry_run:
         raise ValueError("dry_run trains nothing; use fmnist train --dry_run")
     spec = importlib.util.spec_from_file_location("fmnist_train_script", shipped("train.py"))
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)  # the loop itself stands in train.py
-    with _process_left_as_it_was(), _exits_are_errors():
-        script.main(cfg)
+    with _process_left_as_it_was():
+        script.run_training(cfg)
     return RunResults(cfg.output_dir or "")
-
-
-@contextlib.contextmanager
-def _exits_are_errors() -> Iterator[None]:
-    """Raise the error for which a command line would end the process."""
-    try:
-        yield
-    except SystemExit as end:
-        if isinstance(error := end.__context__, OSError | FloatingPointError):
-            raise error from None
-        raise ValueError(" ".join(str(error).split())) from None
 
 
 def _as_flag(value: Any) -> str:
@@ -180,11 +175,20 @@ def _as_views(picture: Picture) -> Tensor:
         return read_view(str(picture))[None]
     if isinstance(picture, Image.Image):
         return view_of(picture)[None]
-    array = torch.as_tensor(picture)
-    if array.dtype != torch.uint8 or array.ndim not in (2, 3):
-        kind = str(array.dtype).removeprefix("torch.")
-        raise ValueError(f"images are {kind} {list(array.shape)}; expected uint8 [N, H, W] or [H, W], 0 to 255")
-    return array.cpu() if array.ndim == 3 else array.cpu()[None]
+    if not isinstance(picture, np.ndarray | Tensor):
+        raise ValueError(f"a picture is {picture!r:.100}; expected {EXPECTED}")
+    kind = str(picture.dtype).removeprefix("torch.")
+    if kind != "uint8" or picture.ndim not in (2, 3) or 0 in picture.shape[-2:]:
+        raise ValueError(f"images are {kind} {list(picture.shape)}; expected uint8 [N, H, W] or [H, W], 0 to 255")
+    # torch takes no negative strides, as of a mirrored array
+    array = torch.from_numpy(np.ascontiguousarray(picture)) if isinstance(picture, np.ndarray) else picture.cpu()
+    return array if array.ndim == 3 else array[None]
+
+
+def _stacked(views: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Put neighbours of one size together, so that the model takes them at once."""
+    for _, part in groupby(views, key=lambda view: view.shape[1:]):
+        yield torch.cat(list(part))
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fmnist.runtime.arguments import CommandLine
-from fmnist.runtime.console import log_to_console, one_line, one_line_errors
+from fmnist.runtime.console import counted, log_to_console, one_line, one_line_errors
 from fmnist.runtime.environment import ENVIRONMENT
 from fmnist.runtime.launcher import is_sibling
 
@@ -78,7 +78,7 @@ def check_all_reduce(name: str | None) -> Iterator[Line]:
             return
         total = int(compute.sum(torch.ones(1, device=compute.device)))
         hosts = compute.gather(platform.node())
-        found = f"{dist.get_backend()} over {size} processes on {len(set(hosts))} node(s): sum {total}"
+        found = f"{dist.get_backend()} over {size} processes on {counted(len(set(hosts)), 'node')}: sum {total}"
         yield Line("all-reduce", "ok" if total == size == len(hosts) else "fail", found)
 
 
@@ -132,7 +132,7 @@ def check_slurm() -> Iterator[Line]:
     if warning := signal_warning():
         yield Line("slurm", "note", warning)
     elif job := ENVIRONMENT.get("SLURM_JOB_ID"):
-        yield Line("slurm", "ok", f"job {job}, {ENVIRONMENT.get('SLURM_JOB_NUM_NODES', '1')} node(s)")
+        yield Line("slurm", "ok", f"job {job}, nodes: {ENVIRONMENT.get('SLURM_JOB_NUM_NODES', '1')}")
     else:
         found = "sbatch found: sbatch slurm/train.sbatch" if shutil.which("sbatch") else "none here; not needed"
         yield Line("slurm", "ok", found)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.ndimage import map_coordinates
 
-from fmnist.benchmark.pipelines import Chain, Fixed, Pipeline
+from fmnist.benchmark.pipelines import Augmenting, Chain, Fixed, Pipeline
 from fmnist.data.fashion_mnist import MEAN, STD
 
 TOLERANCE = 2 / 255
@@ -31,7 +31,7 @@ CASES = (
 )
 
 
-def check(pipeline: Pipeline) -> dict[str, Any]:
+def check(pipeline: Augmenting) -> dict[str, Any]:
     """Check a loader's transform with given parameters, then its first batches.
 
     Returns:
@@ -46,7 +46,7 @@ def check(pipeline: Pipeline) -> dict[str, Any]:
     return finding | {"labels_in_order": not fault, "reason": reason}
 
 
-def transform_error(pipeline: Pipeline) -> tuple[float, float, float]:
+def transform_error(pipeline: Augmenting) -> tuple[float, float, float]:
     """Return by how much the error exceeds the tolerance (<= 0 passes), the error, and the share compared."""
     setting = pipeline.setting
     indices = torch.arange(NUM_IMAGES, device=setting.device)

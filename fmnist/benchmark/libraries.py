@@ -14,7 +14,18 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from fmnist.benchmark.pipelines import ERASE, FLIP, ROTATION, SHIFT, Fixed, Ours, Pipeline, Setting, Synthetic
+from fmnist.benchmark.pipelines import (
+    ERASE,
+    FLIP,
+    ROTATION,
+    SHIFT,
+    Augmenting,
+    Fixed,
+    Ours,
+    Pipeline,
+    Setting,
+    Synthetic,
+)
 from fmnist.data.augment_table import ERASE_AREAS, ERASE_ASPECTS
 from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import MEAN, STD
@@ -50,7 +61,7 @@ def fix_torchvision(transform: Any, fixed: Fixed, size: int) -> Any:
     return transform
 
 
-class PilLoader(Pipeline):
+class PilLoader(Augmenting):
     """torchvision's DataLoader over PIL images; its workers live for one round, so none works in another's."""
 
     bytes_rule = "none"  # its work is the host's
@@ -88,7 +99,7 @@ class PilLoader(Pipeline):
         return torch.stack(images).to(self.setting.device, self.setting.dtype)
 
 
-class OnDevice(Pipeline):
+class OnDevice(Augmenting):
     """Gathers its batch from the same uint8 tensor on the device as ours, then calls another library on it."""
 
     transform: Any

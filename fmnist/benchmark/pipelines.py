@@ -1,6 +1,7 @@
 """What every loader in the race shares, the synthetic one, and ours; the others are in `libraries.py`."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -66,41 +67,49 @@ class Setting:
         return Loader(self.split, global_batch_size=batch, seed=0, rank=self.rank, world_size=self.world_size)
 
 
-class Pipeline:
-    """A loader in the race, a key of LOADERS; with `resize_first` it warps the resized image, not the stored one."""
+class Pipeline(ABC):
+    """A loader in the race, a key of PIPELINES."""
 
-    chain: Chain = "warp, then resize"
-    checked: bool = True  # by the gate
     multiple: int = 1  # timed steps are a multiple of this: worker processes deliver in bursts
     bytes_rule: Literal["formula", "operations", "none"] = "operations"  # how the bytes per image are known
 
-    def __init__(self, name: str, setting: Setting, *, resize_first: bool = False) -> None:
-        self.name, self.setting, self.position, self.enlargement = name, setting, 0, 1.0
-        if resize_first:
-            self.chain, self.enlargement = "resize, then warp", setting.size / setting.stored_size
-        if resize_first and setting.size == setting.stored_size:
-            raise ValueError("nothing to resize at this size")
+    def __init__(self, name: str, setting: Setting) -> None:
+        self.name, self.setting, self.position = name, setting, 0
 
     def start(self) -> None:
         """Begin at the first batch; called before every round."""
         self.position = 0
 
-    def stop(self) -> None:
+    def stop(self) -> None:  # noqa: B027 nothing to do for most
         """Leave nothing at work in the background: another loader is timed next."""
 
+    @abstractmethod
     def next(self) -> tuple[Tensor, Tensor]:
         """Return the next batch: images [B, 1, S, S] in the setting's dtype, labels int64 [B], on the device."""
-        raise NotImplementedError
 
+
+class Augmenting(Pipeline):
+    """A loader that makes images from the split, as the gate checks; with `resize_first` it warps the resized image."""
+
+    chain: Chain = "warp, then resize"
+
+    def __init__(self, name: str, setting: Setting, *, resize_first: bool = False) -> None:
+        super().__init__(name, setting)
+        self.enlargement = 1.0
+        if resize_first:
+            self.chain, self.enlargement = "resize, then warp", setting.size / setting.stored_size
+        if resize_first and setting.size == setting.stored_size:
+            raise ValueError("nothing to resize at this size")
+
+    @abstractmethod
     def apply_fixed(self, indices: Tensor, fixed: Fixed) -> Tensor:
         """Push samples (int64 [B]) through the same transform with given parameters, in pixels of the warped image."""
-        raise NotImplementedError
 
 
 class Synthetic(Pipeline):
     """One batch of noise, repeated: the speed of the model alone, 1.00 in the training race."""
 
-    checked, bytes_rule = False, "none"
+    bytes_rule = "none"
 
     def __init__(self, name: str, setting: Setting) -> None:
         super().__init__(name, setting)
@@ -114,7 +123,7 @@ class Synthetic(Pipeline):
         return self.batch
 
 
-class Ours(Pipeline):
+class Ours(Augmenting):
     """The project's data path: the split as one uint8 tensor on the device, everything else done there."""
 
     chain = "one warp"

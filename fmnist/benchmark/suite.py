@@ -16,7 +16,7 @@ from fmnist.benchmark.command_line import DEFAULTS, LOADERS, PROGRAM
 from fmnist.benchmark.gate import check
 from fmnist.benchmark.libraries import PIPELINES
 from fmnist.benchmark.output import add_ratios, describe, draw, gpu_clocks, render_table, scaled
-from fmnist.benchmark.pipelines import Pipeline, Setting
+from fmnist.benchmark.pipelines import Augmenting, Pipeline, Setting
 from fmnist.benchmark.timing import bytes_per_image, measure_ceilings, race, summarize
 from fmnist.benchmark.trainer import Trainer
 from fmnist.config.schema import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig
@@ -106,7 +106,7 @@ class Suite:
             except (ValueError, ImportError) as missing:
                 self.skip(name, str(missing))
                 continue
-            if pipeline.checked:
+            if isinstance(pipeline, Augmenting):
                 finding = check(pipeline)
                 if not all(self.compute.gather(finding["passed"])):
                     finding |= {"passed": False, "reason": finding["reason"] or "refused on another process"}
@@ -114,8 +114,9 @@ class Suite:
                 error = f"{finding['largest_error']:.2f}/255 from float64 ({pipeline.chain})"
                 head = f"{'passed ' if finding['passed'] else 'REFUSED'}  {name} at {setting.size} px"
                 self.say(f"{head}: {error}, {finding['reason'] or 'labels in order'}")
-            if not pipeline.checked or finding["passed"]:
-                passed.append(pipeline)
+                if not finding["passed"]:
+                    continue
+            passed.append(pipeline)
         return passed
 
     def skip(self, what: str, reason: str) -> None:

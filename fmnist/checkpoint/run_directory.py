@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,11 @@ def lock_directory(directory: Path) -> BaseFileLock:
         ValueError: another process holds it after a few seconds, or the directory cannot be written.
     """
     path = directory / LOCK
-    lock = FileLock(path, timeout=LOCK_WAIT_S)  # one that was just killed may not be gone yet
     try:
+        with suppress(FileExistsError):
+            path.open("xb").close()  # so that its mode follows the umask, and colleagues of a group can take it
+        # one that was just killed may not be gone yet
+        lock = FileLock(path, timeout=LOCK_WAIT_S, mode=path.lstat().st_mode & 0o777)
         lock.acquire()
     except Timeout:
         holder = path.read_text(errors="replace")[:200].strip()

@@ -86,6 +86,7 @@ class Checkpoints:
                 save_file(apart(tensors), part / name)
             except SafetensorError as error:  # the library's name for a full disk
                 raise OSError(f"{part / name} cannot be written: {one_line(error, 200)}") from None
+            (part / name).chmod(part.stat().st_mode & 0o666)  # the library's is 0600; the folder's follows the umask
         (part / STATE).write_text(json.dumps(asdict(state) | {"meta": self.meta}, indent=2), encoding="utf-8")
         files = {}
         for path in sorted(part.iterdir()):

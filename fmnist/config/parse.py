@@ -45,7 +45,7 @@ def parse_config(argv: list[str] | None = None, prog: str | None = None) -> Conf
     try:
         args, unknown = parser.parse_known_args(argv)
         if unknown:
-            raise ValueError(_unknown(unknown[0].partition("=")[0]))
+            raise ValueError(_unknown(unknown[0].partition("=")[0], file=unknown[0].endswith((".yaml", ".yml"))))
         files = args.config or [str(DEFAULT_CONFIG)]
         for file in files:
             with _origin(f"--config {file}"):
@@ -113,8 +113,10 @@ def _flag_value(name: str, text: str) -> Any:
         return strict_yaml.load(text if text.strip() else "''")  # a script's empty variable is not null
 
 
-def _unknown(name: str) -> str:
+def _unknown(name: str, *, file: bool = False) -> str:
     """Say that there is no such option, and which was meant: the same field elsewhere, else the most similar name."""
+    if file and not name.startswith("-"):
+        return f"{name!r:.100} is no option (did you mean --config {name:.100}?)"
     names, meant = [*OPTIONS, *SECTIONS], name.lstrip("-")
     elsewhere = [known for known in names if "." in known and known.partition(".")[2] == meant.rpartition(".")[2]]
     near = difflib.get_close_matches(meant, elsewhere or names, n=1, cutoff=0.0 if elsewhere else 0.5)

@@ -1,5 +1,6 @@
 """The options that decide a run's result, and which of them differ between two configs."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -49,7 +50,12 @@ def is_run_yaml(content: Any) -> bool:
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Name the options of both that differ, with both values."""
     differ = [key for key in before if key in after and before[key] != after[key]]
-    return [f"{key} was {before[key]}, now {after[key]}" for key in differ]
+    return [f"{key} was {yaml_value(before[key])}, now {yaml_value(after[key])}" for key in differ]
+
+
+def yaml_value(value: Any) -> str:
+    """Return a value as one writes it in a YAML file or flag: null, true, 0.1."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -11,6 +11,13 @@ def shipped(name: str) -> Path:
     return (inside if inside.is_dir() else PACKAGE.parent) / name
 
 
+def command(name: str) -> str:
+    """Return how one types a command here: fmnist NAME of a wheel, else python train.py or python -m fmnist NAME."""
+    if (PACKAGE / "shipped").is_dir():
+        return f"fmnist {name}"
+    return f"python {name}.py" if name in ("train", "evaluate") else f"python -m fmnist {name}"
+
+
 def find_recipe(name: str) -> Path:
     """Return a config file as it is named; configs/NAME.yaml that is not here is the shipped recipe."""
     path = Path(name)

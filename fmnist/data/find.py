@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fmnist.config.shipped import command
 from fmnist.data.fetch import DEBIAN_FOLDER, PUBLISHED, STAGING, fetch_files, missing_files
 from fmnist.runtime.console import one_line
 from fmnist.runtime.environment import ENVIRONMENT
@@ -52,7 +53,7 @@ def locate(root: str | None = None, *, fetch: bool = False) -> Path:
         if not fetch:
             raise ValueError(
                 f"data: no Fashion-MNIST in {HOME}, data or {DEBIAN_FOLDER}, and only train.py fetches it: run "
-                "python train.py --dry_run, or name the folder that holds it: --data.root FOLDER"
+                f"{command('train')} --dry_run, or name the folder that holds it: --data.root FOLDER"
             )
         fetch_files(raw)
     except OSError as error:  # no folder, a name too long, no rights, a full disk

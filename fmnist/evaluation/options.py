@@ -6,6 +6,7 @@ example: python evaluate.py runs/mlp runs/cnn --ensemble
 import argparse
 from pathlib import Path
 
+from fmnist.config.shipped import command
 from fmnist.runtime.arguments import CommandLine, number, run_path
 from fmnist.runtime.ownership import check_outputs, check_suffix
 
@@ -24,7 +25,9 @@ COMPARISON = {"comparison.txt": b"McNemar's exact p", "comparison.json": b'"seed
 
 def parse_args() -> argparse.Namespace:
     """Read the command line; a mistake ends the program with one line and status 2."""
-    parser = CommandLine(prog="evaluate.py", description=__doc__)
+    parser = CommandLine(
+        prog="evaluate.py", description=(__doc__ or "").replace("python evaluate.py", command("evaluate"))
+    )
     parser.add_argument(
         "paths", nargs="+", type=run_path, metavar="RUN", help="run directories, or checkpoints in them"
     )

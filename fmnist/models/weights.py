@@ -8,10 +8,11 @@ import safetensors.torch
 import timm
 import torch
 from huggingface_hub import constants as hub
-from huggingface_hub import get_session
 from torch import Tensor
 
-HUB_TIMEOUT_S = 10.0
+from fmnist.runtime.probe import answers
+
+HUB_TIMEOUT_S = 5.0
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
@@ -61,13 +62,13 @@ def fetch_weights(name: str) -> dict[str, Tensor]:
         All tensors of the model in timm's own shape, on the CPU.
 
     Raises:
-        ValueError: neither cached nor available; raised after HUB_TIMEOUT_S and a name look-up at most.
+        ValueError: neither cached nor available; raised after HUB_TIMEOUT_S, name look-up and all.
     """
     offline = hub.HF_HUB_OFFLINE
     try:
         # The client tries each of several files six times: 47 s without a name server, minutes behind a firewall
         # that drops packets. So ask once first; without an answer the client reads only its cache.
-        hub.HF_HUB_OFFLINE = offline or not _hub_answers()
+        hub.HF_HUB_OFFLINE = offline or not answers(hub.ENDPOINT, HUB_TIMEOUT_S)
         return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # client, HTTP, file and timm errors alike: the remedy is the same
         kind = type(error).__name__
@@ -77,14 +78,6 @@ def fetch_weights(name: str) -> dict[str, Tensor]:
         ) from error
     finally:
         hub.HF_HUB_OFFLINE = offline
-
-
-def _hub_answers() -> bool:
-    try:
-        get_session().head(hub.ENDPOINT, timeout=HUB_TIMEOUT_S)
-    except Exception:  # any reason not to answer
-        return False
-    return True
 
 
 def mismatches(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, str]:

@@ -74,7 +74,8 @@ def place_on_scale(top1: float, interval: Sequence[float], human: float | None) 
     def place(value: float) -> float:
         return 100 * (value - start) / (1 - start)
 
-    ticks = [start + (1 - start) * i / 4 for i in range(5)]
+    every = next(every for every in (5, 10, 20) if 100 * (1 - start) <= 6 * every)  # percent, so that they stay apart
+    ticks = [tick / 100 for tick in range(0, 101, every) if tick >= 100 * start - 0.1]
     return {
         "ticks": [(place(tick), tick) for tick in ticks],
         "low": place(interval[0]),

@@ -23,8 +23,15 @@ from fmnist.runtime.hardware import (
     resolve_precision,
     set_threads,
 )
-from fmnist.runtime.launcher import STARTED, check_processes, check_world_size, stop_with_launcher, without_effect
-from fmnist.runtime.lost_process import PATIENCE
+from fmnist.runtime.heartbeat import PATIENCE
+from fmnist.runtime.launcher import (
+    STARTED,
+    check_gpus,
+    check_processes,
+    check_world_size,
+    stop_with_launcher,
+    without_effect,
+)
 from fmnist.runtime.processes import Processes
 
 logger = logging.getLogger("fmnist")
@@ -66,6 +73,8 @@ class Compute(Processes):
         threads: int | None = None,
     ) -> None:
         stop_with_launcher()
+        if not device:
+            check_gpus(torch.accelerator.device_count())
         named = find_device(device) if device else None
         # said to Accelerate, which else leaves processes on a machine without accelerator to themselves
         no_gpu = is_true("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
@@ -125,6 +134,8 @@ class Compute(Processes):
     def close(self) -> None:
         """Join all processes, then end the process group: without the join a fast one can abort a slow one."""
         self.join()
+        if self.heartbeat is not None:
+            self.heartbeat.stop()
         self.accelerator.end_training()
         if self.world_size == 1:  # so that the next one in this process may have another device or precision
             AcceleratorState._reset_state(reset_partial_state=True)

@@ -34,6 +34,17 @@ def one_line(text: str | BaseException, limit: int = 300) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in said).split())[:limit]
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun: 1 process, 2 processes.
+
+    Args:
+        number: of things.
+        noun: for one of them.
+        plural: for several; the noun with an s where it is left out.
+    """
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 class _AboveTheBar(logging.StreamHandler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print a message so that a progress bar on the same terminal stays whole."""

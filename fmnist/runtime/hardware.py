@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fmnist.runtime.console import counted
 from fmnist.runtime.environment import ENVIRONMENT, integer, is_true, set_default
 from fmnist.runtime.launcher import launcher_environment
 
@@ -113,8 +114,7 @@ def describe_device(device: torch.device) -> str:
     """Return the device's name as people know it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"CPU ({platform.machine()}), {threads} thread{'s' if threads > 1 else ''}"
+    return f"CPU ({platform.machine()}), {counted(torch.get_num_threads(), 'thread')}"
 
 
 # Dense bf16 matrix products, operations per second, by a part of the name that the driver gives.

@@ -78,7 +78,7 @@ def check_world_size(world_size: int, environ: Mapping[str, str] = ENVIRONMENT) 
             )
     if (expected := integer(EXPECTED_WORLD_SIZE, 1, environ)) != world_size and environ.get(EXPECTED_WORLD_SIZE):
         raise ValueError(
-            f"{world_size} process(es) are running and {EXPECTED_WORLD_SIZE} is {expected}: "
+            f"started: {world_size} process{'' if world_size == 1 else 'es'}, and {EXPECTED_WORLD_SIZE} is {expected}: "
             "the launcher did not start what the job asked for"
         )
 
@@ -102,6 +102,30 @@ def launcher_environment() -> dict[str, str] | None:
 def is_sibling() -> bool:
     """Say whether another process of the same launcher has the same command line, and reports what is wrong in it."""
     return ENVIRONMENT.get("LOCAL_RANK", "0") != "0" and launcher_environment() is not None
+
+
+def given_gpus(environ: Mapping[str, str] = ENVIRONMENT) -> int:
+    """Return how many GPUs SLURM gave this job's step on this node."""
+    given = environ.get("SLURM_GPUS_ON_NODE", "")
+    return int(given) if given.isdecimal() else 0
+
+
+def check_gpus(found: int, environ: Mapping[str, str] = ENVIRONMENT) -> None:
+    """Refuse to train on the CPU in a SLURM job that was given GPUs, unless that is asked for.
+
+    Args:
+        found: accelerators that torch sees.
+        environ: of this process.
+
+    Raises:
+        ValueError: one line.
+    """
+    given = given_gpus(environ)
+    if given and not found and not is_true("ACCELERATE_USE_CPU", environ):
+        raise ValueError(
+            f"torch sees no GPU, and this job has {given} on its node: install a torch that fits the driver "
+            "(nvidia-smi names it), or train on the CPU with ACCELERATE_USE_CPU=true"
+        )
 
 
 def signal_warning(environ: Mapping[str, str] = ENVIRONMENT) -> str | None:
@@ -132,7 +156,7 @@ def announce(environ: Mapping[str, str] = ENVIRONMENT) -> None:
     """Log the SLURM job and what its signals would miss; call it once, on the main process."""
     if "SLURM_JOB_ID" in environ:
         nodes, restarts = environ.get("SLURM_JOB_NUM_NODES", "1"), environ.get("SLURM_RESTART_COUNT", "0")
-        logger.info("SLURM job %s, %s node(s), restart %s", environ["SLURM_JOB_ID"], nodes, restarts)
+        logger.info("SLURM job %s, nodes: %s, restart %s", environ["SLURM_JOB_ID"], nodes, restarts)
     if warning := signal_warning(environ):
         logger.warning("%s", warning)
 

@@ -9,13 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# What rank 0 does alone may take this long while the others wait: a save, figures, Weights & Biases' farewell. So may
-# the start: processes that import, read and compile at different speeds.
-PATIENCE = timedelta(minutes=10)
 PROBE = timedelta(seconds=5)
-# A process that ends for another one's sake stays this long: a launcher looks at its processes now and then (torchrun
-# ten times a second) and names as the root cause the first it finds dead; of two found at once, the lower rank.
-LINGER_S = 2.0
 # How the libraries say that a collective failed for another process' sake; any other RuntimeError is our own fault.
 SIGNS = (
     "gloo",
@@ -29,14 +23,8 @@ SIGNS = (
 )
 
 
-def limit_waits(seconds: float) -> None:
-    """Let a collective of the default group wait this long for the slowest process, then fail."""
-    if dist.group.WORLD is not None:
-        dist.group.WORLD.set_timeout(timedelta(seconds=seconds))
-
-
 def share_status(status: int, group: Any) -> int:
-    """Give every process rank 0's status; they wait for it for up to `PATIENCE`."""
+    """Give every process rank 0's status; they wait for it."""
     flag = torch.tensor(status)
     dist.broadcast(flag, 0, group=group)
     return int(flag)

@@ -4,9 +4,6 @@ The files beside this one and `data/batches.py` are the only ones that know rank
 """
 
 import logging
-import os
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -17,9 +14,9 @@ from torch import Tensor
 
 from fmnist.runtime.console import one_line
 from fmnist.runtime.hardware import in_float64
-from fmnist.runtime.lost_process import LINGER_S, PATIENCE, describe_loss, is_lost_process, share_status
+from fmnist.runtime.heartbeat import PATIENCE, Heartbeat, end_for_another
+from fmnist.runtime.lost_process import describe_loss, is_lost_process, share_status
 
-logger = logging.getLogger("fmnist")
 T = TypeVar("T")
 
 
@@ -29,13 +26,15 @@ class Processes:
     Attributes:
         rank, world_size: this process and how many there are.
         control: a gloo group for what runs beside the step, on the host; none for one process.
+        heartbeat: notices a process that hangs; none for one process.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
         self.control: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if world_size > 1 else None
         if rank:  # the others' messages are those of the main process; their warnings are their own
-            logger.setLevel(logging.WARNING)
+            logging.getLogger("fmnist").setLevel(logging.WARNING)
+        self.heartbeat = Heartbeat(rank, world_size, self.control) if world_size > 1 else None
 
     @property
     def is_main(self) -> bool:
@@ -106,14 +105,7 @@ class Processes:
                 raise
             others = [rank for rank in range(self.world_size) if rank != self.rank]
             loss = describe_loss(error, self.control, others)
-            said = one_line(error, 160)
-            logger.error(
-                "rank %d ends: %s; the same command resumes from the last checkpoint (%s)", self.rank, loss, said
-            )
-            logging.shutdown()
-            sys.stderr.flush()
-            time.sleep(LINGER_S)  # let the launcher find the lost one dead first
-            os._exit(1)  # an orderly exit waits for the lost one
+            end_for_another(self.rank, loss, one_line(error, 160))
 
     def gather_shards(self, rows: Tensor) -> Tensor:
         """Gather [A, P] from W processes into [A x W, P]; micro-batch a of rank r is shard a x W + r."""

@@ -3,16 +3,16 @@
 import signal
 import threading
 import time
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fmnist.runtime.lost_process import limit_waits
+from fmnist.runtime.heartbeat import Heartbeat
 
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
+# Those that this system has; SIGHUP comes from a closed terminal.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 class StopVote:
@@ -24,17 +24,24 @@ class StopVote:
     Args:
         control: a gloo group of all processes; None for one process.
         max_minutes: from now; None is no limit.
-        timeout_s: how long a process waits for the others' votes.
+        timeout_s: how long a process waits for the others, once the first step is done.
+        heartbeat: is told that limit.
     """
 
-    def __init__(self, control: Any, *, max_minutes: float | None, timeout_s: float) -> None:
-        self.control, self.max_minutes, self.timeout_s = control, max_minutes, timeout_s
+    def __init__(
+        self, control: Any, *, max_minutes: float | None, timeout_s: float, heartbeat: Heartbeat | None = None
+    ) -> None:
+        self.control, self.max_minutes = control, max_minutes
+        self.timeout_s, self.heartbeat = timeout_s, heartbeat
         self._started, self._signal = time.monotonic(), 0
         self._cast: tuple[Tensor, Any] | None = None
         self._handlers: dict[int, Any] = {}
 
     def watch_signals(self) -> None:
-        """Let SIGTERM, SIGUSR1 and SIGINT ask for a stop at the next step; a second SIGINT interrupts at once."""
+        """Let STOP_SIGNALS ask for a stop at the next step; a second SIGINT interrupts at once.
+
+        A SIGHUP that is ignored, as under nohup, stays ignored.
+        """
 
         def note(number: int, frame: object) -> None:
             if self._signal and number == signal.SIGINT:
@@ -43,7 +50,9 @@ class StopVote:
 
         if threading.current_thread() is not threading.main_thread():  # signals go to that one alone
             return
-        self._handlers = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+        for number in STOP_SIGNALS:
+            if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
+                self._handlers[number] = signal.signal(number, note)
 
     def restore_signals(self) -> None:
         """Put back the handlers that `watch_signals` found."""
@@ -57,8 +66,8 @@ class StopVote:
         mine = bool(self._signal) or (self.max_minutes is not None and minutes >= self.max_minutes)
         if self.control is None:
             return mine
-        if self._cast is None:  # the first step is done, with all its compiling
-            limit_waits(self.timeout_s)
+        if self._cast is None and self.heartbeat is not None:  # the first step is done, with all its compiling
+            self.heartbeat.limit_s = self.timeout_s
         stop = self.last()
         flag = torch.tensor(int(mine))
         self._cast = (flag, dist.all_reduce(flag, group=self.control, async_op=True))
@@ -69,6 +78,6 @@ class StopVote:
         if self._cast is None:
             return False
         flag, work = self._cast
-        work.wait(timedelta(seconds=self.timeout_s))
+        work.wait()
         self._cast = None
         return bool(flag)

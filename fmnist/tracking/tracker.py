@@ -22,10 +22,7 @@ class NullTracker:
     def log(self, prefix: str, scalars: Mapping[str, float], step: int, epoch: float) -> None:
         """Do nothing."""
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
+    def finish(self, summary: Mapping[str, Any] | None) -> None:
         """Do nothing."""
 
 
@@ -72,19 +69,16 @@ class Tracker(NullTracker):
         named = {metric_name(prefix, k): v for k, v in scalars.items()}
         self._try_wandb(lambda: self.wandb and self.wandb.log(named | {"step": step, "epoch": epoch}))
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Close everything; the summary goes to Weights & Biases too."""
+    def finish(self, summary: Mapping[str, Any] | None) -> None:
+        """Close everything, once; the summary goes to Weights & Biases too, None says that the run failed."""
         if self.file is not None:
             try:
                 self.file.close()
             except OSError as error:  # where a network disk tells that it was full
                 self._warn(error)
-        self.close()
-        self._try_wandb(lambda: self._finish_wandb(summary))
-
-    def close(self) -> None:
-        """Leave the progress bar as it stands, however the run ends."""
         self.progress.close()
+        self._try_wandb(lambda: self._finish_wandb(summary))
+        self.file = self.wandb = None
 
     def _write(self, line: str) -> None:
         if self.file is None:
@@ -111,7 +105,7 @@ class Tracker(NullTracker):
             logger.warning("Weights & Biases is off from here: %s", without_secrets(error))
             self.wandb = None
 
-    def _finish_wandb(self, summary: Mapping[str, Any]) -> None:
+    def _finish_wandb(self, summary: Mapping[str, Any] | None) -> None:
         if self.wandb is not None:
-            self.wandb.summary.update({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
-            self.wandb.finish()
+            self.wandb.summary.update({k: v for k, v in (summary or {}).items() if isinstance(v, int | float | str)})
+            self.wandb.finish(exit_code=int(summary is None))

@@ -7,6 +7,7 @@ from typing import Any
 from fmnist.checkpoint.contents import MODEL
 from fmnist.checkpoint.tensors import load_strict, read_tensors
 from fmnist.config.schema import Config
+from fmnist.config.shipped import command
 from fmnist.data.fashion_mnist import name_of
 from fmnist.evaluation.findings import Findings, findings
 from fmnist.evaluation.outcome import Outcome
@@ -47,7 +48,7 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
         run.log("test", scores, state.step)
         summary |= {f"test.{key}": value for key, value in scores.items()}
     run.finish(summary)
-    if found is not None:  # after the summary: a figure that fails costs neither numbers nor summary
+    if finished and run.is_main:  # after the summary: a figure that fails costs neither numbers nor summary
         write_report(found, run)
     if not finished:
         at = f"stopped at step {state.step:,} of {training.schedule.total_steps:,}"
@@ -78,18 +79,21 @@ def evaluate_test(training: Training, cfg: Config, run: Run) -> Findings | None:
     return run.on_main(findings, outcome, quick=True)
 
 
-def write_report(found: Findings, run: Run) -> None:
-    """Write the evaluation's files and the learning curves; whatever fails is one warning."""
+def write_report(found: Findings | None, run: Run) -> None:
+    """Write the learning curves, and the evaluation's files where there is one; whatever fails is one warning."""
     from fmnist.report.curves import loss_note, plot_learning_curves  # three seconds of libraries, needed only here
     from fmnist.report.write import report_text, write_evaluation
 
-    directory, name = run.directory, found.outcome.name
-    logger.info("%s", report_text(found))
+    directory = run.directory
+    curves, name = directory / "learning_curves.png", directory.resolve().name
     try:
-        write_evaluation(found)
-        plot_learning_curves(directory / METRICS_FILE, directory / "learning_curves.png", name, loss_note(run.cfg))
+        if found is not None:
+            logger.info("%s", report_text(found))
+            write_evaluation(found)
+        plot_learning_curves(directory / METRICS_FILE, curves, name, loss_note(run.cfg))
     except Exception as error:  # numbers and summary are safe, and evaluate.py writes the files again
-        logger.warning("the report is not complete (%s); write it again: python evaluate.py %s", error, directory)
+        again = f"{command('evaluate')} {directory}"
+        logger.warning("the report is not complete (%s); write it again: %s", error, again)
 
 
 def closing(directory: Path, val_top1: float | None, found: Findings | None) -> str:
@@ -101,10 +105,18 @@ def closing(directory: Path, val_top1: float | None, found: Findings | None) -> 
         top1 = f"best val top1 {100 * val_top1:.2f} %; the test images were not evaluated"
     else:
         top1 = "the test images were not evaluated"
-    figures = "" if found is None else "report and figures in evaluation/test/, learning_curves.png, "
-    return (
-        f"finished: {top1}\n{directory} holds {figures}model.safetensors, metrics.jsonl, train.log\nnext:\n"
-        f"  python -m fmnist evaluate {directory}             report.html, calibration, speed\n"
-        f"  python -m fmnist predict {directory} PHOTOS/      your own pictures\n"
-        f"  python -m fmnist evaluate {directory} OTHER_RUN   compare two runs"
+    report = "" if found is None else "report and figures in evaluation/test/, "
+    commands = {
+        f"{command('evaluate')} {directory}": "report.html, calibration, speed",
+        f"{command('predict')} {directory} PHOTOS/": "your own pictures",
+        f"{command('evaluate')} {directory} OTHER_RUN": "compare two runs",
+    }
+    width = max(map(len, commands))
+    return "\n".join(
+        (
+            f"finished: {top1}",
+            f"{directory} holds {report}learning_curves.png, model.safetensors, metrics.jsonl, train.log",
+            "next:",
+            *(f"  {typed:<{width}}  # {gives}" for typed, gives in commands.items()),
+        )
     )

@@ -8,6 +8,7 @@ from fmnist.config.schema import Config
 from fmnist.data.find import locate
 from fmnist.models.flops import flops_per_image
 from fmnist.run import Run
+from fmnist.runtime.console import counted
 from fmnist.training.build import Training
 
 BACKENDS = {"eager": "in plain PyTorch", "compiled": "compiled", "triton": "by the Triton kernel"}
@@ -49,11 +50,11 @@ def opening(training: Training, cfg: Config, run: Run) -> list[str]:
     rows = {
         "data": f"{locate(cfg.data.root)}: {len(loader.split):,} training, {len(t.val_split):,} validation, "
         f"{len(t.test_split):,} test images",
-        "model": f"{cfg.model.name} {origin}, {parameters:,} parameters, {count(len(augment.mean), 'input channel')}",
+        "model": f"{cfg.model.name} {origin}, {parameters:,} parameters, {counted(len(augment.mean), 'input channel')}",
         "recipe": f"{schedule.epoch(schedule.total_steps):.4g} epochs = {schedule.total_steps:,} steps of "
         f"{loader.global_batch_size} images at {sizes(t.augment.sizes)}; {cfg.optim.name}, "
         f"learning rate {schedule.peak_lr:.4g}, {schedule.shape}",
-        "device": f"{run.device_name}: {count(run.world_size, 'process')}"
+        "device": f"{run.device_name}: {counted(run.world_size, 'process', 'processes')}"
         f", {run.precision}; augmentation {BACKENDS[augment.backend]}",
         "directory": f"{run.directory}: "
         + (f"resuming at step {t.state.step:,} of {schedule.total_steps:,}" if t.state.step else "a new run"),
@@ -73,8 +74,9 @@ def print_plan(training: Training, cfg: Config, run: Run) -> None:
         ema=t.ema is not None,
     )
     rows = {
-        "batch": f"{loader.global_batch_size} = {count(loader.micro_batch_size, 'image')} x "
-        f"{count(loader.world_size, 'process')} x {count(loader.accumulation_steps, 'accumulation step')}",
+        "batch": f"{loader.global_batch_size} = {counted(loader.micro_batch_size, 'image')} x "
+        f"{counted(loader.world_size, 'process', 'processes')} x "
+        f"{counted(loader.accumulation_steps, 'accumulation step')}",
         "epoch": f"{schedule.steps_per_epoch:,} steps; {schedule.warmup_steps:,} of warm-up in all; "
         f"validation every {schedule.evaluation_steps:,}, at {cfg.evaluation.size or t.augment.final_size} px",
         "lr": f"{schedule.lr(0):.4g} first, {schedule.peak_lr:.4g} at most, "
@@ -85,11 +87,6 @@ def print_plan(training: Training, cfg: Config, run: Run) -> None:
     }
     for line in [*opening(training, cfg, run), *(f"{name:<9}  {text}" for name, text in rows.items())]:
         run.on_main(print, line)
-
-
-def count(number: int, noun: str) -> str:
-    """Return "1 process" or "2 processes"."""
-    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def sizes(size: dict[int, int]) -> str:

@@ -3,24 +3,29 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
-from timm.models._hub import save_config_for_hf
+from safetensors.torch import save
 from torch import Tensor
 
 from fmnist.apps.export.expected import Expected, Measured, read_measured
 from fmnist.apps.export.model_card import model_card
 from fmnist.checkpoint.tensors import apart
 from fmnist.config.schema import to_yaml
-from fmnist.models import REGISTRY
 from fmnist.runtime.files import temporary_folder, write_atomic
 from fmnist.trained import Trained, open_trained
 
 LARGEST_DIFFERENCE = 1e-5  # of any logit; where logits exceed 10, in proportion: fp32 rounds so
 # The files of the folder, and what tells an earlier export's from somebody else's.
+# Of timm's description of a model: where its own weights come from, and what is said of those.
+OF_THE_SOURCE = {
+    *("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "tag"),
+    *("label_names", "label_descriptions", "label_offset", "notes", "min_input_size"),
+    *("test_input_size", "test_pool_size", "test_crop_pct"),
+}
 FILES = {
     "config.json": b'"label_names"',
     "model.safetensors": b'"made_by":"fmnist"',
@@ -40,7 +45,7 @@ def write_hub(expected: Expected, folder: Path) -> str:
         ValueError: one line: the run has no metrics, or the folder, opened again, gives other numbers.
     """
     trained = expected.trained
-    ours = trained.cfg.model.name in REGISTRY
+    ours = not timm.is_model(trained.cfg.model.name)
     measured = read_measured(expected)
     with temporary_folder(folder) as part:
         write_files(trained, measured, part, ours)
@@ -54,11 +59,9 @@ def write_hub(expected: Expected, folder: Path) -> str:
 def write_files(trained: Trained, measured: Measured, folder: Path, ours: bool) -> None:
     """Write the four files."""
     cfg, augment, size = trained.cfg.model, trained.augment, trained.size
-    num_channels = len(augment.mean)
     names = {"num_classes": len(trained.class_names), "label_names": list(trained.class_names)}
-    save_file(
-        apart(trained.model.state_dict()), folder / "model.safetensors", metadata={"format": "pt", "made_by": "fmnist"}
-    )
+    weights = save(apart(trained.model.state_dict()), metadata={"format": "pt", "made_by": "fmnist"})
+    (folder / "model.safetensors").write_bytes(weights)  # by us: the library's own file is closed to a group
     if ours:  # timm does not know them, and says so when it is asked to build one
         about = names | {
             "library_name": "fmnist",
@@ -68,29 +71,35 @@ def write_files(trained: Trained, measured: Measured, folder: Path, ours: bool) 
             "mean": list(augment.mean),
             "std": list(augment.std),
         }
-        (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     else:
         known = timm.get_pretrained_cfg(cfg.name)
         licence = known.license if known is not None and (cfg.pretrained or cfg.weights) else "mit"
         notes = {"license": licence, "notes": [f"weights sha256 {trained.digest}"]}
-        # timm may have built three channels; the stem was made grey afterwards
-        trained.model.in_chans = num_channels  # type: ignore[assignment]
-        save_config_for_hf(
-            trained.model,
-            str(folder / "config.json"),
-            model_config=names | {"pretrained_cfg": notes},
-            model_args={"in_chans": num_channels} | cfg.options,
-            data_config={
-                "input_size": (num_channels, size, size),
-                "interpolation": "bilinear",
-                "mean": tuple(augment.mean),
-                "std": tuple(augment.std),
-                "crop_pct": 1.0,
-                "crop_mode": "center",
-            },
-        )
+        about = _timm_config(trained, notes) | names
+    (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     (folder / "config.yaml").write_text(_portable_config(trained), encoding="utf-8")
     (folder / "README.md").write_text(model_card(trained, measured, ours=ours), encoding="utf-8")
+
+
+def _timm_config(trained: Trained, notes: dict[str, Any]) -> dict[str, Any]:
+    """Describe the model as timm's `local-dir:` and `hf-hub:` read it: how to build it, and the images it takes."""
+    model, augment, size = trained.model, trained.augment, trained.size
+    kept = {key: value for key, value in model.pretrained_cfg.items() if value is not None and key not in OF_THE_SOURCE}  # type: ignore[union-attr,operator]
+    images = {
+        "input_size": (len(augment.mean), size, size),
+        "interpolation": "bilinear",
+        "mean": tuple(augment.mean),
+        "std": tuple(augment.std),
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+    }
+    return {
+        "architecture": kept.pop("architecture"),
+        "num_features": model.num_features,
+        # timm may have built three channels; the stem was made grey afterwards
+        "model_args": {"in_chans": len(augment.mean)} | trained.cfg.model.options,
+        "pretrained_cfg": kept | images | {"num_classes": len(trained.class_names), "pool_size": None} | notes,
+    }
 
 
 def _portable_config(trained: Trained) -> str:

@@ -8,6 +8,7 @@ import timm
 from huggingface_hub import EvalResult, ModelCardData
 
 from fmnist.apps.export.expected import Measured
+from fmnist.runtime.console import MAX_ERROR, one_line
 from fmnist.trained import Trained
 
 TASK, DATASET = "image-classification", "zalando-datasets/fashion_mnist"
@@ -54,8 +55,7 @@ def logits(images):
 
 def escape(text: str) -> str:
     """Make a name harmless in Markdown and HTML: no markup, no table cell, no second line."""
-    one_line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", html.escape(one_line))
+    return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", html.escape(one_line(text, MAX_ERROR)))
 
 
 def model_card(trained: Trained, measured: Measured, *, ours: bool) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fmnist.apps.export.expected import Expected
+from fmnist.runtime.console import one_line
 from fmnist.runtime.files import write_atomic
 from fmnist.trained import Trained
 
@@ -102,10 +103,17 @@ def _trace(expected: Expected) -> Any:
         return proto
     except Exception as error:  # the exporter raises errors of any kind
         name = expected.trained.cfg.model.name
-        raise ValueError(f"torch cannot export {name} to ONNX: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"torch cannot export {name} to ONNX: {_reason(error)}") from error
     finally:
         for logger, level in zip(noisy, levels, strict=True):
             logger.setLevel(level)
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of what made the exporter give up; it wraps that in advice for its own developers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return one_line(str(error).strip().partition("\n")[0]) or type(error).__name__
 
 
 def check(graph: Path | bytes, expected: Expected, limit: float = LARGEST_DIFFERENCE) -> dict[str, float]:
@@ -132,7 +140,7 @@ def check(graph: Path | bytes, expected: Expected, limit: float = LARGEST_DIFFER
         session.run(None, {"images": expected.images[8:].numpy()})
         seconds = time.perf_counter() - start
     except Exception as error:  # onnxruntime's exceptions share no type of their own
-        raise ValueError(f"onnxruntime cannot run the graph: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"onnxruntime cannot run the graph: {one_line(error)}") from error
     logits, probabilities = (torch.cat([torch.from_numpy(part[i]) for part in parts]) for i in (0, 1))
     pairs = {"logits": (logits, expected.logits), "probabilities": (probabilities, expected.logits.softmax(-1))}
     differences = {name: float((got - wanted).abs().max()) for name, (got, wanted) in pairs.items()}

@@ -18,6 +18,7 @@ from fmnist.apps.views import count_kinds, read_photos, stack_views
 from fmnist.data.fashion_mnist import IMAGE_SIZE
 from fmnist.data.idx import MAX_FILE_BYTES, read_idx
 from fmnist.data.photos import find_pictures
+from fmnist.runtime.console import counted, one_line
 from fmnist.trained import open_trained
 
 CHUNK = 256  # images of an array at a time
@@ -94,7 +95,7 @@ def _read_array(path: Path) -> Tensor:
                 loaded = loaded["images" if "images" in names else names[0]]
         return torch.from_numpy(np.ascontiguousarray(loaded))
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split()) or 'cannot be read'}") from None
+        raise ValueError(f"{path}: {one_line(error) or 'cannot be read'}") from None
 
 
 def report(
@@ -106,7 +107,7 @@ def report(
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Return what --json prints; `verdict` is fine, alert or too few, and `line` says it to people."""
-    errors, number = unreadable.total(), f"{batch.num_images:,} pictures"
+    errors, number = unreadable.total(), counted(batch.num_images, "picture")
     number += f", {errors:,} unreadable ({count_kinds(unreadable)})" if errors else ""
     number += f", left out {count_kinds(left_out)}" if left_out else ""
     result: dict[str, Any] = {

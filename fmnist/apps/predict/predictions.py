@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,9 +11,12 @@ from dataclasses import dataclass
 from fmnist.apps.novelty import NoveltyReference, open_reference
 from fmnist.apps.predict.photo_sheet import BLACK, GREY, ORANGE, Cell, draw_sheet
 from fmnist.apps.views import Photo, count_kinds, read_photos, stack_views
-from fmnist.runtime.console import keep_at_interrupt
+from fmnist.runtime.console import keep_at_interrupt, one_line
 from fmnist.runtime.files import csv_bytes, write_atomic
 from fmnist.trained import Trained, open_trained
+
+logger = logging.getLogger("fmnist")
+NAMED = 5  # broken pictures that are named on the terminal; the CSV holds all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +128,8 @@ def write_predictions(items: Iterable[Prediction], args: argparse.Namespace, tit
         for item in items:
             rows.append(row(item, args.top))
             counts["predicted" if item.top else "errors"] += 1
+            if not item.top and counts["errors"] <= NAMED:
+                logger.warning("%s: %s", one_line(item.photo.name), item.photo.error)
             counts["unfamiliar"] += item.unfamiliar
             counts["uncropped"] += item.photo.cutout is not None and item.photo.cutout.box is None
             if len(shown) < args.sheet:  # pictures are kept for the sheet only

@@ -26,6 +26,7 @@ from fmnist.data.photos import find_pictures
 from fmnist.evaluation.neighbours import Neighbours
 from fmnist.evaluation.retrieval import measure_precision
 from fmnist.report.retrieval_table import RETRIEVAL_FILE, precision_table, write_precision
+from fmnist.runtime.console import counted
 from fmnist.runtime.files import csv_bytes, write_atomic
 from fmnist.runtime.ownership import check_outputs
 from fmnist.trained import Trained, open_trained
@@ -130,7 +131,7 @@ def index(args: argparse.Namespace) -> int:
     catalogue = folder_catalogue(trained, args.folder)
     seconds = time.perf_counter() - start
     save_catalogue(catalogue, path, trained)
-    size = f"{len(catalogue):,} pictures, {catalogue.features.shape[1]} features each, in {seconds:.1f} s"
+    size = f"{counted(len(catalogue), 'picture')}, {catalogue.features.shape[1]} features each, in {seconds:.1f} s"
     print(f"{path}: {size}, {path.stat().st_size / 1e6:.1f} MB")
     return 0
 
