@@ -385,5 +385,5 @@ def test_other_data_has_a_folder_and_a_heading_of_its_own_and_links_lead_nowhere
 
     shutil.rmtree(folder)
     folder.symlink_to(fill(tmp_path / "docs", "thesis.csv"))
-    assert f"{folder} is a link out of the run directory" in evaluated()
+    assert f"{folder} is a link out of the run directory" in evaluated("--data.root", other)
     assert tree(tmp_path / "docs") == ["thesis.csv"]
