@@ -7,6 +7,7 @@ import os
 import signal
 import stat
 import threading
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -235,7 +236,7 @@ def test_an_archive_under_an_arrays_name_is_measured_before_it_is_unpacked(
     assert (tmp_path / "x.npy").stat().st_size < 100_000
     monkeypatch.setattr("fmnist.apps.monitor.batch.MAX_FILE_BYTES", 1_000_000)
     with pytest.raises(ValueError, match="31,360,[0-9]+ bytes, expected at most 1,000,000"):
-        next(read_batch(tmp_path / "x.npy"))
+        next(read_batch(tmp_path / "x.npy", Counter()))
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "batch"), MemoryError(), KeyError("x")])

@@ -59,7 +59,7 @@ def test_importing_the_package_and_its_door_needs_none_of_them() -> None:
 
 
 def test_cores_and_signals_where_the_system_has_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(STOP_SIGNALS) == {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+    assert set(STOP_SIGNALS) == {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
     for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)

@@ -11,7 +11,7 @@ The features of a split are computed once and kept in the run's folder features/
 import argparse
 from pathlib import Path
 
-from fmnist.apps.search.names import SOURCES
+from fmnist.apps.search.names import SOURCES, find_queries
 from fmnist.runtime.arguments import CommandLine, existing, number
 from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.runtime.ownership import check_suffix
@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     with one_line_errors(PARSER.prog):
         if args.output:
             check_suffix(args.output, {"query": "", "index": ".safetensors", "evaluate": ".json"}[args.command])
+        if args.command == "query":
+            args.named, args.left_out = find_queries(args.images)
         from fmnist.apps.search import queries
 
         return {"query": queries.query, "index": queries.index, "evaluate": queries.evaluate}[args.command](args)

@@ -4,7 +4,6 @@ import argparse
 import functools
 import json
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -22,7 +21,6 @@ from fmnist.apps.search.catalogue import (
 from fmnist.apps.search.hits import COLUMN_NAMES, Hit, hits_rows, plot_hits
 from fmnist.apps.search.names import QUERY, SOURCES
 from fmnist.apps.views import count_kinds, read_photos
-from fmnist.data.photos import find_pictures
 from fmnist.evaluation.neighbours import Neighbours
 from fmnist.evaluation.retrieval import measure_precision
 from fmnist.report.retrieval_table import RETRIEVAL_FILE, precision_table, write_precision
@@ -34,16 +32,12 @@ from fmnist.trained import Trained, open_trained
 
 def query(args: argparse.Namespace) -> int:
     """Find the nearest images of each picture; write search.csv, then the sheet; return 1 where none was read."""
-    left_out = Counter[str]()
-    named = [pair for name in args.images for pair in _named(name, left_out)]
-    if all(error for _, error in named):
-        raise ValueError("; ".join(f"{name}: {error}" for name, error in named[:3]))
     trained = open_trained(args.run, args.device, args.batch_size)
     output = args.output or trained.folder("search")
     marks = {output / "search.csv": b"query,rank,item,", output / "search.png": b""}
     check_outputs(marks, force=args.force)
     catalogue = load_catalogue(args.index, trained) if args.index else split_catalogue(trained, args.split, args.root)
-    queries, errors = _read_queries(named, trained, args.root)
+    queries, errors = _read_queries(args.named, trained, args.root)
     hits, milliseconds = _nearest(queries, trained, catalogue, args.k) if queries else ([], 0.0)
     rows = hits_rows(hits, catalogue, errors)
     # First: it is there also where a sheet fails.
@@ -56,14 +50,10 @@ def query(args: argparse.Namespace) -> int:
     part = f" of the first {len(shown)} queries" if len(hits) > len(shown) else ""
     k = len(hits[0].positions) if hits else 0
     bad = f"; {len(errors):,} not read" if errors else ""
-    bad += f"; left out: {count_kinds(left_out)}" if left_out else ""
+    bad += f"; left out: {count_kinds(args.left_out)}" if args.left_out else ""
     print(f"the {k} nearest of {len(catalogue):,} images to each picture, {milliseconds:.1f} ms a query{bad}")
     print(f"written to {output}: search.csv" + (f", search.png{part}" if shown else ""))
     return 0 if hits else 1
-
-
-def _named(name: str, left_out: Counter[str]) -> list[tuple[str, str]]:
-    return [(name, "")] if QUERY.fullmatch(name) else list(find_pictures([name], left_out))
 
 
 def _read_queries(
