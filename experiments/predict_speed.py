@@ -5,7 +5,8 @@
 
 timm's `inference.py` is not in its wheel: `timm` here does the same with timm's own data set, transforms, loader (two
 workers) and model, at the run's image size, and writes the same kind of CSV. Both programs take turns; from the
-smallest time of each at two numbers of pictures follow the time per picture and the time of the start.
+smallest time of each at two numbers of pictures follow the time per picture and the time of the start. The processors'
+time of all their processes stands beside it: it says something on a machine that others use, too.
 The photographs are test images, enlarged to most of 480 px, coloured, on plain lit backgrounds with a camera's noise.
 """
 
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -76,6 +78,12 @@ def predict_as_timm(folder: Path, model_name: str, size: int) -> None:
     Path(folder.parent, "timm.csv").write_text(text)
 
 
+def cpu_seconds() -> float:
+    """Return what all programs that have ended used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def race(run: Path, numbers: tuple[int, int], repeats: int) -> None:
     """Time both programs in turn and write the result."""
     cfg = load_config(run / "config.yaml")
@@ -89,25 +97,33 @@ def race(run: Path, numbers: tuple[int, int], repeats: int) -> None:
             "timm": lambda folder: ["experiments.predict_speed", "timm", folder / "photos", cfg.model.name, size],
         }
         seconds: dict[str, dict[int, list[float]]] = {name: {number: [] for number in numbers} for name in programs}
+        cpu: dict[str, dict[int, list[float]]] = {name: {number: [] for number in numbers} for name in programs}
         for repeat in range(repeats + 1):
             for number, folder in folders.items():
                 for name, program in programs.items():
                     command = [sys.executable, "-m", *map(str, program(folder))]
-                    start = time.perf_counter()
+                    start, cpu_before = time.perf_counter(), cpu_seconds()
                     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=OUTPUT.parents[2])
                     if repeat:  # the first computes the run's features of the training images, once
                         seconds[name][number].append(round(time.perf_counter() - start, 2))
+                        cpu[name][number].append(round(cpu_seconds() - cpu_before, 2))
     few, many = numbers
     result: dict[str, object] = {
         "model": f"{cfg.model.name}, {size} px, batch {BATCH_SIZE}",
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "load": os.getloadavg()[1],  # of five minutes: a quiet machine has that of the race alone
         "seconds": seconds,
+        "cpu_seconds": cpu,
     }
     for name, times in seconds.items():
         per_picture = (min(times[many]) - min(times[few])) / (many - few)
         start_s = min(times[few]) - few * per_picture
-        result[name] = {"ms_per_picture": round(1000 * per_picture, 2), "start_s": round(start_s, 2)}
+        busy = (min(cpu[name][many]) - min(cpu[name][few])) / (many - few)
+        result[name] = {
+            "ms_per_picture": round(1000 * per_picture, 2),
+            "cpu_ms_per_picture": round(1000 * busy, 2),
+            "start_s": round(start_s, 2),
+        }
     write_atomic(OUTPUT, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 

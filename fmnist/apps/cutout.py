@@ -22,8 +22,8 @@ TOLERANCE = 0.05 * 255  # the paper trims what is within 5 % of the background's
 # The pictures of a shop have full contrast: (share, level) such that in 95 % of the training images, and for the second
 # in all of them, so large a share of the object is below no less than this level.
 CONTRAST = ((0.95, 157.0), (0.995, 230.0))
-CONTRAST_STEP = 3  # every third pixel of the object tells its contrast
-BORDER_POINTS = 2000  # pixels of the border that tell the background
+CONTRAST_STEP = 2  # every second row and column of the object tell its contrast
+BORDER_POINTS = 1500  # pixels of the border that tell the background
 FINE = np.int16(32)
 GRID = 64  # cells per side on which parts of one object are joined: a sandal's straps are a few cells apart
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's mode L
@@ -62,55 +62,61 @@ def cut_out(image: Image.Image, *, invert: Invert = "auto", crop: bool = True) -
     """
     grey, back, mask = _on_background(image, crop=crop and image.size != (IMAGE_SIZE, IMAGE_SIZE))
     if mask is None:
+        grey = grey.astype(np.float32)
         inverted = _is_light(grey) if invert == "auto" else invert == "always"
         return Cutout(view=fit(255 - grey if inverted else grey), box=None, inverted=inverted)
 
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
     box = np.s_[top:bottom, left:right]
-    back, mask, grey = back[box], mask[box], grey[box]
-    darker = np.where(mask, back - grey, np.float32(0))
+    mask = mask[box]
+    paper = np.divide(back[box], FINE, dtype=np.float32)
+    darker = (paper - grey[box]) * mask
     inverted = bool(darker.sum() >= 0) if invert == "auto" else invert == "always"
     # The background becomes exactly black, and what is as dark (or light) as can be against it 255.
-    room = np.maximum(back if inverted else 255 - back, 32)
-    light = np.clip((darker if inverted else -darker) * (255 / room), 0, 255)
-    seen = np.quantile(light[mask][::CONTRAST_STEP], [share for share, _ in CONTRAST])
+    light = darker * ((255 if inverted else -255) / np.maximum(paper if inverted else 255 - paper, 32))
+    np.clip(light, 0, 255, out=light)
+    some = np.s_[::CONTRAST_STEP, ::CONTRAST_STEP] if min(light.shape) > 8 * CONTRAST_STEP else np.s_[:, :]
+    seen = np.quantile(light[some][mask[some]], [share for share, _ in CONTRAST])
     gain = max(1.0, *(level / max(value, 1.0) for value, (_, level) in zip(seen.tolist(), CONTRAST, strict=True)))
-    return Cutout(view=fit(np.minimum(light * gain, 255)), box=(left, top, right, bottom), inverted=inverted)
+    light *= np.float32(gain)
+    return Cutout(view=fit(np.minimum(light, 255, out=light)), box=(left, top, right, bottom), inverted=inverted)
 
 
-def _on_background(image: Image.Image, *, crop: bool) -> tuple[Floats, Floats, Mask | None]:
-    """Return the grey of a picture and of its background, float32 [H, W], 0 to 255, and the object's mask, if any."""
-    grey = np.asarray(image.convert("L"), dtype=np.float32)
+def _on_background(image: Image.Image, *, crop: bool) -> tuple[NDArray[Any], Fine, Mask | None]:
+    """Return the grey of a picture, 0 to 255, that of its background, and the object's mask, if any; all [H, W]."""
+    grey: NDArray[Any] = np.asarray(image.convert("L"))
     if image.mode == "RGB":
         extrema: Any = image.getextrema() if not np.ptp(grey) else ((0, 1),)  # of each channel; it takes its time
         if all(low == high for low, high in extrema):
             raise ValueError("one plain colour: there is no object in it")
-        return grey, *((crop and find_object(image)) or (grey, None))
+        back, mask = (crop and find_object(image)) or (np.zeros(grey.shape, dtype=np.int16), None)
+        return grey, back, mask
     alpha = np.asarray(image.getchannel("A"), dtype=np.float32) / np.float32(255)
     mask = alpha > 0.5
-    if np.ptp(alpha * (1 + grey)) < 1e-3:
+    if np.ptp(alpha * (np.float32(1) + grey)) < 1e-3:
         raise ValueError("one plain colour: there is no object in it")
     if not mask.any():
         raise ValueError("wholly transparent: there is no object in it")
     # A cut-out is shown on white, as in a shop; a white object would vanish there, so it is shown on black.
-    back = np.full_like(grey, 0 if grey[mask].mean() > 200 else 255)
+    paper = 0 if grey[mask].mean() > 200 else 255
+    back = np.full(grey.shape, paper * FINE, dtype=np.int16)
     # Below half opacity is a drawn shadow, or the edge: the edge stays soft by a pixel.
-    return alpha * grey + (1 - alpha) * back, back, ndimage.binary_dilation(mask) if crop else None
+    return alpha * grey + (1 - alpha) * paper, back, ndimage.binary_dilation(mask) if crop else None
 
 
-def find_object(image: Image.Image) -> tuple[Floats, Mask] | None:
+def find_object(image: Image.Image) -> tuple[Fine, Mask] | None:
     """Separate the object from a plain background.
 
     Args:
         image: of mode RGB.
 
     Returns:
-        The background's grey under every pixel, float32 [H, W], and the object's mask, bool [H, W]; None where the
+        The background's grey under every pixel, int16 [H, W], and the object's mask, bool [H, W]; None where the
         border is not of one colour (up to a gradient of light), or nothing, or nearly all, differs from it.
     """
     # An array per channel, and integers: a reduction over an axis of three floats takes twenty times as long.
-    planes = [np.asarray(plane).astype(np.int16) * FINE for plane in image.split()]
+    planes = [np.multiply(np.asarray(plane), FINE, dtype=np.int16) for plane in image.split()]
     slopes, spread = _background(planes)
     if 4 * spread > TOLERANCE:  # a camera's noise; where there is none the edge stays where it is, to the pixel
         planes = [ndimage.gaussian_filter(plane, 1) for plane in planes]
@@ -125,7 +131,7 @@ def find_object(image: Image.Image) -> tuple[Floats, Mask] | None:
     mask = _largest(_opened(distance > limit))
     if not 0.002 < np.count_nonzero(mask) / mask.size < 0.98:
         return None
-    return np.divide(_surface(LUMINANCE @ slopes, mask.shape), FINE, dtype=np.float32), mask
+    return _surface(LUMINANCE @ slopes, mask.shape), mask
 
 
 def _border(plane: NDArray[Any]) -> NDArray[Any]:
@@ -141,7 +147,9 @@ def _surface(slope: Floats, shape: tuple[int, ...]) -> Fine:
     level, along, down = slope * FINE
     y, x = (np.linspace(-1, 1, side, dtype=np.float32) for side in shape)
     rows, columns = (np.clip(part, -15000, 15000).astype(np.int16) for part in (level + down * y, along * x))
-    return np.clip(rows[:, None] + columns, 0, 255 * FINE)
+    surface = rows[:, None] + columns
+    inside = rows.min() + columns.min() >= 0 and rows.max() + columns.max() <= 255 * FINE
+    return surface if inside else np.clip(surface, 0, 255 * FINE, out=surface)
 
 
 @lru_cache(maxsize=16)  # a folder's pictures have few sizes

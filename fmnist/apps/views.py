@@ -83,13 +83,19 @@ def read_photos(
         name, error = item
         return Photo(name=name, error=error) if error else read_photo(name, invert=invert, crop=crop)
 
-    items = iter(found)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow and numpy let other threads run
-        waiting = [pool.submit(read, item) for item in islice(items, CHUNK)]
-        while waiting:
-            ahead = [pool.submit(read, item) for item in islice(items, CHUNK)]
-            yield [future.result() for future in waiting]
-            waiting = ahead
+    items, num_threads = iter(found), torch.get_num_threads()
+    try:
+        # The model has half of the cores meanwhile: torch's threads wait for each other by spinning, and on two cores
+        # that doubled the time of a picture. Pillow and numpy let other threads run.
+        torch.set_num_threads(max(1, num_threads // 2))
+        with ThreadPoolExecutor(num_threads) as pool:
+            waiting = [pool.submit(read, item) for item in islice(items, CHUNK)]
+            while waiting:
+                ahead = [pool.submit(read, item) for item in islice(items, CHUNK)]
+                yield [future.result() for future in waiting]
+                waiting = ahead
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def count_kinds(kinds: Counter[str]) -> str:

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -110,10 +111,8 @@ def open_picture(path: Path) -> Image.Image:
     with path.open("rb") as stream:
         image = _open(stream)
         image.load()
-        try:
-            image = ImageOps.exif_transpose(image)
-        except Exception:  # broken metadata does not make a broken picture
-            image = image.copy()
+        with suppress(Exception):  # broken metadata does not make a broken picture
+            ImageOps.exif_transpose(image, in_place=True)
         return as_rgb(image)
 
 
