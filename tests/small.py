@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from fmnist.checkpoint.tensors import apart
 from fmnist.config.schema import AugmentConfig, BatchConfig, Config, DataConfig, ModelConfig, to_yaml
 from fmnist.data.fashion_mnist import MEAN, STD, load
 from fmnist.models import build_model
@@ -45,7 +46,7 @@ def untrained(folder: Path, model: ModelConfig, size: int) -> Path:
                 tensor += 0.03 * torch.randn_like(tensor)  # norms, running statistics and zero-initialised heads too
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(cfg))
-    save_file({key: value.contiguous() for key, value in built.state_dict().items()}, folder / "model.safetensors")
+    save_file(apart(built.state_dict()), folder / "model.safetensors")
     return folder
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from fmnist.config.first_look import OUR_MODELS
 from fmnist.config.parse import load_config, parse_config
-from fmnist.config.same_run import differences
+from fmnist.config.same_run import changes, differences
 from fmnist.config.schema import OPTIONS, Config, flatten, meanings, to_yaml, unflatten
+from fmnist.models import REGISTRY
 from fmnist.optim import Schedule
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -253,3 +255,44 @@ def test_an_option_that_would_be_ignored_or_misread_is_refused(
     argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert expected in refuse(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model.name", "convnext_tinny"], "model.name: unknown model 'convnext_tinny'; nearest: convnext_tiny"),
+        (["--model.name", "resnet18", "--model.weights", "no.pt"], "model.weights: there is no file no.pt"),
+        (["--model.name", "resnet18", "--model.weights", __file__], "is none of .safetensors, .pt, .pth"),
+        (["--data.root", "/nonexistent"], "data.root: no Fashion-MNIST in /nonexistent: found no such folder"),
+        (["--data.root", __file__], ": found a file"),
+        (["configs/mlp.yaml"], "'configs/mlp.yaml' is no option (did you mean --config configs/mlp.yaml?)"),
+    ],
+)
+def test_what_is_not_there_is_said_before_torch_is_imported(
+    flags: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_config([*flags, "--output_dir", str(tmp_path / "run")])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and said in err and err.count("\n") == 1
+
+
+def test_a_begun_run_and_any_name_of_timm_pass_the_first_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("resnet18", "resnet18.a1_in1k", "vit_tiny_patch16_224", *OUR_MODELS):
+        assert parse_config(["--model.name", name]).model.name == name
+    assert set(OUR_MODELS) == set(REGISTRY)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "images").mkdir()
+    assert parse_config(["--data.root", "~/images"]).data.root == "~/images"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").touch()
+    gone = ["--output_dir", str(tmp_path / "run"), "--data.root", "/nonexistent"]
+    assert parse_config(gone).data.root == "/nonexistent"  # the run may be finished
+
+
+def test_a_difference_is_said_in_the_words_of_yaml() -> None:
+    assert changes({"a": 60, "b": True, "c": "x"}, {"a": None, "b": False, "c": "y"}) == [
+        "a was 60, now null",
+        "b was true, now false",
+        "c was x, now y",
+    ]

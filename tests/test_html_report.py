@@ -222,8 +222,10 @@ def test_the_strip_by_hand() -> None:
     # Lowest 0.835: 20 * 0.835 - 0.5 = 16.2 -> 16 / 20 = 0.80. 0.93 is at (0.93 - 0.8) / 0.2 = 65 %.
     strip = place_on_scale(0.93, [0.925, 0.935], 0.835)
     assert strip["ticks"][0] == (0.0, pytest.approx(0.80))
+    assert [tick for _, tick in strip["ticks"]] == [0.8, 0.85, 0.9, 0.95, 1.0]  # percent in steps of five
     assert strip["top1"] == pytest.approx(65.0)
     assert strip["human"] == pytest.approx(17.5)
+    assert [tick for _, tick in place_on_scale(0.5, [0.47, 0.53], None)["ticks"]] == [0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
     assert place_on_scale(0.02, [0.01, 0.04], None)["ticks"][0] == (0.0, 0.0)
 
 

@@ -74,7 +74,8 @@ def test_a_folder_with_good_and_bad_files(run_directory: Path, tmp_path: Path) -
 def test_exit_status_and_one_line_errors(run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jpg").write_bytes(b"nothing")
-    assert "0 predicted: 0 flagged" in command(main, run_directory, "bad.jpg", "--output", "out", status=1, lines=None)
+    said = command(main, run_directory, "bad.jpg", "--output", "out", status=1, lines=None)
+    assert "0 predicted: 0 flagged" in said and "bad.jpg: not a JPEG, PNG or WebP picture" in said
     assert "not a run directory" in command(main, tmp_path, "bad.jpg", status=2)
     assert "--output is bad.jpg" in command(main, run_directory, "bad.jpg", "--output", "bad.jpg", status=2)
     # Where nothing of what was named is there, that is said before the model is opened.

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_origin
 
 from fmnist.config import strict_yaml
 from fmnist.config.conflicts import validate
+from fmnist.config.first_look import look
 from fmnist.config.schema import OPTIONS, SECTIONS, Config, convert, flatten, meanings, to_yaml, type_name, unflatten
 from fmnist.config.shipped import find_recipe, shipped
 
@@ -58,6 +59,8 @@ def parse_config(argv: list[str] | None = None, prog: str | None = None) -> Conf
         if options["output_dir"] is None:
             options["output_dir"] = f"runs/{Path(files[-1]).stem}"
         validate(cfg := unflatten(options))
+        if not args.print_config:
+            look(cfg)
     except (argparse.ArgumentError, ValueError) as error:
         sys.stderr.write(f"{parser.prog}: error: {' '.join(str(error).split())}\n")
         raise SystemExit(2) from None

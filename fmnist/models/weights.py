@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import constants as hub
 from torch import Tensor
 
+from fmnist.config.first_look import WEIGHTS
 from fmnist.runtime.probe import answers
 
 HUB_TIMEOUT_S = 5.0
@@ -30,8 +31,8 @@ def read_weights(path: str) -> dict[str, Tensor]:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"model.weights: there is no file {path}")
-    if file.suffix not in (".safetensors", ".pt", ".pth"):
-        raise ValueError(f"model.weights: {path} is none of .safetensors, .pt, .pth")
+    if file.suffix not in WEIGHTS:
+        raise ValueError(f"model.weights: {path} is none of {', '.join(WEIGHTS)}")
     tensors: Any
     try:
         if file.suffix == ".safetensors":

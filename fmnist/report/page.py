@@ -70,12 +70,13 @@ def place_on_scale(top1: float, interval: Sequence[float], human: float | None) 
     """Positions, in percent of its width, on the scale under the headline."""
     lowest = min([interval[0], *([human] if human else [])])
     start = max(0.0, math.floor(20 * lowest - 0.5) / 20)  # a multiple of 5 %, with room to its right
+    every = next(every for every in (5, 10, 20) if 100 * (1 - start) <= 6 * every)  # percent, so that they stay apart
+    ticks = [tick / 100 for tick in range(0, 101, every) if tick > round(100 * start) - every]
+    start = ticks[0]
 
     def place(value: float) -> float:
         return 100 * (value - start) / (1 - start)
 
-    every = next(every for every in (5, 10, 20) if 100 * (1 - start) <= 6 * every)  # percent, so that they stay apart
-    ticks = [tick / 100 for tick in range(0, 101, every) if tick >= 100 * start - 0.1]
     return {
         "ticks": [(place(tick), tick) for tick in ticks],
         "low": place(interval[0]),

@@ -80,7 +80,11 @@ def _trace(expected: Expected) -> Any:
     deployed = Deployed(expected.trained).eval()
     noisy = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in noisy]
+    # timm's attention in plain products: the exporter cannot take torch's fused one apart where it has a bias
+    fused = [module for module in deployed.modules() if getattr(module, "fused_attn", False)]
     try:
+        for module in fused:
+            module.fused_attn = False  # type: ignore[assignment]
         for logger in noisy:
             logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
@@ -105,6 +109,8 @@ def _trace(expected: Expected) -> Any:
         name = expected.trained.cfg.model.name
         raise ValueError(f"torch cannot export {name} to ONNX: {_reason(error)}") from error
     finally:
+        for module in fused:
+            module.fused_attn = True  # type: ignore[assignment]
         for logger, level in zip(noisy, levels, strict=True):
             logger.setLevel(level)
 

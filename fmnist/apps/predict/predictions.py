@@ -128,7 +128,7 @@ def write_predictions(items: Iterable[Prediction], args: argparse.Namespace, tit
         for item in items:
             rows.append(row(item, args.top))
             counts["predicted" if item.top else "errors"] += 1
-            if not item.top and counts["errors"] <= NAMED:
+            if not item.top and counts["errors"] <= NAMED and not args.json:
                 logger.warning("%s: %s", one_line(item.photo.name), item.photo.error)
             counts["unfamiliar"] += item.unfamiliar
             counts["uncropped"] += item.photo.cutout is not None and item.photo.cutout.box is None

@@ -1,0 +1,46 @@
+"""Mistakes in names of files and models that can be seen without torch, which takes seconds to import."""
+
+import difflib
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from fmnist.config.schema import Config
+
+OUR_MODELS = ("mlp", "cnn", "hybrid")
+WEIGHTS = (".safetensors", ".pt", ".pth")
+
+
+def look(cfg: Config) -> None:
+    """Refuse a folder, file or model that is not there, before a run that begins.
+
+    Raises:
+        ValueError: one line with the option and its value.
+    """
+    root, weights = cfg.data.root, cfg.model.weights
+    begun = os.path.exists(os.path.join(cfg.output_dir or "", "config.yaml"))  # it may be finished, and need neither
+    if root is not None and not begun and not os.path.isdir(folder := os.path.expanduser(root)):
+        found = "a file" if os.path.exists(folder) else "no such folder"
+        raise ValueError(
+            f"data.root: no Fashion-MNIST in {folder}: found {found}; leave data.root out and train.py fetches it"
+        )
+    if weights is not None and not begun:
+        if not os.path.isfile(weights):
+            raise ValueError(f"model.weights: there is no file {weights}")
+        if not weights.endswith(WEIGHTS):
+            raise ValueError(f"model.weights: {weights} is none of {', '.join(WEIGHTS)}")
+    if cfg.model.name not in OUR_MODELS:
+        _look_for_model(cfg.model.name)
+
+
+def _look_for_model(name: str) -> None:
+    """Refuse a name that stands nowhere in timm's sources; whether it is a model's, timm itself says later."""
+    timm = importlib.util.find_spec("timm")
+    folder = Path(timm.origin).parent / "models" if timm is not None and timm.origin else Path("/nonexistent")
+    text = "\n".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
+    if not text or re.search(rf"\b{re.escape(name.partition('.')[0])}\b", text):
+        return
+    known = [*OUR_MODELS, *re.findall(r"^@register_model\ndef (\w+)", text, re.MULTILINE)]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    raise ValueError(f"model.name: unknown model {name!r}; nearest: {', '.join(near) or 'none'}")
