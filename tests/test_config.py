@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from fmnist.config.first_look import OUR_MODELS
 from fmnist.config.parse import load_config, parse_config
 from fmnist.config.same_run import changes, differences
 from fmnist.config.schema import OPTIONS, Config, flatten, meanings, to_yaml, unflatten
@@ -278,9 +277,8 @@ def test_what_is_not_there_is_said_before_torch_is_imported(
 
 
 def test_a_begun_run_and_any_name_of_timm_pass_the_first_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("resnet18", "resnet18.a1_in1k", "vit_tiny_patch16_224", *OUR_MODELS):
+    for name in ("resnet18", "resnet18.a1_in1k", "vit_tiny_patch16_224", *REGISTRY):
         assert parse_config(["--model.name", name]).model.name == name
-    assert set(OUR_MODELS) == set(REGISTRY)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "images").mkdir()
     assert parse_config(["--data.root", "~/images"]).data.root == "~/images"

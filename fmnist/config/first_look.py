@@ -4,11 +4,12 @@ import difflib
 import importlib.util
 import os
 import re
+import sys
 from pathlib import Path
 
 from fmnist.config.schema import Config
 
-OUR_MODELS = ("mlp", "cnn", "hybrid")
+OURS = Path(__file__).resolve().parent.parent / "models" / "__init__.py"  # its REGISTRY names our own
 WEIGHTS = (".safetensors", ".pt", ".pth")
 
 
@@ -30,17 +31,20 @@ def look(cfg: Config) -> None:
             raise ValueError(f"model.weights: there is no file {weights}")
         if not weights.endswith(WEIGHTS):
             raise ValueError(f"model.weights: {weights} is none of {', '.join(WEIGHTS)}")
-    if cfg.model.name not in OUR_MODELS:
-        _look_for_model(cfg.model.name)
+    _look_for_model(cfg.model.name)
 
 
 def _look_for_model(name: str) -> None:
-    """Refuse a name that stands nowhere in timm's sources; whether it is a model's, timm itself says later."""
+    """Refuse a name that stands nowhere in our registry and timm's sources; timm itself says whether it is a model."""
+    registry = re.findall(r'^    "(\w+)": \w+,$', OURS.read_text(encoding="utf-8"), re.MULTILINE)
+    if (models := sys.modules.get("fmnist.models")) is not None:  # a notebook may have put its own into it
+        registry = list(models.REGISTRY)
     timm = importlib.util.find_spec("timm")
-    folder = Path(timm.origin).parent / "models" if timm is not None and timm.origin else Path("/nonexistent")
-    text = "\n".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
-    if not text or re.search(rf"\b{re.escape(name.partition('.')[0])}\b", text):
+    if name in registry or timm is None or timm.origin is None:
         return
-    known = [*OUR_MODELS, *re.findall(r"^@register_model\ndef (\w+)", text, re.MULTILINE)]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (Path(timm.origin).parent / "models").glob("*.py"))
+    if re.search(rf"\b{re.escape(name.partition('.')[0])}\b", text):
+        return
+    known = [*registry, *re.findall(r"^@register_model\ndef (\w+)", text, re.MULTILINE)]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     raise ValueError(f"model.name: unknown model {name!r}; nearest: {', '.join(near) or 'none'}")
