@@ -57,8 +57,9 @@ def log_to_console() -> None:
     """Send messages to stderr; `Processes` silences all processes but the main one."""
     handler = _AboveTheBar()
     handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setLevel(logging.INFO)
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)  # train.log has more
     logger.propagate = False
 
 

@@ -1,5 +1,6 @@
 """When to stop: what signals and the time limit ask of one process, agreed on by all of them."""
 
+import logging
 import signal
 import threading
 import time
@@ -11,8 +12,12 @@ from torch import Tensor
 
 from fmnist.runtime.heartbeat import Heartbeat
 
+logger = logging.getLogger("fmnist")
 # Those that this system has; SIGHUP comes from a closed terminal.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+
+
+TIME_LIMIT = 1000  # a vote for max_minutes; one for a signal is its number
 
 
 class StopVote:
@@ -26,6 +31,9 @@ class StopVote:
         max_minutes: from now; None is no limit.
         timeout_s: how long a process waits for the others, once the first step is done.
         heartbeat: is told that limit.
+
+    Attributes:
+        reason: what asked for the stop, by name, once there is one: SIGTERM, max_minutes.
     """
 
     def __init__(
@@ -33,6 +41,7 @@ class StopVote:
     ) -> None:
         self.control, self.max_minutes = control, max_minutes
         self.timeout_s, self.heartbeat = timeout_s, heartbeat
+        self.reason = ""
         self._started, self._signal = time.monotonic(), 0
         self._cast: tuple[Tensor, Any] | None = None
         self._handlers: dict[int, Any] = {}
@@ -63,21 +72,28 @@ class StopVote:
     def __call__(self) -> bool:
         """Say whether to stop now; called by all processes after every step."""
         minutes = (time.monotonic() - self._started) / 60
-        mine = bool(self._signal) or (self.max_minutes is not None and minutes >= self.max_minutes)
+        late = self.max_minutes is not None and minutes >= self.max_minutes
+        mine = self._signal or (TIME_LIMIT if late else 0)
         if self.control is None:
-            return mine
+            return self._decide(mine)
         if self._cast is None and self.heartbeat is not None:  # the first step is done, with all its compiling
             self.heartbeat.limit_s = self.timeout_s
         stop = self.last()
-        flag = torch.tensor(int(mine))
-        self._cast = (flag, dist.all_reduce(flag, group=self.control, async_op=True))
+        vote = torch.tensor(mine)
+        self._cast = (vote, dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.control, async_op=True))
         return stop
 
     def last(self) -> bool:
         """Wait for the vote that is under way and return its result; False where there is none."""
         if self._cast is None:
             return False
-        flag, work = self._cast
+        vote, work = self._cast
         work.wait()
         self._cast = None
-        return bool(flag)
+        return self._decide(int(vote))
+
+    def _decide(self, vote: int) -> bool:
+        if vote and not self.reason:
+            self.reason = "max_minutes" if vote == TIME_LIMIT else signal.Signals(vote).name
+            logger.info("%s: saving a checkpoint, then stopping", self.reason)
+        return bool(vote)

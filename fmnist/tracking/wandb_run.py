@@ -90,7 +90,8 @@ def start_wandb(directory: Path, cfg: LogConfig, resolved: Mapping[str, Any]) ->
     started.define_metric("*", step_metric="step")
     started.define_metric("val/top1", step_metric="step", summary="max")
     hint = "" if mode == "online" else f"; send it with: wandb sync {directory}/wandb/offline-run-*-{run_id}"
-    logger.info("Weights & Biases: %s, run %s%s", mode, run_id, hint)
+    asked_for = cfg.wandb != "auto" or has_api_key()  # else train.log alone says it
+    logger.log(logging.INFO if asked_for else logging.DEBUG, "Weights & Biases: %s, run %s%s", mode, run_id, hint)
     return started
 
 

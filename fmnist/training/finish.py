@@ -51,7 +51,7 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
     if finished and run.is_main:  # after the summary: a figure that fails costs neither numbers nor summary
         write_report(found, run)
     if not finished:
-        at = f"stopped at step {state.step:,} of {training.schedule.total_steps:,}"
+        at = f"stopped at step {state.step:,} of {training.schedule.total_steps:,} by {run.should_stop.reason}"
         logger.info("%s; checkpoint saved; rerun the same command to resume", at)
     elif run.is_main:
         logger.info("%s", closing(run.directory, summary["val.top1"], found))
