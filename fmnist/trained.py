@@ -1,6 +1,7 @@
 """A trained run, or one of its checkpoints, as a function of images: logits and features."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -55,6 +56,16 @@ class Trained:
     device: torch.device
     sha256: str = ""
     fingerprint: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by; 1 for a checkpoint, and for a run that fitted none on validation images."""
+        value = self.summary.get("temperature") if not self.checkpoint else None
+        return value if isinstance(value, float) and 0 < value < math.inf else 1.0
+
+    def probabilities(self, logits: Tensor, *, calibrate: bool = True) -> Tensor:
+        """Return the probability of each class, float64 [N, num_classes], of logits of the same shape."""
+        return (logits.double() / (self.temperature if calibrate else 1.0)).softmax(dim=-1)
 
     def folder(self, kind: str, *more: str) -> Path:
         """Return where a command keeps what it makes of these weights.

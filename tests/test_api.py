@@ -88,7 +88,7 @@ def test_two_trainings_in_one_process_leave_it_as_it_was(tmp_path: Path) -> None
 
 def test_paths_pictures_and_arrays_give_one_answer(run: fmnist.RunResults, tmp_path: Path) -> None:
     images = load("test")[0][:4]
-    expected = run.trained(images)[0].double().softmax(1)
+    expected = (run.trained(images)[0].double() / run.summary["temperature"]).softmax(1)
     answers = run.predict(images, top=10)
     assert [len(answer) for answer in answers] == [10] * 4
     for answer, row in zip(answers, expected.tolist(), strict=True):

@@ -75,7 +75,7 @@ def test_exit_status_and_one_line_errors(run_directory: Path, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jpg").write_bytes(b"nothing")
     said = command(main, run_directory, "bad.jpg", "--output", "out", status=1, lines=None)
-    assert "0 predicted: 0 flagged" in said and "bad.jpg: not a JPEG, PNG or WebP picture" in said
+    assert "0 predicted: 0 flagged" in said and "bad.jpg: not a JPEG, PNG, WEBP, GIF, BMP or TIFF picture" in said
     assert "not a run directory" in command(main, tmp_path, "bad.jpg", status=2)
     assert "--output is bad.jpg" in command(main, run_directory, "bad.jpg", "--output", "bad.jpg", status=2)
     # Where nothing of what was named is there, that is said before the model is opened.

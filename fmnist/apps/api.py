@@ -60,7 +60,9 @@ class RunResults:
         lines = [line for part in read_metrics(self.directory / METRICS_FILE).values() for line in part]
         return sorted(lines, key=lambda line: int(line["step"]))
 
-    def predict(self, images: Picture | Sequence[Picture], top: int = 3) -> list[list[tuple[str, float]]]:
+    def predict(
+        self, images: Picture | Sequence[Picture], top: int = 3, *, calibrate: bool = True
+    ) -> list[list[tuple[str, float]]]:
         """Predict pictures.
 
         Args:
@@ -68,6 +70,7 @@ class RunResults:
                 Fashion-MNIST as `fmnist predict` does; or uint8 arrays or tensors, [N, H, W] or [H, W], 0 to 255,
                 taken as they are: light on black. They may be mixed, and of several sizes.
             top: classes per picture, 1 to num_classes.
+            calibrate: scale confidences by the temperature that the run fitted on its validation images.
 
         Returns:
             For each picture its likeliest classes, (name, probability), the likeliest first.
@@ -84,7 +87,7 @@ class RunResults:
         pictures: Iterable[Any] = [images] if one else images  # type: ignore[assignment]
         views = [_as_views(picture) for picture in pictures]
         logits = torch.cat([torch.zeros(0, len(names)), *(self.trained(part)[0] for part in _stacked(views))])
-        values, labels = logits.double().softmax(1).topk(int(top))
+        values, labels = self.trained.probabilities(logits, calibrate=calibrate).topk(int(top))
         return [
             [(names[label], value) for value, label in zip(*row, strict=True)]
             for row in zip(values.tolist(), labels.tolist(), strict=True)

@@ -29,11 +29,13 @@ class NoveltyReference:
         train: float16 [M, D], penultimate features of training images, each of length 1.
         val: float16 [V, D], likewise of validation images, which the model was not trained on.
         val_logits: float32 [V, num_classes].
+        temperature: what logits are divided by, see `Trained.temperature`.
     """
 
     train: Tensor
     val: Tensor
     val_logits: Tensor
+    temperature: float = 1.0
 
     @cached_property
     def bank(self) -> Tensor:
@@ -94,7 +96,7 @@ def open_reference(trained: Trained, root: str | None = None) -> NoveltyReferenc
         val = _features(trained, "train_held_out", images, order[count : 2 * count])
     if len(val) < MIN_CALIBRATION:
         logger.warning("the flag for unfamiliar pictures is calibrated on only %d images: do not rely on it", len(val))
-    return NoveltyReference(train.features, val.features, val.logits)
+    return NoveltyReference(train.features, val.features, val.logits, trained.temperature)
 
 
 def _features(trained: Trained, name: str, images: Tensor, chosen: Tensor) -> Features:

@@ -1,6 +1,7 @@
 """The end of a run: the weights to use, the test images, the summary, and then the figures."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from fmnist.checkpoint.tensors import load_strict, read_tensors
 from fmnist.config.schema import Config
 from fmnist.config.shipped import command
 from fmnist.data.fashion_mnist import name_of
+from fmnist.evaluation.calibration import fit_temperature
 from fmnist.evaluation.findings import Findings, findings
+from fmnist.evaluation.numbers import calibration_error
 from fmnist.evaluation.outcome import Outcome
 from fmnist.metrics import predict
 from fmnist.run import Run
@@ -42,11 +45,15 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
     if state.best_step:
         exported = run.on_main(training.checkpoints.export, state.best_step, run.directory / MODEL)
         summary["weights_sha256"] = exported
+    if finished:
+        use_best_weights(training, run)
+        summary["temperature"] = fit_on_validation(training, cfg, run)
     found = evaluate_test(training, cfg, run) if finished and cfg.evaluation.test else None
     if found is not None:
         scores = {key: found.metrics[key] for key in ("top1", "loss", "num_images")}
         run.log("test", scores, state.step)
         summary |= {f"test.{key}": value for key, value in scores.items()}
+        summary |= calibration_errors(found, summary["temperature"])
     run.finish(summary)
     if finished and run.is_main:  # after the summary: a figure that fails costs neither numbers nor summary
         write_report(found, run)
@@ -57,11 +64,34 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
         logger.info("%s", closing(run.directory, summary["val.top1"], found))
 
 
-def evaluate_test(training: Training, cfg: Config, run: Run) -> Findings | None:
-    """Evaluate the weights to use on the test images, on all processes; return the numbers on the main one."""
-    model, split, weights = training.model, training.test_split, run.directory / MODEL
+def use_best_weights(training: Training, run: Run) -> None:
+    """Read the weights to use, as they stand on the disk, into the model of every process."""
+    model, weights = training.model, run.directory / MODEL
     run.on_main(lambda: load_strict(model, read_tensors(weights), weights))
     run.broadcast(model.state_dict().values())
+
+
+def fit_on_validation(training: Training, cfg: Config, run: Run) -> float | None:
+    """Fit the temperature that makes confidences mean what they say; None without validation images."""
+    split = training.val_split
+    if not len(split):
+        return None
+    logits = predict(training.model, split, training.augment, replace(cfg.evaluation, tta="none"), run)
+    return run.on_main(fit_temperature, logits.cpu(), split.labels.cpu())
+
+
+def calibration_errors(found: Findings, temperature: float | None) -> dict[str, float]:
+    """Return the expected calibration error on the test images, without and with the temperature."""
+    outcome, errors = found.outcome, {"test.ece": found.metrics["ece"]}
+    if temperature is not None:
+        scaled = (outcome.logits.double() / temperature).softmax(dim=1)
+        errors["test.ece_calibrated"] = calibration_error(scaled, outcome.labels)
+    return errors
+
+
+def evaluate_test(training: Training, cfg: Config, run: Run) -> Findings | None:
+    """Evaluate the weights to use on the test images, on all processes; return the numbers on the main one."""
+    model, split = training.model, training.test_split
     logits = predict(model, split, training.augment, cfg.evaluation, run).cpu()
     outcome = Outcome(
         name=run.directory.resolve().name,

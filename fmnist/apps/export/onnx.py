@@ -31,11 +31,12 @@ class Deployed(nn.Module):
     def __init__(self, trained: Trained) -> None:
         super().__init__()
         self.model, self.augment, self.size = trained.model, trained.augment, trained.size
+        self.temperature = trained.temperature
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits and probabilities, float32 [B, num_classes], of images uint8 [B, H, W]."""
+        """Return logits and calibrated probabilities, float32 [B, num_classes], of images uint8 [B, H, W]."""
         logits = self.model(self.augment.evaluation(images, self.size))
-        return logits, logits.softmax(-1)
+        return logits, (logits / self.temperature).softmax(-1)
 
 
 def write_onnx(expected: Expected, path: Path) -> str:
@@ -61,7 +62,8 @@ def write_onnx(expected: Expected, path: Path) -> str:
         "run": trained.name,
         "model": trained.cfg.model.name,
         "weights_sha256": trained.digest,
-        "image_size": str(expected.trained.size),
+        "image_size": str(trained.size),
+        "temperature": repr(trained.temperature),  # what probabilities divide the logits by
     }
     onnx.helper.set_model_props(proto, about)
     onnx.checker.check_model(proto)
@@ -148,7 +150,8 @@ def check(graph: Path | bytes, expected: Expected, limit: float = LARGEST_DIFFER
     except Exception as error:  # onnxruntime's exceptions share no type of their own
         raise ValueError(f"onnxruntime cannot run the graph: {one_line(error)}") from error
     logits, probabilities = (torch.cat([torch.from_numpy(part[i]) for part in parts]) for i in (0, 1))
-    pairs = {"logits": (logits, expected.logits), "probabilities": (probabilities, expected.logits.softmax(-1))}
+    calibrated = expected.trained.probabilities(expected.logits)
+    pairs = {"logits": (logits, expected.logits), "probabilities": (probabilities, calibrated)}
     differences = {name: float((got - wanted).abs().max()) for name, (got, wanted) in pairs.items()}
     for name, difference in differences.items():
         scaled = limit * max(1.0, float(pairs[name][1].abs().max()) / 10)

@@ -48,7 +48,7 @@ def describe(reference: NoveltyReference, logits: Tensor, features: Tensor) -> T
         as unfamiliar, the features at length 1.
     """
     predicted = F.one_hot(logits.argmax(1), logits.shape[1])
-    confidence = logits.double().softmax(1).amax(1, keepdim=True)
+    confidence = (logits.double() / reference.temperature).softmax(1).amax(1, keepdim=True)
     flagged = reference.score(features)[:, None] > reference.threshold
     return torch.cat([predicted, confidence, flagged, unit(features)], dim=1).double()
 

@@ -31,6 +31,12 @@ PARSER.add_argument(
     default=True,
     help="cut the object from its background; --no-crop uses every picture uncropped",
 )
+PARSER.add_argument(
+    "--calibrate",
+    action=argparse.BooleanOptionalAction,
+    default=True,
+    help="scale confidences by the temperature that the run fitted on its validation images",
+)
 PARSER.add_argument("--sheet", type=number(0, 1000), default=120, help="pictures on the sheet; 0: no sheet")
 PARSER.add_argument("--json", action="store_true", help="print the counts as JSON, for scripts")
 

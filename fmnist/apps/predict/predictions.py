@@ -60,6 +60,8 @@ def predict(found: Sequence[tuple[str, str]], args: argparse.Namespace, left_out
         flags = f"{counts['unfamiliar']:,} flagged as unfamiliar, {counts['uncropped']:,} used uncropped"
         beside = f"; left out: {count_kinds(left_out)}" if left_out else ""
         print(f"{counts['predicted']:,} predicted: {flags}; {errors}{beside}")
+        if args.calibrate and trained.temperature != 1:
+            print(f"confidences are calibrated, at temperature {trained.temperature:.3f}; --no-calibrate leaves it out")
         print(f"written to {args.output}")
     return 0 if counts["predicted"] else 1
 
@@ -70,7 +72,7 @@ def predict_pictures(
     """Predict pictures in the order found."""
     for photos in read_photos(found, invert=args.invert, crop=args.crop):
         logits, features = trained(stack_views(photos))
-        values, labels = logits.double().softmax(1).topk(args.top)
+        values, labels = trained.probabilities(logits, calibrate=args.calibrate).topk(args.top)
         scores = reference.score(features)
         rows = zip(values.tolist(), labels.tolist(), scores.tolist(), strict=True)
         for photo in photos:
