@@ -104,8 +104,9 @@ def test_batches_are_read_from_arrays_and_folders(tmp_path: Path) -> None:
     for index in range(3):
         Image.fromarray(images[index].numpy()).save(tmp_path / "folder" / f"{index}.png")
     (tmp_path / "folder" / "bad.png").write_bytes(b"")
-    (part, errors) = next(read_batch(tmp_path / "folder", Counter()))
-    assert torch.equal(part, images[:3]) and errors == {".png": 1}
+    (tmp_path / "folder" / "notes.txt").write_bytes(b"")
+    (part, errors) = next(read_batch(tmp_path / "folder", left_out := Counter()))
+    assert torch.equal(part, images[:3]) and errors == {".png": 1} and left_out == {".txt": 1}
 
 
 def test_bad_batches_are_one_line(tmp_path: Path) -> None:
