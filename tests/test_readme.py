@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments import tables
 from fmnist.checkpoint.run_directory import RUN_FILES
@@ -28,11 +29,31 @@ def test_every_option_and_file_that_it_names_exists() -> None:
     assert named <= options
     for path in re.findall(r"\]\(([\w/]+\.png)\)", README):
         assert (ROOT / path).stat().st_size > 10_000
-    recipes = re.findall(r"^\| `(\w+\.yaml)`", README.split("## Recipes")[1], re.M)
+    recipes = set(re.findall(r"`(\w+\.yaml)`", README.split("## Recipes")[1])) - {"config.yaml"}
     assert sorted(recipes) == sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
     for name in ("config.yaml", "metrics.jsonl", "model.safetensors", "summary.json", "learning_curves.png"):
         assert name in RUN_FILES
         assert f"`{name}`" in README
+
+
+def test_it_is_a_door_and_no_manual() -> None:
+    assert README.count("\n") <= 150
+
+
+def test_the_data_path_in_your_own_loop_runs() -> None:
+    block = re.search(r"```python\n(import fmnist\.data\n.*?)```", README, re.S)
+    assert block is not None
+    seen: list[torch.Tensor] = []
+
+    def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.append(logits)
+        if len(seen) == 2:
+            raise StopIteration
+        return logits.mean() + labels.float().mean()
+
+    with pytest.raises(StopIteration):
+        exec(block[1].replace('"cuda"', '"cpu"'), {"loss_of": loss_of, "model": lambda images: images})
+    assert seen[0].shape == (256, 1, 224, 224) and not torch.equal(seen[0], seen[1])
 
 
 def test_it_shows_the_loop_of_train_py() -> None:
