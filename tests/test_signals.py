@@ -44,6 +44,7 @@ def start(launcher: str, folder: Path, run: Path) -> "subprocess.Popen[bytes]":
     config.write_text(SMALL_RUN)
     # A job in the background of a shell script ignores SIGINT, and so would what it starts; a handler is not inherited.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nor may it ignore this one because the tests run under nohup
     command = [sys.executable, *LAUNCHERS[launcher][0], str(ROOT / "train.py"), "--config", config, "--output_dir", run]
     with run.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(command, env=environment() | SETTINGS, stdout=log, stderr=log, start_new_session=True)
