@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fmnist.data.batches import Loader, MicroBatch, Split, mix_key
+from fmnist.data.batches import Loader, MicroBatch, Split, draw_uniforms, mix_key
 from fmnist.runtime.processes import Processes
 
 
@@ -95,3 +95,13 @@ def test_keys_that_differ_in_one_bit_give_unrelated_seeds() -> None:
     ]
     assert abs(sum(flips) / len(flips) - 31.5) < 1.2
     assert len({mix_key(a, b) for a in range(100) for b in range(100)}) == 10_000
+
+
+def test_a_new_augmentation_moves_no_draw_of_an_old_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = draw_uniforms(50, seed=3, epoch=2)
+    assert before.shape == (50, 15)
+    monkeypatch.setattr("fmnist.data.batches.NUM_UNIFORMS", 17)
+    after = draw_uniforms(50, seed=3, epoch=2)
+    assert after.shape == (50, 17) and torch.equal(after[:, :15], before)
+    assert not torch.equal(after[:, 15], after[:, 16])
+    assert not torch.equal(after[:, 15:], draw_uniforms(50, seed=3, epoch=3)[:, 15:])

@@ -12,7 +12,7 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from fmnist.config.schema import AugmentConfig
-from fmnist.data.batches import NUM_UNIFORMS, epoch_generator, to_device
+from fmnist.data.batches import FLIP_IN_TURN, NUM_UNIFORMS, epoch_generator, to_device
 
 # What each column of the uniforms decides.
 FLIP, ANGLE, SHIFT_X, SHIFT_Y, ZOOM, ERASE, ERASE_AREA, ERASE_ASPECT, ERASE_X, ERASE_Y = range(10)
@@ -65,7 +65,7 @@ def flip_in_turn(uniforms: Tensor, seed: int, epoch: int) -> Tensor:
     Source:
         Alternating flip: Jordan 2024, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU.
     """
-    drawn = torch.rand(len(uniforms), generator=epoch_generator(seed, 0, 2))
+    drawn = torch.rand(len(uniforms), generator=epoch_generator(seed, 0, FLIP_IN_TURN))
     turned = uniforms.clone()
     turned[:, FLIP] = to_device(drawn if epoch % 2 == 0 else 1 - drawn, uniforms.device)
     return turned

@@ -15,7 +15,10 @@ from torch import Tensor
 from fmnist.config.schema import DataConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_indexed
 
-NUM_UNIFORMS = 15  # random numbers of one sample and epoch; augment_table.py says what each decides
+# Random numbers of one sample and epoch; augment_table.py says what each decides. The first FIRST_UNIFORMS are drawn
+# together; each that is added later has a key of its own, so that it moves no draw of an older run.
+FIRST_UNIFORMS = NUM_UNIFORMS = 15
+ORDER, UNIFORMS, FLIP_IN_TURN, LATER = 0, 1, 2, 3  # what a generator is for, the last part of its key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +109,14 @@ def epoch_generator(seed: int, epoch: int, purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed(mix_key(seed, epoch, purpose))
 
 
+def draw_uniforms(num_images: int, seed: int, epoch: int) -> Tensor:
+    """Return an epoch's float32 [num_images, NUM_UNIFORMS] in [0, 1), on the CPU."""
+    first = torch.rand(num_images, FIRST_UNIFORMS, generator=epoch_generator(seed, epoch, UNIFORMS))
+    later = range(LATER, LATER + NUM_UNIFORMS - FIRST_UNIFORMS)
+    more = [torch.rand(num_images, 1, generator=epoch_generator(seed, epoch, purpose)) for purpose in later]
+    return torch.cat([first, *more], dim=1)
+
+
 class Loader:
     """Cut each epoch's order into global batches, and each of those into this process's micro-batches.
 
@@ -153,8 +164,8 @@ class Loader:
         """Return the epoch's order, int64 [N], and its uniforms, float32 [N, NUM_UNIFORMS], on the device."""
         if self._tables is None or self._tables[0] != epoch:
             device = self.split.labels.device
-            order = torch.randperm(len(self.split), generator=epoch_generator(self.seed, epoch, 0))
-            uniforms = torch.rand(len(self.split), NUM_UNIFORMS, generator=epoch_generator(self.seed, epoch, 1))
+            order = torch.randperm(len(self.split), generator=epoch_generator(self.seed, epoch, ORDER))
+            uniforms = draw_uniforms(len(self.split), self.seed, epoch)
             self._tables = (epoch, to_device(order, device), to_device(uniforms, device))
         return self._tables[1:]
 
