@@ -81,7 +81,7 @@ def test_help_answers_before_torch(name: str) -> None:
         (("predict", "nowhere", "a.jpg"), "RUN: nowhere: no such file or folder"),
         (("predict", "RUN", "a.jpg"), "a.jpg: no such file"),
         (("predict", "--devcie", "cpu"), "unknown option --devcie (did you mean --device?)"),
-        (("search", "query", "RUN", "a.jpg"), "IMAGE: a.jpg: no such file or folder"),
+        (("search", "query", "RUN", "a.jpg"), "a.jpg: no such file or folder"),
         (("search", "query", "RUN", "--splt", "all"), "unknown option --splt (did you mean --split?)"),
         (("search", "index", "nowhere"), "RUN: nowhere: no such file or folder"),
         (("monitor", "RUN", "nowhere"), "BATCH: nowhere: no such file or folder"),

@@ -9,9 +9,10 @@ The features of a split are computed once and kept in the run's folder features/
 """
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
-from fmnist.apps.search.names import SOURCES
+from fmnist.apps.search.names import SOURCES, find_queries
 from fmnist.runtime.arguments import CommandLine, existing, number
 from fmnist.runtime.console import log_to_console, one_line_errors
 
@@ -53,9 +54,14 @@ def main(argv: list[str] | None = None) -> int:
     args = PARSER.parse_args(argv)
     log_to_console()
     with one_line_errors(PARSER.prog):
+        left_out = Counter[str]()
+        named = find_queries(args.images, left_out) if args.command == "query" else []
+
         from fmnist.apps.search import queries
 
-        return {"query": queries.query, "index": queries.index, "evaluate": queries.evaluate}[args.command](args)
+        if args.command == "query":
+            return queries.query(args, named, left_out)
+        return (queries.index if args.command == "index" else queries.evaluate)(args)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from fmnist.apps.search.catalogue import (
 from fmnist.apps.search.hits import COLUMN_NAMES, Hit, hits_rows, plot_hits
 from fmnist.apps.search.names import QUERY, SOURCES
 from fmnist.apps.views import count_kinds, read_photos
-from fmnist.data.photos import find_pictures
 from fmnist.evaluation.neighbours import Neighbours
 from fmnist.evaluation.retrieval import measure_precision
 from fmnist.report.retrieval_table import RETRIEVAL_FILE, precision_table, write_precision
@@ -30,12 +29,14 @@ from fmnist.runtime.files import csv_bytes, write_atomic
 from fmnist.trained import Trained, open_trained
 
 
-def query(args: argparse.Namespace) -> int:
-    """Find the nearest images of each picture; write search.csv, then the sheet; return 1 where none was read."""
-    left_out = Counter[str]()
-    named = [pair for name in args.images for pair in _named(name, left_out)]
-    if all(error for _, error in named):
-        raise ValueError("; ".join(f"{name}: {error}" for name, error in named[:3]))
+def query(args: argparse.Namespace, named: list[tuple[str, str]], left_out: Counter[str]) -> int:
+    """Find the nearest images of each picture; write search.csv, then the sheet; return 1 where none was read.
+
+    Args:
+        args: the command line.
+        named: what `find_queries` returns.
+        left_out: what was found beside pictures, by suffix.
+    """
     trained = open_trained(args.run, args.device, args.batch_size)
     catalogue = load_catalogue(args.index, trained) if args.index else split_catalogue(trained, args.split, args.root)
     queries, errors = _read_queries(named, trained, args.root)
@@ -56,10 +57,6 @@ def query(args: argparse.Namespace) -> int:
     print(f"the {k} nearest of {len(catalogue):,} images to each picture, {milliseconds:.1f} ms a query{bad}")
     print(f"written to {output}: search.csv" + (f", search.png{part}" if shown else ""))
     return 0 if hits else 1
-
-
-def _named(name: str, left_out: Counter[str]) -> list[tuple[str, str]]:
-    return [(name, "")] if QUERY.fullmatch(name) else list(find_pictures([name], left_out))
 
 
 def _read_queries(
