@@ -148,7 +148,7 @@ def score(path: Path) -> None:
             names = [classes[Path(row["file"]).parent.name] for row in part]
             right = [row["prediction"] == name for row, name in zip(part, names, strict=True)]
             three = [name in (row["top1"], row["top2"], row["top3"]) for row, name in zip(part, names, strict=True)]
-            kept = [hit for hit, row in zip(right, part, strict=True) if row["unlike"] == "no"]
+            kept = [hit for hit, row in zip(right, part, strict=True) if row["unfamiliar"] == "no"]
             text += (
                 f"; {sum(right)} right, {sum(three)} in the top three; {sum(kept)} right of the {len(kept)} not flagged"
             )
