@@ -63,9 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             args.named, args.left_out = find_queries(args.images)
         from fmnist.apps.search import queries
 
-        if args.command == "query":
-            return queries.query(args, named, left_out)
-        return (queries.index if args.command == "index" else queries.evaluate)(args)
+        return {"query": queries.query, "index": queries.index, "evaluate": queries.evaluate}[args.command](args)
 
 
 if __name__ == "__main__":
