@@ -16,7 +16,8 @@ import torch
 
 from fmnist.benchmark.trainer import Trainer
 from fmnist.config.schema import AugmentConfig, Config, ModelConfig
-from fmnist.data.batches import Loader, Split
+from fmnist.data.batches import Loader
+from fmnist.data.split import Split
 from fmnist.runtime.compute import Compute
 
 GLOBAL_BATCH_SIZE = 128

@@ -23,7 +23,8 @@ from timm.utils import ModelEmaV3
 from fmnist.benchmark.trainer import Trainer
 from fmnist.config.parse import parse_config
 from fmnist.config.schema import Config
-from fmnist.data.batches import Loader, Split
+from fmnist.data.batches import Loader
+from fmnist.data.split import Split
 from fmnist.metrics import predict
 from fmnist.optim import Schedule, set_lr
 from fmnist.runtime.compute import Compute

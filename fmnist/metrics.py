@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fmnist.config.schema import EvaluationConfig
 from fmnist.data.augment import Augment
-from fmnist.data.batches import Split
+from fmnist.data.split import Split
 from fmnist.runtime.hardware import autocast, in_float64
 from fmnist.runtime.processes import Processes
 

@@ -13,7 +13,7 @@ from fmnist.checkpoint.run_directory import SUMMARY, has_run, lock_directory
 from fmnist.config.same_run import run_yaml
 from fmnist.config.schema import Config, flatten
 from fmnist.runtime.compute import Compute
-from fmnist.runtime.console import log_to_file
+from fmnist.runtime.console import log_to_file, stop_logging_to
 from fmnist.runtime.files import write_atomic
 from fmnist.runtime.launcher import announce
 from fmnist.runtime.ownership import delete_run_files
@@ -49,6 +49,7 @@ class Run(Compute):
         self.tracker: NullTracker = NullTracker()
         self.steps_per_epoch = 1
         self._lock: BaseFileLock | None = None
+        self._log: logging.Handler | None = None
 
     def claim(self) -> None:
         """Lock the run directory, before anything in it is read, against a second process that would write it too.
@@ -62,7 +63,11 @@ class Run(Compute):
         if self._lock is None and self.directory.is_dir():
             self._lock = lock_directory(self.directory)
             if has_run(self.directory) and not self.cfg.overwrite:
-                log_to_file(self.directory / TRAIN_LOG)  # now: what it resumes from stands there too
+                self._open_log()  # now: what it resumes from stands there too
+
+    def _open_log(self) -> None:
+        if self._log is None:
+            self._log = log_to_file(self.directory / TRAIN_LOG)
 
     def start(self, progress: Progress, opening: Sequence[str]) -> None:
         """Write config.yaml and open train.log and the trackers, on the main process; then listen to signals.
@@ -87,7 +92,7 @@ class Run(Compute):
         (self.directory / "REQUEUE").unlink(missing_ok=True)
         write_atomic(self.directory / "config.yaml", run_yaml(self.cfg))
         keep_fingerprint(self.fingerprint, self.directory)
-        log_to_file(self.directory / TRAIN_LOG)
+        self._open_log()
         for line in opening:
             logger.info("%s", line)
         announce()
@@ -113,6 +118,9 @@ class Run(Compute):
         self.should_stop.restore_signals()
         self.tracker.finish(None)  # after an error; else it is closed already
         super().close()
+        if self._log is not None:
+            stop_logging_to(self._log)
+            self._log = None
         if self._lock is not None:
             self._lock.release()
             self._lock = None

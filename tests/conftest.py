@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
 from fmnist.data.fetch import DEBIAN_FOLDER, PUBLISHED, find_file
 from fmnist.data.find import locate
+from fmnist.data.split import Split
 from fmnist.tracking.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent

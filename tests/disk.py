@@ -105,7 +105,8 @@ def installed(disk: Disk) -> Iterator[Disk]:
             return File(disk, path, real_open(file, mode, *args, **kwargs))
 
         def os_open(file: Any, flags: int, *args: Any, **kwargs: Any) -> int:
-            if flags & os.O_CREAT and (path := disk.below(file)) is not None:
+            writes = os.O_CREAT | os.O_WRONLY | os.O_RDWR
+            if flags & writes and (path := disk.below(file)) is not None:
                 disk.event("append", path)
             return real_os_open(file, flags, *args, **kwargs)
 

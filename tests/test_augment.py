@@ -21,8 +21,9 @@ from fmnist.data.augment_table import (
     beta_quantile,
 )
 from fmnist.data.augment_torch import in_box, pack_neighbours, resample, resample_packed, shift_and_flip
-from fmnist.data.batches import NUM_UNIFORMS, MicroBatch, Split
+from fmnist.data.batches import NUM_UNIFORMS, MicroBatch
 from fmnist.data.fashion_mnist import MEAN
+from fmnist.data.split import Split
 
 OFF = AugmentConfig(flip=0.0)
 ALL = AugmentConfig(flip=0.5, rotation=10, shift=0.1, scale=0.1, erase=0.5, mixup_alpha=0.2, cutmix_alpha=1.0)

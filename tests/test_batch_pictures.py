@@ -10,8 +10,9 @@ from PIL import Image
 
 from fmnist.config.schema import AugmentConfig, Config, EvaluationConfig, ScheduleConfig
 from fmnist.data.augment import Augment
-from fmnist.data.batches import Loader, Split
+from fmnist.data.batches import Loader
 from fmnist.data.fashion_mnist import CLASS_NAMES
+from fmnist.data.split import Split
 from fmnist.optim import Schedule
 from fmnist.training.batch_pictures import title, visible, write_train_batch
 

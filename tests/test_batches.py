@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fmnist.data.batches import Loader, MicroBatch, Split, draw_uniforms, mix_key
+from fmnist.data.batches import Loader, MicroBatch, draw_uniforms, mix_key
+from fmnist.data.split import Split
 from fmnist.runtime.processes import Processes
 
 

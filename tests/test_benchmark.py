@@ -25,7 +25,7 @@ from fmnist.benchmark.pipelines import Augmenting, Fixed, Pipeline, Setting
 from fmnist.benchmark.timing import ByteCounter, bytes_per_image, race, round_up, summarize
 from fmnist.benchmark.trainer import Trainer
 from fmnist.config.schema import Config, ModelConfig
-from fmnist.data.batches import Split
+from fmnist.data.split import Split
 from fmnist.runtime.compute import Compute
 
 

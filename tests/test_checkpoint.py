@@ -66,7 +66,7 @@ def test_its_files_and_the_lock_follow_the_umask(umask: int, mode: int, checkpoi
     finally:
         os.umask(before)
     assert {file.name: file.stat().st_mode & 0o777 for file in path.iterdir()} == dict.fromkeys(
-        (MODEL, "state.json", "manifest.json"), mode
+        (MODEL, OPTIMIZER, "state.json", "manifest.json"), mode
     )
     assert (path.parent / ".lock").stat().st_mode & 0o777 == mode
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment, train
+from conftest import ROOT, environment, progress, train
 from disk import LOSSES, Disk, Killed, audited, installed, left_after, read_tree, replay, write_tree
 
 import fmnist.checkpoint.store
@@ -178,7 +178,7 @@ def write_config(run: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:  # the tracker's own faults stop nothing
         patch.setattr("fmnist.run.Tracker", lambda *_, **__: NullTracker())
         with Run(replace(Config(), log=LogConfig(wandb="disabled")), run) as begun:
-            begun.start(0, 10, 1)
+            begun.start(progress(0), [])
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fmnist.config.schema import AugmentConfig, EvaluationConfig
 from fmnist.data.augment import Augment
-from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
+from fmnist.data.split import Split
 from fmnist.evaluation.numbers import summarize
 from fmnist.metrics import predict, score
 from fmnist.models.cnn import Cnn

@@ -18,8 +18,8 @@ from forks import MOMENTS, NUM_IMAGES, Forks, difference
 from safetensors.torch import load_file, save_file
 
 from fmnist.config.parse import load_config
-from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import load_split
+from fmnist.data.split import Split
 from fmnist.metrics import predict, score
 from fmnist.network import build_network
 from fmnist.runtime.compute import Compute

@@ -13,9 +13,9 @@ from idx_files import NAMES, TEST_LABELS, TRAIN_IMAGES, assert_one_line, write_s
 
 from fmnist.config.schema import DataConfig
 from fmnist.data import find
-from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import load, load_split
 from fmnist.data.find import locate
+from fmnist.data.split import Split
 
 pytestmark = pytest.mark.usefixtures("no_data_named")
 

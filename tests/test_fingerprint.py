@@ -24,8 +24,8 @@ from fmnist.apps.export.expected import open_expected
 from fmnist.checkpoint.contents import EMA, MANIFEST, MODEL, OPTIMIZER, STATE, verify
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.config.schema import DataConfig
-from fmnist.data.batches import Split
 from fmnist.data.idx import read_idx
+from fmnist.data.split import Split
 from fmnist.runtime.files import sha256_of
 from fmnist.trained import open_trained
 from fmnist.training.resume import agree, together

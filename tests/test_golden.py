@@ -15,8 +15,9 @@ import torch
 from timm.utils import ModelEmaV3
 
 from fmnist.config.schema import AugmentConfig, BatchConfig, Config, ModelConfig, OptimConfig, ScheduleConfig
-from fmnist.data.batches import Loader, Split
+from fmnist.data.batches import Loader
 from fmnist.data.fashion_mnist import load_split
+from fmnist.data.split import Split
 from fmnist.metrics import predict, score
 from fmnist.network import build_network
 from fmnist.optim import Schedule, build_optimizer, set_lr

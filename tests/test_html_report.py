@@ -17,8 +17,8 @@ import torch
 from conftest import SMALL_RUN, train
 
 import evaluate
-from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import CLASS_NAMES
+from fmnist.data.split import Split
 from fmnist.evaluation.findings import Findings, findings
 from fmnist.evaluation.misclassified import confident_errors, confused_pairs
 from fmnist.evaluation.outcome import Outcome

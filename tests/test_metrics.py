@@ -7,7 +7,7 @@ from sklearn.metrics import accuracy_score, log_loss
 
 from fmnist.config.schema import AugmentConfig, EvaluationConfig
 from fmnist.data.augment import Augment
-from fmnist.data.batches import Split
+from fmnist.data.split import Split
 from fmnist.metrics import predict, score
 from fmnist.models.cnn import Cnn
 from fmnist.runtime.processes import Processes

@@ -9,8 +9,8 @@ import torch
 from small import command
 
 from fmnist.apps.duplicates import NEAR_COPY, SIMILAR, main
-from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import CLASS_NAMES, load
+from fmnist.data.split import Split
 from fmnist.evaluation import near_copies
 from fmnist.evaluation.near_copies import find_near_copies
 

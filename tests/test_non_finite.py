@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from fmnist.config.schema import AugmentConfig
 from fmnist.data.augment import Augment
-from fmnist.data.batches import Loader, Split
+from fmnist.data.batches import Loader
 from fmnist.data.fashion_mnist import CLASS_NAMES
+from fmnist.data.split import Split
 from fmnist.runtime.processes import Processes
 from fmnist.training.batch_pictures import title, visible, write_batch
 from fmnist.training.non_finite import NonFiniteWatch

@@ -36,9 +36,9 @@ from fmnist.config.schema import (
 )
 from fmnist.data.augment import Augment
 from fmnist.data.augment_torch import check_whole_pixels, resample, shift_and_flip
-from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import load, load_indexed, load_split
 from fmnist.data.photos import find_pictures, open_picture
+from fmnist.data.split import Split
 from fmnist.evaluation.calibration import average_probabilities
 from fmnist.evaluation.findings import findings
 from fmnist.evaluation.misclassified import confident_errors

@@ -12,8 +12,8 @@ from PIL import Image
 
 from fmnist.apps.cutout import cut_out, find_object, fit
 from fmnist.apps.views import read_photo
-from fmnist.data.batches import Split
 from fmnist.data.photos import WORK_SIZE, find_pictures, open_picture
+from fmnist.data.split import Split
 
 PAPER = (228, 224, 216)
 

@@ -13,7 +13,8 @@ from fmnist.config.schema import AugmentConfig
 from fmnist.data.augment import Augment
 from fmnist.data.augment_table import NUM_COLUMNS, augmentation_table
 from fmnist.data.augment_torch import Plan, augment_reference
-from fmnist.data.batches import NUM_UNIFORMS, MicroBatch, Split, to_device
+from fmnist.data.batches import NUM_UNIFORMS, MicroBatch, to_device
+from fmnist.data.split import Split
 
 pytest.importorskip("triton")
 

@@ -11,8 +11,9 @@ from timm.utils import ModelEmaV3
 
 from fmnist.config.schema import AugmentConfig, ModelConfig, OptimConfig
 from fmnist.data.augment import Augment
-from fmnist.data.batches import Loader, Split
+from fmnist.data.batches import Loader
 from fmnist.data.fashion_mnist import MEAN, STD, load_split
+from fmnist.data.split import Split
 from fmnist.models import build_model
 from fmnist.models.mlp import Mlp
 from fmnist.optim import build_optimizer

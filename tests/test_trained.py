@@ -14,8 +14,8 @@ from fmnist.apps.monitor.__main__ import main as monitor_main
 from fmnist.apps.predict.__main__ import main as predict_main
 from fmnist.apps.search.__main__ import main as search_main
 from fmnist.checkpoint.contents import verify
-from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import load_split
+from fmnist.data.split import Split
 from fmnist.metrics import predict
 from fmnist.runtime.compute import Compute
 from fmnist.trained import open_trained

@@ -27,8 +27,8 @@ from fmnist.benchmark.pipelines import (
     Synthetic,
 )
 from fmnist.data.augment_table import ERASE_AREAS, ERASE_ASPECTS
-from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import MEAN, STD
+from fmnist.data.split import Split
 
 
 def torchvision_transforms(library: Any, setting: Setting, to_tensor: list[Any], resize_first: bool = False) -> Any:

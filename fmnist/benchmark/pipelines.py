@@ -11,8 +11,9 @@ from torch import Tensor
 from fmnist.config.schema import AugmentConfig
 from fmnist.data import augment_table as table
 from fmnist.data.augment import Augment
-from fmnist.data.batches import NUM_UNIFORMS, Loader, MicroBatch, Split
+from fmnist.data.batches import NUM_UNIFORMS, Loader, MicroBatch
 from fmnist.data.fashion_mnist import MEAN, NUM_CLASSES, STD
+from fmnist.data.split import Split
 
 Chain = Literal["one warp", "warp, then resize", "resize, then warp"]
 FLIP, ROTATION, SHIFT, ERASE = 0.5, 10.0, 0.1, 0.25  # probability, degrees, fraction of the side, probability

@@ -20,7 +20,7 @@ from fmnist.benchmark.pipelines import Augmenting, Pipeline, Setting
 from fmnist.benchmark.timing import bytes_per_image, measure_ceilings, race, summarize
 from fmnist.benchmark.trainer import Trainer
 from fmnist.config.schema import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig
-from fmnist.data.batches import Split
+from fmnist.data.split import Split
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.files import read_json, write_atomic
 from fmnist.runtime.hardware import available_cores

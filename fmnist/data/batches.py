@@ -1,65 +1,20 @@
-"""A split on the device, the epoch's order, and this process's part of each global batch.
+"""The epoch's order, and this process's part of each global batch.
 
 Order and augmentation parameters are pure functions of (seed, epoch, sample): they are drawn on the CPU, so that every
 device and process count sees the same ones, and moved once per epoch. Any batch of any step can be made again alone.
 """
 
-import hashlib
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fmnist.config.schema import DataConfig
-from fmnist.data.fashion_mnist import CLASS_NAMES, load_indexed
+from fmnist.data.split import Split
 
 # Random numbers of one sample and epoch; augment_table.py says what each decides. The first FIRST_UNIFORMS are drawn
 # together; each that is added later has a key of its own, so that it moves no draw of an older run.
 FIRST_UNIFORMS = NUM_UNIFORMS = 15
 ORDER, UNIFORMS, FLIP_IN_TURN, LATER = 0, 1, 2, 3  # what a generator is for, the last part of its key
-
-
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """Images and labels that stay on the device.
-
-    Attributes:
-        images: uint8 [N, H, W], or [N, C, H, W] where there are colours; 0 to 255.
-        labels: int64 [N].
-        class_names: in label order.
-        published: int64 [N] on the CPU, the images' positions in the data set's own file; None: they have none.
-    """
-
-    images: Tensor
-    labels: Tensor
-    class_names: tuple[str, ...] = ()
-    published: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @cached_property
-    def digest(self) -> str:
-        """The sha256 of images and labels, with their types and shapes: what a run was trained and judged on."""
-        found = hashlib.sha256()
-        for tensor in (self.images, self.labels):
-            found.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-            found.update(tensor.cpu().contiguous().numpy().data)
-        return found.hexdigest()
-
-    @classmethod
-    def load(
-        cls, name: Literal["train", "val", "test"], cfg: DataConfig, device: torch.device, *, fetch: bool = False
-    ) -> "Split":
-        """Read a split of Fashion-MNIST and move it to the device; with `fetch`, download it if no root was named.
-
-        Raises:
-            ValueError: files that are missing, cannot be fetched, or are invalid.
-        """
-        images, labels, published = load_indexed(name, cfg.root, cfg.val_size, fetch=fetch)
-        return cls(images=images.to(device), labels=labels.to(device), class_names=CLASS_NAMES, published=published)
 
 
 @dataclass(frozen=True, kw_only=True)

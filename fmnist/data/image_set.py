@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fmnist.config.schema import AugmentConfig, Config, DataConfig, check_values
 from fmnist.data.augment import Augment
-from fmnist.data.batches import Loader, Split
+from fmnist.data.batches import Loader
 from fmnist.data.fashion_mnist import MEAN, STD
+from fmnist.data.split import Split
 
 DATA_SETS = ("fashion_mnist",)
 

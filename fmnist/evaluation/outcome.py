@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fmnist.data.batches import Split
 from fmnist.data.fashion_mnist import name_of
+from fmnist.data.split import Split
 from fmnist.evaluation.calibration import average_probabilities
 from fmnist.evaluation.cost import Cost, measure_cost, sum_of_costs
 from fmnist.metrics import predict

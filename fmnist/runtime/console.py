@@ -63,14 +63,18 @@ def log_to_console() -> None:
     logger.propagate = False
 
 
-def log_to_file(path: Path) -> None:
-    """Append messages to train.log, from now on; a second call for the same file does nothing."""
-    path = path.absolute()
-    if any(isinstance(known, logging.FileHandler) and known.baseFilename == str(path) for known in logger.handlers):
-        return
+def log_to_file(path: Path) -> logging.Handler:
+    """Append messages to a file, until `stop_logging_to` is called with what is returned."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
+    return handler
+
+
+def stop_logging_to(handler: logging.Handler) -> None:
+    """Close a file of `log_to_file`."""
+    logger.removeHandler(handler)
+    handler.close()
 
 
 @contextmanager

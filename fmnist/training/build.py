@@ -14,7 +14,8 @@ from fmnist.config.conflicts import Length, without_effect
 from fmnist.config.same_run import recipe
 from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
-from fmnist.data.batches import Loader, Split
+from fmnist.data.batches import Loader
+from fmnist.data.split import Split
 from fmnist.models.flops import flops_per_image
 from fmnist.network import build_network
 from fmnist.optim import Schedule, build_optimizer
