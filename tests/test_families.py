@@ -147,7 +147,7 @@ def test_the_table_holds_every_family() -> None:
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
-def test_our_models_split_their_forward_like_timms(name: str) -> None:
+def test_our_models_give_logits_and_the_features_behind_them(name: str) -> None:
     torch.manual_seed(0)
     model, _ = build(name, 28, {})
     images = torch.randn(BATCH, 1, 28, 28)
