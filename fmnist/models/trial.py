@@ -21,11 +21,17 @@ def try_model(model: nn.Module, name: str, num_channels: int, sizes: Sequence[in
         The leaf modules that read the image itself, unchanged, at every size.
 
     Raises:
-        ValueError: an image size that the model cannot take, or a head without logits, parameters or features.
+        ValueError: an image size that the model cannot take, a head without logits, parameters or features, or values
+            that are not finite.
     """
     needed = ("forward_features", "forward_head", "get_classifier", "head_hidden_size")
     if missing := [method for method in needed if not hasattr(model, method)]:
         raise ValueError(f"model.name: {name} is not a classifier: it has no {', '.join(missing)}")
+    infinite = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
+    if infinite:  # no checkpoint could be saved
+        raise ValueError(
+            f"model.name: {name} cannot be trained: it begins with values that are not finite in {infinite[0]}"
+        )
     seen: list[set[nn.Module]] = []
     image = torch.empty(0)
     dtype = next(model.parameters()).dtype
