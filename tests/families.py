@@ -21,7 +21,8 @@ LARGE = 150e6  # parameters; such a model is tried with two blocks
 
 
 def read_families() -> list[dict[str, Any]]:
-    """Return one entry a family: `family`, `model`, `size` in pixels, `options`, `parameters` (of 1000 classes)."""
+    """Return one entry a family: `family`, `model`, `size` in pixels, `options`, `parameters` (of 1000 classes),
+    and `refused`, the reason, where it cannot be trained."""
     return json.loads(TABLE.read_text())
 
 
@@ -65,5 +66,8 @@ if __name__ == "__main__":
     entries = smallest_models()
     for entry in entries:
         entry["options"] = {"depth": 2} if entry["parameters"] > LARGE else {}
-        entry["size"] = smallest_size(entry["model"], entry["options"])
+        try:
+            entry["size"] = smallest_size(entry["model"], entry["options"])
+        except ValueError as error:
+            entry |= {"size": SIZES[-1], "refused": str(error)}
     TABLE.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n")

@@ -21,10 +21,16 @@ def try_model(model: nn.Module, name: str, num_channels: int, sizes: Sequence[in
         The leaf modules that read the image itself, unchanged, at every size.
 
     Raises:
-        ValueError: an image size that the model cannot take, or a head without logits, parameters or features.
+        ValueError: an image size that the model cannot take, a head without logits, parameters or features, or values
+            that are not finite.
     """
     if missing := lacks_head(model):
         raise ValueError(f"model.name: {name} needs {missing}")
+    infinite = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
+    if infinite:  # no checkpoint could be saved
+        raise ValueError(
+            f"model.name: {name} cannot be trained: it begins with values that are not finite in {infinite[0]}"
+        )
     seen: list[set[nn.Module]] = []
     image = torch.empty(0)
     dtype = next(model.parameters()).dtype
