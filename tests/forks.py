@@ -128,19 +128,18 @@ def serve() -> None:
     import torch
 
     import fmnist.config.parse as options
-    import fmnist.data.batches as batches
+    import fmnist.data.split as split
     import train  # noqa: F401 - imported once, for all forks
 
     torch.set_num_threads(1)
     options.load_config(options.DEFAULT_CONFIG)
-    load = batches.load_split
+    load = split.load_indexed
 
     @functools.cache
-    def few(name: str, root: str | None, val_size: int, fetch: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        images, labels = load(name, root, 5000)
-        return images[: NUM_IMAGES[name]].clone(), labels[: NUM_IMAGES[name]].clone()
+    def few(name: str, root: str | None, val_size: int, fetch: bool = False) -> tuple[torch.Tensor, ...]:
+        return tuple(part[: NUM_IMAGES[name]].clone() for part in load(name, root, 5000))
 
-    batches.load_split = few
+    split.load_indexed = few
     for name in NUM_IMAGES:
         few(name, None, 5000)
     for line in sys.stdin:

@@ -436,7 +436,8 @@ def test_wandb_gets_what_the_config_says_first(server: Server, monkeypatch: pyte
 def test_wandb_is_silent_without_a_home(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path\nfrom fmnist.config.schema import LogConfig\nfrom fmnist.tracking.tracker import *\n"
-        "Tracker(Path('run'), LogConfig(wandb='offline'), {}, step=0, total_steps=1).finish({})\n"
+        "progress = Progress(lambda: 0, lambda step: False, total_steps=1, steps_per_epoch=1)\n"
+        "Tracker(Path('run'), LogConfig(wandb='offline'), {}, progress).finish({})\n"
     )
     (tmp_path / "run").mkdir()
     environ = {name: value for name, value in environment().items() if name not in ("HOME", "XDG_CACHE_HOME")}

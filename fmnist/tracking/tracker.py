@@ -11,7 +11,7 @@ from typing import Any
 from fmnist.config.schema import LogConfig
 from fmnist.tracking.metrics_file import METRICS_FILE, metric_name, truncate_metrics
 from fmnist.tracking.progress import Progress
-from fmnist.tracking.wandb_run import start_wandb, without_secrets
+from fmnist.tracking.wandb_run import finish_wandb, start_wandb, without_secrets
 
 logger = logging.getLogger("fmnist")
 
@@ -108,4 +108,4 @@ class Tracker(NullTracker):
     def _finish_wandb(self, summary: Mapping[str, Any] | None) -> None:
         if self.wandb is not None:
             self.wandb.summary.update({k: v for k, v in (summary or {}).items() if isinstance(v, int | float | str)})
-            self.wandb.finish(exit_code=int(summary is None))
+            finish_wandb(self.wandb, failed=summary is None)

@@ -95,6 +95,18 @@ def start_wandb(directory: Path, cfg: LogConfig, resolved: Mapping[str, Any]) ->
     return started
 
 
+def finish_wandb(started: Any, *, failed: bool = False) -> None:
+    """Finish a W&B run, and end the client's service where no other run of this process uses it.
+
+    A service that is left may die meanwhile, in a notebook that trains again an hour later; it is not started anew.
+    """
+    import wandb
+
+    started.finish(exit_code=int(failed))
+    if wandb.run is None:
+        wandb.teardown()
+
+
 def log_evaluation(
     directory: Path,
     cfg: LogConfig,
@@ -131,7 +143,7 @@ def log_evaluation(
         pictures = {f"{prefix}/{file.stem}": wandb.Image(str(file)) for file in files}
         started.log({**pictures, f"{prefix}/errors": table})
         started.summary.update({f"{prefix}/{key}": value for key, value in scalars.items()})
-        started.finish()
+        finish_wandb(started)
     except Exception as error:  # the files are written; whatever a tracker raises must not end an evaluation
         logger.warning("Weights & Biases has no evaluation: %s", without_secrets(error))
 
