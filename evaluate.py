@@ -32,6 +32,8 @@ def main(args: argparse.Namespace | None = None) -> None:
     about = {name: getattr(args, name) for name in ("split", "tta", "batch_size", "root", "quick", "output")}
     request = Request(**about, written=True)
     with one_line_errors("evaluate.py"), Compute(device=args.device) as compute:
+        if len(set(compute.gather(repr(request)))) > 1:
+            raise ValueError("the processes were started with different options: give all of them the same")
         opened = [open_together(path, compute) for path in args.paths]
         check_comparable(opened, request.split)
 

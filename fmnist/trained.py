@@ -1,7 +1,6 @@
 """A trained run, or one of its checkpoints, as a function of images: logits and features."""
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,6 +27,7 @@ from fmnist.runtime.hardware import autocast, find_device
 if TYPE_CHECKING:
     from fmnist.runtime.compute import Compute  # half a second of accelerate, which only several processes need
 logger = logging.getLogger("fmnist")
+LOWEST, HIGHEST = 0.05, 20.0  # temperatures that `fit_temperature` searches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +59,17 @@ class Trained:
 
     @property
     def temperature(self) -> float:
-        """What logits are divided by; 1 for a checkpoint, and for a run that fitted none on validation images."""
+        """What logits are divided by; 1 for a checkpoint, and for a run that fitted none on validation images.
+
+        Raises:
+            ValueError: summary.json holds something else under that name.
+        """
         value = self.summary.get("temperature") if not self.checkpoint else None
-        return value if isinstance(value, float) and 0 < value < math.inf else 1.0
+        if value is None:
+            return 1.0
+        if isinstance(value, bool) or not isinstance(value, int | float) or not LOWEST <= value <= HIGHEST:
+            raise ValueError(f"{self.directory / SUMMARY}: temperature is {value!r:.40}; valid: {LOWEST} to {HIGHEST}")
+        return float(value)
 
     def probabilities(self, logits: Tensor, *, calibrate: bool = True) -> Tensor:
         """Return the probability of each class, float64 [N, num_classes], of logits of the same shape."""

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,10 @@ from fmnist.data.split import Split
 from fmnist.tracking.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
+# A shell starts its background jobs with SIGINT ignored, nohup with SIGHUP; children would inherit that.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 # A run of 12 steps on real images that takes a few seconds, with everything on that could break exactness.
 SMALL_RUN = """
 data: {val_size: 1000}

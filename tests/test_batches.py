@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fmnist.data.batches import Loader, MicroBatch, draw_uniforms, mix_key
+from fmnist.data.batches import Loader, MicroBatch, draw_uniforms, epoch_generator, mix_key
 from fmnist.data.split import Split
 from fmnist.runtime.processes import Processes
 
@@ -100,9 +100,12 @@ def test_keys_that_differ_in_one_bit_give_unrelated_seeds() -> None:
 
 def test_a_new_augmentation_moves_no_draw_of_an_old_run(monkeypatch: pytest.MonkeyPatch) -> None:
     before = draw_uniforms(50, seed=3, epoch=2)
-    assert before.shape == (50, 15)
-    monkeypatch.setattr("fmnist.data.batches.NUM_UNIFORMS", 17)
+    count = before.shape[1]
+    monkeypatch.setattr("fmnist.data.batches.NUM_UNIFORMS", count + 2)
     after = draw_uniforms(50, seed=3, epoch=2)
-    assert after.shape == (50, 17) and torch.equal(after[:, :15], before)
-    assert not torch.equal(after[:, 15], after[:, 16])
-    assert not torch.equal(after[:, 15:], draw_uniforms(50, seed=3, epoch=3)[:, 15:])
+    assert after.shape == (50, count + 2) and torch.equal(after[:, :count], before)
+    assert not torch.equal(after[:, -1], after[:, -2])
+    assert not torch.equal(after[:, count:], draw_uniforms(50, seed=3, epoch=3)[:, count:])
+    # The first fifteen are those of every run so far.
+    drawn = torch.rand(50, 15, generator=epoch_generator(3, 2, 1))
+    assert torch.equal(before[:, :15], drawn)

@@ -32,6 +32,15 @@ MAY_CHANGE_ROUNDING = (
 )
 
 
+# All that may differ between the processes of one start: where each finds the same thing, and its share of the machine.
+MAY_DIFFER_BETWEEN_RANKS = ("output_dir", "data.root", "model.weights", "threads")
+
+
+def of_all_ranks(cfg: Config) -> dict[str, Any]:
+    """Return the options that all processes of one start have to share, under their dotted names."""
+    return {key: value for key, value in flatten(cfg).items() if key not in MAY_DIFFER_BETWEEN_RANKS}
+
+
 def recipe(cfg: Config) -> dict[str, Any]:
     """Return the options that decide the result, under their dotted names."""
     return {key: value for key, value in flatten(cfg).items() if not key.startswith(MAY_CHANGE + MAY_CHANGE_ROUNDING)}

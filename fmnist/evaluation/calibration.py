@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fmnist.evaluation.numbers import calibration_error
-
-LOWEST, HIGHEST = 0.05, 20.0  # temperatures that are searched
+from fmnist.trained import HIGHEST, LOWEST
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

@@ -63,9 +63,33 @@ def log_to_console() -> None:
     logger.propagate = False
 
 
+class _LogFile(logging.FileHandler):
+    """A log that may fail, as on a full disk: one warning, and the program goes on without it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Drop the file; the other handlers have the message."""
+        self._drop(sys.exc_info()[1])
+
+    def close(self) -> None:
+        """Close the file, which is where a network disk tells that it was full."""
+        try:
+            super().close()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error: object) -> None:
+        if self in logger.handlers:
+            logger.removeHandler(self)
+            logger.warning("%s: messages are missing from here: %s", self.baseFilename, error)
+
+
 def log_to_file(path: Path) -> logging.Handler:
     """Append messages to a file, until `stop_logging_to` is called with what is returned."""
-    handler = logging.FileHandler(path)
+    try:
+        handler: logging.Handler = _LogFile(path)
+    except OSError as error:
+        logger.warning("%s: messages are not written: %s", path, error.strerror)
+        return logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     return handler

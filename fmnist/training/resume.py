@@ -15,7 +15,7 @@ from fmnist.checkpoint.fingerprint import kept_fingerprint
 from fmnist.checkpoint.run_directory import has_run, is_finished, read_summary, same_recipe
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.checkpoint.tensors import load_optimizer_tensors, load_strict, read_tensors
-from fmnist.config.same_run import changes, recipe
+from fmnist.config.same_run import changes, of_all_ranks, recipe
 from fmnist.config.schema import Config
 from fmnist.run import Run
 from fmnist.runtime.console import one_line
@@ -73,7 +73,7 @@ def find_start(cfg: Config, run: Run, checkpoints: Checkpoints) -> tuple[bool, P
         ValueError: the run is of other data or weights, its checkpoints cannot be used, or the processes see different
             directories, data or options.
     """
-    options = {f"as {name}": json.dumps(value) for name, value in recipe(cfg).items()}
+    options = {f"as {name}": json.dumps(value) for name, value in of_all_ranks(cfg).items()}
     agree(run, options, "give all processes the same options")
     made_of = {f"as {name}": _short(digest) for name, digest in run.fingerprint.items()}
     agree(run, made_of, "all processes have to read the same data and weights")
