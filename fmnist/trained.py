@@ -1,5 +1,6 @@
 """A trained run, or one of its checkpoints, as a function of images: logits and features."""
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -10,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fmnist.checkpoint.contents import MODEL, read_state, verify, weights_to_use
+from fmnist.checkpoint.contents import MODEL, read_meta, read_state, verify, weights_to_use
 from fmnist.checkpoint.fingerprint import IMAGES, kept_fingerprint
 from fmnist.checkpoint.run_directory import SUMMARY, read_summary
 from fmnist.checkpoint.store import newer_than_weights
 from fmnist.checkpoint.tensors import load_strict, non_finite, read_tensors_and_digest
 from fmnist.config.parse import load_config
+from fmnist.config.same_run import changes, recipe
 from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
 from fmnist.data.fashion_mnist import CLASS_NAMES
@@ -250,7 +252,11 @@ def _open(
         name += f" step {read_state(checkpoint).step}"
         weights = weights_to_use(checkpoint, digests)
         sha256 = digests[weights.name]
-    cfg = load_config(directory / "config.yaml")
+    cfg, kept = load_config(directory / "config.yaml"), kept_fingerprint(directory)
+    if checkpoint is not None:
+        own = json.loads(json.dumps(recipe(cfg))) | kept
+        if changed := changes(read_meta(checkpoint)["config"], own):
+            raise ValueError(f"{checkpoint} is of another run: {one_line('; '.join(changed[:3]))}")
     cfg = replace(cfg, model=replace(cfg.model, **model))
     if batch_size is not None:
         cfg = replace(cfg, evaluation=replace(cfg.evaluation, batch_size=batch_size))
@@ -263,5 +269,5 @@ def _open(
         summary=summary,
         device=device,
         sha256=sha256 if isinstance(sha256, str) else "",
-        fingerprint=kept_fingerprint(directory),
+        fingerprint=kept,
     )

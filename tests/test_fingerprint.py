@@ -23,7 +23,8 @@ from fmnist.apps.checkpoints import main as checkpoint_main
 from fmnist.apps.export.expected import open_expected
 from fmnist.checkpoint.contents import EMA, MANIFEST, MODEL, OPTIMIZER, STATE, verify
 from fmnist.checkpoint.store import Checkpoints
-from fmnist.config.schema import DataConfig
+from fmnist.config.same_run import of_all_ranks
+from fmnist.config.schema import Config, DataConfig
 from fmnist.data.idx import read_idx
 from fmnist.data.split import Split
 from fmnist.runtime.files import sha256_of
@@ -363,6 +364,25 @@ def test_the_first_difference_between_ranks_is_named() -> None:
     agree(Ranks(seen, seen), seen, "is it shared?")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rank 2 sees no checkpoint in runs/cnn, rank 0 step 80: is it shared?"):
         agree(Ranks(seen, other), seen, "is it shared?")  # type: ignore[arg-type]
+
+
+def test_all_that_changes_what_processes_do_together_is_compared_between_them() -> None:
+    shared = of_all_ranks(Config())
+    assert {"evaluation.batch_size", "batch.micro_batch_size", "log.every_steps", "evaluation.test", "dry_run"} <= set(
+        shared
+    )
+    assert not {"output_dir", "data.root", "model.weights", "threads"} & set(shared)
+
+
+def test_a_checkpoint_of_another_run_is_not_taken_for_this_ones(killed: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(killed, other)
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace("seed: 0", "seed: 7"))
+    for name in ("model.safetensors", "summary.json"):
+        (other / name).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"step_\d+ is of another run: seed was 0, now 7"):
+        open_trained(other)
 
 
 def test_what_fails_on_one_rank_fails_on_all_with_its_words() -> None:

@@ -78,6 +78,8 @@ def test_mixed_targets_are_soft(train: ImageSet) -> None:
         ({"split": "val"}, "val_size 0"),
         ({"val_size": -1}, "data.val_size is -1"),
         ({"root": "/nowhere"}, "data.root"),
+        ({"val_size": 2.5}, "data.val_size is 2.5; expected int"),
+        ({"device": "nope"}, "device is nope"),
     ],
 )
 def test_a_mistake_in_load_is_one_line(arguments: dict[str, object], words: str) -> None:
@@ -90,14 +92,23 @@ def test_a_mistake_in_load_is_one_line(arguments: dict[str, object], words: str)
     ("arguments", "words"),
     [
         ({"rotate": 10}, "unknown augmentation 'rotate'"),
-        ({"flip": 2}, "augment.flip is 2; valid range: 0 to 1"),
+        ({"flip": 2}, "augment.flip is 2.0; valid range: 0 to 1"),
         ({"batch_size": 5000}, "5000 but there are 1000"),
         ({"world_size": 3}, "3 processes"),
+        ({"batch_size": 0}, "batch_size is 0; valid: a whole number, 1 or more"),
+        ({"batch_size": "256"}, "batch_size is '256'"),
+        ({"rank": 2, "world_size": 2}, "rank is 2; valid range: 0 to 1"),
+        ({"start": -1}, "start is -1"),
+        ({"epoch": 1.5}, "epoch is 1.5"),
+        ({"std": 0.0}, "std 0.0"),
+        ({"dtype": torch.uint8}, "dtype torch.uint8"),
+        ({"flip": "0.5"}, "augment.flip is '0.5'; expected float"),
+        ({"shuffle": False, "flip": 0.5}, "shuffle is False"),
     ],
 )
 def test_a_mistake_in_batches_is_one_line(train: ImageSet, arguments: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError) as caught:
-        next(train.batches(**{"batch_size": 100} | arguments))  # type: ignore[arg-type]
+        train.batches(**{"batch_size": 100} | arguments)  # type: ignore[arg-type] # before the first batch
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -101,6 +101,8 @@ def test_a_recipe_by_hand_called_config_yaml_is_no_run_and_is_not_replaced(tmp_p
     "name",
     [
         *("checkpoints/llama.pt", "checkpoints/step_1/model.safetensors", "checkpoints/step_00000002/notes.txt"),
+        *("checkpoints/step_00000002/notes.json", "checkpoints/step_00000002/keep/model.safetensors"),
+        *("features/llama.safetensors", "evaluation/thesis/report.txt", "checkpoints/.part_mine/thesis.tex"),
         *("evaluation/thesis.csv", "evaluation/metrics.json", "evaluation/test/notes.txt"),
         *("wandb/run-other/x", "features/notes", "profile/mine.json", "summary.json/x"),
     ],

@@ -163,7 +163,7 @@ class Checkpoints:
 
     def _clear_leftovers(self) -> None:
         """Remove what a save or a removal left that was killed."""
-        for leftover in self.directory.glob(".part_*"):
+        for leftover in self.directory.glob(f".part_*step_{'[0-9]' * 8}"):
             if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover)
             else:

@@ -1,5 +1,6 @@
 """The data path alone, for somebody else's loop: a split on the device, and its augmented batches."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, Literal
@@ -7,11 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fmnist.config.schema import AugmentConfig, Config, DataConfig, check_values
+from fmnist.config.schema import AugmentConfig, Config, DataConfig, check_values, convert
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader
 from fmnist.data.fashion_mnist import MEAN, STD
 from fmnist.data.split import Split
+from fmnist.runtime.hardware import find_device
 
 DATA_SETS = ("fashion_mnist",)
 
@@ -45,10 +47,9 @@ def load(
         raise ValueError(f"split {split!r}; valid: train, val, test")
     if split == "val" and not val_size:
         raise ValueError("split 'val' is empty with val_size 0; valid: 1 to 59000, the same for train and val")
-    cfg = DataConfig(root=root, val_size=val_size)
+    cfg = DataConfig(root=None if root is None else str(root), val_size=convert("data.val_size", val_size))
     check_values(Config(data=cfg))
-    where = torch.device(device) if device is not None else torch.accelerator.current_accelerator()
-    loaded = Split.load(split, cfg, where or torch.device("cpu"), fetch=True)
+    loaded = Split.load(split, cfg, find_device(device), fetch=True)
     return ImageSet(images=loaded.images, labels=loaded.labels, class_names=loaded.class_names)
 
 
@@ -71,7 +72,7 @@ class ImageSet(Split):
         channels_last: bool = False,
         **augment: Any,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of one epoch, made on the device.
+        """Return the batches of one epoch, made on the device.
 
         Order and augmentation are pure functions of (seed, epoch, image): the same for every process count, and the
         same whether an epoch is begun at its start or in the middle.
@@ -87,8 +88,9 @@ class ImageSet(Split):
             augment: size (pixels per side; default: as stored), flip, rotation, shift, scale, erase, mixup_alpha and
                 the other options of the section `augment`; what is not named is off.
 
-        Yields:
-            Images, dtype [B, C, size, size]; targets, int64 [B], or float32 [B, num_classes] with mixup or CutMix.
+        Returns:
+            An iterator over images, dtype [B, C, size, size], and targets: int64 [B], or float32 [B, num_classes] with
+            mixup or CutMix.
 
         Raises:
             ValueError: an unknown option, or a value outside its range; one line.
@@ -96,7 +98,18 @@ class ImageSet(Split):
         known = {field.name for field in fields(AugmentConfig)}
         if unknown := sorted(set(augment) - known):
             raise ValueError(f"unknown augmentation {unknown[0]!r}; valid: {', '.join(sorted(known))}")
-        cfg = AugmentConfig(**{"size": self.images.shape[-1], "flip": 0.0} | augment)
+        if augment.keys() - {"size"} and not shuffle:
+            raise ValueError("shuffle is False, which augments nothing; valid with it: size")
+        whole = {"batch_size": (batch_size, 1), "world_size": (world_size, 1), "rank": (rank, 0), "seed": (seed, 0)}
+        for name, (value, low) in (whole | {"epoch": (epoch, 0), "start": (start, 0)}).items():
+            if type(value) is not int or value < low:
+                raise ValueError(f"{name} is {value!r:.40}; valid: a whole number, {low} or more")
+        if rank >= world_size:
+            raise ValueError(f"rank is {rank}; valid range: 0 to {world_size - 1}, world_size being {world_size}")
+        if not dtype.is_floating_point or not (math.isfinite(mean) and 0 < std < math.inf):
+            raise ValueError(f"mean {mean}, std {std}, dtype {dtype}; valid: finite, std above 0, a dtype of floats")
+        typed = {name: convert(f"augment.{name}", value) for name, value in augment.items()}
+        cfg = AugmentConfig(**{"size": self.images.shape[-1], "flip": 0.0} | typed)
         check_values(Config(augment=cfg))
         maker = Augment(
             cfg,
@@ -107,12 +120,16 @@ class ImageSet(Split):
             dtype=dtype,
             device=self.images.device,
         )
-        if shuffle:
-            loader = Loader(self, global_batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
-            first = epoch * loader.steps_per_epoch
-            for step in range(first + start, first + loader.steps_per_epoch):
-                yield maker(*loader.micro_batches(step))
-            return
+        if not shuffle:
+            return self._in_order(maker, batch_size, epoch, start, rank, world_size)
+        loader = Loader(self, global_batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+        first = epoch * loader.steps_per_epoch
+        steps = range(first + start, first + loader.steps_per_epoch)
+        return (maker(*loader.micro_batches(step)) for step in steps)
+
+    def _in_order(
+        self, maker: Augment, batch_size: int, epoch: int, start: int, rank: int, world_size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         for first in range(start * batch_size, len(self), batch_size):
             low, high = (first + batch_size * part // world_size for part in (rank, rank + 1))
             part = slice(low, high)

@@ -145,7 +145,12 @@ def as_rgb(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # 16 bits: Pillow's own conversion clips at 255
         deep = np.asarray(image, dtype=np.float32)
-        grey = deep / 257 if deep.max() > 255 else deep
+        if not np.isfinite(deep).all():
+            raise ValueError("holds values that are not finite")
+        top = float(deep.max(initial=0))
+        # the range that the largest value fits into: 0 to 1 of floats, 8 bits, 16 bits, or its own
+        white = 1.0 if image.mode.startswith("F") and top <= 1 else 255.0 if top <= 255 else max(65535.0, top)
+        grey = deep * np.float32(255 / white)
         return Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -36,12 +36,25 @@ EVALUATION_FILES = (
     *("metrics.json", "report.txt", "predictions.csv", "confusion_matrix.png", "reliability.png", "report.html"),
     "retrieval.json",
 )
-# What lies in its folders; * stands for slashes too. The client of Weights & Biases puts the run's id behind its names.
+# What lies in its folders, a part of the path at a time; ** is all that is below. The client of Weights & Biases puts
+# the run's id behind its names.
+STEP, HEX = f"step_{'[0-9]' * 8}", "[0-9a-f]" * 8
+CHECKPOINT_FILES = ("manifest.json", "state.json", *(f"{name}.safetensors" for name in ("model", "optimizer", "ema")))
+FEATURES = ("train", "val", "test", "train_sample", "val_sample", "train_held_out_sample")
 INSIDE = (
-    *(f"checkpoints/step_{'[0-9]' * 8}/{name}" for name in ("*.json", "*.safetensors")),
-    *("checkpoints/.part_*", "features/*.safetensors", "profile/table.txt", "profile/trace.json"),
-    *(f"evaluation/*/{name}" for name in EVALUATION_FILES),
-    *("wandb/*run-*-{run_id}/*", "wandb/latest-run", "wandb/debug*.log", f"*/.*.{'[0-9a-f]' * 8}.part"),
+    *(f"checkpoints/{STEP}/{name}" for name in CHECKPOINT_FILES),
+    *(f"checkpoints/.part_{old}{STEP}/**" for old in ("", "old_")),
+    *(f"features/{folder}{name}.safetensors" for folder in ("", f"{STEP}/") for name in FEATURES),
+    *("profile/table.txt", "profile/trace.json"),
+    *(
+        f"evaluation/{folder}{split}{data}/{name}"
+        for folder in ("", f"{STEP}/")
+        for split in ("train", "val", "test")
+        for data in ("", f"-{HEX}")
+        for name in EVALUATION_FILES
+    ),
+    *("wandb/*run-*-{run_id}/**", "wandb/latest-run", "wandb/debug*.log"),
+    *(f"{folders}.*.{HEX}.part" for folders in ("*/", "*/*/", "*/*/*/")),
 )
 RUN_MARKS = ("metrics.jsonl", "checkpoints", "summary.json")  # beside a config.yaml; a hub folder has none of them
 NOBODYS = (".lock", ".DS_Store", "Thumbs.db", "desktop.ini", ".nfs*")  # of the system: neither a run nor in its way
@@ -105,7 +118,17 @@ def _walk(directory: Path) -> Iterator[tuple[Path, bool]]:
             links = [entry for entry in folders if (Path(folder) / entry).is_symlink()]
             for entry in (*files, *links):
                 path = Path(folder) / entry
-                yield path, _like(entry, NOBODYS) or _like(path.relative_to(directory).as_posix(), inside)
+                yield path, _like(entry, NOBODYS) or _fits(path.relative_to(directory).parts, inside)
+
+
+def _fits(path: tuple[str, ...], patterns: Iterable[str]) -> bool:
+    for pattern in patterns:
+        *folders, last = pattern.split("/")
+        below = last == "**" and len(path) > len(folders)
+        named = len(path) == len(folders) + 1 and fnmatchcase(path[-1], last)
+        if (below or named) and all(map(fnmatchcase, path, folders)):
+            return True
+    return False
 
 
 def _like(name: str, patterns: Iterable[str]) -> bool:
