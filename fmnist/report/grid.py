@@ -24,7 +24,7 @@ def draw_grid(path: Path, images: Tensor, titles: Sequence[str], heading: str, *
     canvas = rearrange(cells, "(row column) height width channel -> (row height) (column width) channel", row=rows)
     pitch = size + strip
     figure = Figure(
-        figsize=(max(4.0, 0.75 * columns), max(3.0, 0.75 * rows * pitch / size) + 0.4), layout="constrained"
+        figsize=(max(4.0, 0.75 * columns), max(1.6, 0.75 * rows * pitch / size) + 0.4), layout="constrained"
     )
     axes = figure.add_subplot()
     for i, text in enumerate(titles):

@@ -47,11 +47,12 @@ def opening(training: Training, cfg: Config, run: Run) -> list[str]:
     t, loader, schedule, augment = training, training.loader, training.schedule, training.augment
     parameters = sum(p.numel() for p in t.model.parameters())
     origin = "from pretrained weights" if cfg.model.weights or cfg.model.pretrained else "from scratch"
+    epochs = schedule.epoch(schedule.total_steps)
     rows = {
         "data": f"{locate(cfg.data.root)}: {len(loader.split):,} training, {len(t.val_split):,} validation, "
         f"{len(t.test_split):,} test images",
         "model": f"{cfg.model.name} {origin}, {parameters:,} parameters, {counted(len(augment.mean), 'input channel')}",
-        "recipe": f"{schedule.epoch(schedule.total_steps):.4g} epochs = {schedule.total_steps:,} steps of "
+        "recipe": f"{epochs:.4g} epoch{'' if epochs == 1 else 's'} = {schedule.total_steps:,} steps of "
         f"{loader.global_batch_size} images at {sizes(t.augment.sizes)}; {cfg.optim.name}, "
         f"learning rate {schedule.peak_lr:.4g}, {schedule.shape}",
         "device": f"{run.device_name}: {counted(run.world_size, 'process', 'processes')}"
