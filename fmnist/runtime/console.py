@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import io
 import logging
 import os
@@ -129,14 +130,13 @@ def _is_first_to_say(line: str) -> bool:
         return True
     from torch.distributed import TCPStore
 
-    mine = f"rank {ENVIRONMENT.get('RANK')}: {line}"
-    key = f"fmnist error {ENVIRONMENT.get('TORCHELASTIC_RESTART_COUNT', '')}"
+    mine, digest = f"rank {ENVIRONMENT.get('RANK')}", hashlib.sha256(line.encode()).hexdigest()
+    key = f"fmnist error {ENVIRONMENT.get('TORCHELASTIC_RESTART_COUNT', '')} {digest}"
     try:
         store = TCPStore(address, int(port), is_master=False, timeout=ASK_OTHERS, wait_for_workers=False)
-        first = store.compare_set(key, "", mine).decode()
+        return store.compare_set(key, "", mine).decode() == mine
     except (RuntimeError, ValueError):  # their meeting place is gone, or was another run's
         return True
-    return first == mine or first.partition(": ")[2] != line
 
 
 class _Lasting(io.FileIO):
