@@ -154,9 +154,7 @@ def test_a_kill_while_deleting_leaves_what_is_still_provably_ours(run: Path, mon
     open_directory(Config(output_dir=str(run), resume="never", overwrite=True))
 
 
-@pytest.mark.parametrize(
-    "name", ["checkpoints", "train.log", "evaluation", "config.yaml", ".lock", "evaluation/test"]
-)
+@pytest.mark.parametrize("name", ["checkpoints", "train.log", "evaluation", "config.yaml", ".lock", "evaluation/test"])
 @pytest.mark.parametrize("start", [{}, OVER])
 def test_a_link_that_leads_a_runs_files_elsewhere_is_refused(
     name: str, start: dict[str, object], run: Path, tmp_path: Path
