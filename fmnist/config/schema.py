@@ -27,15 +27,27 @@ def option(default: Any, *, valid: tuple[float, float]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    name: str = "fashion_mnist"
+    """fashion_mnist, mnist, cifar10 and others of torchvision, npz (arrays), or folder (of pictures, by class)."""
     root: str | None = None
-    """Folder with the IDX files, plain or .gz; null: $FMNIST_DATA, data/ or Debian's folder, else downloaded."""
-    val_size: int = option(5000, valid=(0, 59_000))
-    """Images held out of the 60,000 for validation, stratified by class; 0 trains on all of them."""
+    """Where it lies: for Fashion-MNIST a folder with its IDX files, plain or .gz; null: $FMNIST_DATA, data/ or Debian's
+    folder, else downloaded."""
+    val_size: int = option(5000, valid=(0, 10**8))
+    """Training images held out for validation, stratified by class, where the data set has none of its own; 0 trains on
+    all of them."""
+    stored_size: int | None = option(None, valid=(8, 1024))
+    """Pictures of a folder are kept at this many pixels per side; null: as they are if all have one size, else 256."""
+    fit: Literal["crop", "pad"] = "crop"
+    """How a picture of a folder becomes a square: cut to its centre, or padded."""
+    holdout: float = option(0.1, valid=(0.001, 0.45))
+    """Share of each class held out for validation, and as much for the test, of a folder without such splits."""
+    bad_files: Literal["refuse", "skip"] = "refuse"
+    """Pictures of a folder that cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    global_batch_size: int = option(128, valid=(1, 60_000))
+    global_batch_size: int = option(128, valid=(1, 10**6))
     """Images per optimizer step, over all processes and accumulation steps."""
     micro_batch_size: int | None = option(None, valid=(1, 60_000))
     """Images per forward pass on one process; null: global_batch_size / processes, without accumulation."""
@@ -137,7 +149,7 @@ class EvaluationConfig:
     """Epochs between evaluations on the validation images; each saves a checkpoint."""
     every_steps: int | None = option(None, valid=(1, 10**9))
     """Steps between evaluations; overrides every_epochs."""
-    batch_size: int = option(500, valid=(1, 60_000))
+    batch_size: int = option(500, valid=(1, 10**6))
     """Images per forward pass on one process."""
     size: int | None = option(None, valid=(8, 1024))
     """Image size in pixels per side; null: the last of augment.size."""

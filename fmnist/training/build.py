@@ -1,7 +1,7 @@
 """What the training loop works with: built from a config, and put back from a checkpoint."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from timm.utils import ModelEmaV3
@@ -15,6 +15,8 @@ from fmnist.config.same_run import recipe
 from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader
+from fmnist.data.info import DATA_FILE
+from fmnist.data.registry import open_source
 from fmnist.data.split import Split
 from fmnist.models.flops import flops_per_image
 from fmnist.network import build_network
@@ -79,6 +81,8 @@ def build(cfg: Config, run: Run) -> Training | None:
     # data: all three splits, so that a damaged file is found now and not after the training
     splits = together(run, lambda: load_splits(cfg, run.device))
     train_split, val_split, test_split = splits.values()
+    info = replace(train_split.info, num_train=len(train_split), num_val=len(val_split))
+    run.kept[DATA_FILE] = info.to_json()
     if cfg.exact and cfg.exact % run.world_size:
         raise ValueError(f"exact is {cfg.exact}; valid with {run.world_size} processes: a multiple of that")
     loader = Loader(
@@ -92,7 +96,7 @@ def build(cfg: Config, run: Run) -> Training | None:
 
     # where to begin: all processes see the same directory, data and weights, which are those of the run in it
     digests = {name: split.digest for name, split in splits.items()}
-    run.fingerprint = together(run, lambda: fingerprint(digests, cfg.model.weights))
+    run.fingerprint = together(run, lambda: fingerprint(digests, info.class_names, cfg.model.weights))
     about = {"model": cfg.model.name, "world_size": run.world_size, "versions": versions()}
     meta = about | {"config": recipe(cfg) | run.fingerprint}
     checkpoints = Checkpoints(run.directory / "checkpoints", cfg.checkpoint.keep_last, meta)
@@ -103,9 +107,9 @@ def build(cfg: Config, run: Run) -> Training | None:
     # model, and what feeds it: pretrained weights only where no checkpoint will fill it
     schedule = Schedule.from_config(cfg, loader.steps_per_epoch)
     side = train_split.images.shape[-1]
-    for line in without_effect(cfg, Length(schedule.total_steps, schedule.steps_per_epoch, side)):
+    for line in without_effect(cfg, Length(schedule.total_steps, schedule.steps_per_epoch, side, info.num_train)):
         logger.warning("%s", line)
-    model, augment = build_network(cfg, run.device, load_weights=newest is None)
+    model, augment = build_network(cfg, info, run.device, load_weights=newest is None)
     if newest is None and cfg.model.weights and digest_of_weights(cfg.model.weights) != run.fingerprint[WEIGHTS]:
         raise ValueError(f"model.weights: {cfg.model.weights} was replaced while it was read; start again")
 
@@ -142,7 +146,8 @@ def build(cfg: Config, run: Run) -> Training | None:
 
 def load_splits(cfg: Config, device: torch.device) -> dict[str, Split]:
     """Load train, val and test, in this order, fetched where no folder was named."""
-    return {name: Split.load(name, cfg.data, device, fetch=True) for name in ("train", "val", "test")}
+    source = open_source(cfg.data, fetch=True)
+    return {name: Split.load(name, source, device) for name in ("train", "val", "test")}
 
 
 def peak_images_per_second(model: nn.Module, augment: Augment, run: Run) -> float | None:
