@@ -39,6 +39,10 @@ REFUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("augment.cutmix_alpha", lambda cfg: not cfg.augment.mix_probability, "augment.mix_probability is 0"),
     ("augment.flip_in_turn", lambda cfg: cfg.augment.flip in (0, 1), "augment.flip is 0 or 1, which leaves no turn"),
     ("optim.beta2", lambda cfg: cfg.optim.name == "sgd", "optim.name is sgd, which uses beta1 only"),
+    *(
+        (name, lambda cfg: cfg.data.name != "folder", "data.name is not folder")
+        for name in ("data.stored_size", "data.fit", "data.holdout", "data.bad_files")
+    ),
     ("schedule.min_lr", lambda cfg: cfg.schedule.name == "constant", "schedule.name is constant"),
 )
 # What has none, or another, in a run of this length, as a short trial of a recipe is: said when the run begins.

@@ -1,5 +1,6 @@
 """Data sets by name: what `data.name` takes."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +12,7 @@ from fmnist.config.schema import DataConfig
 from fmnist.data.fashion_mnist import INFO, load_indexed, name_of, stratified_split
 from fmnist.data.find import locate
 from fmnist.data.info import DataInfo
+from fmnist.data.sources.arrays import TORCHVISION, Parts, read_npz, read_torchvision
 
 SplitName = Literal["train", "val", "test"]
 Part = tuple[Tensor, Tensor, Tensor]  # images uint8 [N, H, W] or [N, C, H, W], labels int64 [N], published int64 [N]
@@ -59,7 +61,7 @@ def _fashion_mnist(cfg: DataConfig, fetch: bool) -> Source:
     )
 
 
-def held_out(parts: dict[str, tuple[Tensor, Tensor]], val_size: int, num_classes: int) -> Callable[[SplitName], Part]:
+def held_out(parts: Parts, val_size: int, num_classes: int) -> Callable[[SplitName], Part]:
     """Return what reads the three splits of a data set that comes with a train, and perhaps a val and a test part.
 
     Without a val part, `val_size` training images are held out, stratified by class, the same ones for ever.
@@ -98,4 +100,18 @@ def held_out(parts: dict[str, tuple[Tensor, Tensor]], val_size: int, num_classes
     return read
 
 
-SOURCES: dict[str, Callable[[DataConfig, bool], Source]] = {INFO.name: _fashion_mnist}
+def _arrays(cfg: DataConfig, read: tuple[DataInfo, Parts]) -> Source:
+    info, parts = read
+    return Source(
+        info=info,
+        location=cfg.root or info.source,
+        title=lambda name: info.title,
+        read=held_out(parts, cfg.val_size, len(info.class_names)),
+    )
+
+
+SOURCES: dict[str, Callable[[DataConfig, bool], Source]] = {
+    INFO.name: _fashion_mnist,
+    **dict.fromkeys(TORCHVISION, lambda cfg, fetch: _arrays(cfg, read_torchvision(cfg.name, cfg.root, fetch=fetch))),
+    "npz": lambda cfg, fetch: _arrays(cfg, read_npz(os.path.expanduser(cfg.root or ""))),
+}
