@@ -23,12 +23,14 @@ class Split:
         labels: int64 [N].
         info: of the data set that it belongs to.
         published: int64 [N] on the CPU, the images' positions in the data set's own file; None: they have none.
+        files: of a folder of pictures: the file of each published position.
     """
 
     images: Tensor
     labels: Tensor
     info: DataInfo = INFO
     published: Tensor | None = None
+    files: tuple[str, ...] = ()
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -73,4 +75,6 @@ class Split:
         images, labels, published = source.read(name)
         height, width = images.shape[-2:]
         info = replace(source.info, shape=(source.info.shape[0], height, width))
-        return cls(images=images.to(device), labels=labels.to(device), info=info, published=published)
+        return cls(
+            images=images.to(device), labels=labels.to(device), info=info, published=published, files=source.files
+        )

@@ -29,6 +29,7 @@ from fmnist.training.clock import Clock
 from fmnist.training.non_finite import NonFiniteWatch
 from fmnist.training.resume import find_start, restore, together
 
+CACHE_REMEDY = "delete their cache, the folder FMNIST_CACHE or else ~/.cache/fmnist"
 logger = logging.getLogger("fmnist")
 
 
@@ -147,7 +148,10 @@ def build(cfg: Config, run: Run) -> Training | None:
 def load_splits(cfg: Config, device: torch.device) -> dict[str, Split]:
     """Load train, val and test, in this order, fetched where no folder was named."""
     source = open_source(cfg.data, fetch=True)
-    return {name: Split.load(name, source, device) for name in ("train", "val", "test")}
+    splits = {name: Split.load(name, source, device) for name in ("train", "val", "test")}
+    if damaged := [name for name, digest in source.digests.items() if splits[name].digest != digest]:
+        raise ValueError(f"data.root: the decoded {damaged[0]} images of {source.location} are damaged: {CACHE_REMEDY}")
+    return splits
 
 
 def peak_images_per_second(model: nn.Module, augment: Augment, run: Run) -> float | None:
