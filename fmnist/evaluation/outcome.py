@@ -163,7 +163,7 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
         class_names=split.class_names,
         validation=validation,
         cost=cost,
-        data=source.title(request.split),
+        data=split.title(),
         data_sha256=split.digest,
         trained=trained,
         published=split.published,

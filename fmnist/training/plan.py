@@ -5,7 +5,6 @@ from torch.optim import Optimizer
 
 from fmnist.checkpoint.tensors import expected_state
 from fmnist.config.schema import Config
-from fmnist.data.registry import open_source
 from fmnist.models.flops import flops_per_image
 from fmnist.run import Run
 from fmnist.runtime.console import counted
@@ -49,7 +48,7 @@ def opening(training: Training, cfg: Config, run: Run) -> list[str]:
     origin = "from pretrained weights" if cfg.model.weights or cfg.model.pretrained else "from scratch"
     epochs = schedule.epoch(schedule.total_steps)
     rows = {
-        "data": f"{open_source(cfg.data).location}: {len(loader.split):,} training, {len(t.val_split):,} validation, "
+        "data": f"{loader.split.location}: {len(loader.split):,} training, {len(t.val_split):,} validation, "
         f"{len(t.test_split):,} test images",
         "model": f"{cfg.model.name} {origin}, {parameters:,} parameters, {counted(len(augment.mean), 'input channel')}",
         "recipe": f"{epochs:.4g} epoch{'' if epochs == 1 else 's'} = {schedule.total_steps:,} steps of "
