@@ -14,6 +14,7 @@ from fmnist.config.conflicts import Length, without_effect
 from fmnist.config.same_run import recipe
 from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
+from fmnist.data.balance import class_weights
 from fmnist.data.batches import Loader
 from fmnist.data.split import Split
 from fmnist.models.flops import flops_per_image
@@ -88,6 +89,8 @@ def build(cfg: Config, run: Run) -> Training | None:
         seed=cfg.seed,
         rank=run.rank,
         world_size=run.world_size,
+        sampling=cfg.data.sampling,
+        class_weights=class_weights(cfg.optim.class_weights, train_split.labels, len(train_split.class_names)),
     )
 
     # where to begin: all processes see the same directory, data and weights, which are those of the run in it
@@ -134,7 +137,8 @@ def build(cfg: Config, run: Run) -> Training | None:
             schedule.validates,
             total_steps=schedule.total_steps,
             steps_per_epoch=schedule.steps_per_epoch,
-            best_top1=state.best_top1,
+            best=state.best_number(cfg.evaluation.best),
+            by=cfg.evaluation.best,
         ),
         non_finite=NonFiniteWatch(run, loader, augment, run.directory, cfg.log.every_steps),
     )
