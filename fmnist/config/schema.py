@@ -19,6 +19,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from fmnist.config import strict_yaml
 
+WEIGHTS = (".safetensors", ".pt", ".pth")  # of a file of weights
+
 
 def option(default: Any, *, valid: tuple[float, float]) -> Any:
     """Declare a number with its valid range, both ends included."""
@@ -76,7 +78,8 @@ class ModelConfig:
     pretrained: bool = False
     """Start from timm's pretrained weights, from its hub or its cache."""
     weights: str | None = None
-    """Start from this local file of pretrained weights (.safetensors, .pt); overrides the hub."""
+    """Start from a run of yours or one of its checkpoints (a directory), with a new head where the classes differ; or,
+    for a timm model, from a local file of pretrained weights (.safetensors, .pt), which overrides the hub."""
     drop_rate: float = option(0.0, valid=(0, 0.95))
     """Dropout probability before the head (in the MLP: after each hidden layer)."""
     drop_path_rate: float = option(0.0, valid=(0, 0.95))
@@ -89,6 +92,16 @@ class ModelConfig:
     """Keep images and convolution weights in the channels_last memory format."""
     compile: bool = False
     """Compile the model with torch.compile: about a minute at the start, faster steps afterwards."""
+
+    @property
+    def starts_from_run(self) -> bool:
+        """Whether `weights` names a run or a checkpoint: told by its name alone, for it may be gone later."""
+        return self.weights is not None and not self.weights.endswith(WEIGHTS)
+
+    @property
+    def has_pretrained_input(self) -> bool:
+        """Whether channels and normalisation are those of timm's pretrained weights; another run's are given."""
+        return self.pretrained or (self.weights is not None and not self.starts_from_run)
 
 
 @dataclass(frozen=True, kw_only=True)

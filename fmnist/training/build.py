@@ -12,7 +12,7 @@ from fmnist.checkpoint.fingerprint import WEIGHTS, digest_of_weights, fingerprin
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.config.conflicts import Length, without_effect
 from fmnist.config.same_run import recipe
-from fmnist.config.schema import Config
+from fmnist.config.schema import Config, ModelConfig
 from fmnist.data.augment import Augment
 from fmnist.data.balance import class_weights
 from fmnist.data.batches import Loader
@@ -27,6 +27,7 @@ from fmnist.tracking.progress import Progress
 from fmnist.training.clock import Clock
 from fmnist.training.non_finite import NonFiniteWatch
 from fmnist.training.resume import find_start, restore, together
+from fmnist.training.start_from_run import start_from_run
 
 logger = logging.getLogger("fmnist")
 
@@ -109,7 +110,7 @@ def build(cfg: Config, run: Run) -> Training | None:
     for line in without_effect(cfg, Length(schedule.total_steps, schedule.steps_per_epoch, side)):
         logger.warning("%s", line)
     model, augment = build_network(cfg, run.device, load_weights=newest is None)
-    if newest is None and cfg.model.weights and digest_of_weights(cfg.model.weights) != run.fingerprint[WEIGHTS]:
+    if newest is None and cfg.model.weights and _read_digest(model, cfg.model) != run.fingerprint[WEIGHTS]:
         raise ValueError(f"model.weights: {cfg.model.weights} was replaced while it was read; start again")
 
     # optimizer, and the moving average of the weights
@@ -142,6 +143,11 @@ def build(cfg: Config, run: Run) -> Training | None:
         ),
         non_finite=NonFiniteWatch(run, loader, augment, run.directory, cfg.log.every_steps),
     )
+
+
+def _read_digest(model: nn.Module, cfg: ModelConfig) -> str:
+    """Return the digest of the weights that the model begins from; another run's are read now."""
+    return start_from_run(model, cfg) if cfg.starts_from_run else digest_of_weights(cfg.weights or "")
 
 
 def load_splits(cfg: Config, device: torch.device) -> dict[str, Split]:
