@@ -26,7 +26,7 @@ from fmnist.runtime.provenance import versions
 from fmnist.tracking.progress import Progress
 from fmnist.training.clock import Clock
 from fmnist.training.non_finite import NonFiniteWatch
-from fmnist.training.resume import find_start, restore, together
+from fmnist.training.resume import continuation, find_start, restore, together
 from fmnist.training.start_from_run import start_from_run
 
 logger = logging.getLogger("fmnist")
@@ -100,12 +100,12 @@ def build(cfg: Config, run: Run) -> Training | None:
     about = {"model": cfg.model.name, "world_size": run.world_size, "versions": versions()}
     meta = about | {"config": recipe(cfg) | run.fingerprint}
     checkpoints = Checkpoints(run.directory / "checkpoints", cfg.checkpoint.keep_last, meta)
-    finished, newest = find_start(cfg, run, checkpoints)
+    schedule = Schedule.from_config(cfg, loader.steps_per_epoch)
+    finished, newest = find_start(cfg, run, checkpoints, schedule.total_steps)
     if finished:
         return None
 
     # model, and what feeds it: pretrained weights only where no checkpoint will fill it
-    schedule = Schedule.from_config(cfg, loader.steps_per_epoch)
     side = train_split.images.shape[-1]
     for line in without_effect(cfg, Length(schedule.total_steps, schedule.steps_per_epoch, side)):
         logger.warning("%s", line)
@@ -119,6 +119,8 @@ def build(cfg: Config, run: Run) -> Training | None:
 
     # resume: weights, optimizer and step of the newest checkpoint
     state = TrainState() if newest is None else restore(newest, cfg, model, ema, optimizer, run.fingerprint)
+    if newest is not None and (said := continuation(newest, cfg, schedule, state.step)):
+        logger.info("%s", said)
 
     return Training(
         model=model,
