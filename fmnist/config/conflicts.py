@@ -152,7 +152,10 @@ def sizes_by_epoch(cfg: Config) -> dict[int, int]:
     size = cfg.augment.size
     if isinstance(size, int):
         return {0: size}
-    steps_per_epoch = max(1, (NUM_IMAGES - cfg.data.val_size) // cfg.batch.global_batch_size)
+    images, limit = NUM_IMAGES - cfg.data.val_size, cfg.data.limit
+    if limit is not None:
+        images = limit if isinstance(limit, int) else round(limit * images)
+    steps_per_epoch = max(1, images // cfg.batch.global_batch_size)
     epochs = cfg.schedule.steps / steps_per_epoch if cfg.schedule.steps else cfg.schedule.epochs
     fitted: dict[int, int] = {}
     latest = max(1, int(epochs)) - 1  # the last epoch that is whole

@@ -33,6 +33,9 @@ class DataConfig:
     """Folder with the IDX files, plain or .gz; null: $FMNIST_DATA, data/ or Debian's folder, else downloaded."""
     val_size: int = option(5000, valid=(0, 59_000))
     """Images held out of the 60,000 for validation, stratified by class; 0 trains on all of them."""
+    limit: int | float | None = option(None, valid=(1e-9, 10**9))
+    """Train on so many images, or on a share of them (0.1), the same classes' shares; each part holds the smaller ones.
+    Validation and test images stay whole. null: all."""
     sampling: Literal["uniform", "balanced"] = "uniform"
     """Order of an epoch; uniform: each image once; balanced: all classes equally often, small ones repeated."""
 
@@ -321,6 +324,8 @@ def check_values(cfg: Config) -> None:
                     number is not None and not isinstance(number, str) and not low <= number <= high
                 ):  # NaN fails both comparisons
                     raise ValueError(f"{name} is {value!s:.100}; valid range: {low} to {high}")
+    if isinstance(cfg.data.limit, float) and cfg.data.limit > 1:
+        raise ValueError(f"data.limit is {cfg.data.limit}; valid: a whole number of images, or a share up to 1.0")
     size = cfg.augment.size
     if isinstance(size, dict) and (0 not in size or min(size) < 0):
         raise ValueError(f"augment.size is {size}; valid: {{0: pixels, later epoch: pixels}}")

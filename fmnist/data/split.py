@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fmnist.config.schema import DataConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_indexed
+from fmnist.data.subset import subset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,4 +51,7 @@ class Split:
             ValueError: files that are missing, cannot be fetched, or are invalid.
         """
         images, labels, published = load_indexed(name, cfg.root, cfg.val_size, fetch=fetch)
+        if name == "train" and cfg.limit is not None:
+            part = subset(labels, cfg.limit)
+            images, labels, published = images[part], labels[part], published[part]
         return cls(images=images.to(device), labels=labels.to(device), class_names=CLASS_NAMES, published=published)
