@@ -54,7 +54,7 @@ def train(training: Training, cfg: Config, run: Run) -> None:
             with clock.paused():
                 val = validate(training.eval_model, training.val_split, augment, cfg.evaluation, run)
                 run.log("val", val, state.step)
-                state.update_best(val.get("top1"))
+                state.update_best(val, cfg.evaluation.best)
 
         # save, or stop
         stopping = run.should_stop()

@@ -17,7 +17,7 @@ from fmnist.checkpoint.run_directory import SUMMARY, read_summary
 from fmnist.checkpoint.store import newer_than_weights
 from fmnist.checkpoint.tensors import load_strict, non_finite, read_tensors_and_digest
 from fmnist.config.parse import load_config
-from fmnist.config.same_run import changes, recipe
+from fmnist.config.same_run import changes, lengthened, recipe
 from fmnist.config.schema import Config, DataConfig
 from fmnist.data.augment import Augment
 from fmnist.data.fashion_mnist import published as fashion_mnist
@@ -279,7 +279,7 @@ def _open(
     cfg, kept = load_config(directory / "config.yaml"), kept_fingerprint(directory)
     if checkpoint is not None:
         own = json.loads(json.dumps(recipe(cfg))) | kept
-        if changed := changes(read_meta(checkpoint)["config"], own):
+        if changed := changes(lengthened(read_meta(checkpoint)["config"], own), own):
             raise ValueError(f"{checkpoint} is of another run: {one_line('; '.join(changed[:3]))}")
     cfg = replace(cfg, model=replace(cfg.model, **model))
     if batch_size is not None:

@@ -192,7 +192,7 @@ def test_the_head_alone_may_be_trained_for_the_whole_run() -> None:
 def test_every_number_has_a_valid_range_that_holds_its_default(name: str) -> None:
     kind, limits = str(OPTIONS[name].type), OPTIONS[name].metadata.get("valid")
     assert (limits is not None) == ("int" in kind or "float" in kind)
-    if limits and (default := flatten(Config())[name]) is not None:
+    if limits and isinstance(default := flatten(Config())[name], int | float):
         assert limits[0] <= default <= limits[1]
 
 

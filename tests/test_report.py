@@ -179,6 +179,7 @@ def test_write_evaluation(tmp_path: Path) -> None:
     assert text.startswith(
         f"cnn: test images: top1 {100 * summary['top1']:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f}), "
         f"loss {summary['loss']:.4f}, ECE {summary['ece']:.4f}, 500 images\n"
+        f"macro F1 {100 * summary['macro_f1']:.2f} %, balanced accuracy {100 * summary['balanced_accuracy']:.2f} %\n"
     )
     assert all(name in text for name in NAMES) and "macro avg" in text
 

@@ -1,10 +1,12 @@
 """What decides a run's result beside its options: the images, and the weights that it began from."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
+from fmnist.checkpoint.start_weights import find_start_weights
 from fmnist.runtime.files import cannot_read, read_json, sha256_of, write_atomic
 
 FINGERPRINT = "fingerprint.json"
@@ -31,9 +33,9 @@ def fingerprint(images: Mapping[str, str], class_names: Sequence[str], weights: 
 
 
 def digest_of_weights(weights: str) -> str:
-    """Return the sha256 of a file of weights to begin from: its bytes count, not its path."""
+    """Return the sha256 of the file of weights to begin from, a run's or another: its bytes count, not its path."""
     try:
-        return sha256_of(Path(weights))
+        return sha256_of(find_start_weights(weights).file if os.path.isdir(weights) else Path(weights))
     except OSError as error:
         raise cannot_read(Path(f"{WEIGHTS}: {weights}"), error) from None
 

@@ -121,6 +121,11 @@ def validate(cfg: Config) -> None:
         if batch.micro_batch_size not in (None, shard):
             reason = f"exact makes it {batch.global_batch_size} / {cfg.exact} = {shard}"
             raise ValueError(f"batch.micro_batch_size is {batch.micro_batch_size}, but {reason}: leave it out")
+    if cfg.data.sampling == "balanced" and cfg.optim.class_weights == "balanced":
+        raise ValueError(
+            "data.sampling balanced with optim.class_weights balanced would count small classes twice over; valid: "
+            "one of the two, or your own weights"
+        )
     if cfg.overwrite and cfg.resume != "never":
         raise ValueError("overwrite is true but resume is auto: give --resume never to start again")
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,7 @@ from fmnist.data.find import locate
 from fmnist.data.info import DataInfo
 from fmnist.data.sources.arrays import TORCHVISION, Parts, read_npz, read_torchvision
 from fmnist.data.sources.folder import read_folder
+from fmnist.data.subset import subset
 from fmnist.runtime.console import one_line
 from fmnist.runtime.hardware import too_large
 
@@ -56,7 +57,19 @@ def open_source(cfg: DataConfig, *, fetch: bool = False) -> Source:
     """
     if cfg.name not in SOURCES:
         raise ValueError(f"data.name is {cfg.name!r:.80}; valid: {', '.join(SOURCES)}")
-    return SOURCES[cfg.name](cfg, fetch)
+    source = SOURCES[cfg.name](cfg, fetch)
+    if cfg.limit is None:
+        return source
+
+    def read(name: SplitName) -> Part:
+        images, labels, published = source.read(name)
+        if name != "train":
+            return images, labels, published
+        part = subset(labels, cfg.limit)
+        return images[part], labels[part], published[part]
+
+    digests = {name: digest for name, digest in source.digests.items() if name != "train"}
+    return replace(source, read=read, digests=digests)
 
 
 def _fashion_mnist(cfg: DataConfig, fetch: bool) -> Source:

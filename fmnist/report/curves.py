@@ -66,6 +66,8 @@ def loss_note(cfg: Config) -> str:
         "dropout": model.drop_rate,
         "drop path": model.drop_path_rate,
         "label smoothing": optim.label_smoothing,
+        "class weights": optim.class_weights != "none",
+        "classes drawn equally": cfg.data.sampling == "balanced",
     }
     parts = [name for name, value in named.items() if value]
     if optim.ema_decay:

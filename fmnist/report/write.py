@@ -24,6 +24,8 @@ SUBSETS = {
     "without_similar": "without similar ones too (correlation > {correlation})",
 }
 
+BESIDE_TOP1 = {"macro_f1": "macro F1", "balanced_accuracy": "balanced accuracy", "top5": "top5"}
+
 
 def write_evaluation(findings: Findings) -> None:
     """Write metrics.json, report.txt, predictions.csv and the figures; of a complete evaluation also report.html.
@@ -60,10 +62,11 @@ def report_text(findings: Findings) -> str:
         f"{outcome.title}: top1 {100 * metrics['top1']:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f}), "
         f"loss {metrics['loss']:.4f}, ECE {metrics['ece']:.4f}, {metrics['num_images']:,} images"
     )
+    more = ", ".join(f"{words} {100 * metrics[key]:.2f} %" for key, words in BESIDE_TOP1.items() if key in metrics)
     data = f"images: {outcome.data}, sha256 {outcome.data_sha256}\n" if outcome.data_sha256 else ""
     table = class_table(metrics)
     notes = _notes(metrics) if findings.complete else ""
-    return f"{headline}\n{data}\n{table}" + (f"\n{notes}\n" if notes else "")
+    return f"{headline}\n{more}\n{data}\n{table}" + (f"\n{notes}\n" if notes else "")
 
 
 def class_table(metrics: Mapping[str, Any]) -> str:
@@ -129,7 +132,7 @@ def _log_to_wandb(findings: Findings) -> None:
     assert trained is not None
     files = [outcome.directory / f"{name}.png" for name in ("confusion_matrix", "reliability")]
     files.append(trained.directory / "learning_curves.png")
-    scalars = {key: metrics[key] for key in ("top1", "loss", "ece")}
+    scalars = {key: metrics[key] for key in ("top1", *BESIDE_TOP1, "loss", "ece") if key in metrics}
     scalars |= {f"subsets.{key}": entry["top1"] for key, entry in metrics["subsets"].items()}
     if (retrieval := metrics["retrieval"]) is not None:
         scalars[f"precision_at_{retrieval['k']}"] = retrieval["features"]["mean"]

@@ -12,8 +12,9 @@ from fmnist.checkpoint.fingerprint import WEIGHTS, digest_of_weights, fingerprin
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.config.conflicts import Length, without_effect
 from fmnist.config.same_run import recipe
-from fmnist.config.schema import Config
+from fmnist.config.schema import Config, ModelConfig
 from fmnist.data.augment import Augment
+from fmnist.data.balance import class_weights
 from fmnist.data.batches import Loader
 from fmnist.data.info import DATA_FILE
 from fmnist.data.registry import open_source
@@ -27,7 +28,8 @@ from fmnist.runtime.provenance import versions
 from fmnist.tracking.progress import Progress
 from fmnist.training.clock import Clock
 from fmnist.training.non_finite import NonFiniteWatch
-from fmnist.training.resume import find_start, restore, together
+from fmnist.training.resume import continuation, find_start, restore, together
+from fmnist.training.start_from_run import start_from_run
 
 CACHE_REMEDY = "delete their cache, the folder FMNIST_CACHE or else ~/.cache/fmnist"
 logger = logging.getLogger("fmnist")
@@ -93,6 +95,8 @@ def build(cfg: Config, run: Run) -> Training | None:
         seed=cfg.seed,
         rank=run.rank,
         world_size=run.world_size,
+        sampling=cfg.data.sampling,
+        class_weights=class_weights(cfg.optim.class_weights, train_split.labels, len(train_split.class_names)),
     )
 
     # where to begin: all processes see the same directory, data and weights, which are those of the run in it
@@ -101,17 +105,17 @@ def build(cfg: Config, run: Run) -> Training | None:
     about = {"model": cfg.model.name, "world_size": run.world_size, "versions": versions()}
     meta = about | {"config": recipe(cfg) | run.fingerprint}
     checkpoints = Checkpoints(run.directory / "checkpoints", cfg.checkpoint.keep_last, meta)
-    finished, newest = find_start(cfg, run, checkpoints)
+    schedule = Schedule.from_config(cfg, loader.steps_per_epoch)
+    finished, newest = find_start(cfg, run, checkpoints, schedule.total_steps)
     if finished:
         return None
 
     # model, and what feeds it: pretrained weights only where no checkpoint will fill it
-    schedule = Schedule.from_config(cfg, loader.steps_per_epoch)
     side = train_split.images.shape[-1]
     for line in without_effect(cfg, Length(schedule.total_steps, schedule.steps_per_epoch, side, info.num_train)):
         logger.warning("%s", line)
     model, augment = build_network(cfg, info, run.device, load_weights=newest is None)
-    if newest is None and cfg.model.weights and digest_of_weights(cfg.model.weights) != run.fingerprint[WEIGHTS]:
+    if newest is None and cfg.model.weights and _read_digest(model, cfg.model) != run.fingerprint[WEIGHTS]:
         raise ValueError(f"model.weights: {cfg.model.weights} was replaced while it was read; start again")
 
     # optimizer, and the moving average of the weights
@@ -120,6 +124,8 @@ def build(cfg: Config, run: Run) -> Training | None:
 
     # resume: weights, optimizer and step of the newest checkpoint
     state = TrainState() if newest is None else restore(newest, cfg, model, ema, optimizer, run.fingerprint)
+    if newest is not None and (said := continuation(newest, cfg, schedule, state.step)):
+        logger.info("%s", said)
 
     return Training(
         model=model,
@@ -139,10 +145,16 @@ def build(cfg: Config, run: Run) -> Training | None:
             schedule.validates,
             total_steps=schedule.total_steps,
             steps_per_epoch=schedule.steps_per_epoch,
-            best_top1=state.best_top1,
+            best=state.best_number(cfg.evaluation.best),
+            by=cfg.evaluation.best,
         ),
         non_finite=NonFiniteWatch(run, loader, augment, run.directory, cfg.log.every_steps),
     )
+
+
+def _read_digest(model: nn.Module, cfg: ModelConfig) -> str:
+    """Return the digest of the weights that the model begins from; another run's are read now."""
+    return start_from_run(model, cfg) if cfg.starts_from_run else digest_of_weights(cfg.weights or "")
 
 
 def load_splits(cfg: Config, device: torch.device) -> dict[str, Split]:

@@ -11,7 +11,7 @@ from fmnist.config.schema import Config
 from fmnist.config.shipped import command
 from fmnist.evaluation.calibration import fit_temperature
 from fmnist.evaluation.findings import Findings, findings
-from fmnist.evaluation.numbers import calibration_error
+from fmnist.evaluation.numbers import SCORES, calibration_error
 from fmnist.evaluation.outcome import Outcome
 from fmnist.metrics import predict
 from fmnist.run import Run
@@ -33,7 +33,7 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
         "steps": state.step,
         "world_size": run.world_size,
         "seed": cfg.seed,
-        "val.top1": state.best_top1 if state.best_top1 >= 0 else None,
+        **{f"val.{name}": value for name, value in ({"top1": state.best_number("top1")} | state.best_val).items()},
         "images_per_second": training.clock.median_rate(),
         "train_seconds": round(state.train_seconds, 1),
         "device": run.device_name,
@@ -49,7 +49,7 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
         summary["temperature"] = fit_on_validation(training, cfg, run)
     found = evaluate_test(training, cfg, run) if finished and cfg.evaluation.test else None
     if found is not None:
-        scores = {key: found.metrics[key] for key in ("top1", "loss", "num_images")}
+        scores = {key: found.metrics[key] for key in (*SCORES, "loss", "num_images") if key in found.metrics}
         run.log("test", scores, state.step)
         summary |= {f"test.{key}": value for key, value in scores.items()}
         summary |= calibration_errors(found, summary["temperature"])

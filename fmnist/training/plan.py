@@ -45,7 +45,8 @@ def opening(training: Training, cfg: Config, run: Run) -> list[str]:
     """Return five lines that say what is about to be trained: data, model, recipe, device, directory."""
     t, loader, schedule, augment = training, training.loader, training.schedule, training.augment
     parameters = sum(p.numel() for p in t.model.parameters())
-    origin = "from pretrained weights" if cfg.model.weights or cfg.model.pretrained else "from scratch"
+    origin = "from pretrained weights" if cfg.model.has_pretrained_input else "from scratch"
+    origin = f"from {cfg.model.weights}" if cfg.model.starts_from_run else origin
     epochs = schedule.epoch(schedule.total_steps)
     rows = {
         "data": f"{loader.split.location}: {len(loader.split):,} training, {len(t.val_split):,} validation, "

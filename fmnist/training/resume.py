@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,8 +16,9 @@ from fmnist.checkpoint.fingerprint import kept_fingerprint
 from fmnist.checkpoint.run_directory import has_run, is_finished, read_summary, same_recipe
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.checkpoint.tensors import load_optimizer_tensors, load_strict, read_tensors
-from fmnist.config.same_run import changes, of_all_ranks, recipe
+from fmnist.config.same_run import changes, lengthened, of_all_ranks, recipe
 from fmnist.config.schema import Config
+from fmnist.optim import Schedule
 from fmnist.run import Run
 from fmnist.runtime.console import one_line
 from fmnist.runtime.environment import ENVIRONMENT
@@ -60,7 +62,7 @@ def agree(run: Run, seen: Mapping[str, str], remedy: str) -> None:
                 raise ValueError(f"rank {rank} sees {value} {name}, rank 0 {views[0].get(name)}: {remedy}")
 
 
-def find_start(cfg: Config, run: Run, checkpoints: Checkpoints) -> tuple[bool, Path | None]:
+def find_start(cfg: Config, run: Run, checkpoints: Checkpoints, total_steps: int) -> tuple[bool, Path | None]:
     """Find out whether the run is finished, and else which checkpoint to resume from.
 
     With `overwrite`, a run of these very options and data that has not come to its end is one that this command began:
@@ -78,7 +80,7 @@ def find_start(cfg: Config, run: Run, checkpoints: Checkpoints) -> tuple[bool, P
     made_of = {f"as {name}": _short(digest) for name, digest in run.fingerprint.items()}
     agree(run, made_of, "all processes have to read the same data and weights")
     place, shared = f"in {run.directory}", "output_dir must be shared by all processes"
-    finished, again = together(run, lambda: _status(cfg, run))
+    finished, again = together(run, lambda: _status(cfg, run, total_steps))
     state = "a finished run" if finished else "nothing to go on with" if again else "an unfinished run or none"
     agree(run, {place: state}, shared)
     if finished:
@@ -100,7 +102,7 @@ def find_start(cfg: Config, run: Run, checkpoints: Checkpoints) -> tuple[bool, P
     return False, newest
 
 
-def _status(cfg: Config, run: Run) -> tuple[bool, bool]:
+def _status(cfg: Config, run: Run, total_steps: int) -> tuple[bool, bool]:
     """Say whether the run is finished, and whether it is to be begun again over what lies there."""
     directory = run.directory
     if not has_run(directory):
@@ -117,7 +119,7 @@ def _status(cfg: Config, run: Run) -> tuple[bool, bool]:
             f"{directory} holds a run that was made of something else: {'; '.join(changed)}. "
             "Give what it began with, or another --output_dir"
         )
-    return is_finished(directory, test=cfg.evaluation.test), False
+    return is_finished(directory, test=cfg.evaluation.test, total_steps=total_steps), False
 
 
 def _short(digest: str) -> str:
@@ -131,6 +133,30 @@ def _newest(cfg: Config, checkpoints: Checkpoints) -> Path | None:
         if cfg.overwrite:  # nothing to resume from, and leave to delete it
             return None
         raise
+
+
+def continuation(path: Path, cfg: Config, schedule: Schedule, step: int) -> str:
+    """Say what a longer schedule means for a run that had come to its end; empty where it is not longer.
+
+    Args:
+        path: the checkpoint that it resumes from, which knows how long the run was.
+        cfg: the run's config now.
+        schedule: of it.
+        step: of the checkpoint.
+    """
+    meta = read_meta(path)["config"]
+    length = {key: meta.get(f"schedule.{key}", getattr(cfg.schedule, key)) for key in ("epochs", "steps")}
+    before = Schedule.from_config(replace(cfg, schedule=replace(cfg.schedule, **length)), schedule.steps_per_epoch)
+    if before.total_steps == schedule.total_steps:
+        return ""
+    old, new = before.lr(before.total_steps - 1), schedule.lr(step)
+    lr = f"the learning rate stays {new:.4g}"
+    if old != new:
+        lr = (
+            f"the learning rate jumps from {old:.4g} to {new:.4g}, its value there in a run of that length; the result "
+            "is not that of one run of that length"
+        )
+    return f"a run of {before.total_steps:,} steps is continued at step {step:,} to {schedule.total_steps:,}: {lr}"
 
 
 def restore(
@@ -148,7 +174,8 @@ def restore(
     """
     state, meta = read_state(path), read_meta(path)
     # Only what both know is compared: a checkpoint from before the fingerprint goes on without one.
-    if changed := changes(meta["config"], json.loads(json.dumps(recipe(cfg))) | dict(fingerprint or {})):
+    own = json.loads(json.dumps(recipe(cfg))) | dict(fingerprint or {})
+    if changed := changes(lengthened(meta["config"], own), own):
         raise ValueError(f"{path / STATE} is of another config: {'; '.join(changed[:3])}")
     load_strict(model, read_tensors(path / MODEL), path / MODEL)
     moments = path / OPTIMIZER
