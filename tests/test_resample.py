@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fmnist.config.schema import AugmentConfig
 from fmnist.data.augment import Augment
-from fmnist.data.augment_table import augmentation_table, levels_read
+from fmnist.data.augment_table import LEVEL, augmentation_table, levels_read
 from fmnist.data.augment_torch import Plan, augment_reference
 from fmnist.data.batches import NUM_UNIFORMS, MicroBatch, to_device
 from fmnist.data.colour import changes_colours
@@ -95,6 +95,22 @@ def test_shapes_are_arguments(interpreted: ModuleType, source: tuple[int, int, i
     assert largest_difference(interpreted, images, ALL, plan, 3) < 1e-4
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("source", "size", "levels"),
+    [((3, 32, 32), 40, [0]), ((3, 64, 64), 16, [0, 1, 2]), ((3, 61, 90), 12, [1, 2]), ((1, 120, 70), 35, [0, 1])],
+    ids=str,
+)
+def test_colours_and_levels_are_those_of_the_reference(
+    interpreted: ModuleType, source: tuple[int, int, int], size: int, levels: list[int], channels_last: bool
+) -> None:
+    images = torch.randint(0, 256, (40, *source), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    read = augmentation_table(COLOURS, uniforms(40, size), source[1:], size, whole_pixels=False)[:, LEVEL].unique()
+    assert read.tolist() == levels
+    plan = make_plan(COLOURS, size, channels_last=channels_last, fill=(0.2, 0.4, 0.6)[: source[0]], **COLOUR)
+    assert largest_difference(interpreted, images, COLOURS, plan, 12) < 1e-4
+
+
 def test_a_batch_through_the_kernel_is_a_batch_through_the_reference(
     interpreted: ModuleType, train_images: Split
 ) -> None:
@@ -126,6 +142,21 @@ def test_the_compiled_reference_gives_the_same_numbers(train_images: Split) -> N
         for backend in ("compiled", "eager")
     ]
     assert ((made[0] - made[1]) * 0.353).abs().max() < 1e-4
+
+
+@pytest.mark.thorough
+def test_the_compiled_reference_gives_the_same_colours_and_levels() -> None:
+    images = torch.randint(0, 256, (24, 3, 50, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split, every = Split(images=images, labels=torch.zeros(24, dtype=torch.int64)), torch.arange(24)
+    batch = MicroBatch(
+        split=split, indices=every, partners=every.flip(0), uniforms=uniforms(24), epoch=0, key=(0, 0, 0)
+    )
+    for size in (12, 50):
+        made = [
+            Augment(replace(COLOURS, size=size, backend=backend), num_classes=10, fill=(0.2, 0.4, 0.6), **COLOUR)
+            for backend in ("compiled", "eager")
+        ]
+        assert (made[0](batch)[0] - made[1](batch)[0]).abs().max() * 0.225 < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -164,7 +195,11 @@ def test_the_kernel_compiles_for_a_gpu(cfg: AugmentConfig, channels: int, side: 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("cfg", [OFF, GEOMETRY, ERASING, ALL, HARD], ids=["off", "geometry", "erasing", "all", "hard"])
+@pytest.mark.parametrize(
+    "cfg",
+    [OFF, GEOMETRY, ERASING, ALL, HARD, COLOURS],
+    ids=["off", "geometry", "erasing", "all", "hard", "colours"],
+)
 @pytest.mark.parametrize("size", [28, 32, 64, 96, 128, 224])
 def test_the_kernel_is_the_reference_on_a_gpu(train_images: Split, size: int, cfg: AugmentConfig) -> None:
     from fmnist.data import augment_triton as resample
@@ -174,3 +209,5 @@ def test_the_kernel_is_the_reference_on_a_gpu(train_images: Split, size: int, cf
         assert largest_difference(resample, images, cfg, make_plan(cfg, size, dtype=dtype), 257, "cuda") < bar
     colour = make_plan(cfg, size, channels_last=True, **COLOUR)
     assert largest_difference(resample, images, cfg, colour, 31, "cuda") < 1e-4
+    rgb = torch.randint(0, 256, (50, 3, 200, 300), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert largest_difference(resample, rgb, cfg, colour, 31, "cuda") < 1e-4

@@ -15,11 +15,13 @@ class Length:
     Attributes:
         total_steps, steps_per_epoch: optimizer updates.
         image_side: pixels per side of the stored images.
+        channels: of the stored images; 1 is grey.
     """
 
     total_steps: int
     steps_per_epoch: int
     image_side: int = IMAGE_SIDE
+    channels: int = 1
 
     def steps(self, epochs: float) -> int:
         """Return a duration in steps."""
@@ -36,6 +38,7 @@ REFUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("augment.mixup_alpha", lambda cfg: not cfg.augment.mix_probability, "augment.mix_probability is 0"),
     ("augment.cutmix_alpha", lambda cfg: not cfg.augment.mix_probability, "augment.mix_probability is 0"),
     ("augment.flip_in_turn", lambda cfg: cfg.augment.flip in (0, 1), "augment.flip is 0 or 1, which leaves no turn"),
+    ("augment.crop_aspect", lambda cfg: cfg.augment.crop == 1, "augment.crop is 1, which crops nothing"),
     ("optim.beta2", lambda cfg: cfg.optim.name == "sgd", "optim.name is sgd, which uses beta1 only"),
     ("schedule.min_lr", lambda cfg: cfg.schedule.name == "constant", "schedule.name is constant"),
 )
@@ -75,11 +78,13 @@ SAID: tuple[tuple[str, Callable[[Config, Length], bool], str], ...] = (
         "augment.shift",
         lambda cfg, run: (
             {*sizes_by_epoch(cfg).values()} == {run.image_side}
-            and not (cfg.augment.rotation or cfg.augment.scale)
+            and not (cfg.augment.rotation or cfg.augment.scale or cfg.augment.crop < 1)
             and round(cfg.augment.shift * run.image_side) == 0
         ),
         "has no effect: it is less than half a pixel, and shifts are whole where nothing else is interpolated",
     ),
+    ("augment.saturation", lambda cfg, run: run.channels == 1, "has no effect: the images are grey"),
+    ("augment.hue", lambda cfg, run: run.channels == 1, "has no effect: the images are grey"),
     (
         "schedule.warmup_epochs",
         lambda cfg, run: cfg.schedule.warmup_steps is None and not run.steps(cfg.schedule.warmup_epochs),

@@ -53,7 +53,7 @@ class AugmentConfig:
     """Probability of a vertical flip."""
     crop: float = option(1.0, valid=(0.01, 1))
     """Smallest share of the area in a random crop, which is resized to the full size; uniform in [crop, 1]; 1: none."""
-    crop_aspect: float = option(4 / 3, valid=(1, 4))
+    crop_aspect: float = option(1.33, valid=(1, 4))
     """Largest change a of a crop's aspect ratio: log-uniform in [1/a, a] times the image's own, as far as it fits."""
     rotation: float = option(0.0, valid=(0, 180))
     """Maximum rotation in degrees; the angle is uniform in +-rotation."""

@@ -98,15 +98,21 @@ class Augment:
         )
 
     def table(self, batch: MicroBatch) -> Tensor:
-        """Return the parameters of every sample in the batch's epoch: float32 [N, NUM_COLUMNS]."""
+        """Return the parameters of every sample in the batch's epoch: float32 [N, 16, 17 or 29].
+
+        Raises:
+            ValueError: colours change, but the images have neither one channel nor three.
+        """
         size = self.size(batch.epoch)
         if self._table is None or self._table[0] is not batch.uniforms or self._table[1] != size:
-            shape = _source_shape(batch.split.images)
-            whole_pixels = self.plan(size, shape).whole_pixels
+            channels, height, width = with_channels(batch.split.images).shape[1:]
+            plan = self.plan(size, shape := (height, width))
+            if plan.colours and channels not in (1, 3):
+                raise ValueError(f"images have {channels} channels; brightness, contrast, saturation, hue need 1 or 3")
             uniforms = batch.uniforms
             if self.cfg.flip_in_turn:
                 uniforms = flip_in_turn(uniforms, seed=batch.key[0], epoch=batch.epoch)
-            grey = grey_of(self.fill)
+            grey, whole_pixels = grey_of(self.fill), plan.whole_pixels
             table = augmentation_table(self.cfg, uniforms, shape, size, whole_pixels=whole_pixels, grey=grey)
             if whole_pixels:
                 check_whole_pixels(table[:, MATRIX], size)

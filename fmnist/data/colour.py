@@ -9,9 +9,9 @@ from fmnist.config.schema import AugmentConfig
 
 LUMA = (0.299, 0.587, 0.114)  # the grey of red, green and blue
 _YIQ = torch.tensor([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)], dtype=torch.float64)
-_I_TO_Q = torch.tensor([(0, 0, 0), (0, 0, -1), (0, 1, 0)], dtype=torch.float64)
-# Turns hues by a quarter, and takes the grey away: two of them are minus the colour without its grey.
-QUARTER_TURN = (_YIQ.inverse() @ _I_TO_Q @ _YIQ).tolist()
+_Q_TO_I = torch.tensor([(0, 0, 0), (0, 0, 1), (0, -1, 0)], dtype=torch.float64)
+# Turns hues by a quarter, from red towards yellow, and takes the grey away.
+QUARTER_TURN = (_YIQ.inverse() @ _Q_TO_I @ _YIQ).tolist()
 
 
 def changes_colours(cfg: AugmentConfig) -> bool:

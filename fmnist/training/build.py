@@ -102,8 +102,8 @@ def build(cfg: Config, run: Run) -> Training | None:
 
     # model, and what feeds it: pretrained weights only where no checkpoint will fill it
     schedule = Schedule.from_config(cfg, loader.steps_per_epoch)
-    side = train_split.images.shape[-1]
-    for line in without_effect(cfg, Length(schedule.total_steps, schedule.steps_per_epoch, side)):
+    *channels, _, side = train_split.images.shape[1:]
+    for line in without_effect(cfg, Length(schedule.total_steps, schedule.steps_per_epoch, side, *channels)):
         logger.warning("%s", line)
     model, augment = build_network(cfg, run.device, load_weights=newest is None)
     if newest is None and cfg.model.weights and digest_of_weights(cfg.model.weights) != run.fingerprint[WEIGHTS]:
