@@ -16,12 +16,14 @@ class Length:
         total_steps, steps_per_epoch: optimizer updates.
         image_side: pixels per side of the stored images.
         num_train: images to train on.
+        channels: of the stored images; 1 is grey.
     """
 
     total_steps: int
     steps_per_epoch: int
     image_side: int = IMAGE_SIDE
     num_train: int = NUM_TRAIN
+    channels: int = 1
 
     def steps(self, epochs: float) -> int:
         """Return a duration in steps."""
@@ -38,6 +40,7 @@ REFUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("augment.mixup_alpha", lambda cfg: not cfg.augment.mix_probability, "augment.mix_probability is 0"),
     ("augment.cutmix_alpha", lambda cfg: not cfg.augment.mix_probability, "augment.mix_probability is 0"),
     ("augment.flip_in_turn", lambda cfg: cfg.augment.flip in (0, 1), "augment.flip is 0 or 1, which leaves no turn"),
+    ("augment.crop_aspect", lambda cfg: cfg.augment.crop == 1, "augment.crop is 1, which crops nothing"),
     ("optim.beta2", lambda cfg: cfg.optim.name == "sgd", "optim.name is sgd, which uses beta1 only"),
     *(
         (name, lambda cfg: cfg.data.name != "folder", "data.name is not folder")
@@ -81,11 +84,13 @@ SAID: tuple[tuple[str, Callable[[Config, Length], bool], str], ...] = (
         "augment.shift",
         lambda cfg, run: (
             {*sizes_by_epoch(cfg, run.num_train).values()} == {run.image_side}
-            and not (cfg.augment.rotation or cfg.augment.scale)
+            and not (cfg.augment.rotation or cfg.augment.scale or cfg.augment.crop < 1)
             and round(cfg.augment.shift * run.image_side) == 0
         ),
         "has no effect: it is less than half a pixel, and shifts are whole where nothing else is interpolated",
     ),
+    ("augment.saturation", lambda cfg, run: run.channels == 1, "has no effect: the images are grey"),
+    ("augment.hue", lambda cfg, run: run.channels == 1, "has no effect: the images are grey"),
     (
         "schedule.warmup_epochs",
         lambda cfg, run: cfg.schedule.warmup_steps is None and not run.steps(cfg.schedule.warmup_epochs),

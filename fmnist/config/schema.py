@@ -68,12 +68,26 @@ class AugmentConfig:
     """Probability of a horizontal flip."""
     flip_in_turn: bool = False
     """Draw each image's flip once, then take the opposite chance in every second epoch: with flip 0.5 it alternates."""
+    flip_vertical: float = option(0.0, valid=(0, 1))
+    """Probability of a vertical flip."""
+    crop: float = option(1.0, valid=(0.01, 1))
+    """Smallest share of the area in a random crop, which is resized to the full size; uniform in [crop, 1]; 1: none."""
+    crop_aspect: float = option(1.33, valid=(1, 4))
+    """Largest change a of a crop's aspect ratio: log-uniform in [1/a, a] times the image's own, as far as it fits."""
     rotation: float = option(0.0, valid=(0, 180))
     """Maximum rotation in degrees; the angle is uniform in +-rotation."""
     shift: float = option(0.0, valid=(0, 0.5))
     """Maximum shift per axis as a fraction of the side; uniform, in whole pixels if nothing else is interpolated."""
     scale: float = option(0.0, valid=(0, 1))
     """Maximum zoom s; the factor is log-uniform in [1/(1+s), 1+s]."""
+    brightness: float = option(0.0, valid=(0, 1))
+    """Maximum change b of brightness; values are multiplied by a factor uniform in [1-b, 1+b]."""
+    contrast: float = option(0.0, valid=(0, 1))
+    """Maximum change c of contrast; distances from the data set's mean grey take a factor uniform in [1-c, 1+c]."""
+    saturation: float = option(0.0, valid=(0, 1))
+    """Maximum change s of saturation; distances from a pixel's own grey take a factor uniform in [1-s, 1+s]."""
+    hue: float = option(0.0, valid=(0, 0.5))
+    """Maximum change of hue in turns; colours rotate about the grey axis of YIQ by an angle uniform in +-hue."""
     erase: float = option(0.0, valid=(0, 1))
     """Probability of erasing one rectangle of 2 to 33 % of the area (filled with the data set's mean)."""
     mixup_alpha: float = option(0.0, valid=(0, 10))

@@ -111,8 +111,9 @@ def build(cfg: Config, run: Run) -> Training | None:
         return None
 
     # model, and what feeds it: pretrained weights only where no checkpoint will fill it
-    side = train_split.images.shape[-1]
-    for line in without_effect(cfg, Length(schedule.total_steps, schedule.steps_per_epoch, side, info.num_train)):
+    channels, _, side = info.shape
+    length = Length(schedule.total_steps, schedule.steps_per_epoch, side, info.num_train, channels)
+    for line in without_effect(cfg, length):
         logger.warning("%s", line)
     model, augment = build_network(cfg, info, run.device, load_weights=newest is None)
     if newest is None and cfg.model.weights and _read_digest(model, cfg.model) != run.fingerprint[WEIGHTS]:
