@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from fmnist.data.photos import check_size, decode, on_white, open_header, to_rgb
+from fmnist.data.photos import check_size, decode, on_white, open_header, to_rgb, why_unreadable
 from fmnist.runtime.files import open_regular
 from fmnist.runtime.hardware import available_cores
 
@@ -188,20 +188,27 @@ def _padded(image: Image.Image, size: int) -> Image.Image:
     return canvas
 
 
-def in_threads(work: Callable[[Item], Result], items: Sequence[Item], what: str) -> Iterator[Result]:
+def in_threads(work: Callable[[Item], Result], items: Sequence[Item], what: str) -> Iterator[Result | str]:
     """Map in threads (Pillow and hashlib let others run), in order, with few results waiting, and a bar if it is long.
 
     Args:
-        work: of one item; it raises nothing.
+        work: of one item; what it raises becomes a text, by `why_unreadable`.
         items: what it is done to.
         what: names it in the bar.
     """
+
+    def try_one(item: Item) -> Result | str:
+        try:
+            return work(item)
+        except Exception as error:
+            return why_unreadable(error)
+
     threads = available_cores()
     pool = ThreadPoolExecutor(threads)
-    waiting: deque[Future[Result]] = deque()
+    waiting: deque[Future[Result | str]] = deque()
     try:
         for item in tqdm(items, desc=what, unit="image", disable=None, leave=False, delay=BAR_AFTER_S):
-            waiting.append(pool.submit(work, item))
+            waiting.append(pool.submit(try_one, item))
             if len(waiting) > AHEAD * threads:
                 yield waiting.popleft().result()
         while waiting:

@@ -100,7 +100,7 @@ def _parts(root: Path, inside: dict[str, _Folder]) -> list[str]:
             f"{others[0]}; expected train, val and test, each with a folder a class, or classes alone"
         )
     if "train" not in likely:
-        raise ValueError(f"{root} has {' and '.join(likely)}, but no train")
+        raise ValueError(f"{root} has {' and '.join(sorted(likely, key=PARTS.index))}, but no train")
     return [name for name in PARTS if name in likely]
 
 
