@@ -22,7 +22,7 @@ from conftest import ROOT, environment
 from PIL import Image
 
 from fmnist.data.fashion_mnist import CLASS_NAMES, load
-from fmnist.data.sources import decode, fill
+from fmnist.data.sources import decode, facts, fill
 from fmnist.data.sources.cache import Cache, cache_folder
 from fmnist.data.sources.facts import split_by_content
 from fmnist.data.sources.folder import Decoded, read_folder
@@ -112,7 +112,8 @@ def test_all_of_fashion_mnist_as_png(tmp_path: Path, real_folder: Path) -> None:
         assert torch.equal(decoded.labels[decoded.parts[part]], labels)
 
 
-def test_colours_mean_and_digest(tmp_path: Path) -> None:
+def test_colours_mean_and_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "CHUNK_BYTES", 3000)  # of 20 images of 432 bytes
     decoded = read(two_classes(tmp_path / "root", 10), holdout=0.2)
     assert decoded.images.shape == (20, 3, 12, 12)
     first = np.asarray(Image.open(tmp_path / "root" / decoded.files[3])).transpose(2, 0, 1)
@@ -763,8 +764,8 @@ def test_a_damaged_cache_is_made_again(
 ) -> None:
     root = two_classes(tmp_path / "root")
     kept = read(root).images.clone()
-    (array,), (facts,) = cache.glob("*.npy"), cache.glob("*.json")
-    content, text = array.read_bytes(), facts.read_text()
+    (array,), (mark,) = cache.glob("*.npy"), cache.glob("*.json")
+    content, text = array.read_bytes(), mark.read_text()
     if damage == "gone":
         array.unlink()
     elif damage == "dtype":
@@ -773,7 +774,7 @@ def test_a_damaged_cache_is_made_again(
         array.write_bytes({"short": content[:-1], "long": content + b"x", "empty": b"", "header": b"x" * 90}[damage])
     else:
         other = text.replace('"labels": [0', '"labels": [1')
-        facts.write_text({"json": text[:-9], "value": other, "list": "[]", "nothing": ""}[damage])
+        mark.write_text({"json": text[:-9], "value": other, "list": "[]", "nothing": ""}[damage])
     decoding.clear()
     caplog.clear()
     decoded = read(root)
@@ -814,6 +815,13 @@ def test_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert cache_folder() == tmp_path / ".cache" / "fmnist"
     monkeypatch.setenv("FMNIST_CACHE", "~/there")
     assert cache_folder() == tmp_path / "there"
+    monkeypatch.setenv("FMNIST_CACHE", "x" * 5000)
+    with pytest.raises(ValueError, match="cannot be written: file name too long; set FMNIST_CACHE"):
+        read(root)
+    monkeypatch.setenv("FMNIST_CACHE", "")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # an account without a home
+    with pytest.raises(ValueError, match="there is no home folder .*set FMNIST_CACHE"):
+        read(root)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

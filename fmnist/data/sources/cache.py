@@ -18,11 +18,13 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from fmnist.runtime.console import one_line
 from fmnist.runtime.environment import ENVIRONMENT
 from fmnist.runtime.files import read_json, reason, write_atomic
 
 logger = logging.getLogger("fmnist")
 FORMAT = 1  # of the files; another one is another cache
+MAX_FACTS_BYTES = 1 << 30  # about 100 for each picture
 NAME_DIGITS = 32  # hexadecimal, of a sha256
 UNUSED_S = 7 * 86_400.0  # a cache of an earlier content of the folder goes after so long without use
 SAY_AFTER_S = 5.0
@@ -51,10 +53,10 @@ class Cache:
 
     def read(self) -> tuple[NDArray[np.uint8], dict[str, Any]] | None:
         """Return the images, uint8 [N, C, H, W], mapped, and the facts; None where they are not there whole."""
-        if not self.facts.exists():  # it is written last
+        if not os.path.exists(self.facts):  # it is written last
             return None
         try:
-            kept = read_json(self.facts)
+            kept = read_json(self.facts, MAX_FACTS_BYTES)
             if kept.get("sha256") != _sha256(kept.get("facts")):
                 raise ValueError(f"{self.facts} is damaged")
             facts: dict[str, Any] = kept["facts"]
@@ -116,9 +118,9 @@ class Cache:
             raise self._unwritable(error) from None
 
     def _unwritable(self, error: OSError) -> ValueError:
+        place, why = one_line(str(self.folder)), reason(error)
         return ValueError(
-            f"{self.folder}, where decoded images are kept, cannot be written: {reason(error)}; set FMNIST_CACHE to "
-            "another folder"
+            f"{place}, where decoded images are kept, cannot be written: {why}; set FMNIST_CACHE to another folder"
         )
 
     def _remove_old(self) -> None:

@@ -82,7 +82,7 @@ def read_folder(
         found, left_out = list_pictures(root)
         if left_out:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in left_out.most_common())
-            logger.info("%s", one_line(f"{root}: left out what are no pictures: {kinds}", 1000))
+            logger.info("%s", one_line(f"{root}: ignored files that are no pictures: {kinds}", 1000))
         options = {"stored_size": stored_size, "fit": fit, "bad_files": bad_files, "holdout": holdout}
         cache = Cache(root, options, found)
         kept = cache.read()  # without a lock, which a cache that somebody else made may not allow
