@@ -516,11 +516,19 @@ LAYOUTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (only(), "root holds no pictures"),
     "one class": (only(picture("cat/a.png")), "one class only, cat; expected a folder a class, two or more"),
     "too deep": (only(picture("all/cat/a.png"), picture("all/dog/a.png")), r"one class only, all; .*is .*/all meant\?"),
+    "parts too deep": (only(picture("all/train/a/1.png"), picture("all/test/b/1.png")), r"; is .*root/all meant\?"),
     "an empty class": (folder_at("fish"), "root/fish holds no pictures .*an empty class"),
     "a class of text files": (write("fish/a.txt"), "root/fish holds no pictures"),
     "pictures in no class": (picture("a.png"), "root/a.png: a picture in no class"),
     "a part beside classes": (picture("train/cat/a.png"), "mixes two layouts: train .*beside cat"),
-    "a part beside pictures": (then(in_parts("train"), picture("test/1.png")), "mixes two layouts: train .*test"),
+    "a part beside pictures": (
+        then(in_parts("train"), picture("test/1.png")),
+        "root/test holds pictures directly, such as 1.png",
+    ),
+    "a picture in a part": (
+        then(in_parts("train", "test"), picture("train/a.png")),
+        "root/train holds pictures .*a.png",
+    ),
     "no train": (in_parts("val", "test"), "has val and test, but no train"),
     "valid for val": (in_parts("train", "valid"), "root/valid holds folders.*call it val"),
     "Train for train": (in_parts("Train", "Test"), "root/Test holds folders.*call it test"),
@@ -780,7 +788,7 @@ def test_a_damaged_cache_is_made_again(
     decoded = read(root)
     assert torch.equal(decoded.images, kept) and decoded.labels[0] == 0 and len(decoding) == 8
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert warnings and len(set(warnings)) == 1 and "its cache is made again" in warnings[0]
+    assert len(warnings) == 1 and "root is decoded again" in warnings[0]
     decoding.clear()
     read(root)
     assert not decoding and sorted(path.suffix for path in cache.iterdir()) == [".json", ".lock", ".npy"]

@@ -47,6 +47,7 @@ class Cache:
         place = os.path.realpath(root)
         if Path(os.path.realpath(self.folder)).is_relative_to(place):
             raise ValueError(f"the cache folder {self.folder} lies in {root}: set FMNIST_CACHE to a folder elsewhere")
+        self._fault = ""
         self._origin = _digest((FORMAT, place, sorted(options.items())))
         name = f"{self._origin}-{_digest(state)}"
         self.array, self.facts = (self.folder / f"{name}.{suffix}" for suffix in ("npy", "json"))
@@ -66,7 +67,7 @@ class Cache:
             if images.dtype != np.uint8 or list(images.shape) != facts["shape"] or self.array.stat().st_size != size:
                 raise ValueError(f"{self.array} has not the size that was written")
         except (OSError, ValueError, EOFError, AttributeError) as error:
-            logger.warning("%s; its cache is made again", error)
+            self._fault = str(error)
             return None
         with suppress(OSError):
             os.utime(self.facts)  # it is in use: see _remove_old
@@ -108,6 +109,8 @@ class Cache:
         Raises:
             ValueError: the cache folder cannot be written, or is full.
         """
+        if self._fault:
+            logger.warning("%s", one_line(f"{self._fault}; {self.root} is decoded again", 1000))
         try:
             self.facts.unlink(missing_ok=True)
             self._remove_old()
