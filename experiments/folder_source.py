@@ -11,7 +11,6 @@ system's page cache. Times on a machine that others use at the same time are upp
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -28,10 +27,11 @@ from PIL import Image
 
 from fmnist.runtime.environment import inherited
 from fmnist.runtime.files import write_atomic
+from fmnist.runtime.provenance import git_revision, processor, versions
 
 RESULTS = Path(__file__).parent / "results"
 CANVAS, CLASSES, STORED_SIZE = 4000, 10, 224
-QUIET = "not a quiet machine: other programs ran on its cores"
+NOTE = "not a quiet machine: other programs ran on its cores, and these readings at idle priority"
 
 
 def draw(folder: Path, number: int, seconds: float) -> None:
@@ -116,10 +116,14 @@ def measure(folder: Path, cache_root: Path, *, kills: bool) -> None:
     results = [cold, *warm, *runs.get("two_at_once", []), *([runs["after_kill"]] if kills else [])]
     megabytes = sum(path.stat().st_size for path in folder.rglob("*.jpg")) / 1e6
     result = {
+        "name": f"folder_source_{cold['images']}",
+        "command": f"python -m experiments.folder_source measure FOLDER{' --kills' * kills}",
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; {QUIET}",
+        "hardware": {"device": "CPU", "processor": processor(), "cpu_cores": os.cpu_count()},
+        "note": NOTE,
         "load": [round(load, 1) for load in os.getloadavg()],
-        "versions": {"python": platform.python_version(), "pillow": PIL.__version__, "numpy": np.__version__},
+        "versions": versions() | {"pillow": PIL.__version__, "numpy": np.__version__},
+        "git_revision": git_revision(),
         "photographs": f"{cold['images']:,} JPEG of 300 to 1,200 px, {megabytes:,.0f} MB",
         "stored_size": STORED_SIZE,
         "cache_mb": round(bytes_kept / 1e6),
@@ -127,7 +131,7 @@ def measure(folder: Path, cache_root: Path, *, kills: bool) -> None:
         "runs": runs,
     }
     text = json.dumps(result, indent=2) + "\n"
-    write_atomic(RESULTS / f"folder_source_{cold['images']}.json", text)
+    write_atomic(RESULTS / f"{result['name']}.json", text)
     print(text)
 
 

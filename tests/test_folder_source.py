@@ -12,6 +12,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fmnist.data.sources import decode, facts, fill
 from fmnist.data.sources.cache import Cache, cache_folder
 from fmnist.data.sources.facts import split_by_content
 from fmnist.data.sources.folder import Decoded, read_folder
+from fmnist.data.sources.layout import list_pictures
 from fmnist.data.split import Split
 
 OPTIONS: dict[str, Any] = {"stored_size": None, "fit": "crop", "bad_files": "refuse", "holdout": 0.1}
@@ -378,6 +380,14 @@ def test_exif_turns_pictures_before_they_are_measured(tmp_path: Path, suffix: st
     decoded = read(tmp_path / "root")
     assert decoded.images.shape[-2:] == (20, 40)  # one size: they are kept as they are
     assert decoded.images[0, 0, :, :8].min() > 240 and decoded.images[0, 0, :, 14:].max() < 15
+
+
+def test_a_turn_that_xmp_tells_counts_too(tmp_path: Path) -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    image = Image.new("L", (20, 40))
+    for name in ("a.jpg", "b.webp"):
+        assert decode.read_header(save(tmp_path / name, image, xmp=xmp)) == (40, 20, name == "a.jpg")
+        assert in_shape(tmp_path / name, (3, 20, 40)).shape == (3, 20, 40)
 
 
 def test_stored_sizes(tmp_path: Path) -> None:
@@ -806,6 +816,21 @@ def test_a_cache_that_may_not_be_written_is_read(tmp_path: Path, monkeypatch: py
     assert torch.equal(read(root).images, kept)
     with pytest.raises(ValueError, match=r"cache, where .*cannot be written: permission denied; set FMNIST_CACHE to"):
         read(root, stored_size=16)
+
+
+def test_a_wait_for_another_process_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fmnist.data.sources.cache.SAY_AFTER_S", 0.1)
+    root = two_classes(tmp_path / "root")
+    with ThreadPoolExecutor() as pool, caplog.at_level(logging.INFO):
+        with Cache(root, OPTIONS, list_pictures(root)[0]).locked():
+            reading, until = pool.submit(read, root), time.monotonic() + 60
+            while not caplog.records and time.monotonic() < until:
+                time.sleep(0.02)
+            assert caplog.messages == [f"waiting for another process that reads {root}"]
+            assert not list((tmp_path / "cache").glob("*.npy"))
+        assert len(reading.result(timeout=60).files) == 8
 
 
 def test_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,14 +67,14 @@ def read_header(path: Path) -> Header:
         check_size(os.fstat(stream.fileno()).st_size)
         image = open_header(stream)
         width, height = image.size
-        # Not getexif() of a PNG whose header has none: it would decode the picture to look behind it.
-        turned = "exif" in image.info and image.format != "TIFF" and _orientation(image) in SIDEWAYS
+        turned = image.format != "TIFF" and _orientation(image) in SIDEWAYS  # a TIFF's size is upright
         return Header(*((height, width) if turned else (width, height)), _is_grey(image))
 
 
 def _orientation(image: Image.Image) -> int | None:
     try:
-        return image.getexif().get(ORIENTATION)
+        # Not a PNG's own method: where the header has no EXIF, that decodes the picture to look behind it.
+        return Image.Image.getexif(image).get(ORIENTATION)
     except Exception:  # broken metadata does not make a broken picture
         return None
 
