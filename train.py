@@ -19,6 +19,7 @@ from fmnist.step import train_step
 from fmnist.training.batch_pictures import write_train_batch
 from fmnist.training.build import Training, build
 from fmnist.training.finish import finish
+from fmnist.training.micro_batch import say_what_would_fit
 from fmnist.training.plan import opening, print_plan
 from fmnist.training.profile import StepProfiler
 from fmnist.training.save import save
@@ -78,8 +79,9 @@ def run_training(cfg: Config) -> None:
             return
         run.start(training.progress, opening(training, cfg, run))
         run.on_main(write_train_batch, run.directory, training.loader, training.augment, training.schedule)
-        train(training, cfg, run)
-        finish(training, cfg, run)
+        with say_what_would_fit(training, cfg):
+            train(training, cfg, run)
+            finish(training, cfg, run)
 
 
 @record  # torchrun's summary then shows this process' traceback and rank

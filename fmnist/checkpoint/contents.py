@@ -33,6 +33,7 @@ class TrainState:
         best_top1: validation top1 of the best step (fraction); -1 before the first evaluation.
         best_step: the step whose weights are kept; without validation images, the newest.
         best_val: all validation numbers of the best step, by name; none in a run from before they stood here.
+        micro_batch_size: what `batch.micro_batch_size: auto` found; None where it is not auto.
         train_seconds: wall clock of training steps over all starts, evaluations apart.
     """
 
@@ -41,6 +42,7 @@ class TrainState:
     best_step: int = 0
     train_seconds: float = 0.0
     best_val: dict[str, float] = field(default_factory=dict)
+    micro_batch_size: int | None = None
 
     def best_number(self, by: str) -> float | None:
         """Return a validation number of the best step; None where there is none."""
@@ -117,7 +119,8 @@ def read_state(directory: Path) -> TrainState:
         state = TrainState(**values)
         valid = state.step > 0 and 0 <= state.best_step <= state.step and -1 <= state.best_top1 <= 1
         finite = math.isfinite(sum(state.best_val.values())) and 0 <= state.train_seconds < math.inf
-        if not (valid and finite and isinstance(state.step, int)):
+        whole = isinstance(state.step, int) and isinstance(state.micro_batch_size or 1, int)
+        if not (valid and finite and whole and (state.micro_batch_size or 1) > 0):
             raise ValueError
     except (ValueError, TypeError, AttributeError):
         raise ValueError(f"{directory / STATE} does not hold the state of a run") from None

@@ -56,8 +56,9 @@ class DataConfig:
 class BatchConfig:
     global_batch_size: int = option(128, valid=(1, 10**6))
     """Images per optimizer step, over all processes and accumulation steps."""
-    micro_batch_size: int | None = option(None, valid=(1, 60_000))
-    """Images per forward pass on one process; null: global_batch_size / processes, without accumulation."""
+    micro_batch_size: int | Literal["auto"] | None = option(None, valid=(1, 60_000))
+    """Images per forward pass on one process; null: global_batch_size / processes, without accumulation; auto: as many
+    as fit into memory, tried at the start and kept for the run."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -130,14 +130,15 @@ class Loader:
 
     def whole(self) -> "Loader":
         """Return the loader of one process that makes every micro-batch of a step."""
-        return Loader(
-            self.split,
-            global_batch_size=self.global_batch_size,
-            micro_batch_size=self.micro_batch_size,
-            seed=self.seed,
-            sampling=self.sampling,
-            class_weights=self.class_weights,
-        )
+        return self._with(rank=0, world_size=1)
+
+    def cut(self, micro_batch_size: int) -> "Loader":
+        """Return a loader of the same batches in micro-batches of another size."""
+        return self._with(micro_batch_size=micro_batch_size)
+
+    def _with(self, **changes: int) -> "Loader":
+        names = "global_batch_size", "micro_batch_size", "seed", "rank", "world_size", "sampling", "class_weights"
+        return Loader(self.split, **{name: getattr(self, name) for name in names} | changes)
 
     def _epoch_tables(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Return the epoch's order, int64 [N], and its uniforms, float32 [N, NUM_UNIFORMS], on the device."""

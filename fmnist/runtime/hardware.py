@@ -15,6 +15,7 @@ from fmnist.runtime.environment import ENVIRONMENT, integer, is_true, set_defaul
 from fmnist.runtime.launcher import launcher_environment
 
 NO_FLOAT64 = ("mps",)
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # of the CPU, CUDA and its libraries
 
 
 def find_device(device: torch.device | str | None) -> torch.device:
@@ -46,6 +47,17 @@ def resolve_precision(precision: str) -> str:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Return the context in which a forward computes in the given dtype, float32 or bfloat16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error of torch means that memory ran out."""
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give memory that torch holds in reserve back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def in_float64(tensor: Tensor) -> Tensor:

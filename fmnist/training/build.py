@@ -27,6 +27,7 @@ from fmnist.runtime.hardware import peak_flops
 from fmnist.runtime.provenance import versions
 from fmnist.tracking.progress import Progress
 from fmnist.training.clock import Clock
+from fmnist.training.micro_batch import choose_micro_batch
 from fmnist.training.non_finite import NonFiniteWatch
 from fmnist.training.resume import continuation, find_start, restore, together
 from fmnist.training.start_from_run import start_from_run
@@ -88,10 +89,11 @@ def build(cfg: Config, run: Run) -> Training | None:
     run.kept[DATA_FILE] = info.to_json()
     if cfg.exact and cfg.exact % run.world_size:
         raise ValueError(f"exact is {cfg.exact}; valid with {run.world_size} processes: a multiple of that")
+    micro = cfg.batch.global_batch_size // cfg.exact if cfg.exact else cfg.batch.micro_batch_size
     loader = Loader(
         train_split,
         global_batch_size=cfg.batch.global_batch_size,
-        micro_batch_size=cfg.batch.global_batch_size // cfg.exact if cfg.exact else cfg.batch.micro_batch_size,
+        micro_batch_size=None if micro == "auto" else micro,
         seed=cfg.seed,
         rank=run.rank,
         world_size=run.world_size,
@@ -127,6 +129,11 @@ def build(cfg: Config, run: Run) -> Training | None:
     state = TrainState() if newest is None else restore(newest, cfg, model, ema, optimizer, run.fingerprint)
     if newest is not None and (said := continuation(newest, cfg, schedule, state.step)):
         logger.info("%s", said)
+    if micro == "auto":
+        state.micro_batch_size = choose_micro_batch(model, optimizer, augment, loader, state.micro_batch_size, run)
+        loader = loader.cut(state.micro_batch_size)
+    else:
+        state.micro_batch_size = None
 
     return Training(
         model=model,
