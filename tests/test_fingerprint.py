@@ -22,6 +22,7 @@ import fmnist
 from fmnist.apps.checkpoints import main as checkpoint_main
 from fmnist.apps.export.expected import open_expected
 from fmnist.checkpoint.contents import EMA, MANIFEST, MODEL, OPTIMIZER, STATE, verify
+from fmnist.checkpoint.fingerprint import IMAGES, WEIGHTS, kept_fingerprint
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.config.same_run import of_all_ranks
 from fmnist.config.schema import Config, DataConfig
@@ -121,12 +122,51 @@ def test_a_moved_folder_with_the_same_bytes_goes_on_to_the_same_bits(
     assert sha256_of(killed / MODEL) == sha256_of(template / MODEL)
 
 
+@pytest.mark.parametrize(
+    "without", ["file", "file and summary", "file and checkpoints", "names in the file", "images in the file"]
+)
+def test_what_one_place_does_not_say_another_does(without: str, finished: Path, data: Path, tmp_path: Path) -> None:
+    path = finished / "fingerprint.json"
+    found = json.loads(path.read_text())
+    assert json.loads((finished / "summary.json").read_text())["fingerprint"] == found == kept_fingerprint(finished)
+    if "summary" in without:
+        summary = json.loads((finished / "summary.json").read_text())
+        (finished / "summary.json").write_text(json.dumps(summary | {"fingerprint": ["of", "somebody"]}))
+    if "checkpoints" in without:
+        shutil.rmtree(finished / "checkpoints")
+    if without == "images in the file":
+        path.write_text(json.dumps({WEIGHTS: found[WEIGHTS]}))
+    elif without == "names in the file":
+        path.write_text("{}")
+    else:
+        path.unlink()
+    assert kept_fingerprint(finished) == found
+    with pytest.raises(ValueError, match=r"run holds a run .*training images in data.root was sha256 \w+, now sha256"):
+        go(finished, other_labels(data, tmp_path / "other"))
+    assert go(finished, data).summary["status"] == "finished"
+
+
+def test_two_places_that_contradict_each_other_are_refused(finished: Path, data: Path) -> None:
+    path = finished / "fingerprint.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {IMAGES["val"]: "0" * 64}))
+    with pytest.raises(ValueError, match=r"fingerprint.json and summary.json name different validation images in data"):
+        go(finished, data)
+
+
 def test_data_replaced_in_its_folder_while_the_run_was_stopped_is_refused(
     killed: Path, data: Path, tmp_path: Path
 ) -> None:
     (killed / "fingerprint.json").unlink()  # the checkpoint knows it too
-    with pytest.raises(ValueError, match=r"step_00000002/state.json is of another config: training images"):
+    with pytest.raises(ValueError, match=r"run holds a run .*training images in data.root was"):
         go(killed, other_labels(data, tmp_path / "other"))
+
+
+def test_a_path_that_an_old_checkpoint_holds_is_no_digest_of_weights(killed: Path) -> None:
+    (killed / "fingerprint.json").unlink()
+    state = json.loads((newest(killed) / STATE).read_text())
+    state["meta"]["config"][WEIGHTS] = "weights/first.safetensors"
+    (newest(killed) / STATE).write_text(json.dumps(state))
+    assert set(kept_fingerprint(killed)) == set(IMAGES.values())
 
 
 def test_a_run_from_before_the_fingerprint_goes_on_and_is_pinned_from_there(killed: Path, data: Path) -> None:
