@@ -37,9 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         from fmnist.data.fashion_mnist import CLASS_NAMES
         from fmnist.evaluation.near_copies import find_near_copies, load_pair
         from fmnist.runtime.files import csv_bytes, write_atomic
-        from fmnist.runtime.hardware import describe_device, find_device
+        from fmnist.runtime.hardware import describe_device, open_device
 
-        device = find_device(args.device)
+        device = open_device(args.device)
         (images, labels, index_of), (training, training_labels, train_index_of) = load_pair(
             args.split, args.root, args.val_size
         )
