@@ -17,11 +17,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, environment, progress, train
+from small import untrained
 from test_tracker_faults import KEY, Server
 from torch import nn
 
+from fmnist.apps import doctor
 from fmnist.config.same_run import differences
-from fmnist.config.schema import Config, LogConfig, check_values
+from fmnist.config.schema import Config, LogConfig, ModelConfig, check_values
 from fmnist.evaluation.numbers import reliability_bins
 from fmnist.report.figures import plot_reliability
 from fmnist.runtime import compute as compute_module
@@ -40,6 +42,7 @@ from fmnist.runtime.environment import (
 from fmnist.runtime.launcher import check_processes, check_world_size
 from fmnist.tracking.tracker import Tracker
 from fmnist.tracking.wandb_run import WANDB_ID_FILE, log_evaluation
+from fmnist.trained import open_trained
 
 LAUNCHED = (
     "WORLD_SIZE",
@@ -338,6 +341,26 @@ def test_threads_are_no_part_of_a_run_and_exact_has_one(alone: pytest.MonkeyPatc
     with Compute(precision="fp32", threads=1):
         assert torch.get_num_threads() == 1
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("own", "expected"), [({}, 1), ({"OMP_NUM_THREADS": "2"}, 2)])
+def test_the_other_commands_compute_with_the_threads_of_their_job_too(
+    own: Mapping[str, str], expected: int, alone: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = untrained(tmp_path / "run", ModelConfig(name="mlp"), 28)
+    alone.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    for name, value in {"SLURM_CPUS_PER_TASK": "1", **own}.items():
+        alone.setenv(name, value)
+    before = torch.get_num_threads()
+    try:
+        for use in (lambda: open_trained(run, "cpu"), lambda: list(doctor.check_device("cpu"))):
+            torch.set_num_threads(2)
+            use()
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+    for path in (ROOT / "fmnist/apps").rglob("*.py"):  # they find their device in one way
+        assert "find_device" not in path.read_text(), path
 
 
 @pytest.mark.thorough
