@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fmnist.config.schema import DataConfig
 from fmnist.data.fashion_mnist import name_of
 from fmnist.data.split import Split
 from fmnist.evaluation.calibration import average_probabilities
@@ -121,7 +122,7 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
     """
     model, augment = trained.model, trained.augment
     data = replace(trained.cfg.data, root=request.root or trained.cfg.data.root)
-    split = Split.load(request.split, data, compute.device)
+    split = _same_everywhere(request.split, data, compute)
     if not len(split):
         raise ValueError(f"{trained.name} was trained with data.val_size 0: it has no validation images")
     own = trained.images_sha256(request.split)
@@ -146,7 +147,7 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
         if data.val_size and request.split == "val":
             validation = logits, split.labels.cpu()
         elif data.val_size:
-            val_split = Split.load("val", data, compute.device)
+            val_split = _same_everywhere("val", data, compute)
             validation = logits_of(val_split, cfg.tta), val_split.labels.cpu()
         cost = compute.on_main(measure_cost, trained, split.images, compute.device_name)
     outcome = Outcome(
@@ -168,6 +169,13 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
         published=split.published,
     )
     return compute.on_main(lambda: outcome)
+
+
+def _same_everywhere(name: Literal["test", "val", "train"], data: DataConfig, compute: Compute) -> Split:
+    """Load a split on every process, each from its own place, and compare what they hold."""
+    split = compute.together(lambda: Split.load(name, data, compute.device))
+    compute.agree({f"as {name} images": f"sha256 {split.digest[:12]}"}, "all processes have to read the same data")
+    return split
 
 
 def ensemble(outcomes: list[Outcome], folder: Path) -> Outcome:

@@ -25,7 +25,7 @@ from fmnist.runtime.provenance import versions
 from fmnist.tracking.progress import Progress
 from fmnist.training.clock import Clock
 from fmnist.training.non_finite import NonFiniteWatch
-from fmnist.training.resume import find_start, restore, together
+from fmnist.training.resume import find_start, restore
 
 logger = logging.getLogger("fmnist")
 
@@ -77,7 +77,7 @@ def build(cfg: Config, run: Run) -> Training | None:
         ValueError: data, weights, options or checkpoints that cannot be used; one line each.
     """
     # data: all three splits, so that a damaged file is found now and not after the training
-    splits = together(run, lambda: load_splits(cfg, run.device))
+    splits = run.together(lambda: load_splits(cfg, run.device))
     train_split, val_split, test_split = splits.values()
     if cfg.exact and cfg.exact % run.world_size:
         raise ValueError(f"exact is {cfg.exact}; valid with {run.world_size} processes: a multiple of that")
@@ -92,7 +92,7 @@ def build(cfg: Config, run: Run) -> Training | None:
 
     # where to begin: all processes see the same directory, data and weights, which are those of the run in it
     digests = {name: split.digest for name, split in splits.items()}
-    run.fingerprint = together(run, lambda: fingerprint(digests, cfg.model.weights))
+    run.fingerprint = run.together(lambda: fingerprint(digests, cfg.model.weights))
     about = {"model": cfg.model.name, "world_size": run.world_size, "versions": versions()}
     meta = about | {"config": recipe(cfg) | run.fingerprint}
     checkpoints = Checkpoints(run.directory / "checkpoints", cfg.checkpoint.keep_last, meta)
