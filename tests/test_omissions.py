@@ -127,6 +127,10 @@ REFUSED_CASES = {
     "augment.flip_in_turn": {"augment__flip_in_turn": True, "augment__flip": 0.0},
     "augment.crop_aspect": {"augment__crop_aspect": 2.0},
     "optim.beta2": {"optim__beta2": 0.9, "optim__name": "sgd"},
+    "data.stored_size": {"data__stored_size": 64},
+    "data.fit": {"data__fit": "pad"},
+    "data.holdout": {"data__holdout": 0.2},
+    "data.bad_files": {"data__bad_files": "skip"},
     "schedule.min_lr": {"schedule__min_lr": 1e-4, "schedule__name": "constant"},
 }
 SAID_CASES = {

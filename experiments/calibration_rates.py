@@ -1,6 +1,6 @@
 """The calibration error of `fmnist predict` and of the exported graph, before and after the temperature: docs/serve.md.
 
-example: python -m experiments.calibration runs/cnn
+example: python -m experiments.calibration_rates runs/cnn
 """
 
 import csv
