@@ -207,7 +207,7 @@ def test_errors_against_exact_areas_of_photos(
 
 
 def test_a_batch_is_read_from_the_levels_of_its_samples(photos: torch.Tensor) -> None:
-    augment, source = make(replace(CROP, size=80, scale=0.5, rotation=30)), photos.repeat(8, 1, 1, 1)
+    augment, source = make(replace(CROP, size=80, scale=0.5, rotation=30)), photos.repeat(4, 1, 1, 1)
     batch = everything(source)
     made, table = augment(batch)[0], augment.table(batch)
     assert table[:, LEVEL].unique().tolist() == [1, 2]  # 427 / 80 = 5.3, times 0.5 to 1.5
@@ -218,7 +218,7 @@ def test_a_batch_is_read_from_the_levels_of_its_samples(photos: torch.Tensor) ->
 
 def test_evaluation_reads_what_training_does_without_augmentation(photos: torch.Tensor) -> None:
     for source in (photos, noise(3, 3, 256, 256), noise(3, 3, 61, 75)):
-        for size in (8, 20, 37, 64, 128, 224):
+        for size in (8, 37, 64, 224):
             augment = make(replace(OFF, size=size))
             trained, _ = augment(everything(source))
             assert (trained - augment.evaluation(source, size)).abs().max() < 1e-4, (source.shape, size)

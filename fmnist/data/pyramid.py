@@ -44,11 +44,14 @@ def shrink(images: Tensor, level: int) -> Tensor:
         return images
     totals, area = images, 1
     for axis in (-2, -1):
-        pixels, weights, whole = _overlaps(images.shape[axis], level, axis, images.device)
+        pixels, shares, whole = _overlaps(images.shape[axis], level)
         area *= whole
         # In integers, which no device rounds: 255 times the area of an image of 2,900 px fits into int32.
         wide = torch.int32 if 256 * area < 2**31 else torch.int64
-        parts = (totals.index_select(axis, i).to(wide) * w for i, w in zip(pixels, weights, strict=True))
+        indices = to_device(torch.tensor(pixels), images.device)
+        weights = to_device(torch.tensor(shares, dtype=torch.int32), images.device)
+        weights = weights[..., None] if axis == -2 else weights
+        parts = (totals.index_select(axis, i).to(wide) * w for i, w in zip(indices, weights, strict=True))
         totals = functools.reduce(torch.add, parts)
     above = totals + area // 2
     mean = above.div(area, rounding_mode="floor")
@@ -58,25 +61,23 @@ def shrink(images: Tensor, level: int) -> Tensor:
 
 
 @functools.cache
-def _overlaps(side: int, level: int, axis: int, device: torch.device) -> tuple[list[Tensor], list[Tensor], int]:
-    """Return which pixels each pixel of a level covers along an axis: the first ones, the next ones and so on.
+def _overlaps(side: int, level: int) -> tuple[list[list[int]], list[list[int]], int]:
+    """Return which pixels each pixel of a level covers along an axis, how much of each, and how much in all.
 
-    Returns:
-        int64 [side >> level] for each; how much of them is covered, int32, to be multiplied with images; and how much a
-        pixel of the level covers in all. Their unit is the largest that makes all of them whole numbers.
+    Both lists hold the first of these pixels for each of the level's, then the second and so on: [taps][side >> level].
+    Their unit is the largest that makes all of them whole numbers.
     """
     small = side >> level
     unit = math.gcd(side, small)
-    starts = torch.arange(small) * side  # a stored pixel is `small` long, one of the level `side`
-    pixels, weights = [], []
-    for tap in range(-(-side // small) + 1):
-        pixel = starts // small + tap
-        covered = torch.minimum((pixel + 1) * small, starts + side) - torch.maximum(pixel * small, starts)
-        if (covered > 0).any():
-            pixels.append(to_device(pixel.clamp(max=side - 1), device))
-            weight = (covered.clamp(min=0) // unit).to(torch.int32)
-            weights.append(to_device(weight[:, None] if axis == -2 else weight, device))
-    return pixels, weights, side // unit
+    length, step = side // unit, small // unit  # of a pixel of the level, and of a stored one
+    taps = [[start * length // step + tap for start in range(small)] for tap in range(-(-length // step) + 1)]
+    shares = [
+        [max(0, min((i + 1) * step, (k + 1) * length) - max(i * step, k * length)) for k, i in enumerate(pixels)]
+        for pixels in taps
+    ]
+    used = [number for number, tap in enumerate(shares) if any(tap)]
+    pixels = [[min(i, side - 1) for i in taps[number]] for number in used]
+    return pixels, [shares[number] for number in used], length
 
 
 def build_pyramid(images: Tensor, highest: int) -> Tensor:
