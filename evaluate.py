@@ -1,7 +1,6 @@
 """Evaluate runs or checkpoints, and compare several: metrics, figures and report.html in each run's evaluation/."""
 
 import argparse
-import functools
 import logging
 
 from fmnist.evaluation.options import parse_args
@@ -13,7 +12,7 @@ if __name__ == "__main__":
         ARGS = parse_args()  # before torch is imported: help and a mistake are answered at once
 
 from fmnist.evaluation.findings import Findings, findings
-from fmnist.evaluation.near_copies import NearCopies, find_near_copies, load_pair
+from fmnist.evaluation.near_copies import near_copies_of
 from fmnist.evaluation.outcome import Outcome, Request, ensemble, evaluate
 from fmnist.evaluation.ranking import check_comparable, comparison_rows
 from fmnist.evaluation.retrieval import retrieval_key, retrieval_of
@@ -37,18 +36,13 @@ def main(args: argparse.Namespace | None = None) -> None:
         opened = [open_together(path, compute) for path in args.paths]
         check_comparable(opened, request.split)
 
-        @functools.cache  # the same for all runs on the same images
-        def near_copies(root: str | None, val_size: int) -> NearCopies | None:
-            if request.quick or request.split == "train":
-                return None
-            logger.info("%s images: searching near copies of training images", request.split)
-            (images, *_), (training, *_) = load_pair(request.split, root, val_size)
-            return find_near_copies(images.to(compute.device), training.to(compute.device))
-
         def report(outcome: Outcome) -> Findings:
             """Compute the rest and write the files, on the main process."""
-            data = (outcome.trained or opened[0]).cfg.data
-            copies = near_copies(request.root or data.root, 0 if request.split == "test" else data.val_size)
+            copies = None
+            if not request.quick and request.split != "train":
+                copies = near_copies_of(
+                    request.split, (outcome.trained or opened[0]).data(request.root), compute.device
+                )
             retrieval = None
             if outcome.trained is not None and outcome.cost is not None and request.split == "test":
                 logger.info("%s: measuring retrieval precision", outcome.name)

@@ -45,9 +45,7 @@ class Recipe:
         self.trainer = Trainer(cfg, compute)
         model, augment = self.trainer.gradients.model, self.trainer.augment
         self.ema = ModelEmaV3(model, decay=cfg.optim.ema_decay, use_warmup=True) if cfg.optim.ema_decay else None
-        train_split, self.val_split = (
-            Split.load(name, cfg.data, compute.device, fetch=True) for name in ("train", "val")
-        )
+        train_split, self.val_split = (Split.load(name, cfg.data, compute.device) for name in ("train", "val"))
         self.loader = loader = Loader(train_split, global_batch_size=cfg.batch.global_batch_size, seed=cfg.seed)
         self.schedule = schedule = Schedule.from_config(cfg, loader.steps_per_epoch)
         self.steps: Counter[int] = Counter()

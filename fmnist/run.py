@@ -32,6 +32,7 @@ class Run(Compute):
         cfg: every option.
         directory: the run directory.
         fingerprint: of data and weights, see checkpoint/fingerprint.py; `build` fills it in.
+        kept: further files of JSON that the run keeps, by name; likewise.
         should_stop: say, after a step, whether a signal or the time limit asks for a stop; all processes answer alike.
 
     Args:
@@ -43,6 +44,7 @@ class Run(Compute):
         super().__init__(precision=cfg.model.precision, shards=cfg.exact, seed=cfg.seed, threads=cfg.threads)
         self.cfg, self.directory = cfg, directory
         self.fingerprint: dict[str, str] = {}
+        self.kept: dict[str, Mapping[str, Any]] = {}
         self.should_stop = StopVote(
             self.control, max_minutes=cfg.max_minutes, timeout_s=cfg.timeout_s, heartbeat=self.heartbeat
         )
@@ -92,6 +94,8 @@ class Run(Compute):
         (self.directory / "REQUEUE").unlink(missing_ok=True)
         write_atomic(self.directory / "config.yaml", run_yaml(self.cfg))
         keep_fingerprint(self.fingerprint, self.directory)
+        for name, content in self.kept.items():
+            write_atomic(self.directory / name, json.dumps(content, indent=2) + "\n")
         if (summary := read_summary(self.directory)).get("status") == "finished":  # it goes on beyond its end
             write_atomic(self.directory / SUMMARY, json.dumps(summary | {"status": "stopped"}, indent=2) + "\n")
         self._open_log()

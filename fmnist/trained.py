@@ -18,9 +18,12 @@ from fmnist.checkpoint.store import newer_than_weights
 from fmnist.checkpoint.tensors import load_strict, non_finite, read_tensors_and_digest
 from fmnist.config.parse import load_config
 from fmnist.config.same_run import changes, lengthened, recipe
-from fmnist.config.schema import Config
+from fmnist.config.schema import Config, DataConfig
 from fmnist.data.augment import Augment
-from fmnist.data.fashion_mnist import CLASS_NAMES
+from fmnist.data.fashion_mnist import published as fashion_mnist
+from fmnist.data.info import DataInfo, read_info
+from fmnist.data.registry import SplitName
+from fmnist.data.split import Split
 from fmnist.models.head import feature_width, logits_and_features
 from fmnist.network import build_network
 from fmnist.runtime.console import one_line
@@ -42,6 +45,7 @@ class Trained:
         checkpoint: the name of the checkpoint in it; empty for the run's own weights.
         weights: the safetensors file.
         cfg: the run's config.
+        info: of its data set.
         summary: the run's summary.json, empty while it has none.
         device: where the model lives.
         sha256: what the weights have to have: in the checkpoint's manifest, or in summary.json; empty where a run from
@@ -54,6 +58,7 @@ class Trained:
     checkpoint: str
     weights: Path
     cfg: Config
+    info: DataInfo
     summary: dict[str, Any]
     device: torch.device
     sha256: str = ""
@@ -90,6 +95,25 @@ class Trained:
             raise ValueError(f"{folder} is a link out of the run directory: remove it, or name another place: --output")
         return folder
 
+    def data(self, root: str | None = None) -> DataConfig:
+        """Return the options of its data set, with another place where one is given."""
+        return replace(self.cfg.data, root=root or self.cfg.data.root)
+
+    def split(self, name: SplitName, root: str | None = None) -> Split:
+        """Read a split as the run divides its data set, on the CPU.
+
+        Args:
+            name: train, val or test.
+            root: where the data set lies; None takes the run's.
+
+        Raises:
+            ValueError: it cannot be found or read, or has no validation images where those are asked for.
+        """
+        split = Split.load(name, self.data(root))
+        if name == "val" and not len(split):
+            raise ValueError(f"{self.name} was trained with data.val_size 0: it has no validation images")
+        return split
+
     def images_sha256(self, split: str) -> str | None:
         """Return the digest of the run's own split; None for a run from before it was kept."""
         return self.fingerprint.get(IMAGES[split])
@@ -102,7 +126,7 @@ class Trained:
             raise ValueError(f"{self.weights} does not have the hash in {origin}: it was changed afterwards")
         if bad := non_finite(tensors):
             raise ValueError(f"{self.weights} holds non-finite values in {', '.join(bad[:3])}")
-        model, augment = build_network(self.cfg, self.device, load_weights=False)
+        model, augment = build_network(self.cfg, self.info, self.device, load_weights=False)
         load_strict(model, tensors, self.weights)
         return model.eval(), augment, digest
 
@@ -141,14 +165,14 @@ class Trained:
     @property
     def class_names(self) -> tuple[str, ...]:
         """The classes, in the order of the logits."""
-        return CLASS_NAMES
+        return self.info.class_names
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Run the model over images.
 
         Args:
-            images: uint8 [N, H, W], 0 to 255, as Fashion-MNIST: light on black.
+            images: uint8 [N, H, W] or [N, C, H, W], 0 to 255, as those that the run was trained on.
 
         Returns:
             float32 [N, num_classes] logits and float32 [N, D] penultimate features, what the classifier takes, on
@@ -231,7 +255,7 @@ def open_together(path: Path, compute: "Compute") -> Trained:
         trained = mine[0]
     else:
         trained, digest = replace(about[0], device=compute.device), about[1]
-        model, augment = build_network(trained.cfg, compute.device, load_weights=False)
+        model, augment = build_network(trained.cfg, trained.info, compute.device, load_weights=False)
         trained.__dict__["_loaded"] = model.eval(), augment, digest  # where the cached property keeps it
     compute.broadcast(trained.model.state_dict().values())
     return trained
@@ -266,6 +290,7 @@ def _open(
         checkpoint=checkpoint.name if checkpoint is not None else "",
         weights=weights,
         cfg=cfg,
+        info=read_info(directory, fashion_mnist(cfg.data.val_size)),
         summary=summary,
         device=device,
         sha256=sha256 if isinstance(sha256, str) else "",

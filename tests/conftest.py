@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
+from fmnist.data.fashion_mnist import load_split
 from fmnist.data.fetch import DEBIAN_FOLDER, PUBLISHED, find_file
 from fmnist.data.find import locate
 from fmnist.data.split import Split
@@ -63,7 +63,7 @@ def untouched_logging() -> Iterator[None]:
 def train_images(real_folder: Path) -> Split:
     """The first 2,000 training images on the CPU: uint8 [2000, 28, 28]."""
     images, labels = load_split("train", str(real_folder), 5000)
-    return Split(images=images[:2000], labels=labels[:2000], class_names=CLASS_NAMES)
+    return Split(images=images[:2000], labels=labels[:2000])
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,7 @@ def smallest_size(name: str, options: dict[str, Any]) -> int:
     for size in (*SIZES, own.input_size[-1] if own else SIZES[-1]):
         try:
             cfg = ModelConfig(name=name, options=options)
-            build_model(cfg, num_classes=10, mean=0.5, std=0.5, image_size=size, load_weights=False)
+            build_model(cfg, num_classes=10, mean=(0.5,), std=(0.5,), image_size=size, load_weights=False)
             return size
         except ValueError as error:
             reason = error

@@ -128,18 +128,18 @@ def serve() -> None:
     import torch
 
     import fmnist.config.parse as options
-    import fmnist.data.split as split
+    import fmnist.data.registry as registry
     import train  # noqa: F401 - imported once, for all forks
 
     torch.set_num_threads(1)
     options.load_config(options.DEFAULT_CONFIG)
-    load = split.load_indexed
+    load = registry.load_indexed
 
     @functools.cache
     def few(name: str, root: str | None, val_size: int, fetch: bool = False) -> tuple[torch.Tensor, ...]:
         return tuple(part[: NUM_IMAGES[name]].clone() for part in load(name, root, 5000))
 
-    split.load_indexed = few
+    registry.load_indexed = few
     for name in NUM_IMAGES:
         few(name, None, 5000)
     for line in sys.stdin:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-import fmnist.data.split
+import fmnist.data.registry
 import fmnist.step
 import train
 from fmnist.config.parse import parse_config
@@ -214,7 +214,7 @@ def run_one(kind: str, cfg: Any) -> None:
 
 
 def main(kinds: list[str], flags: list[str]) -> None:
-    fmnist.data.split.load_indexed = functools.cache(fmnist.data.split.load_indexed)
+    fmnist.data.registry.load_indexed = functools.cache(fmnist.data.registry.load_indexed)
     cfg = parse_config(flags)
     for kind in kinds:
         run_one(kind, cfg)

@@ -39,7 +39,7 @@ def untrained(folder: Path, model: ModelConfig, size: int) -> Path:
         output_dir=str(folder),
     )
     torch.manual_seed(0)
-    built, _ = build_model(model, num_classes=10, mean=MEAN, std=STD, image_size=size, load_weights=False)
+    built, _ = build_model(model, num_classes=10, mean=(MEAN,), std=(STD,), image_size=size, load_weights=False)
     with torch.no_grad():
         for tensor in (*built.parameters(), *built.buffers()):
             if tensor.is_floating_point():

@@ -26,7 +26,10 @@ from fmnist.data.fashion_mnist import MEAN
 from fmnist.data.split import Split
 
 OFF = AugmentConfig(flip=0.0)
-ALL = AugmentConfig(flip=0.5, rotation=10, shift=0.1, scale=0.1, erase=0.5, mixup_alpha=0.2, cutmix_alpha=1.0)
+ALL = AugmentConfig(
+    **{"flip": 0.5, "flip_vertical": 0.5, "crop": 0.3, "rotation": 10, "shift": 0.1, "scale": 0.1},
+    **{"erase": 0.5, "mixup_alpha": 0.2, "cutmix_alpha": 1.0},
+)
 
 
 def make(cfg: AugmentConfig, **kwargs: object) -> Augment:

@@ -31,6 +31,7 @@ from fmnist.checkpoint.tensors import optimizer_tensors, read_tensors
 from fmnist.config.parse import load_config
 from fmnist.config.same_run import recipe
 from fmnist.config.schema import AugmentConfig, Config, ModelConfig, OptimConfig, to_yaml
+from fmnist.data.fashion_mnist import INFO
 from fmnist.network import build_network
 from fmnist.optim import build_optimizer
 from fmnist.trained import open_trained
@@ -50,7 +51,7 @@ def make_run(run: Path, cfg: Config = CFG, **meta: object) -> Path:
     run.mkdir()
     (run / "config.yaml").write_text(to_yaml(cfg))
     torch.manual_seed(0)
-    model, _ = build_network(cfg, CPU, load_weights=False)
+    model, _ = build_network(cfg, INFO, CPU, load_weights=False)
     optimizer = build_optimizer(model, cfg.optim)
     ema = ModelEmaV3(model, decay=0.9)
     about = {"model": cfg.model.name, "world_size": 1, "versions": {"torch": torch.__version__}, "config": recipe(cfg)}
@@ -91,7 +92,7 @@ def resume(run: Path, cfg: Config = CFG) -> tuple[TrainState, nn.Module]:
     open_directory(cfg)
     found = Checkpoints(run / "checkpoints", 3, {}).newest_good()
     assert found is not None
-    model, _ = build_network(cfg, CPU, load_weights=False)
+    model, _ = build_network(cfg, INFO, CPU, load_weights=False)
     optimizer = build_optimizer(model, cfg.optim)
     ema = ModelEmaV3(model, decay=0.9)
     return restore(found, cfg, model, ema, optimizer), model

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fmnist.config.schema import Config, OptimConfig
+from fmnist.data.fashion_mnist import INFO
 from fmnist.evaluation.cost import Cost, Timing, sum_of_costs
 from fmnist.evaluation.numbers import summarize
 from fmnist.evaluation.outcome import Outcome, ensemble
@@ -62,7 +63,7 @@ def outcome(
     logits = 5 * torch.nn.functional.one_hot(labels, 10).float()
     logits[errors.start : errors.stop] = logits[errors.start : errors.stop].roll(1, dims=1)
     trained = Trained(
-        name=name, directory=Path(name), checkpoint="", weights=Path(name), cfg=cfg or Config(),
+        name=name, directory=Path(name), checkpoint="", weights=Path(name), cfg=cfg or Config(), info=INFO,
         summary={} if val_top1 is None else {"val.top1": val_top1},
         device=torch.device("cpu"),
     )  # fmt: skip

@@ -32,7 +32,7 @@ def refuse(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["--modell.name", "cnn"], "did you mean model.name?"),
         (["--optim.lr", "fast"], "optim.lr"),
         (["--optim.lr", "nan"], "optim.lr"),
-        (["--batch.global_batch_size", "0"], "batch.global_batch_size is 0; valid range: 1 to 60000"),
+        (["--batch.global_batch_size", "0"], "batch.global_batch_size is 0; valid range: 1 to 1000000"),
         (["--batch.global_batch_size", "1.5"], "batch.global_batch_size"),
         (["--augment.flip", "1.01"], "augment.flip is 1.01; valid range: 0 to 1"),
         (["--augment.size", "4"], "augment.size is 4; valid range: 8 to 1024"),
@@ -143,8 +143,8 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         "null disables it. Valid range: 0.01 to 1. (default: null)",
         "--augment.size int|{int: int} Image size in pixels per side",
         "--resume auto|never auto: resume from the newest valid checkpoint; never: refuse a non-empty directory.",
-        "--data.val_size int Images held out of the 60,000 for validation, stratified by class; "
-        "0 trains on all of them. Valid range: 0 to 59000. (default: 5000)",
+        "--data.holdout float Share of each class held out for validation, and as much for the test, of a folder "
+        "without such splits. Valid range: 0.001 to 0.45. (default: 0.1)",
         "mlp, cnn, hybrid, or any timm classifier",
         *(path.stem for path in CONFIGS),
     ):

@@ -18,7 +18,7 @@ from forks import MOMENTS, NUM_IMAGES, Forks, difference
 from safetensors.torch import load_file, save_file
 
 from fmnist.config.parse import load_config
-from fmnist.data.fashion_mnist import load_split
+from fmnist.data.fashion_mnist import INFO, load_split
 from fmnist.data.split import Split
 from fmnist.metrics import predict, score
 from fmnist.network import build_network
@@ -329,7 +329,7 @@ def test_two_processes_evaluate_the_weights_and_statistics_that_are_saved(forks:
     (val,) = (line for line in metrics(tmp_path / "run") if line["prefix"] == "val" and line["step"] == STEPS)
     cfg = load_config(tmp_path / "run/config.yaml")
     compute = Compute(precision=cfg.model.precision, shards=cfg.exact, seed=cfg.seed)
-    model, augment = build_network(cfg, compute.device, load_weights=False)
+    model, augment = build_network(cfg, INFO, compute.device, load_weights=False)
     model.load_state_dict(load_file(tmp_path / f"run/checkpoints/step_{STEPS:08d}/model.safetensors"))
     images, labels = (tensor[: NUM_IMAGES["val"]].to(compute.device) for tensor in load_split("val", None, 5000))
     scores = score(predict(model, Split(images=images, labels=labels), augment, cfg.evaluation, compute), labels)

@@ -45,7 +45,7 @@ def one_thread() -> Iterator[None]:
 
 def build(name: str, size: int, options: dict[str, Any]) -> tuple[nn.Module, Normalization]:
     cfg = ModelConfig(name=name, options=options)
-    return build_model(cfg, num_classes=10, mean=0.5, std=0.25, image_size=size, load_weights=False)
+    return build_model(cfg, num_classes=10, mean=(0.5,), std=(0.25,), image_size=size, load_weights=False)
 
 
 def train(model: nn.Module, images: Tensor) -> None:
@@ -209,7 +209,7 @@ def test_a_model_of_colour_alone_reads_grey_images_three_times() -> None:
     assert normalization == Normalization((0.5,) * 3, (0.25,) * 3)
     assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
     cfg = ModelConfig(name="csatv2", pretrained=True)  # no convolution reads the image, so there is nothing to fold
-    model, normalization = build_model(cfg, num_classes=10, mean=0.5, std=0.25, image_size=64, load_weights=False)
+    model, normalization = build_model(cfg, num_classes=10, mean=(0.5,), std=(0.25,), image_size=64, load_weights=False)
     assert len(normalization.mean) == 3 and model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
 
 

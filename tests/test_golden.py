@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 
 from fmnist.config.schema import AugmentConfig, BatchConfig, Config, ModelConfig, OptimConfig, ScheduleConfig
 from fmnist.data.batches import Loader
-from fmnist.data.fashion_mnist import load_split
+from fmnist.data.fashion_mnist import INFO, load_split
 from fmnist.data.split import Split
 from fmnist.metrics import predict, score
 from fmnist.network import build_network
@@ -70,7 +70,7 @@ def train_and_record(name: str) -> dict[str, Any]:
     images, labels = (tensor.to(compute.device) for tensor in load_split("train", None, 5000))
     split = Split(images=images[:1000], labels=labels[:1000])
     held_out = Split(images=images[1000:1200], labels=labels[1000:1200])
-    model, augment = build_network(cfg, compute.device, load_weights=True)
+    model, augment = build_network(cfg, INFO, compute.device, load_weights=True)
     gradients = AllReduce(model, compute.accelerator)
     optimizer, average = build_optimizer(model, cfg.optim), ModelEmaV3(model, decay=0.9, use_warmup=True)
     loader = Loader(split, global_batch_size=64, micro_batch_size=32, seed=cfg.seed)

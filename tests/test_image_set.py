@@ -20,7 +20,7 @@ OPTIONS = {"flip": 0.5, "rotation": 10.0, "shift": 0.1, "erase": 0.25, "size": 3
 @pytest.fixture(scope="module")
 def train() -> ImageSet:
     whole = fmnist.data.load("fashion_mnist", "train", device="cpu")
-    return ImageSet(images=whole.images[:1000], labels=whole.labels[:1000], class_names=whole.class_names)
+    return ImageSet(images=whole.images[:1000], labels=whole.labels[:1000])
 
 
 def test_the_splits_are_the_published_ones() -> None:
@@ -73,7 +73,7 @@ def test_mixed_targets_are_soft(train: ImageSet) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"name": "cifar10"}, "data set 'cifar10'; valid: fashion_mnist"),
+        ({"name": "shirts"}, "data.name is 'shirts'; valid: fashion_mnist"),
         ({"split": "valid"}, "split 'valid'; valid: train, val, test"),
         ({"split": "val"}, "val_size 0"),
         ({"val_size": -1}, "data.val_size is -1"),

@@ -28,7 +28,7 @@ def build(name: str, size: int = 32, **settings):
     load_weights = settings.pop("load_weights", True)
     image_sizes = settings.pop("image_sizes", ())
     cfg = ModelConfig(name=name, **settings)
-    data = {"num_classes": 10, "mean": 0.25, "std": 0.5}
+    data = {"num_classes": 10, "mean": (0.25,), "std": (0.5,)}
     return build_model(cfg, **data, image_size=size, image_sizes=image_sizes, load_weights=load_weights)
 
 

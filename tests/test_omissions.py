@@ -36,7 +36,7 @@ from fmnist.config.schema import (
 )
 from fmnist.data.augment import Augment
 from fmnist.data.augment_torch import check_whole_pixels, resample, shift_and_flip
-from fmnist.data.fashion_mnist import load, load_indexed, load_split
+from fmnist.data.fashion_mnist import INFO, load, load_indexed, load_split
 from fmnist.data.photos import find_pictures, open_picture
 from fmnist.data.split import Split
 from fmnist.evaluation.calibration import average_probabilities
@@ -99,7 +99,7 @@ def with_options(**options: Any) -> Config:
 def test_the_size_schedule_ends_with_the_run(epochs: float, expected: dict[int, int]) -> None:
     cfg = parse_config(["--schedule.epochs", str(epochs), "--schedule.warmup_epochs", "0"])
     assert cfg.augment.size == {0: 20, 5: 28} and sizes_by_epoch(cfg) == expected
-    model, augment = build_network(cfg, CPU, load_weights=False)
+    model, augment = build_network(cfg, INFO, CPU, load_weights=False)
     assert augment.final_size == 28 and augment.sizes == expected
     # The last size is the one judged, and it is reached within the run.
     assert augment.size(max(0, int(epochs - 1e-9))) == 28
@@ -198,7 +198,7 @@ def test_phases_longer_than_the_run_are_refused() -> None:
 )
 def test_options_that_a_model_would_ignore_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        build_network(Config(model=ModelConfig(**options)), CPU, load_weights=False)
+        build_network(Config(model=ModelConfig(**options)), INFO, CPU, load_weights=False)
 
 
 # Augmentation by whole pixels

@@ -29,7 +29,7 @@ class Unused(Tiny):
 def build(model: type[nn.Module], monkeypatch: pytest.MonkeyPatch, **options: Any) -> nn.Module:
     monkeypatch.setitem(REGISTRY, "tiny", model)
     cfg = ModelConfig(name="tiny", options=options)
-    return build_model(cfg, num_classes=10, mean=0.286, std=0.353, image_size=28)[0]
+    return build_model(cfg, num_classes=10, mean=(0.286,), std=(0.353,), image_size=28)[0]
 
 
 def test_a_layer_named_head_is_all_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def network(
 ) -> tuple[torch.nn.Module, ModelConfig]:
     cfg = ModelConfig(**{"precision": "fp32"} | model)
     torch.manual_seed(seed)
-    built, _ = build_model(cfg, num_classes=num_classes, mean=0.3, std=0.3, image_size=image_size)
+    built, _ = build_model(cfg, num_classes=num_classes, mean=(0.3,), std=(0.3,), image_size=image_size)
     return built, cfg
 
 

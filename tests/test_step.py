@@ -156,7 +156,7 @@ def test_ten_real_steps_of_convnext_tiny_at_224_px(compute: Compute) -> None:
     split = Split(images=images[:8].to(compute.device), labels=labels[:8].to(compute.device))
     cfg = ModelConfig(name="convnext_tiny")
     torch.manual_seed(0)
-    model, normalization = build_model(cfg, num_classes=10, mean=MEAN, std=STD, image_size=224)
+    model, normalization = build_model(cfg, num_classes=10, mean=(MEAN,), std=(STD,), image_size=224)
     model = model.to(compute.device)
     augment = Augment(AugmentConfig(size=224), num_classes=10, mean=normalization.mean, std=normalization.std)
     loader = Loader(split, global_batch_size=8, micro_batch_size=4, seed=0)

@@ -34,25 +34,23 @@ def main(argv: list[str] | None = None) -> int:
         if args.output:
             check_suffix(args.output, ".csv")
             check_outputs({args.output: ",".join(HEADER).encode()}, force=args.force)
-        from fmnist.data.fashion_mnist import CLASS_NAMES
+        from fmnist.config.schema import DataConfig
         from fmnist.evaluation.near_copies import find_near_copies, load_pair
         from fmnist.runtime.files import csv_bytes, write_atomic
         from fmnist.runtime.hardware import describe_device, find_device
 
         device = find_device(args.device)
-        (images, labels, index_of), (training, training_labels, train_index_of) = load_pair(
-            args.split, args.root, args.val_size
-        )
+        split, training = load_pair(args.split, DataConfig(root=args.root, val_size=args.val_size))
         start = time.perf_counter()
-        found = find_near_copies(images.to(device), training.to(device))
+        found = find_near_copies(split.images.to(device), training.images.to(device))
         seconds = time.perf_counter() - start
         pairs = zip(found.indices.tolist(), found.partners.tolist(), found.correlations.tolist(), strict=True)
         content = csv_bytes(
             HEADER,
             [
                 (
-                    *(int(index_of[place]), CLASS_NAMES[labels[place]]),
-                    *(int(train_index_of[partner]), CLASS_NAMES[training_labels[partner]], f"{value:.6f}"),
+                    *(split.position(place), split.class_names[split.labels[place]]),
+                    *(training.position(partner), split.class_names[training.labels[partner]], f"{value:.6f}"),
                 )
                 for place, partner, value in pairs
                 if value > args.threshold

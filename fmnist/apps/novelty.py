@@ -9,7 +9,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fmnist.data.fashion_mnist import load_split
 from fmnist.evaluation.features import Features, features_of, kept_features, unit
 from fmnist.trained import Trained
 
@@ -75,21 +74,21 @@ def open_reference(trained: Trained, root: str | None = None) -> NoveltyReferenc
 
     Args:
         trained: the run.
-        root: folder of Fashion-MNIST; None takes the run's.
+        root: where the data set lies; None takes the run's.
 
     Raises:
         ValueError: the images are missing and cannot be fetched, or too few.
     """
-    data = trained.cfg.data
     generator = torch.Generator().manual_seed(SEED)
-    images = load_split("train", root or data.root, data.val_size)[0]
+    images = trained.split("train", root).images
     order = torch.randperm(len(images), generator=generator)
-    count = NUM_IMAGES if data.val_size else min(NUM_IMAGES, len(images) // 2)
+    has_val = bool(trained.info.num_val)
+    count = NUM_IMAGES if has_val else min(NUM_IMAGES, len(images) // 2)
     if not count:
         raise ValueError(f"{len(images):,} training image and no validation images: too few to calibrate on")
     train = _features(trained, "train", images, order[:count])
-    if data.val_size:
-        images = load_split("val", root or data.root, data.val_size)[0]
+    if has_val:
+        images = trained.split("val", root).images
         val = _features(trained, "val", images, torch.randperm(len(images), generator=generator)[:NUM_IMAGES])
     else:
         logger.warning("the run has no validation images: calibrated on training images, so more will be flagged")

@@ -10,13 +10,12 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from fmnist.apps.cutout import Cutout, Invert, cut_out
 from fmnist.data.fashion_mnist import IMAGE_SIZE
-from fmnist.data.photos import FORMATS, as_rgb, open_picture
-from fmnist.runtime.console import one_line
+from fmnist.data.photos import as_rgb, on_white, open_picture, why_unreadable
 
 CHUNK = 64  # pictures in memory at a time, and as many that are being read
 
@@ -51,18 +50,13 @@ def read_photo(name: str, *, invert: Invert = "auto", crop: bool = True) -> Phot
     """
     try:
         image = open_picture(Path(name))
-    except UnidentifiedImageError:
-        return Photo(name=name, error=f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture")
-    except Image.DecompressionBombError:
-        return Photo(name=name, error=f"more than {Image.MAX_IMAGE_PIXELS:,} pixels")
-    except Exception as error:  # decoders raise what they like on a damaged file: struct.error, SyntaxError, KeyError
-        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return Photo(name=name, error=one_line(text) or type(error).__name__)
+    except Exception as error:
+        return Photo(name=name, error=why_unreadable(error))
     try:
         cutout = cut_out(image, invert=invert, crop=crop)
     except ValueError as error:
-        return Photo(name=name, image=_on_white(image), error=str(error))
-    return Photo(name=name, image=_on_white(image), cutout=cutout)
+        return Photo(name=name, image=on_white(image), error=str(error))
+    return Photo(name=name, image=on_white(image), cutout=cutout)
 
 
 def read_photos(
@@ -131,9 +125,3 @@ def view_of(image: Image.Image) -> Tensor:
         ValueError: there is no object in it.
     """
     return torch.from_numpy(cut_out(as_rgb(image)).view)
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

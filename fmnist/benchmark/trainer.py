@@ -11,6 +11,7 @@ from fmnist.benchmark.pipelines import Pipeline
 from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
 from fmnist.data.batches import MicroBatch
+from fmnist.data.fashion_mnist import published
 from fmnist.models.flops import flops_per_image
 from fmnist.network import build_network
 from fmnist.optim import build_optimizer
@@ -29,7 +30,7 @@ class Trainer:
 
     def __init__(self, cfg: Config, compute: Compute) -> None:
         torch.manual_seed(cfg.seed)
-        model, self.augment = build_network(cfg, compute.device, load_weights=False)
+        model, self.augment = build_network(cfg, published(cfg.data.val_size), compute.device, load_weights=False)
         self.flops = flops_per_image(model, len(self.augment.mean), self.augment.final_size)[1]
         self.optimizer = build_optimizer(model, cfg.optim)
         self.model, self.gradients = compute.prepare(model, compiled=cfg.model.compile)

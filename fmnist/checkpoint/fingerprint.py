@@ -2,29 +2,33 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 from fmnist.checkpoint.start_weights import find_start_weights
 from fmnist.runtime.files import cannot_read, read_json, sha256_of, write_atomic
 
 FINGERPRINT = "fingerprint.json"
+CLASSES = "class names in data.root"
 WEIGHTS = "model.weights"
 IMAGES = {"train": "training images in data.root", "val": "validation images in data.root",
           "test": "test images in data.root"}  # fmt: skip
 
 
-def fingerprint(images: Mapping[str, str], weights: str | None) -> dict[str, str]:
+def fingerprint(images: Mapping[str, str], class_names: Sequence[str], weights: str | None) -> dict[str, str]:
     """Return the digests of what a run is made of, each under the name that a message gives it.
 
     Args:
         images: digests of train, val and test.
+        class_names: in label order.
         weights: `model.weights`; None where the run begins from none, or from timm's own.
 
     Raises:
         ValueError: there is no such file of weights.
     """
     found = {IMAGES[name]: digest for name, digest in images.items()}
+    found[CLASSES] = sha256(json.dumps(list(class_names)).encode()).hexdigest()
     return found | {WEIGHTS: "none" if weights is None else digest_of_weights(weights)}
 
 

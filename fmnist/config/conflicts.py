@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from fmnist.config.schema import Config, check_values, flatten
 
-NUM_IMAGES, IMAGE_SIDE = 60_000, 28  # of the published training images
+NUM_TRAIN, IMAGE_SIDE = 55_000, 28  # of the published training images, without 5,000 for validation
 
 
 @dataclass(frozen=True)
@@ -15,11 +15,15 @@ class Length:
     Attributes:
         total_steps, steps_per_epoch: optimizer updates.
         image_side: pixels per side of the stored images.
+        num_train: images to train on.
+        channels: of the stored images; 1 is grey.
     """
 
     total_steps: int
     steps_per_epoch: int
     image_side: int = IMAGE_SIDE
+    num_train: int = NUM_TRAIN
+    channels: int = 1
 
     def steps(self, epochs: float) -> int:
         """Return a duration in steps."""
@@ -36,7 +40,12 @@ REFUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("augment.mixup_alpha", lambda cfg: not cfg.augment.mix_probability, "augment.mix_probability is 0"),
     ("augment.cutmix_alpha", lambda cfg: not cfg.augment.mix_probability, "augment.mix_probability is 0"),
     ("augment.flip_in_turn", lambda cfg: cfg.augment.flip in (0, 1), "augment.flip is 0 or 1, which leaves no turn"),
+    ("augment.crop_aspect", lambda cfg: cfg.augment.crop == 1, "augment.crop is 1, which crops nothing"),
     ("optim.beta2", lambda cfg: cfg.optim.name == "sgd", "optim.name is sgd, which uses beta1 only"),
+    *(
+        (name, lambda cfg: cfg.data.name != "folder", "data.name is not folder")
+        for name in ("data.stored_size", "data.fit", "data.holdout", "data.bad_files")
+    ),
     ("schedule.min_lr", lambda cfg: cfg.schedule.name == "constant", "schedule.name is constant"),
 )
 # What has none, or another, in a run of this length, as a short trial of a recipe is: said when the run begins.
@@ -74,12 +83,14 @@ SAID: tuple[tuple[str, Callable[[Config, Length], bool], str], ...] = (
     (
         "augment.shift",
         lambda cfg, run: (
-            {*sizes_by_epoch(cfg).values()} == {run.image_side}
-            and not (cfg.augment.rotation or cfg.augment.scale)
+            {*sizes_by_epoch(cfg, run.num_train).values()} == {run.image_side}
+            and not (cfg.augment.rotation or cfg.augment.scale or cfg.augment.crop < 1)
             and round(cfg.augment.shift * run.image_side) == 0
         ),
         "has no effect: it is less than half a pixel, and shifts are whole where nothing else is interpolated",
     ),
+    ("augment.saturation", lambda cfg, run: run.channels == 1, "has no effect: the images are grey"),
+    ("augment.hue", lambda cfg, run: run.channels == 1, "has no effect: the images are grey"),
     (
         "schedule.warmup_epochs",
         lambda cfg, run: cfg.schedule.warmup_steps is None and not run.steps(cfg.schedule.warmup_epochs),
@@ -127,7 +138,7 @@ def validate(cfg: Config) -> None:
 def without_effect(cfg: Config, run: Length) -> list[str]:
     """Say, one line each, which options have no effect or another in a run of this length."""
     lines = [f"{_given(cfg, name)} {what}" for name, when, what in SAID if _given(cfg, name) and when(cfg, run)]
-    sizes = sizes_by_epoch(cfg)
+    sizes = sizes_by_epoch(cfg, run.num_train)
     if isinstance(cfg.augment.size, dict) and sizes != cfg.augment.size:
         epochs = run.total_steps / run.steps_per_epoch
         lines.append(f"augment.size {cfg.augment.size} becomes {sizes}: the run has {epochs:.3g} epochs")
@@ -142,20 +153,17 @@ def _given(cfg: Config, name: str) -> str:
     return name if value is True else f"{name} {value}"
 
 
-def sizes_by_epoch(cfg: Config) -> dict[int, int]:
+def sizes_by_epoch(cfg: Config, num_train: int = NUM_TRAIN) -> dict[int, int]:
     """Return augment.size as {first epoch: pixels}, in a short run fitted into it.
 
     A model is judged at the last size: one that has never seen it would be judged wrongly. So each size but the first
     begins early enough for one whole epoch of its own and of each that follows; in a run with fewer epochs than sizes
-    the first sizes are left out. The number of images behind schedule.steps is that of the published data.
+    the first sizes are left out.
     """
     size = cfg.augment.size
     if isinstance(size, int):
         return {0: size}
-    images, limit = NUM_IMAGES - cfg.data.val_size, cfg.data.limit
-    if limit is not None:
-        images = limit if isinstance(limit, int) else round(limit * images)
-    steps_per_epoch = max(1, images // cfg.batch.global_batch_size)
+    steps_per_epoch = max(1, num_train // cfg.batch.global_batch_size)
     epochs = cfg.schedule.steps / steps_per_epoch if cfg.schedule.steps else cfg.schedule.epochs
     fitted: dict[int, int] = {}
     latest = max(1, int(epochs)) - 1  # the last epoch that is whole

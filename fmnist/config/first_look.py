@@ -10,6 +10,7 @@ from pathlib import Path
 from fmnist.config.schema import WEIGHTS, Config
 
 OURS = Path(__file__).resolve().parent.parent / "models" / "__init__.py"  # its REGISTRY names our own
+NEEDS_ROOT = {"npz": "a file of arrays", "folder": "a folder with a folder of pictures for each class"}
 
 
 def look(cfg: Config) -> None:
@@ -18,13 +19,17 @@ def look(cfg: Config) -> None:
     Raises:
         ValueError: one line with the option and its value.
     """
-    root, weights = cfg.data.root, cfg.model.weights
+    data, root, weights = cfg.data.name, cfg.data.root, cfg.model.weights
     begun = os.path.exists(os.path.join(cfg.output_dir or "", "config.yaml"))  # it may be finished, and need neither
-    if root is not None and not begun and not os.path.isdir(folder := os.path.expanduser(root)):
-        found = "a file" if os.path.exists(folder) else "no such folder"
-        raise ValueError(
-            f"data.root: no Fashion-MNIST in {folder}: found {found}; leave data.root out and train.py fetches it"
-        )
+    if root is None and data in NEEDS_ROOT:
+        raise ValueError(f"data.name is {data}, which needs {NEEDS_ROOT[data]}: --data.root PATH")
+    path = os.path.expanduser(root or "")
+    if root is not None and not begun and not (os.path.isfile if data == "npz" else os.path.isdir)(path):
+        found = ("a folder" if data == "npz" else "a file") if os.path.exists(path) else "no such folder"
+        if data in NEEDS_ROOT:
+            raise ValueError(f"data.root is {path}, expected {NEEDS_ROOT[data]}: found {found}")
+        title = "Fashion-MNIST" if data == "fashion_mnist" else data
+        raise ValueError(f"data.root: no {title} in {path}: found {found}; leave data.root out and train.py fetches it")
     if weights is not None and not begun:
         if not os.path.exists(weights):
             raise ValueError(f"model.weights: there is no file {weights}")

@@ -29,10 +29,22 @@ def option(default: Any, *, valid: tuple[float, float]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    name: str = "fashion_mnist"
+    """fashion_mnist, mnist, cifar10 and others of torchvision, npz (arrays), or folder (of pictures, by class)."""
     root: str | None = None
-    """Folder with the IDX files, plain or .gz; null: $FMNIST_DATA, data/ or Debian's folder, else downloaded."""
-    val_size: int = option(5000, valid=(0, 59_000))
-    """Images held out of the 60,000 for validation, stratified by class; 0 trains on all of them."""
+    """Where it lies: for Fashion-MNIST a folder with its IDX files, plain or .gz; null: $FMNIST_DATA, data/ or Debian's
+    folder, else downloaded."""
+    val_size: int = option(5000, valid=(0, 10**8))
+    """Training images held out for validation, stratified by class, where the data set has none of its own; 0 trains on
+    all of them."""
+    stored_size: int | None = option(None, valid=(8, 1024))
+    """Pictures of a folder are kept at this many pixels per side; null: as they are if all have one size, else 256."""
+    fit: Literal["crop", "pad"] = "crop"
+    """How a picture of a folder becomes a square: cut to its centre, or padded."""
+    holdout: float = option(0.1, valid=(0.001, 0.45))
+    """Share of each class held out for validation, and as much for the test, of a folder without such splits."""
+    bad_files: Literal["refuse", "skip"] = "refuse"
+    """Pictures of a folder that cannot be read."""
     limit: int | float | None = option(None, valid=(1e-9, 10**9))
     """Train on so many images, or on a share of them (0.1), the same classes' shares; each part holds the smaller ones.
     Validation and test images stay whole. null: all."""
@@ -42,7 +54,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    global_batch_size: int = option(128, valid=(1, 60_000))
+    global_batch_size: int = option(128, valid=(1, 10**6))
     """Images per optimizer step, over all processes and accumulation steps."""
     micro_batch_size: int | Literal["auto"] | None = option(None, valid=(1, 60_000))
     """Images per forward pass on one process; null: global_batch_size / processes, without accumulation; auto: as many
@@ -57,12 +69,26 @@ class AugmentConfig:
     """Probability of a horizontal flip."""
     flip_in_turn: bool = False
     """Draw each image's flip once, then take the opposite chance in every second epoch: with flip 0.5 it alternates."""
+    flip_vertical: float = option(0.0, valid=(0, 1))
+    """Probability of a vertical flip."""
+    crop: float = option(1.0, valid=(0.01, 1))
+    """Smallest share of the area in a random crop, which is resized to the full size; uniform in [crop, 1]; 1: none."""
+    crop_aspect: float = option(1.33, valid=(1, 4))
+    """Largest change a of a crop's aspect ratio: log-uniform in [1/a, a] times the image's own, as far as it fits."""
     rotation: float = option(0.0, valid=(0, 180))
     """Maximum rotation in degrees; the angle is uniform in +-rotation."""
     shift: float = option(0.0, valid=(0, 0.5))
     """Maximum shift per axis as a fraction of the side; uniform, in whole pixels if nothing else is interpolated."""
     scale: float = option(0.0, valid=(0, 1))
     """Maximum zoom s; the factor is log-uniform in [1/(1+s), 1+s]."""
+    brightness: float = option(0.0, valid=(0, 1))
+    """Maximum change b of brightness; values are multiplied by a factor uniform in [1-b, 1+b]."""
+    contrast: float = option(0.0, valid=(0, 1))
+    """Maximum change c of contrast; distances from the data set's mean grey take a factor uniform in [1-c, 1+c]."""
+    saturation: float = option(0.0, valid=(0, 1))
+    """Maximum change s of saturation; distances from a pixel's own grey take a factor uniform in [1-s, 1+s]."""
+    hue: float = option(0.0, valid=(0, 0.5))
+    """Maximum change of hue in turns; colours rotate about the grey axis of YIQ by an angle uniform in +-hue."""
     erase: float = option(0.0, valid=(0, 1))
     """Probability of erasing one rectangle of 2 to 33 % of the area (filled with the data set's mean)."""
     mixup_alpha: float = option(0.0, valid=(0, 10))
@@ -159,7 +185,7 @@ class EvaluationConfig:
     """Epochs between evaluations on the validation images; each saves a checkpoint."""
     every_steps: int | None = option(None, valid=(1, 10**9))
     """Steps between evaluations; overrides every_epochs."""
-    batch_size: int = option(500, valid=(1, 60_000))
+    batch_size: int = option(500, valid=(1, 10**6))
     """Images per forward pass on one process."""
     size: int | None = option(None, valid=(8, 1024))
     """Image size in pixels per side; null: the last of augment.size."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from fmnist.data.fetch import PUBLISHED, find_file
 from fmnist.data.find import locate
 from fmnist.data.idx import read_idx
+from fmnist.data.info import DataInfo
 from fmnist.runtime.console import one_line
 
 logger = logging.getLogger("fmnist")
@@ -23,6 +25,24 @@ NUM_CLASSES = 10
 IMAGE_SIZE = 28
 MEAN = 0.2860  # of all pixels of the 60,000 training images, in 0..1
 STD = 0.3530
+
+INFO = DataInfo(
+    name="fashion_mnist",
+    title="Fashion-MNIST",
+    class_names=CLASS_NAMES,
+    mean=(MEAN,),
+    std=(STD,),
+    shape=(1, IMAGE_SIZE, IMAGE_SIZE),
+    num_train=60_000,
+    source="Zalando Research, https://github.com/zalandoresearch/fashion-mnist",
+    licence="MIT",
+)
+
+
+def published(val_size: int) -> DataInfo:
+    """Return what to know of Fashion-MNIST with so many validation images among the 60,000."""
+    return replace(INFO, num_train=INFO.num_train - val_size, num_val=val_size)
+
 
 SPLIT_SEED = 20170825  # every run, seed and process count has the same split, so validation numbers are comparable
 
@@ -87,15 +107,16 @@ def _load_file(folder: Path, name: str, kind: str, dimensions: int) -> tuple[Ten
     return tensor, path, sha256 == PUBLISHED[name][1]
 
 
-def stratified_split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
+def stratified_split(labels: Tensor, val_size: int, num_classes: int = NUM_CLASSES) -> tuple[Tensor, Tensor]:
     """Split positions into train and validation, with the same share of each class in both.
 
     The split depends only on `labels` and `val_size`, not on the run's seed. Each class gets its share rounded down;
     the remaining images come from the classes with the largest remainders, lower classes first.
 
     Args:
-        labels: int64 [N] on the CPU, in 0..9.
+        labels: int64 [N] on the CPU, below num_classes.
         val_size: Number of validation images, 0 to N - 1.
+        num_classes: Number of classes.
 
     Returns:
         Sorted int64 positions on the CPU: train [N - val_size] and validation [val_size].
@@ -107,10 +128,10 @@ def stratified_split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
     if not 0 <= val_size < total:
         raise ValueError(f"data.val_size={val_size}: expected 0 to {total - 1}, of {total:,} training images")
     generator = torch.Generator().manual_seed(SPLIT_SEED)
-    members = [torch.nonzero(labels == label).flatten() for label in range(NUM_CLASSES)]
+    members = [torch.nonzero(labels == label).flatten() for label in range(num_classes)]
     takes = [val_size * len(member) // total for member in members]
     remainders = [val_size * len(member) % total for member in members]
-    by_remainder = sorted(range(NUM_CLASSES), key=lambda label: -remainders[label])  # stable: ties by class
+    by_remainder = sorted(range(num_classes), key=lambda label: -remainders[label])  # stable: ties by class
     for label in by_remainder[: val_size - sum(takes)]:
         takes[label] += 1
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,29 +11,29 @@ from torch import Tensor
 from fmnist.config.schema import AugmentConfig, Config, DataConfig, check_values, convert
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader
-from fmnist.data.fashion_mnist import MEAN, STD
+from fmnist.data.registry import SplitName, open_source
 from fmnist.data.split import Split
 from fmnist.runtime.hardware import find_device
-
-DATA_SETS = ("fashion_mnist",)
 
 
 def load(
     name: str = "fashion_mnist",
-    split: Literal["train", "val", "test"] = "train",
+    split: SplitName = "train",
     *,
     device: str | torch.device | None = None,
     root: str | None = None,
     val_size: int = 0,
+    **options: Any,
 ) -> "ImageSet":
     """Load a split of a data set onto the device.
 
     Args:
-        name: fashion_mnist.
+        name: as `data.name` of a config.
         split: train, val or test.
         device: None takes the accelerator where there is one, else the CPU.
         root: folder with the files; None looks where `fmnist train` does, and fetches them once.
         val_size: training images held out as `val`, stratified by class; the same ones in every process.
+        options: others of the section `data`, e.g. stored_size.
 
     Returns:
         The images and labels, on the device.
@@ -41,16 +41,17 @@ def load(
     Raises:
         ValueError: an unknown name or split, or files that cannot be used; one line.
     """
-    if name not in DATA_SETS:
-        raise ValueError(f"data set {name!r}; valid: {', '.join(DATA_SETS)}")
     if split not in ("train", "val", "test"):
         raise ValueError(f"split {split!r}; valid: train, val, test")
-    if split == "val" and not val_size:
-        raise ValueError("split 'val' is empty with val_size 0; valid: 1 to 59000, the same for train and val")
-    cfg = DataConfig(root=None if root is None else str(root), val_size=convert("data.val_size", val_size))
+    given = {"name": name, "val_size": val_size} | ({} if root is None else {"root": str(root)}) | options
+    if unknown := sorted(set(given) - {field.name for field in fields(DataConfig)}):
+        raise ValueError(f"unknown option {unknown[0]!r} of a data set")
+    cfg = DataConfig(**{key: convert(f"data.{key}", value) for key, value in given.items()})
     check_values(Config(data=cfg))
-    loaded = Split.load(split, cfg, find_device(device), fetch=True)
-    return ImageSet(images=loaded.images, labels=loaded.labels, class_names=loaded.class_names)
+    loaded = ImageSet.load(split, open_source(cfg, fetch=True), find_device(device))
+    if split == "val" and not len(loaded):
+        raise ValueError("split 'val' is empty with val_size 0; valid: 1 and more, the same for train and val")
+    return loaded
 
 
 class ImageSet(Split):
@@ -66,8 +67,8 @@ class ImageSet(Split):
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
-        mean: float = MEAN,
-        std: float = STD,
+        mean: float | tuple[float, ...] | None = None,
+        std: float | tuple[float, ...] | None = None,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
         **augment: Any,
@@ -83,7 +84,8 @@ class ImageSet(Split):
             start: steps to pass over, of an epoch that is continued.
             shuffle: False yields all images as they are stored, the last batch shorter, resized but not augmented.
             rank, world_size: this process and how many there are; each gets its part of every batch.
-            mean, std: the images are normalized with these, in units of [0, 1].
+            mean, std: the images are normalized with these, one number or one per channel, in units of [0, 1]; None:
+                those of the data set.
             dtype, channels_last: of the images.
             augment: size (pixels per side; default: as stored), flip, rotation, shift, scale, erase, mixup_alpha and
                 the other options of the section `augment`; what is not named is off.
@@ -106,7 +108,12 @@ class ImageSet(Split):
                 raise ValueError(f"{name} is {value!r:.40}; valid: a whole number, {low} or more")
         if rank >= world_size:
             raise ValueError(f"rank is {rank}; valid range: 0 to {world_size - 1}, world_size being {world_size}")
-        if not dtype.is_floating_point or not (math.isfinite(mean) and 0 < std < math.inf):
+        means, stds = _per_channel(mean, self.info.mean), _per_channel(std, self.info.std)
+        if len(means) != len(stds) or len(means) not in {len(self.info.mean), 3}:
+            raise ValueError(
+                f"mean {mean}, std {std}; valid: one number, or one for each of {len(self.info.mean)} channels"
+            )
+        if not dtype.is_floating_point or not all(map(math.isfinite, means)) or not all(0 < s < math.inf for s in stds):
             raise ValueError(f"mean {mean}, std {std}, dtype {dtype}; valid: finite, std above 0, a dtype of floats")
         typed = {name: convert(f"augment.{name}", value) for name, value in augment.items()}
         cfg = AugmentConfig(**{"size": self.images.shape[-1], "flip": 0.0} | typed)
@@ -114,8 +121,9 @@ class ImageSet(Split):
         maker = Augment(
             cfg,
             num_classes=len(self.class_names),
-            mean=(mean,),
-            std=(std,),
+            mean=means,
+            std=stds,
+            fill=self.info.mean,
             channels_last=channels_last,
             dtype=dtype,
             device=self.images.device,
@@ -134,3 +142,9 @@ class ImageSet(Split):
             low, high = (first + batch_size * part // world_size for part in (rank, rank + 1))
             part = slice(low, high)
             yield maker.evaluation(self.images[part], maker.size(epoch)), self.labels[part]
+
+
+def _per_channel(given: float | tuple[float, ...] | None, own: tuple[float, ...]) -> tuple[float, ...]:
+    if given is None:
+        return own
+    return tuple(given) if isinstance(given, tuple | list) else (given,) * len(own)

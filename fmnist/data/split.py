@@ -1,16 +1,19 @@
-"""A split of the data set on the device."""
+"""A split of a data set on the device."""
 
+import functools
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from fmnist.config.schema import DataConfig
-from fmnist.data.fashion_mnist import CLASS_NAMES, load_indexed
-from fmnist.data.subset import subset
+from fmnist.data.fashion_mnist import INFO
+from fmnist.data.info import DataInfo
+from fmnist.data.registry import Source, SplitName, open_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,17 +23,37 @@ class Split:
     Attributes:
         images: uint8 [N, H, W], or [N, C, H, W] where there are colours; 0 to 255.
         labels: int64 [N].
-        class_names: in label order.
+        info: of the data set that it belongs to.
         published: int64 [N] on the CPU, the images' positions in the data set's own file; None: they have none.
+        files: of a folder of pictures: the file of each published position.
+        location: where it lies, for people.
+        title: makes the name of the data set for people, who may have put other files in its place.
     """
 
     images: Tensor
     labels: Tensor
-    class_names: tuple[str, ...] = ()
+    info: DataInfo = INFO
     published: Tensor | None = None
+    files: tuple[str, ...] = ()
+    location: str = ""
+    title: Callable[[], str] = lambda: INFO.title
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes, in label order."""
+        return self.info.class_names
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Images and labels."""
+        return self.images, self.labels
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def position(self, index: int) -> int:
+        """Return where an image stands in the data set's own file."""
+        return index if self.published is None else int(self.published[index])
 
     @cached_property
     def digest(self) -> str:
@@ -42,16 +65,28 @@ class Split:
         return found.hexdigest()
 
     @classmethod
-    def load(
-        cls, name: Literal["train", "val", "test"], cfg: DataConfig, device: torch.device, *, fetch: bool = False
-    ) -> "Split":
-        """Read a split of Fashion-MNIST and move it to the device; with `fetch`, download it if no root was named.
+    def load(cls, name: SplitName, source: DataConfig | Source, device: torch.device | str = "cpu") -> Self:
+        """Read a split of a data set and move it to the device.
+
+        Args:
+            name: train, val or test.
+            source: the data set, opened, or the options that name it.
+            device: where its tensors go.
 
         Raises:
-            ValueError: files that are missing, cannot be fetched, or are invalid.
+            ValueError: files that are missing or invalid.
         """
-        images, labels, published = load_indexed(name, cfg.root, cfg.val_size, fetch=fetch)
-        if name == "train" and cfg.limit is not None:
-            part = subset(labels, cfg.limit)
-            images, labels, published = images[part], labels[part], published[part]
-        return cls(images=images.to(device), labels=labels.to(device), class_names=CLASS_NAMES, published=published)
+        if isinstance(source, DataConfig):
+            source = open_source(source)
+        images, labels, published = source.read(name)
+        height, width = images.shape[-2:]
+        info = replace(source.info, shape=(source.info.shape[0], height, width))
+        return cls(
+            images=images.to(device),
+            labels=labels.to(device),
+            info=info,
+            published=published,
+            files=source.files,
+            location=source.location,
+            title=functools.partial(source.title, name),
+        )

@@ -1,12 +1,18 @@
 """Find the images of a split that nearly copy a training image."""
 
-from dataclasses import dataclass
+import functools
+import logging
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fmnist.data.fashion_mnist import load_indexed
+from fmnist.config.schema import DataConfig
+from fmnist.data.registry import open_source
+from fmnist.data.split import Split
 
+logger = logging.getLogger("fmnist")
 NEAR_COPY, SIMILAR = 0.99, 0.98  # correlations above which an image counts as a near copy, or as similar
 BASIS_SIZE = 96
 CHUNK = 2048  # training images of one matrix product: 10,000 x 2,048 float32 are 82 MB
@@ -103,17 +109,34 @@ def _exact(left: Tensor, right: Tensor) -> Tensor:
     return (pair[0] * pair[1]).sum(dim=1) / norms.clamp(min=1e-12)
 
 
-Indexed = tuple[Tensor, Tensor, Tensor]  # images, labels, positions in the data set's own file
-
-
-def load_pair(split: str, root: str | None, val_size: int) -> tuple[Indexed, Indexed]:
+def load_pair(name: Literal["test", "val"], data: DataConfig) -> tuple[Split, Split]:
     """Load a split, and the training images to compare with it.
 
     Args:
-        split: test, to compare with all 60,000 training images; or val, with the rest of them.
-        root: folder of the IDX files, as `data.root`.
-        val_size: validation images among the 60,000.
+        name: test, to compare with the training images and those held out of them; or val, with the training images.
+        data: the data set.
     """
-    if split == "test":
-        return load_indexed("test", root, 0), load_indexed("train", root, 0)
-    return load_indexed("val", root, val_size), load_indexed("train", root, val_size)
+    source = open_source(data if name == "val" else replace(data, val_size=0))  # all of them, in the file's order
+    train, val = Split.load("train", source), Split.load("val", source)
+    if name == "val" or not len(val):
+        return Split.load(name, source), train
+    return Split.load("test", source), replace(
+        train,
+        images=torch.cat((train.images, val.images)),
+        labels=torch.cat((train.labels, val.labels)),
+        published=None,
+    )
+
+
+@functools.cache  # the same for all runs on the same images
+def near_copies_of(name: Literal["test", "val"], data: DataConfig, device: torch.device) -> NearCopies:
+    """Search the training images for near copies of a split's.
+
+    Args:
+        name: see `load_pair`.
+        data: the data set.
+        device: where it is computed.
+    """
+    logger.info("%s images: searching near copies of training images", name)
+    split, training = load_pair(name, data)
+    return find_near_copies(split.images.to(device), training.images.to(device))

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fmnist.data.fashion_mnist import name_of
+from fmnist.data.registry import open_source
 from fmnist.data.split import Split
 from fmnist.evaluation.calibration import average_probabilities
 from fmnist.evaluation.cost import Cost, measure_cost, sum_of_costs
@@ -56,7 +56,7 @@ class Outcome:
         model: its architecture.
         directory: where the files go.
         split, tta: as requested.
-        images: uint8 [N, H, W].
+        images: uint8 [N, H, W] or [N, C, H, W].
         labels: int64 [N].
         logits: float32 [N, C], by `tta`.
         by_tta: the same for none and for flip; empty where quick.
@@ -120,8 +120,9 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
         ValueError: the weights do not fit, or there are no validation images to evaluate on.
     """
     model, augment = trained.model, trained.augment
-    data = replace(trained.cfg.data, root=request.root or trained.cfg.data.root)
-    split = Split.load(request.split, data, compute.device)
+    data = trained.data(request.root)
+    source = open_source(data)
+    split = Split.load(request.split, source, compute.device)
     if not len(split):
         raise ValueError(f"{trained.name} was trained with data.val_size 0: it has no validation images")
     own = trained.images_sha256(request.split)
@@ -146,7 +147,7 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
         if data.val_size and request.split == "val":
             validation = logits, split.labels.cpu()
         elif data.val_size:
-            val_split = Split.load("val", data, compute.device)
+            val_split = Split.load("val", source, compute.device)
             validation = logits_of(val_split, cfg.tta), val_split.labels.cpu()
         cost = compute.on_main(measure_cost, trained, split.images, compute.device_name)
     outcome = Outcome(
@@ -162,7 +163,7 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
         class_names=split.class_names,
         validation=validation,
         cost=cost,
-        data=name_of(request.split, data.root),
+        data=split.title(),
         data_sha256=split.digest,
         trained=trained,
         published=split.published,

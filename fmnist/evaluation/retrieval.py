@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
 from fmnist.evaluation.features import features_of, images_sha256
 from fmnist.evaluation.neighbours import Neighbours, precision_at_k
 from fmnist.evaluation.outcome import Outcome
@@ -26,7 +25,7 @@ def retrieval_of(outcome: Outcome, root: str | None = None) -> dict[str, Any] | 
 
     Args:
         outcome: an evaluation with its cost.
-        root: folder with the IDX files; None takes the run's.
+        root: where the data set lies; None takes the run's.
 
     Returns:
         What `measure_precision` returns. None for an ensemble and for other images than the test images; and, with a
@@ -35,8 +34,7 @@ def retrieval_of(outcome: Outcome, root: str | None = None) -> dict[str, Any] | 
     trained, cost = outcome.trained, outcome.cost
     if trained is None or cost is None or outcome.split != "test":
         return None
-    data = trained.cfg.data
-    count = len(outcome.labels) + len(load_split("train", root or data.root, data.val_size)[1])
+    count = len(outcome.labels) + trained.info.num_train
     seconds = count / cost.timings[-1].images_per_second
     if seconds > LIMIT_S:
         logger.info(
@@ -60,19 +58,17 @@ def measure_precision(trained: Trained, *, k: int = 10, root: str | None = None)
     Args:
         trained: the run.
         k: nearest items counted.
-        root: folder with the IDX files; None takes the run's.
+        root: where the data set lies; None takes the run's.
 
     Returns:
         A JSON-ready dict: `k`, `num_queries`, `num_items`, `run`, the hashes of `retrieval_key`, and under `features`
-        and `pixels` (cosine of the 784 grey values, the baseline) what `summarize_precision` returns.
+        and `pixels` (cosine of the pixels, the baseline) what `summarize_precision` returns.
 
     Raises:
         ValueError: k is out of range, the images cannot be had, or the features are not finite.
     """
-    data = trained.cfg.data
-    (items, item_labels), (images, labels) = (
-        load_split(split, root or data.root, data.val_size) for split in ("train", "test")
-    )
+    catalogue_split, query_split = (trained.split(name, root) for name in SPLITS)
+    items, item_labels, images, labels = *catalogue_split.tensors, *query_split.tensors
     spaces = {
         "features": tuple(features_of(trained, *part).features for part in (("train", items), ("test", images))),
         "pixels": (items.flatten(1).half(), images.flatten(1).half()),  # 0 to 255 are exact in float16
@@ -86,14 +82,13 @@ def measure_precision(trained: Trained, *, k: int = 10, root: str | None = None)
     }
     for space, (catalogue, queries) in spaces.items():
         precision = precision_at_k(Neighbours(catalogue, trained.device), item_labels, queries, labels, k)
-        result[space] = summarize_precision(precision, labels, CLASS_NAMES)
+        result[space] = summarize_precision(precision, labels, trained.class_names)
     return result
 
 
 def retrieval_key(trained: Trained, root: str | None) -> dict[str, str]:
     """Return what a measured precision belongs to: the weights, the images searched in, and the queries."""
-    data = trained.cfg.data
-    splits = {name: load_split(name, root or data.root, data.val_size)[0] for name in SPLITS}
+    splits = {name: trained.split(name, root).images for name in SPLITS}
     return {"weights_sha256": trained.digest} | {
         f"{name}_sha256": images_sha256(split) for name, split in splits.items()
     }

@@ -23,7 +23,7 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "hybrid": Hybrid,
 }
 # Parameters that build_model passes to a model of the registry; the others are model.options.
-GIVEN = {"num_classes", "drop_rate", "image_size"}
+GIVEN = {"num_classes", "drop_rate", "image_size", "in_channels"}
 
 
 def model_names() -> list[str]:
@@ -35,8 +35,8 @@ def build_model(
     cfg: ModelConfig,
     *,
     num_classes: int,
-    mean: float,
-    std: float,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
     image_size: int,
     image_sizes: tuple[int, ...] = (),
     load_weights: bool = True,
@@ -46,7 +46,7 @@ def build_model(
     Args:
         cfg: name, options and weights.
         num_classes: logits per image.
-        mean, std: of all pixels of the training images, in [0, 1]; pretrained weights bring their own.
+        mean, std: of the training images per channel (1 or 3), in [0, 1]; pretrained weights bring their own.
         image_size: height and width of the images at the end of training and in evaluation, in pixels.
         image_sizes: other sizes used during training (progressive resolution).
         load_weights: false builds the same structure without reading pretrained weights, for a checkpoint to fill.
@@ -64,7 +64,7 @@ def build_model(
         if not timm.is_model(cfg.name):
             near = difflib.get_close_matches(cfg.name, model_names(), n=3, cutoff=0.4)
             raise ValueError(f"model.name: unknown model {cfg.name!r}; nearest: {', '.join(near) or 'none'}")
-        return build_timm(cfg, num_classes, Normalization((mean,), (std,)), sizes, load_weights)
+        return build_timm(cfg, num_classes, Normalization(mean, std), sizes, load_weights)
 
     constructor = REGISTRY[cfg.name]
     parameters = set(inspect.signature(constructor).parameters)
@@ -80,10 +80,11 @@ def build_model(
     if cfg.drop_path_rate > 0:
         raise ValueError(f"model.drop_path_rate: {cfg.name} has no stochastic depth; leave it at 0")
     given = {"num_classes": num_classes, "drop_rate": cfg.drop_rate, "image_size": image_size}
+    given["in_channels"] = len(mean)
     given = {key: value for key, value in given.items() if key in parameters}
     try:
         model = constructor(**given, **cfg.options)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise ValueError(f"model.options: {cfg.name} cannot be built with {cfg.options}: {error}") from error
-    try_model(model, cfg.name, 1, sizes)
-    return model, Normalization((mean,), (std,))
+    try_model(model, cfg.name, len(mean), sizes)
+    return model, Normalization(mean, std)

@@ -21,8 +21,9 @@ class Cnn(nn.Module):
         *,
         stem_stride: int = 1,
         early_pool: bool = False,
+        in_channels: int = 1,
     ) -> None:
-        """Build the network; it takes one-channel images of any size from 8 px.
+        """Build the network; it takes images of any size from 8 px.
 
         Args:
             num_classes: logits per image.
@@ -30,6 +31,7 @@ class Cnn(nn.Module):
             widths: channels of the stem and of each stage; a stage sees half the resolution of the one before.
             depths: convolutions of each stage; none is two in each.
             stem_stride: 1, or 2: the stem halves the resolution, and the first stage does not.
+            in_channels: of the images.
             early_pool: halve between a stage's last convolution and its norm, which is cheaper than after both.
 
         Raises:
@@ -43,7 +45,7 @@ class Cnn(nn.Module):
                 "and for each stage, a depth of 1 or more for each stage, a stride of 1 or 2"
             )
         strided = stem_stride == 2
-        self.stem = _conv(1, widths[0], stride=stem_stride, pool=early_pool and not strided)
+        self.stem = _conv(in_channels, widths[0], stride=stem_stride, pool=early_pool and not strided)
         stages = []
         for i, (width_in, width, depth) in enumerate(zip(widths[:-1], widths[1:], depths, strict=True)):
             pools_first = not early_pool and not (strided and i == 0)
@@ -56,5 +58,5 @@ class Cnn(nn.Module):
         self.head = nn.Linear(widths[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, num_classes] of images [B, 1, H, W]."""
+        """Return logits [B, num_classes] of images [B, in_channels, H, W]."""
         return self.head(self.pool(self.stages(self.stem(images))))

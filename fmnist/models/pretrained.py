@@ -33,7 +33,7 @@ def build_timm(
     Args:
         cfg: its name is known to timm.
         num_classes: logits per image.
-        normalization: of one-channel images, for a model trained from scratch.
+        normalization: of the images, of one channel or three; what a model trained from scratch takes.
         sizes: distinct image sizes in pixels; the first is the one of the last epochs and of evaluation.
         load_weights: read or fetch the pretrained weights; otherwise build only the structure for them.
 
@@ -49,10 +49,13 @@ def build_timm(
     except RuntimeError as error:  # an unknown tag after the dot
         raise ValueError(f"model.name: {error}") from error
     if not cfg.has_pretrained_input:
-        model = _create(cfg, num_classes, 1, sizes)
+        channels = len(normalization.mean)
+        model = _create(cfg, num_classes, channels, sizes)
         try:
-            try_model(model, cfg.name, 1, sizes)
+            try_model(model, cfg.name, channels, sizes)
         except ValueError:  # some read colour only: CSATv2 splits RGB into frequencies
+            if channels == 3:
+                raise
             model = _create(cfg, num_classes, 3, sizes)
             try_model(model, cfg.name, 3, sizes)
             log.info("%s reads three channels: it takes no grey images", cfg.name)
@@ -64,7 +67,11 @@ def build_timm(
     model = _create(cfg, num_classes, 3, sizes)
     if load_weights and not cfg.starts_from_run:
         _load(model, cfg, sizes)
-    return model, to_one_channel(model, cfg.name, sizes)
+    if len(normalization.mean) == 1:
+        return model, to_one_channel(model, cfg.name, sizes)
+    try_model(model, cfg.name, 3, sizes)
+    statistics = cast(dict[str, Any], model.pretrained_cfg)
+    return model, Normalization(tuple(statistics["mean"]), tuple(statistics["std"]))
 
 
 def _create(cfg: ModelConfig, num_classes: int, in_chans: int, sizes: list[int], **weights: Any) -> nn.Module:

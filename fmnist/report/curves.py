@@ -56,10 +56,12 @@ def loss_note(cfg: Config) -> str:
     """Say why the training loss may lie above the validation loss; empty where nothing sets them apart."""
     augment, model, optim = cfg.augment, cfg.model, cfg.optim
     named = {
-        "flips": augment.flip,
+        "flips": augment.flip or augment.flip_vertical,
+        "crops": augment.crop < 1,
         "rotation": augment.rotation,
         "shifts": augment.shift,
         "zoom": augment.scale,
+        "changes of colour": augment.brightness or augment.contrast or augment.saturation or augment.hue,
         "erasing": augment.erase,
         "mixup": augment.mixup_alpha,
         "CutMix": augment.cutmix_alpha,

@@ -24,6 +24,10 @@ VARIABLES = tuple(
     Variable(*row)
     for row in (
         ("FMNIST_DATA", "obeyed", "folder with the data set, unless `data.root` names one"),
+        (
+            *("FMNIST_CACHE", "obeyed"),
+            "folder of decoded image folders; default $XDG_CACHE_HOME/fmnist or ~/.cache/fmnist",
+        ),
         ("FMNIST_EXPECTED_WORLD_SIZE", "obeyed", "set by slurm/train.sbatch: another number of processes is refused"),
         ("FMNIST_*", "no effect", "on the programs; slurm/README.md lists those of the batch scripts"),
         ("ACCELERATE_USE_CPU", "obeyed", "`true`: compute on the CPU, even where there is a GPU"),
@@ -85,6 +89,7 @@ VARIABLES = tuple(
         ("MATPLOTLIBRC", "no effect", "likewise; a matplotlibrc file has none either"),
         ("MPLCONFIGDIR", "obeyed", "matplotlib's font cache; a matplotlibrc there has no effect"),
         ("HOME", "obeyed", "caches and settings of the libraries; not needed"),
+        ("XDG_CACHE_HOME", "obeyed", "where FMNIST_CACHE is not set: folder of the user's caches"),
         ("CXX", "obeyed", "compiler of torch.compile"),
         ("PYTHONWARNINGS", "no effect", "on errors: a library's warning never ends a program"),
         ("PYTHONHASHSEED", "no effect", ""),

@@ -6,6 +6,7 @@ import platform
 import sys
 from collections.abc import Mapping
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -150,3 +151,17 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     if precision != "bf16":
         return None
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+def too_large(num_bytes: int) -> str:
+    """Say why so many bytes of images have no room where this process computes; an empty text where they have.
+
+    A tenth of what is free is left to the model; on a GPU that is little for a large one, which --dry_run shows.
+    """
+    if torch.cuda.is_available():
+        free, where = torch.cuda.mem_get_info()[0], "on the GPU"
+    else:
+        free, where = psutil.virtual_memory().available, "in memory"
+    if num_bytes <= 0.9 * free:
+        return ""
+    return f"{num_bytes / 2**30:.2f} GiB of images, {free / 2**30:.2f} GiB are free {where}"

@@ -20,6 +20,7 @@ RUN_FILES = (
     "model.safetensors",
     "summary.json",
     "fingerprint.json",
+    "data.json",
     "train.log",
     "learning_curves.png",
     "train_batch.png",

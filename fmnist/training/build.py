@@ -1,7 +1,7 @@
 """What the training loop works with: built from a config, and put back from a checkpoint."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from timm.utils import ModelEmaV3
@@ -16,6 +16,8 @@ from fmnist.config.schema import Config, ModelConfig
 from fmnist.data.augment import Augment
 from fmnist.data.balance import class_weights
 from fmnist.data.batches import Loader
+from fmnist.data.info import DATA_FILE
+from fmnist.data.registry import open_source
 from fmnist.data.split import Split
 from fmnist.models.flops import flops_per_image
 from fmnist.network import build_network
@@ -30,6 +32,7 @@ from fmnist.training.non_finite import NonFiniteWatch
 from fmnist.training.resume import continuation, find_start, restore, together
 from fmnist.training.start_from_run import start_from_run
 
+CACHE_REMEDY = "delete their cache, the folder FMNIST_CACHE or else ~/.cache/fmnist"
 logger = logging.getLogger("fmnist")
 
 
@@ -82,6 +85,8 @@ def build(cfg: Config, run: Run) -> Training | None:
     # data: all three splits, so that a damaged file is found now and not after the training
     splits = together(run, lambda: load_splits(cfg, run.device))
     train_split, val_split, test_split = splits.values()
+    info = replace(train_split.info, num_train=len(train_split), num_val=len(val_split))
+    run.kept[DATA_FILE] = info.to_json()
     if cfg.exact and cfg.exact % run.world_size:
         raise ValueError(f"exact is {cfg.exact}; valid with {run.world_size} processes: a multiple of that")
     micro = cfg.batch.global_batch_size // cfg.exact if cfg.exact else cfg.batch.micro_batch_size
@@ -98,7 +103,7 @@ def build(cfg: Config, run: Run) -> Training | None:
 
     # where to begin: all processes see the same directory, data and weights, which are those of the run in it
     digests = {name: split.digest for name, split in splits.items()}
-    run.fingerprint = together(run, lambda: fingerprint(digests, cfg.model.weights))
+    run.fingerprint = together(run, lambda: fingerprint(digests, info.class_names, cfg.model.weights))
     about = {"model": cfg.model.name, "world_size": run.world_size, "versions": versions()}
     meta = about | {"config": recipe(cfg) | run.fingerprint}
     checkpoints = Checkpoints(run.directory / "checkpoints", cfg.checkpoint.keep_last, meta)
@@ -108,10 +113,11 @@ def build(cfg: Config, run: Run) -> Training | None:
         return None
 
     # model, and what feeds it: pretrained weights only where no checkpoint will fill it
-    side = train_split.images.shape[-1]
-    for line in without_effect(cfg, Length(schedule.total_steps, schedule.steps_per_epoch, side)):
+    channels, _, side = info.shape
+    length = Length(schedule.total_steps, schedule.steps_per_epoch, side, info.num_train, channels)
+    for line in without_effect(cfg, length):
         logger.warning("%s", line)
-    model, augment = build_network(cfg, run.device, load_weights=newest is None)
+    model, augment = build_network(cfg, info, run.device, load_weights=newest is None)
     if newest is None and cfg.model.weights and _read_digest(model, cfg.model) != run.fingerprint[WEIGHTS]:
         raise ValueError(f"model.weights: {cfg.model.weights} was replaced while it was read; start again")
 
@@ -161,7 +167,11 @@ def _read_digest(model: nn.Module, cfg: ModelConfig) -> str:
 
 def load_splits(cfg: Config, device: torch.device) -> dict[str, Split]:
     """Load train, val and test, in this order, fetched where no folder was named."""
-    return {name: Split.load(name, cfg.data, device, fetch=True) for name in ("train", "val", "test")}
+    source = open_source(cfg.data, fetch=True)
+    splits = {name: Split.load(name, source, device) for name in ("train", "val", "test")}
+    if damaged := [name for name, digest in source.digests.items() if splits[name].digest != digest]:
+        raise ValueError(f"data.root: the decoded {damaged[0]} images of {source.location} are damaged: {CACHE_REMEDY}")
+    return splits
 
 
 def peak_images_per_second(model: nn.Module, augment: Augment, run: Run) -> float | None:

@@ -9,7 +9,6 @@ from fmnist.checkpoint.contents import MODEL
 from fmnist.checkpoint.tensors import load_strict, read_tensors
 from fmnist.config.schema import Config
 from fmnist.config.shipped import command
-from fmnist.data.fashion_mnist import name_of
 from fmnist.evaluation.calibration import fit_temperature
 from fmnist.evaluation.findings import Findings, findings
 from fmnist.evaluation.numbers import SCORES, calibration_error
@@ -103,7 +102,7 @@ def evaluate_test(training: Training, cfg: Config, run: Run) -> Findings | None:
         labels=split.labels.cpu(),
         logits=logits,
         class_names=split.class_names,
-        data=name_of("test", cfg.data.root),
+        data=split.title(),
         data_sha256=split.digest,
     )
     return run.on_main(findings, outcome, quick=True)

@@ -1,7 +1,6 @@
 """What a run is about to do: five lines before its first step, and with --dry_run batches, FLOPs and memory too."""
 
 from fmnist.config.schema import Config
-from fmnist.data.find import locate
 from fmnist.models.flops import flops_per_image
 from fmnist.run import Run
 from fmnist.runtime.console import counted
@@ -19,7 +18,7 @@ def opening(training: Training, cfg: Config, run: Run) -> list[str]:
     origin = f"from {cfg.model.weights}" if cfg.model.starts_from_run else origin
     epochs = schedule.epoch(schedule.total_steps)
     rows = {
-        "data": f"{locate(cfg.data.root)}: {len(loader.split):,} training, {len(t.val_split):,} validation, "
+        "data": f"{loader.split.location}: {len(loader.split):,} training, {len(t.val_split):,} validation, "
         f"{len(t.test_split):,} test images",
         "model": f"{cfg.model.name} {origin}, {parameters:,} parameters, {counted(len(augment.mean), 'input channel')}",
         "recipe": f"{epochs:.4g} epoch{'' if epochs == 1 else 's'} = {schedule.total_steps:,} steps of "

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmnist.data.fashion_mnist import load_split
 from fmnist.runtime.files import read_json
 from fmnist.trained import Trained, open_trained
 
@@ -44,7 +43,7 @@ def open_expected(path: Path, root: str | None = None, batch_size: int | None = 
     """
     # However it was trained, what is written is float32 in torch's usual memory format.
     trained = open_trained(path, "cpu", batch_size, precision="fp32", channels_last=False, compile=False)
-    images, _ = load_split("test", root or trained.cfg.data.root, trained.cfg.data.val_size)
+    images = trained.split("test", root).images
     logits, _ = trained(images[:NUM_IMAGES])
     return Expected(trained=trained, images=images[:NUM_IMAGES], logits=logits)
 

@@ -13,7 +13,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fmnist.apps.views import count_kinds, read_photos
-from fmnist.data.fashion_mnist import load_indexed
 from fmnist.data.photos import find_pictures
 from fmnist.evaluation.features import compute_features, features_of
 from fmnist.runtime.files import write_atomic
@@ -55,15 +54,14 @@ class Catalogue:
 
 
 def read_split(trained: Trained, split: Split, root: str | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Read a split as the run divides the images; see `load_indexed`.
+    """Read a split as the run divides the images; with the positions in the data set's file.
 
     Raises:
         ValueError: the data cannot be had, or the run kept no validation images.
     """
-    data = trained.cfg.data
-    if split == "val" and data.val_size == 0:
-        raise ValueError(f"{trained.name} was trained with data.val_size 0: it has no validation images")
-    return load_indexed(split, root or data.root, data.val_size)
+    found = trained.split(split, root)
+    assert found.published is not None
+    return found.images, found.labels, found.published
 
 
 def split_catalogue(trained: Trained, source: Split | Literal["all"], root: str | None = None) -> Catalogue:
@@ -78,7 +76,7 @@ def split_catalogue(trained: Trained, source: Split | Literal["all"], root: str 
         ValueError: images that cannot be had, or weights that give features that are not finite.
     """
     splits: tuple[Split, ...] = (source,) if source != "all" else ("train", "val", "test")
-    if source == "all" and trained.cfg.data.val_size == 0:
+    if source == "all" and not trained.info.num_val:
         splits = ("train", "test")
     loaded = {split: read_split(trained, split, root) for split in splits}
     found = [features_of(trained, split, images) for split, (images, *_) in loaded.items()]

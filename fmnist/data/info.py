@@ -1,0 +1,81 @@
+"""What commands after training have to know of a data set: kept beside the run, so that they need no images."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fmnist.runtime.files import read_json
+
+DATA_FILE = "data.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataInfo:
+    """A data set without its images.
+
+    Attributes:
+        name: as `data.name` names it.
+        title: for headings, e.g. Fashion-MNIST, or the name of a folder.
+        class_names: in label order.
+        mean, std: per channel of the stored images, over the published training images, in [0, 1].
+        shape: channels, height and width of a stored image, pixels.
+        num_train, num_val: images to train on, and held out for validation.
+        source, licence: where it comes from, and under which terms; empty where nothing is known.
+        fit: how a picture from outside takes the stored shape; see `data.fit`.
+    """
+
+    name: str
+    title: str
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    shape: tuple[int, int, int]
+    num_train: int
+    num_val: int = 0
+    source: str = ""
+    licence: str = ""
+    fit: str = "crop"
+
+    def __post_init__(self) -> None:
+        channels = len(self.mean)
+        if channels not in (1, 3) or len(self.std) != channels or self.shape[0] != channels or not self.class_names:
+            raise ValueError(
+                f"{channels} means, {len(self.std)} standard deviations, shape {self.shape} and "
+                f"{len(self.class_names)} classes; expected one each for 1 or 3 channels, and a class"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `read_info` reads back from a file of JSON."""
+        return asdict(self)
+
+
+def read_info(directory: Path, default: DataInfo) -> DataInfo:
+    """Read what a run directory keeps of its data set.
+
+    Args:
+        directory: of the run, or of an export.
+        default: of a run from before other data sets could be named.
+
+    Raises:
+        ValueError: the file is there and is not what a run writes.
+    """
+    path = directory / DATA_FILE
+    if not path.exists():
+        return default
+    content = read_json(path)
+    try:
+        return _from_json(content)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} was not written by a run: {str(error)[:200]}") from None
+
+
+def _from_json(content: Mapping[str, Any]) -> DataInfo:
+    values = {item.name: content[item.name] for item in fields(DataInfo) if item.name in content}
+    for name, kind in (("class_names", str), ("mean", float), ("std", float), ("shape", int)):
+        if not isinstance(values.get(name), list) or any(type(value) is not kind for value in values[name]):
+            raise ValueError(f"{name} is {values.get(name)!r:.80}")
+        values[name] = tuple(values[name])
+    if len(values["shape"]) != 3 or any(not 0 < std < float("inf") for std in values["std"]):
+        raise ValueError(f"shape {values['shape']}, std {values['std']}")
+    return DataInfo(**values)

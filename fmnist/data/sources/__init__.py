@@ -1,0 +1,1 @@
+"""Where data sets other than Fashion-MNIST come from: arrays, and folders of pictures."""

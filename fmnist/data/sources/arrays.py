@@ -1,0 +1,183 @@
+"""Data sets that are arrays already: a .npz file, and those that torchvision reads."""
+
+from __future__ import annotations
+
+import functools
+import zipfile
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from fmnist.data.info import DataInfo
+from fmnist.runtime.console import one_line
+from fmnist.runtime.files import cannot_read
+
+# Under train, val, test: images uint8 [N, H, W] or [N, 3, H, W], and labels int64 [N].
+Parts = dict[str, tuple[Tensor, Tensor]]
+
+# data.name: torchvision's class, its arguments for the two parts, its title, licence.
+TRAIN_OR_NOT: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
+SPLITS: dict[str, dict[str, Any]] = {"train": {"split": "train"}, "test": {"split": "test"}}
+EMNIST = {name: given | {"split": "balanced"} for name, given in TRAIN_OR_NOT.items()}
+TORCHVISION: dict[str, tuple[str, dict[str, dict[str, Any]], str, str]] = {
+    "mnist": ("MNIST", TRAIN_OR_NOT, "MNIST", "CC BY-SA 3.0"),
+    "kmnist": ("KMNIST", TRAIN_OR_NOT, "Kuzushiji-MNIST", "CC BY-SA 4.0"),
+    "emnist": ("EMNIST", EMNIST, "EMNIST balanced", ""),
+    "cifar10": ("CIFAR10", TRAIN_OR_NOT, "CIFAR-10", ""),
+    "cifar100": ("CIFAR100", TRAIN_OR_NOT, "CIFAR-100", ""),
+    "svhn": ("SVHN", SPLITS, "SVHN", ""),
+    "stl10": ("STL10", SPLITS, "STL-10", ""),
+    "usps": ("USPS", TRAIN_OR_NOT, "USPS", ""),
+}
+
+
+def read_torchvision(name: str, root: str | None, *, fetch: bool) -> tuple[DataInfo, Parts]:
+    """Read a data set with torchvision, which checks the files' digests.
+
+    Args:
+        name: a key of TORCHVISION.
+        root: the folder that torchvision calls root; None is data/ in the working directory.
+        fetch: let torchvision download it from its mirrors, where no root is given.
+
+    Raises:
+        ValueError: it is not there, is damaged, or cannot be fetched; one line.
+    """
+    from torchvision import datasets
+
+    kind, arguments, title, licence = TORCHVISION[name]
+    folder = Path(root or "data").expanduser()
+    download = fetch and root is None
+    try:
+        if download:
+            folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f".{name}.lock") if download else nullcontext():  # one process of a machine fetches
+            make = functools.partial(getattr(datasets, kind), folder, download=download)
+            read = {part: make(**given) for part, given in arguments.items()}
+    except Exception as error:  # of the network, of a damaged archive, of a missing file: whatever torchvision meets
+        remedy = "" if download else "; leave data.root out and train.py fetches it into data/"
+        reason = f"torchvision cannot read it in {folder}: {one_line(error, 300)}{remedy}"
+        raise ValueError(f"data.name {name}: {reason}") from None
+    parts = {part: _tensors(data, transposed=name == "emnist") for part, data in read.items()}
+    classes = getattr(read["train"], "classes", None) or [str(label) for label in range(10)]
+    source = f"torchvision.datasets.{kind}"
+    return describe(parts, name, title, tuple(map(str, classes)), source=source, licence=licence), parts
+
+
+def _tensors(data: Any, *, transposed: bool) -> tuple[Tensor, Tensor]:
+    images = torch.as_tensor(np.asarray(data.data))
+    if images.ndim == 4 and images.shape[1] != 3:
+        images = images.movedim(-1, 1)
+    labels = data.targets if hasattr(data, "targets") else data.labels
+    # EMNIST's files hold each image with rows and columns exchanged
+    return (images.mT if transposed else images).contiguous(), torch.as_tensor(np.asarray(labels)).long()
+
+
+def read_npz(path: str) -> tuple[DataInfo, Parts]:
+    """Read the arrays train_images, train_labels and perhaps val_ and test_ ones, as MedMNIST ships them.
+
+    Images are uint8 [N, H, W] or [N, H, W, 3], labels whole numbers [N] or [N, 1] from 0; an array class_names of texts
+    names the classes.
+
+    Raises:
+        ValueError: no such file, or an array that is missing or of another kind; one line.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except OSError as error:
+        raise cannot_read(Path(path), error) from None
+    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise ValueError(f"data.root: {path} is no .npz file of plain arrays: {one_line(error, 200)}") from None
+    parts = {part: _checked(arrays, part, path) for part in ("train", "val", "test") if f"{part}_images" in arrays}
+    if not parts.get("train"):
+        raise ValueError(
+            f"data.root: {path} holds {', '.join(arrays) or 'nothing'}; expected train_images, train_labels"
+        )
+    shapes = {part: tuple(images.shape[1:]) for part, (images, _) in parts.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"data.root: {path} holds images of different shapes: {shapes}")
+    num_classes = max(int(labels.max()) for _, labels in parts.values() if len(labels)) + 1
+    names = tuple(map(str, arrays["class_names"])) if "class_names" in arrays else tuple(map(str, range(num_classes)))
+    if len(names) < num_classes or len(set(names)) < len(names):
+        raise ValueError(f"data.root: {path}: class_names needs {num_classes} different names")
+    return describe(parts, "npz", Path(path).stem, names, source=Path(path).name), parts
+
+
+def _checked(arrays: Mapping[str, np.ndarray], part: str, path: str) -> tuple[Tensor, Tensor]:
+    images, labels = arrays[f"{part}_images"], arrays.get(f"{part}_labels", np.zeros(0, np.float32))
+    shape, where = list(images.shape), f"data.root: {path}"
+    if (
+        images.dtype != np.uint8
+        or not (images.ndim == 3 or (images.ndim == 4 and shape[3] in (1, 3)))
+        or 0 in shape[1:]
+    ):
+        raise ValueError(f"{where}: {part}_images is {images.dtype} {shape}; expected uint8 [N, H, W] or [N, H, W, 3]")
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(images):
+        found = f"{labels.dtype} {list(labels.shape)}" if f"{part}_labels" in arrays else "missing"
+        raise ValueError(f"{where}: {part}_labels is {found}; expected {len(images)} whole numbers, a class an image")
+    if len(labels) and (int(labels.min()) < 0 or int(labels.max()) > 10**6):
+        raise ValueError(f"{where}: {part}_labels from {labels.min()} to {labels.max()}; expected classes from 0")
+    tensor = torch.from_numpy(images)
+    if images.ndim == 4:
+        tensor = tensor[..., 0] if shape[3] == 1 else tensor.movedim(-1, 1)
+    return tensor.contiguous(), torch.from_numpy(labels.astype(np.int64))
+
+
+def describe(
+    parts: Parts, name: str, title: str, class_names: tuple[str, ...], source: str, licence: str = ""
+) -> DataInfo:
+    """Return what to know of a data set that was read.
+
+    Raises:
+        ValueError: it has fewer than two classes, or a class without a training image.
+    """
+    images, labels = parts["train"]
+    counts = torch.bincount(labels, minlength=len(class_names))
+    if len(class_names) < 2 or not len(labels):
+        raise ValueError(f"{title} has {len(class_names)} class and {len(labels)} training images; needed: two classes")
+    if (missing := torch.nonzero(counts == 0).flatten()).numel():
+        raise ValueError(f"{title} has no training image of class {class_names[int(missing[0])]!r}")
+    mean, std = statistics(images)
+    height, width = images.shape[-2:]
+    return DataInfo(
+        name=name,
+        title=title,
+        class_names=class_names,
+        mean=mean,
+        std=std,
+        shape=(len(mean), height, width),
+        num_train=len(labels),
+        source=source,
+        licence=licence,
+    )
+
+
+def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation per channel, in [0, 1], from exact sums, to four digits.
+
+    Args:
+        images: uint8 [N, H, W] or [N, C, H, W].
+
+    Raises:
+        ValueError: a channel is the same everywhere.
+    """
+    channels = images.unbind(1) if images.ndim == 4 else [images]
+    values = np.arange(256, dtype=np.int64)
+    means, stds = [], []
+    for channel in channels:
+        counts = sum(np.bincount(part.numpy().ravel(), minlength=256) for part in channel.split(4096))
+        total, first, second = (int((counts * power).sum()) for power in (values**0, values, values**2))
+        variance = (total * second - first**2) / total**2
+        if variance <= 0:
+            raise ValueError("all training images are one and the same colour")
+        means.append(round(first / total / 255, 4))
+        stds.append(max(round(variance**0.5 / 255, 4), 0.0001))
+    return tuple(means), tuple(stds)

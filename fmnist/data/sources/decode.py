@@ -1,0 +1,210 @@
+"""Picture files as arrays of one shape: headers first, then the pixels, in threads."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from fmnist.data.photos import check_size, decode, on_white, open_header, to_rgb
+from fmnist.runtime.files import open_regular
+from fmnist.runtime.hardware import available_cores
+
+DEFAULT_SIZE = 256  # of pictures of several sizes
+LARGEST_KEPT = 512  # pixels of either side up to which pictures of one size are kept as they are
+AHEAD = 4  # pictures a thread that wait to be written: what is in memory at a time
+BAR_AFTER_S = 5.0
+GREY = ("1", "L", "La", "LA", "I", "F")  # and I;16, ...
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap width and height
+
+Shape = tuple[int, int, int]  # channels, height, width
+Fit = Literal["crop", "pad"]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Header(NamedTuple):
+    """What a file says of its picture: upright size in pixels, and whether it has no colours."""
+
+    width: int
+    height: int
+    grey: bool
+
+
+class Picture(NamedTuple):
+    """A decoded picture.
+
+    Attributes:
+        pixels: uint8 [C, H, W].
+        content: sha256 of the file.
+        digest: sha256 of the pixels.
+        sums: sum, and sum of squares, of each channel.
+    """
+
+    pixels: NDArray[np.uint8]
+    content: str
+    digest: str
+    sums: tuple[tuple[int, int], ...]
+
+
+def read_header(path: Path) -> Header:
+    """Read a picture's size and kind, and none of its pixels.
+
+    Raises:
+        Exception: what Pillow and the system raise on a file that is none.
+    """
+    with open_regular(path) as stream:
+        check_size(os.fstat(stream.fileno()).st_size)
+        image = open_header(stream)
+        width, height = image.size
+        # Not getexif() of a PNG whose header has none: it would decode the picture to look behind it.
+        turned = "exif" in image.info and image.format != "TIFF" and _orientation(image) in SIDEWAYS
+        return Header(*((height, width) if turned else (width, height)), _is_grey(image))
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(ORIENTATION)
+    except Exception:  # broken metadata does not make a broken picture
+        return None
+
+
+def _is_grey(image: Image.Image) -> bool:
+    if image.mode == "P":
+        palette = np.frombuffer(bytes(image.getpalette("RGB") or (0, 0, 0)), dtype=np.uint8).reshape(-1, 3)
+        return bool((palette == palette[:, :1]).all())
+    return image.mode in GREY or image.mode.startswith("I;")
+
+
+def stored_shape(headers: Sequence[Header], stored_size: int | None) -> Shape:
+    """Return the shape in which pictures are kept.
+
+    Args:
+        headers: of all of them.
+        stored_size: pixels per side. None: their own size, where they have one and it is at most LARGEST_KEPT; else
+            DEFAULT_SIZE.
+    """
+    channels = 1 if all(header.grey for header in headers) else 3
+    width, height, _ = headers[0]
+    same = all(header[:2] == (width, height) for header in headers)
+    if stored_size is None and same and max(width, height) <= LARGEST_KEPT:
+        return channels, height, width
+    side = stored_size or DEFAULT_SIZE
+    return channels, side, side
+
+
+def read_picture(path: Path, version: tuple[int, int, int], shape: Shape, fit: Fit) -> Picture:
+    """Read a picture file and bring it into a shape.
+
+    Args:
+        path: the file.
+        version: what `Found` says of it.
+        shape: see `stored_shape`.
+        fit: see `in_shape`.
+
+    Raises:
+        Exception: what Pillow and the system raise; ValueError where the file is another one by now.
+    """
+    with open_regular(path) as stream:
+        status = os.fstat(stream.fileno())
+        check_size(status.st_size)
+        if (status.st_size, status.st_mtime_ns) != version[:2]:
+            raise ValueError("changed while the folder was read")
+        data = stream.read()
+    pixels = in_shape(io.BytesIO(data), shape, fit)
+    flat = pixels.reshape(len(pixels), -1)
+    totals = flat.sum(1, dtype=np.int64).tolist()
+    squares = np.square(flat, dtype=np.uint32).sum(1, dtype=np.int64).tolist()
+    sums = tuple(zip(totals, squares, strict=True))
+    return Picture(pixels, hashlib.sha256(data).hexdigest(), hashlib.sha256(pixels.data).hexdigest(), sums)
+
+
+def in_shape(stream: BinaryIO, shape: Shape, fit: Fit) -> NDArray[np.uint8]:
+    """Decode a picture upright, on white where it is transparent, and bring it into a shape.
+
+    A picture of that size is not resampled. Otherwise Lanczos with its kernel widened to the scale, so that every pixel
+    has its share (a JPEG is decoded at no less than twice the size asked for).
+
+    Args:
+        stream: the file.
+        shape: see `stored_shape`.
+        fit: crop: the shorter side takes the shape's, and the middle of the longer one is kept. pad: the longer side
+            does, and the picture stands in the middle of the mean colour of its border.
+
+    Returns:
+        uint8 [C, H, W].
+
+    Raises:
+        Exception: see `decode`; ValueError where the picture has not the size that its header says.
+    """
+    channels, height, width = shape
+    image = open_header(stream)
+    if height == width != min(image.size):
+        shorter = height if fit == "crop" else -(-height * min(image.size) // max(image.size))
+        image = decode(image, 2 * max(1, shorter))
+    else:
+        image = decode(image, None)
+    if image.mode != "L" or image.has_transparency_data or channels == 3:
+        image = on_white(to_rgb(image))
+        image = image.convert("L") if channels == 1 else image
+    if image.size != (width, height):
+        if height != width:
+            raise ValueError(f"{image.width} x {image.height} pixels, unlike its header")
+        image = _cropped(image, height) if fit == "crop" else _padded(image, height)
+    pixels = np.asarray(image)
+    return np.ascontiguousarray(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))
+
+
+def _cropped(image: Image.Image, size: int) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    if side == size:
+        return image.crop(box)
+    # Only the box is resampled: a strip of 1 x 5000 pixels would have 256 x 1,280,000.
+    return image.resize((size, size), Image.Resampling.LANCZOS, box, reducing_gap=3.0)
+
+
+def _padded(image: Image.Image, size: int) -> Image.Image:
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    pixels = np.asarray(image).reshape(height, width, -1)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
+    colour = tuple(np.rint(border.mean(0)).astype(int).tolist())
+    canvas = Image.new(image.mode, (size, size), colour if len(colour) > 1 else colour[0])
+    canvas.paste(image, ((size - width + 1) // 2, (size - height + 1) // 2))  # an odd row is above, as in `fit`
+    return canvas
+
+
+def in_threads(work: Callable[[Item], Result], items: Sequence[Item], what: str) -> Iterator[Result]:
+    """Map in threads (Pillow and hashlib let others run), in order, with few results waiting, and a bar if it is long.
+
+    Args:
+        work: of one item; it raises nothing.
+        items: what it is done to.
+        what: names it in the bar.
+    """
+    threads = available_cores()
+    pool = ThreadPoolExecutor(threads)
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in tqdm(items, desc=what, unit="image", disable=None, leave=False, delay=BAR_AFTER_S):
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > AHEAD * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
