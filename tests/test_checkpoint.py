@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from fmnist.checkpoint.contents import MODEL, OPTIMIZER, TrainState, read_state,
 from fmnist.checkpoint.run_directory import lock_directory
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.checkpoint.tensors import load_optimizer_tensors, load_strict, non_finite, optimizer_tensors, read_tensors
-from fmnist.config.schema import OptimConfig
+from fmnist.config.conflicts import Length, without_effect
+from fmnist.config.schema import Config, EvaluationConfig, OptimConfig
 from fmnist.models.cnn import Cnn
 from fmnist.optim import build_optimizer
 
@@ -200,6 +202,13 @@ def test_the_best_is_by_the_number_that_is_asked_for(by: str, best_step: int) ->
         state.update_best(val, by)
     assert state.best_step == best_step and state.best_val == vals[best_step - 1]
     assert state.best_number(by) == vals[best_step - 1][by] and state.best_top1 == vals[best_step - 1]["top1"]
+
+
+def test_a_choice_without_validation_images_has_no_effect_and_that_is_said() -> None:
+    cfg = replace(Config(), evaluation=EvaluationConfig(best="loss"))
+    assert without_effect(cfg, Length(4000, 100)) == []
+    (line,) = without_effect(cfg, Length(4000, 100, num_val=0))
+    assert line == "evaluation.best loss has no effect: there are no validation images"
 
 
 def test_a_first_number_that_is_a_nan_has_weights_and_gives_way() -> None:

@@ -225,14 +225,16 @@ def test_a_wrong_option_is_one_line(flags: list[str], message: str, capsys: pyte
 
 
 @pytest.mark.thorough
-def test_auto_is_a_run_of_the_size_it_found_and_keeps_it(tmp_path: Path, full: type[Full]) -> None:
-    data = write_small_data(tmp_path / "data")
+def test_auto_is_a_run_of_the_size_it_found_and_keeps_it(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, full: type[Full]
+) -> None:
+    data = write_small_data(tmp_path_factory.mktemp("data"))
 
     def go(name: str, micro: int | str) -> Path:
         fmnist.train(
             "configs/mlp.yaml",
             output_dir=str(tmp_path / name),
-            model={"name": "full", "precision": "fp32"},
+            model={"name": "full", "options": {}, "precision": "fp32"},
             data={"root": str(data), "val_size": 500},
             batch={"global_batch_size": 32, "micro_batch_size": micro},
             schedule={"steps": 4, "warmup_epochs": 0.0},
@@ -269,7 +271,16 @@ def test_two_processes_agree_and_a_plan_names_the_activations(tmp_path: Path) ->
         "Full.limit = 8 if os.environ.get('RANK') == '1' else 16\n"
         f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
     )
-    flags = ("--config", ROOT / "configs/mlp.yaml", "--model.name", "full", "--batch.global_batch_size", 64)
+    flags = (
+        "--config",
+        ROOT / "configs/mlp.yaml",
+        "--model.name",
+        "full",
+        "--model.options",
+        "{}",
+        "--batch.global_batch_size",
+        64,
+    )
     flags += ("--batch.micro_batch_size", "auto", "--schedule.steps", 2, "--schedule.warmup_epochs", 0)
     flags += ("--evaluation.test", "false", "--log.wandb", "disabled", "--data.limit", 640)
     run = tmp_path / "run"

@@ -20,11 +20,13 @@ from fmnist.checkpoint.store import Checkpoints
 from fmnist.config.parse import parse_config
 from fmnist.config.same_run import run_yaml
 from fmnist.config.schema import Config, ModelConfig
+from fmnist.data.fashion_mnist import INFO
 from fmnist.models import build_model
 from fmnist.runtime.files import sha256_of
 from fmnist.trained import open_trained
 from fmnist.training.start_from_run import start_from_run
 
+NAMES = INFO.class_names
 ATTO = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "patch_size": 2, "conv_mlp": False}
 MODELS: dict[str, dict[str, Any]] = {
     "mlp": {"name": "mlp", "options": {"width": 16}},
@@ -166,7 +168,7 @@ def test_other_classes_get_a_new_head_and_that_is_said_once(
     caplog.set_level(logging.INFO, "fmnist")
     model, cfg = network(num_classes, **own(kind, sources[kind]))
     fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    start_from_run(model, cfg)
+    start_from_run(model, cfg, NAMES[:num_classes] if num_classes < 10 else range(num_classes))
     before = load_file(sources[kind] / MODEL)
     for name, tensor in model.state_dict().items():
         is_head = name.startswith(("head.fc", "head.weight", "head.bias"))
@@ -177,18 +179,24 @@ def test_other_classes_get_a_new_head_and_that_is_said_once(
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_model_takes_all_tensors_of_the_same_classes(kind: str, sources: dict[str, Path]) -> None:
     model, cfg = network(**own(kind, sources[kind]))
-    assert start_from_run(model, cfg) == sha256_of(sources[kind] / MODEL)
+    assert start_from_run(model, cfg, NAMES) == sha256_of(sources[kind] / MODEL)
     for name, tensor in load_file(sources[kind] / MODEL).items():
         assert torch.equal(model.state_dict()[name], tensor), name
 
 
-def test_the_same_number_of_other_classes_gets_a_new_head_too(sources: dict[str, Path]) -> None:
+def test_the_same_number_of_other_classes_gets_a_new_head_too(sources: dict[str, Path], tmp_path: Path) -> None:
     model, cfg = network(**own("cnn", sources["cnn"]))
     fresh = model.head.weight.clone()
-    start_from_run(model, cfg, same_classes=False)
+    start_from_run(model, cfg, [f"class {i}" for i in range(10)])
     assert torch.equal(model.head.weight, fresh)
-    start_from_run(model, cfg)
+    start_from_run(model, cfg, NAMES)
     assert torch.equal(model.head.weight, load_file(sources["cnn"] / MODEL)["head.weight"])
+    # What the other run keeps of its classes counts.
+    other = Path(shutil.copytree(sources["cnn"], tmp_path / "other"))
+    (other / "data.json").write_text(json.dumps(replace(INFO, class_names=NAMES[::-1]).to_json()))
+    model, cfg = network(**own("cnn", other))
+    start_from_run(model, cfg, NAMES[::-1])
+    assert torch.equal(model.head.weight, load_file(other / MODEL)["head.weight"])
 
 
 @pytest.mark.parametrize(
@@ -206,14 +214,14 @@ def test_weights_that_do_not_fit_are_one_line(
 ) -> None:
     model, cfg = network(**own(kind, sources[source]) | change)
     with pytest.raises(ValueError, match=message) as caught:
-        start_from_run(model, cfg)
+        start_from_run(model, cfg, NAMES)
     assert "\n" not in str(caught.value) and str(caught.value).startswith("model.weights: ")
 
 
 def test_another_image_size_of_an_mlp_is_one_line(sources: dict[str, Path]) -> None:
     model, cfg = network(image_size=28, **own("mlp", sources["mlp"]))
     with pytest.raises(ValueError, match=r"hidden.1.weight \(16, 1024\), not \(16, 784\)"):
-        start_from_run(model, cfg)
+        start_from_run(model, cfg, NAMES)
 
 
 def test_damaged_weights_are_refused(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -222,15 +230,15 @@ def test_damaged_weights_are_refused(sources: dict[str, Path], tmp_path: Path) -
     tensors = load_file(other / MODEL)
     save_file(tensors | {"head.bias": tensors["head.bias"] + 1}, other / MODEL)
     with pytest.raises(ValueError, match="does not have the hash its run names"):
-        start_from_run(model, cfg)
+        start_from_run(model, cfg, NAMES)
     state, groups = TrainState(step=2, best_step=2), {MODEL: tensors, OPTIMIZER: {}}
     damaged = Checkpoints(other / "checkpoints", 1, {}).save(state, groups)
     (damaged / MODEL).write_bytes(b"nothing")
     with pytest.raises(ValueError, match="model.weights: .* cannot be used: .* is not what was written"):
-        start_from_run(*network(**own("cnn", damaged)))
+        start_from_run(*network(**own("cnn", damaged)), NAMES)
     (other / "config.yaml").unlink()
     with pytest.raises(ValueError, match=r"cannot be used: .*config.yaml is missing"):
-        start_from_run(*network(**own("cnn", other)))
+        start_from_run(*network(**own("cnn", other)), NAMES)
 
 
 @pytest.mark.parametrize(

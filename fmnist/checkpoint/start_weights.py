@@ -15,11 +15,13 @@ class StartWeights:
     """Where another run's weights to use are.
 
     Attributes:
+        run: the run directory.
         file: safetensors.
         sha256: what it has to have; empty where its run says nothing.
         cfg: the run's config.
     """
 
+    run: Path
     file: Path
     sha256: str
     cfg: Config
@@ -43,8 +45,8 @@ def find_start_weights(weights: str) -> StartWeights:
         if checkpoint is not None:
             digests = verify(checkpoint)
             file = weights_to_use(checkpoint, digests)
-            return StartWeights(file=file, sha256=digests[file.name], cfg=cfg)
+            return StartWeights(run=run, file=file, sha256=digests[file.name], cfg=cfg)
     except ValueError as error:
         raise ValueError(f"model.weights: {weights} cannot be used: {error}") from None
     sha256 = summary.get("weights_sha256")
-    return StartWeights(file=run / MODEL, sha256=sha256 if isinstance(sha256, str) else "", cfg=cfg)
+    return StartWeights(run=run, file=run / MODEL, sha256=sha256 if isinstance(sha256, str) else "", cfg=cfg)

@@ -17,6 +17,7 @@ class Length:
         image_side: pixels per side of the stored images.
         num_train: images to train on.
         channels: of the stored images; 1 is grey.
+        num_val: images to validate on.
     """
 
     total_steps: int
@@ -24,6 +25,7 @@ class Length:
     image_side: int = IMAGE_SIDE
     num_train: int = NUM_TRAIN
     channels: int = 1
+    num_val: int = 5_000
 
     def steps(self, epochs: float) -> int:
         """Return a duration in steps."""
@@ -138,6 +140,8 @@ def validate(cfg: Config) -> None:
 def without_effect(cfg: Config, run: Length) -> list[str]:
     """Say, one line each, which options have no effect or another in a run of this length."""
     lines = [f"{_given(cfg, name)} {what}" for name, when, what in SAID if _given(cfg, name) and when(cfg, run)]
+    if not run.num_val and (best := _given(cfg, "evaluation.best")):
+        lines.append(f"{best} has no effect: there are no validation images")
     sizes = sizes_by_epoch(cfg, run.num_train)
     if isinstance(cfg.augment.size, dict) and sizes != cfg.augment.size:
         epochs = run.total_steps / run.steps_per_epoch

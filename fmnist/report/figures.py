@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -34,6 +35,7 @@ T = TypeVar("T")
 # Okabe and Ito, "Color Universal Design" (2008): told apart with any common colour blindness.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 DPI = 150
+MAX_WRITTEN = 30  # classes; with more, a confusion matrix shows colours alone
 
 
 def font_folder() -> Path:
@@ -63,7 +65,7 @@ def save_figure(path: Path, figure: Figure) -> None:
 def plot_confusion_matrix(
     confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str, path: Path
 ) -> None:
-    """Draw counts and row percentages, with each class's recall on the right.
+    """Draw counts and row percentages, with each class's recall on the right; of many classes colours alone.
 
     Args:
         confusion: [C, C] counts; rows true class, columns predicted.
@@ -79,7 +81,8 @@ def plot_confusion_matrix(
     axes = figure.add_subplot()
     # A square root scale: at 93 % top1 a linear one shows a diagonal and nothing else.
     image = axes.imshow(percent, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=100))
-    for (row, column), count in np.ndenumerate(counts):
+    written = num_classes <= MAX_WRITTEN
+    for (row, column), count in np.ndenumerate(counts) if written else ():
         red, green, blue, _ = image.to_rgba(percent[row, column])
         dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
         label = f"{count:,}\n{percent[row, column]:.1f} %" if count else "0"
@@ -87,19 +90,21 @@ def plot_confusion_matrix(
         weight = "bold" if row == column else "normal"
         axes.text(column, row, label, ha="center", va="center", color=color, fontsize=10, weight=weight)
 
-    ticks = range(num_classes)
+    ticks = range(0, num_classes, math.ceil(num_classes / MAX_WRITTEN))
+    class_names = [class_names[tick] for tick in ticks]
     axes.set_xticks(ticks, class_names, rotation=40, ha="right", rotation_mode="anchor", fontsize=11)
     axes.set_yticks(ticks, class_names, fontsize=11)
     axes.set_xlabel("predicted class", fontsize=12)
     axes.set_ylabel("true class", fontsize=12)
     shares = [f"{100 * hit / n:.1f} %" if n else "-" for hit, n in zip(np.diag(counts), totals, strict=True)]
     right = axes.secondary_yaxis("right")
-    right.set_yticks(list(ticks), shares, fontsize=11)
+    right.set_yticks(list(ticks), [shares[tick] for tick in ticks], fontsize=11)
     right.set_ylabel("recall", fontsize=12)
     right.tick_params(length=0)
-    axes.set_xticks(np.arange(0.5, num_classes - 1), minor=True)
-    axes.set_yticks(np.arange(0.5, num_classes - 1), minor=True)
-    axes.grid(which="minor", color="white", linewidth=1.5)
+    if written:
+        axes.set_xticks(np.arange(0.5, num_classes - 1), minor=True)
+        axes.set_yticks(np.arange(0.5, num_classes - 1), minor=True)
+        axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="both", length=0)
     axes.set_title(f"{title}\ntop1 {100 * np.trace(counts) / max(counts.sum(), 1):.2f} %", fontsize=14, pad=12)
     save_figure(path, figure)

@@ -15,6 +15,7 @@ from fmnist.evaluation.findings import Findings
 from fmnist.evaluation.misclassified import Misclassified
 from fmnist.evaluation.outcome import Outcome
 from fmnist.report.curves import loss_note
+from fmnist.report.figures import MAX_WRITTEN
 from fmnist.report.page_figures import data_uri, learning_curves, picture, reliability
 from fmnist.runtime.files import write_atomic
 from fmnist.tracking.metrics_file import METRICS_FILE
@@ -92,6 +93,7 @@ def context(findings: Findings) -> dict[str, Any]:
     trained = outcome.trained
     lines = trained.directory / METRICS_FILE if trained else None
     batch = trained.directory / "train_batch.png" if trained else None
+    names = outcome.class_names
     human = None if outcome.other_data else HUMAN_TOP1
     return {
         "outcome": outcome,
@@ -102,7 +104,7 @@ def context(findings: Findings) -> dict[str, Any]:
         "curves": learning_curves(lines) if lines is not None and lines.is_file() else [],
         "loss_note": loss_note(trained.cfg) if trained else "",
         "train_batch": data_uri(batch.read_bytes(), "image/png") if batch is not None and batch.is_file() else None,
-        "matrix": _matrix(metrics["confusion_matrix"], outcome.class_names),
+        "matrix": _matrix(metrics["confusion_matrix"], names) if len(names) <= MAX_WRITTEN else None,
         "class_names": outcome.class_names,
         "pairs": _pairs(findings),
         "errors": [_shown(outcome, error) for error in findings.errors[:NUM_ERRORS]],

@@ -16,7 +16,7 @@ from fmnist.config.schema import Config, ModelConfig
 from fmnist.data.augment import Augment
 from fmnist.data.balance import class_weights
 from fmnist.data.batches import Loader
-from fmnist.data.info import DATA_FILE
+from fmnist.data.info import DATA_FILE, DataInfo
 from fmnist.data.registry import open_source
 from fmnist.data.split import Split
 from fmnist.models.flops import flops_per_image
@@ -114,11 +114,11 @@ def build(cfg: Config, run: Run) -> Training | None:
 
     # model, and what feeds it: pretrained weights only where no checkpoint will fill it
     channels, _, side = info.shape
-    length = Length(schedule.total_steps, schedule.steps_per_epoch, side, info.num_train, channels)
+    length = Length(schedule.total_steps, schedule.steps_per_epoch, side, info.num_train, channels, info.num_val)
     for line in without_effect(cfg, length):
         logger.warning("%s", line)
     model, augment = build_network(cfg, info, run.device, load_weights=newest is None)
-    if newest is None and cfg.model.weights and _read_digest(model, cfg.model) != run.fingerprint[WEIGHTS]:
+    if newest is None and cfg.model.weights and _read_digest(model, cfg.model, info) != run.fingerprint[WEIGHTS]:
         raise ValueError(f"model.weights: {cfg.model.weights} was replaced while it was read; start again")
 
     # optimizer, and the moving average of the weights
@@ -160,9 +160,11 @@ def build(cfg: Config, run: Run) -> Training | None:
     )
 
 
-def _read_digest(model: nn.Module, cfg: ModelConfig) -> str:
+def _read_digest(model: nn.Module, cfg: ModelConfig, info: DataInfo) -> str:
     """Return the digest of the weights that the model begins from; another run's are read now."""
-    return start_from_run(model, cfg) if cfg.starts_from_run else digest_of_weights(cfg.weights or "")
+    if cfg.starts_from_run:
+        return start_from_run(model, cfg, info.class_names)
+    return digest_of_weights(cfg.weights or "")
 
 
 def load_splits(cfg: Config, device: torch.device) -> dict[str, Split]:

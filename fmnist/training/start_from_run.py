@@ -1,25 +1,28 @@
 """Begin from the weights of another run: all tensors, but for a new head where the classes differ."""
 
 import logging
+from collections.abc import Sequence
 
 from torch import nn
 
 from fmnist.checkpoint.start_weights import find_start_weights
 from fmnist.checkpoint.tensors import non_finite, read_tensors_and_digest
 from fmnist.config.schema import ModelConfig
+from fmnist.data.fashion_mnist import INFO
+from fmnist.data.info import read_info
 from fmnist.models.head import head_parameters
 from fmnist.models.weights import mismatches
 
 logger = logging.getLogger("fmnist")
 
 
-def start_from_run(model: nn.Module, cfg: ModelConfig, *, same_classes: bool = True) -> str:
-    """Fill a model with another run's weights to use; a head of another shape keeps its own first values.
+def start_from_run(model: nn.Module, cfg: ModelConfig, class_names: Sequence[str]) -> str:
+    """Fill a model with another run's weights to use; where its classes were others, the head keeps its first values.
 
     Args:
         model: of `cfg`, as built.
         cfg: `weights` names the run or checkpoint.
-        same_classes: the other run's classes are these ones; false gives a new head even where the number is the same.
+        class_names: in label order.
 
     Returns:
         The sha256 of the very bytes that were read.
@@ -46,8 +49,7 @@ def start_from_run(model: nn.Module, cfg: ModelConfig, *, same_classes: bool = T
 
     own, heads = model.state_dict(), {id(p) for p in head_parameters(model)}
     head = {name for name, p in model.named_parameters() if id(p) in heads}
-    fits = all(name in tensors and tensors[name].shape == own[name].shape for name in head)
-    left_out = set() if fits and same_classes else head
+    left_out = set() if read_info(found.run, INFO).class_names == tuple(class_names) else head
     body = {name: tensor for name, tensor in tensors.items() if name not in left_out}
     if misfits := mismatches(body, {name: tensor for name, tensor in own.items() if name not in left_out}):
         raise ValueError(f"{where} does not fit {cfg.name} as configured: {'; '.join(misfits.values())}")
