@@ -863,7 +863,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, cache: Path, monkeypatch: py
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fill, "_write_header", full)
+    monkeypatch.setattr(fill, "Kept", full)
     with pytest.raises(ValueError, match="cannot be written: no space left on device; set FMNIST_CACHE"):
         read(root)
     assert [path.suffix for path in cache.iterdir()] == [".lock"]

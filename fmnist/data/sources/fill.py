@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import BinaryIO
 
-import numpy as np
-
-from fmnist.data.sources.cache import Cache
+from fmnist.data.sources.cache import Cache, npy_header
 from fmnist.data.sources.decode import Fit, Header, Picture, in_threads, read_header, read_picture, stored_shape
 from fmnist.data.sources.facts import Kept, facts_of
 from fmnist.data.sources.layout import Found
@@ -81,8 +79,8 @@ class Decoding:
         stream.seek(0)
         stream.truncate()
         self._kept.clear()
-        _write_header(stream, (len(files), *shape))
-        start = stream.tell()
+        header = npy_header((len(files), *shape))
+        stream.write(header)
         for file, picture in zip(files, in_threads(read, files, "decoding"), strict=True):
             if isinstance(picture, str):
                 self._bad[file.name] = picture
@@ -92,8 +90,9 @@ class Decoding:
                 self._kept.append(Kept(file, *picture[1:]))
         self._check_bad(self._bad_files)
         stream.seek(0)
-        _write_header(stream, (len(self._kept), *shape))  # numpy leaves room for another number
-        assert stream.tell() == start
+        written = npy_header((len(self._kept), *shape))
+        assert len(written) == len(header)  # numpy leaves room for another number
+        stream.write(written)
 
     def _check_bad(self, rule: str) -> None:
         root, bad = self._cache.root, examples_of(list(self._bad.items()), len(self._found))
@@ -103,10 +102,6 @@ class Decoding:
         for file in self._found:
             if file.label not in left:
                 raise ValueError(f"{root}: no picture of class {file.label} to train on can be read; {bad}")
-
-
-def _write_header(stream: BinaryIO, shape: tuple[int, ...]) -> None:
-    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
 def examples_of(bad: Sequence[tuple[str, str]], total: int) -> str:
