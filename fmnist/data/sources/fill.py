@@ -37,6 +37,9 @@ class Decoding:
     def fill_cache(self, holdout: float, fits: Callable[[int], str] | None) -> None:
         """Do it all.
 
+        Args:
+            holdout, fits: see `read_folder`.
+
         Raises:
             ValueError: bad files that are refused, too many images for memory or disk; one line.
         """
@@ -51,7 +54,7 @@ class Decoding:
         _check_room(self._cache, shape)
         what = f"decoding {counted(shape[0], 'picture')} of {self._cache.root} into {self._cache.folder}"
         logger.info("%s", one_line(what, 1000))
-        self._cache.write(self._write, lambda: self._facts(holdout))
+        self._cache.write(lambda stream: self._write(stream, fits), lambda: self._facts(holdout))
 
     def _header(self, file: Found) -> Header:
         if file.error:
@@ -65,10 +68,11 @@ class Decoding:
         facts = facts_of(self._cache.array, self._kept, self._shape(), holdout)
         return facts | {"skipped": sorted(self._bad.items())}
 
-    def _write(self, stream: BinaryIO) -> None:
+    def _write(self, stream: BinaryIO, fits: Callable[[int], str] | None) -> None:
         """Write the .npy file; again where a picture that turned out bad had decided the shape of all."""
         shape = None
         while shape != (shape := self._shape()):
+            check_fits((len(self._headers), *shape), fits)
             self._decode(stream, shape)
 
     def _decode(self, stream: BinaryIO, shape: tuple[int, int, int]) -> None:
