@@ -31,7 +31,6 @@ from fmnist.runtime.provenance import git_revision, processor, versions
 
 RESULTS = Path(__file__).parent / "results"
 CANVAS, CLASSES, STORED_SIZE = 4000, 10, 224
-NOTE = "not a quiet machine: other programs ran on its cores, and these readings at idle priority"
 
 
 def draw(folder: Path, number: int, seconds: float) -> None:
@@ -94,7 +93,7 @@ def leftovers(cache: str) -> int:
     return sum(path.stat().st_size for path in Path(cache).glob(".*.part"))
 
 
-def measure(folder: Path, cache_root: Path, *, kills: bool) -> None:
+def measure(folder: Path, cache_root: Path | None, *, kills: bool, note: str) -> None:
     """Read the folder in all ways, and write the result."""
     with tempfile.TemporaryDirectory(dir=cache_root) as cache:
         cold = finish(start(folder, cache))
@@ -120,7 +119,7 @@ def measure(folder: Path, cache_root: Path, *, kills: bool) -> None:
         "command": f"python -m experiments.folder_source measure FOLDER{' --kills' * kills}",
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": {"device": "CPU", "processor": processor(), "cpu_cores": os.cpu_count()},
-        "note": NOTE,
+        "note": note,
         "load": [round(load, 1) for load in os.getloadavg()],
         "versions": versions() | {"pillow": PIL.__version__, "numpy": np.__version__},
         "git_revision": git_revision(),
@@ -144,13 +143,16 @@ def main() -> None:
     commands.choices["draw"].add_argument("--seconds", type=float, default=100, help="to stop after")
     commands.choices["measure"].add_argument("--cache", type=Path, default=None, help="folder for the caches")
     commands.choices["measure"].add_argument("--kills", action="store_true", help="kill it, and two at once, too")
+    commands.choices["measure"].add_argument(
+        "--note", default="", help="kept beside the times: how quiet the machine was"
+    )
     args = parser.parse_args()
     if args.command == "draw":
         draw(args.folder, args.number, args.seconds)
     elif args.command == "read":
         read(args.folder.resolve())
     else:
-        measure(args.folder.resolve(), args.cache, kills=args.kills)
+        measure(args.folder.resolve(), args.cache, kills=args.kills, note=args.note)
 
 
 if __name__ == "__main__":

@@ -689,6 +689,15 @@ def test_a_skipped_picture_decides_nothing(
     assert torch.equal(decoded.images, expected.images) and decoded.images.shape == (8, 1, 12, 12)
 
 
+def test_what_fits_is_asked_again_without_the_skipped(tmp_path: Path) -> None:
+    root = two_classes(tmp_path / "root", 2, size=(400, 400))
+    write("dog/a.jpg", half_a_jpeg)(root)  # of 200 px: with it all would be kept at 256
+    with pytest.raises(ValueError, match="4 images of 3 x 400 x 400 .* do not fit: no room; .*--data.stored_size 256"):
+        read(root, bad_files="skip", fits=lambda number: "no room" if number > 5 * 3 * 256 * 256 else "")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert read(root, bad_files="skip").images.shape == (4, 3, 400, 400)
+
+
 def test_every_bad_file_is_in_the_count(tmp_path: Path) -> None:
     root = two_classes(tmp_path / "root")
     for change, _, _ in (FILES["zero bytes"], FILES["truncated"], FILES["a lost folder"]):
@@ -863,7 +872,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, cache: Path, monkeypatch: py
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fill, "_write_header", full)
+    monkeypatch.setattr(fill, "Kept", full)
     with pytest.raises(ValueError, match="cannot be written: no space left on device; set FMNIST_CACHE"):
         read(root)
     assert [path.suffix for path in cache.iterdir()] == [".lock"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 
 from fmnist.runtime.console import one_line
 from fmnist.runtime.environment import ENVIRONMENT
-from fmnist.runtime.files import read_json, reason, write_atomic
+from fmnist.runtime.files import open_regular, read_json, reason, write_atomic
 
 logger = logging.getLogger("fmnist")
 FORMAT = 1  # of the files; another one is another cache
@@ -61,12 +63,14 @@ class Cache:
             if kept.get("sha256") != _sha256(kept.get("facts")):
                 raise ValueError(f"{self.facts} is damaged")
             facts: dict[str, Any] = kept["facts"]
-            # Private pages: what writes into a tensor of it does not reach the file.
-            images = np.load(self.array, mmap_mode="c", allow_pickle=False)
-            size = images.offset + images.nbytes
-            if images.dtype != np.uint8 or list(images.shape) != facts["shape"] or self.array.stat().st_size != size:
-                raise ValueError(f"{self.array} has not the size that was written")
-        except (OSError, ValueError, EOFError, AttributeError) as error:
+            shape = tuple(facts["shape"])
+            header = npy_header(shape)
+            with open_regular(self.array) as file:
+                if file.read(len(header)) != header or file.seek(0, os.SEEK_END) != len(header) + prod(shape):
+                    raise ValueError(f"{self.array} is damaged")
+                # Private pages: what writes into a tensor of it does not reach the file.
+                images = np.memmap(file, np.uint8, "c", len(header), shape)
+        except (OSError, ValueError) as error:
             self._fault = str(error)
             return None
         with suppress(OSError):
@@ -152,6 +156,13 @@ def cache_folder() -> Path:
     if not os.path.isabs(above):
         raise ValueError("there is no home folder to keep decoded images in: set FMNIST_CACHE to a folder")
     return Path(above) / "fmnist"
+
+
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    """Return what stands before the values of a .npy file of uint8; as long for any number of images."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return header.getvalue()
 
 
 def _digest(content: object) -> str:

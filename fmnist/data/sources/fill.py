@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import BinaryIO
 
-import numpy as np
-
-from fmnist.data.sources.cache import Cache
+from fmnist.data.sources.cache import Cache, npy_header
 from fmnist.data.sources.decode import Fit, Header, Picture, in_threads, read_header, read_picture, stored_shape
 from fmnist.data.sources.facts import Kept, facts_of
 from fmnist.data.sources.layout import Found
@@ -39,6 +37,9 @@ class Decoding:
     def fill_cache(self, holdout: float, fits: Callable[[int], str] | None) -> None:
         """Do it all.
 
+        Args:
+            holdout, fits: see `read_folder`.
+
         Raises:
             ValueError: bad files that are refused, too many images for memory or disk; one line.
         """
@@ -53,7 +54,7 @@ class Decoding:
         _check_room(self._cache, shape)
         what = f"decoding {counted(shape[0], 'picture')} of {self._cache.root} into {self._cache.folder}"
         logger.info("%s", one_line(what, 1000))
-        self._cache.write(self._write, lambda: self._facts(holdout))
+        self._cache.write(lambda stream: self._write(stream, fits), lambda: self._facts(holdout))
 
     def _header(self, file: Found) -> Header:
         if file.error:
@@ -67,10 +68,11 @@ class Decoding:
         facts = facts_of(self._cache.array, self._kept, self._shape(), holdout)
         return facts | {"skipped": sorted(self._bad.items())}
 
-    def _write(self, stream: BinaryIO) -> None:
+    def _write(self, stream: BinaryIO, fits: Callable[[int], str] | None) -> None:
         """Write the .npy file; again where a picture that turned out bad had decided the shape of all."""
         shape = None
         while shape != (shape := self._shape()):
+            check_fits((len(self._headers), *shape), fits)
             self._decode(stream, shape)
 
     def _decode(self, stream: BinaryIO, shape: tuple[int, int, int]) -> None:
@@ -81,8 +83,8 @@ class Decoding:
         stream.seek(0)
         stream.truncate()
         self._kept.clear()
-        _write_header(stream, (len(files), *shape))
-        start = stream.tell()
+        header = npy_header((len(files), *shape))
+        stream.write(header)
         for file, picture in zip(files, in_threads(read, files, "decoding"), strict=True):
             if isinstance(picture, str):
                 self._bad[file.name] = picture
@@ -92,8 +94,9 @@ class Decoding:
                 self._kept.append(Kept(file, *picture[1:]))
         self._check_bad(self._bad_files)
         stream.seek(0)
-        _write_header(stream, (len(self._kept), *shape))  # numpy leaves room for another number
-        assert stream.tell() == start
+        written = npy_header((len(self._kept), *shape))
+        assert len(written) == len(header)  # numpy leaves room for another number
+        stream.write(written)
 
     def _check_bad(self, rule: str) -> None:
         root, bad = self._cache.root, examples_of(list(self._bad.items()), len(self._found))
@@ -103,10 +106,6 @@ class Decoding:
         for file in self._found:
             if file.label not in left:
                 raise ValueError(f"{root}: no picture of class {file.label} to train on can be read; {bad}")
-
-
-def _write_header(stream: BinaryIO, shape: tuple[int, ...]) -> None:
-    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
 def examples_of(bad: Sequence[tuple[str, str]], total: int) -> str:
