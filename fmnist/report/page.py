@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +93,7 @@ def context(findings: Findings) -> dict[str, Any]:
     lines = trained.directory / METRICS_FILE if trained else None
     batch = trained.directory / "train_batch.png" if trained else None
     human = None if outcome.other_data else HUMAN_TOP1
+    shown = findings.errors[:NUM_SHOWN]
     return {
         "outcome": outcome,
         "result": metrics,
@@ -108,7 +108,7 @@ def context(findings: Findings) -> dict[str, Any]:
         "pairs": _pairs(findings),
         "errors": [
             _shown(outcome, error) | {"nearest": [(each, picture(each.image)) for each in near]}
-            for error, near in zip_longest(findings.errors[:NUM_SHOWN], findings.nearest, fillvalue=())
+            for error, near in zip(shown, findings.nearest or [[]] * len(shown), strict=True)
         ],
         "before": reliability(findings.bins),
         "after": reliability(findings.scaled_bins) if findings.scaled_bins else None,
