@@ -104,7 +104,7 @@ def test_the_size_schedule_ends_with_the_run(epochs: float, expected: dict[int, 
     # The last size is the one judged, and it is reached within the run.
     assert augment.size(max(0, int(epochs - 1e-9))) == 28
     lines = without_effect(cfg, Length(round(429 * epochs), 429))
-    said = f"augment.size {{0: 20, 5: 28}} becomes {expected}: the run has {epochs} epochs"
+    said = f"augment.size {{0: 20, 5: 28}} becomes {expected}: the run has {epochs} epoch{'s' * (epochs != 1)}"
     assert [line for line in lines if "augment.size" in line] == ([] if epochs > 5 else [said])
 
 
@@ -175,10 +175,10 @@ def test_a_shift_of_less_than_a_pixel_has_its_effect_where_pixels_are_interpolat
 @pytest.mark.parametrize(
     ("epochs", "warmup_epochs", "steps", "becomes"),
     [
-        (1, 1.0, 10, "1.0 becomes 0.1, a tenth of the run: that has 1 epoch"),
-        (1, 2.0, 10, "2.0 becomes 0.1, a tenth of the run: that has 1 epoch"),
-        (0.5, 1.0, 5, "1.0 becomes 0.05, a tenth of the run: that has 0.5 epochs"),
-        (0.01, 1.0, 0, "1.0 becomes 0, a tenth of the run: that has 0.01 epochs"),
+        (1, 1.0, 10, "1.0 becomes 0.1, a tenth of the whole: the run has 1 epoch"),
+        (1, 2.0, 10, "2.0 becomes 0.1, a tenth of the whole: the run has 1 epoch"),
+        (0.5, 1.0, 5, "1.0 becomes 0.05, a tenth of the whole: the run has 0.5 epochs"),
+        (0.01, 1.0, 0, "1.0 becomes 0, a tenth of the whole: the run has 0.01 epochs"),
         (1.01, 1.0, 100, ""),  # shorter than the run, if only by a step
         (2, 1.0, 100, ""),
     ],

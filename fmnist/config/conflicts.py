@@ -122,15 +122,14 @@ def validate(cfg: Config) -> None:
 def without_effect(cfg: Config, run: Length) -> list[str]:
     """Say, one line each, which options have no effect or another in a run of this length."""
     lines = [f"{_given(cfg, name)} {what}" for name, when, what in SAID if _given(cfg, name) and when(cfg, run)]
-    epochs, sizes = run.total_steps / run.steps_per_epoch, sizes_by_epoch(cfg)
-    warmup, steps = cfg.schedule.warmup_epochs, warmup_steps(cfg, run)
+    epochs, warmup, sizes = run.total_steps / run.steps_per_epoch, cfg.schedule.warmup_epochs, sizes_by_epoch(cfg)
+    length = f"the run has {epochs:.3g} epoch{'s' * (epochs != 1)}"
+    steps = warmup_steps(cfg, run)
     if cfg.schedule.warmup_steps is None and steps < run.steps(warmup):
-        shown, plural = f"{steps / run.steps_per_epoch:.3g}", "s" * (epochs != 1)
-        lines.append(
-            f"schedule.warmup_epochs {warmup} becomes {shown}, a tenth of the run: that has {epochs:.3g} epoch{plural}"
-        )
+        shown = f"{steps / run.steps_per_epoch:.3g}"
+        lines.append(f"schedule.warmup_epochs {warmup} becomes {shown}, a tenth of the whole: {length}")
     if isinstance(cfg.augment.size, dict) and sizes != cfg.augment.size:
-        lines.append(f"augment.size {cfg.augment.size} becomes {sizes}: the run has {epochs:.3g} epochs")
+        lines.append(f"augment.size {cfg.augment.size} becomes {sizes}: {length}")
     return lines
 
 
