@@ -57,7 +57,7 @@ def main(args: argparse.Namespace | None = None) -> None:
                 if retrieval is None and (retrieval := retrieval_of(outcome, request.root)) is not None:
                     write_precision(retrieval, kept)
             logger.info("%s: computing the numbers, drawing the figures", outcome.name)
-            found = findings(outcome, copies, retrieval, quick=request.quick)
+            found = findings(outcome, copies, retrieval, request.root, quick=request.quick)
             write_evaluation(found)
             print((outcome.directory / "report.txt").read_text())
             print(f"written to {one_line(str(outcome.directory), 4096)}\n", flush=True)

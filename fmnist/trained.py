@@ -211,9 +211,10 @@ def open_trained(
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory: give a run directory or one of its checkpoints")
     place = open_device(device)
-    if not (path.parent.parent / "config.yaml").is_file():
-        path = path.resolve()  # step_00000040 or . where that is the working directory, or a link
-    named = path.name.startswith("step_") and (path / "manifest.json").is_file()
+    real = path.resolve()
+    named = real.name.startswith("step_") and (path / "manifest.json").is_file()
+    if named and not (path.name == real.name and (path.parent.parent / "config.yaml").is_file()):
+        path = real  # step_00000040 or . where that is the working directory, or a link
     run = path.parent.parent if named else path
     summary = read_summary(run)
 

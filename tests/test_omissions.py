@@ -104,7 +104,7 @@ def test_the_size_schedule_ends_with_the_run(epochs: float, expected: dict[int, 
     # The last size is the one judged, and it is reached within the run.
     assert augment.size(max(0, int(epochs - 1e-9))) == 28
     lines = without_effect(cfg, Length(round(429 * epochs), 429))
-    said = f"augment.size {{0: 20, 5: 28}} becomes {expected}: the run has {epochs} epochs"
+    said = f"augment.size {{0: 20, 5: 28}} becomes {expected}: the run has {epochs} epoch{'s' * (epochs != 1)}"
     assert [line for line in lines if "augment.size" in line] == ([] if epochs > 5 else [said])
 
 
@@ -179,6 +179,36 @@ def test_a_shift_of_less_than_a_pixel_has_its_effect_where_pixels_are_interpolat
         assert without_effect(with_options(**{"augment__shift": 0.01} | other), Length(100, 10)) == []
 
 
+@pytest.mark.parametrize(
+    ("epochs", "warmup_epochs", "steps", "becomes"),
+    [
+        (1, 1.0, 10, "1.0 becomes 0.1, a tenth of the whole: the run has 1 epoch"),
+        (1, 2.0, 10, "2.0 becomes 0.1, a tenth of the whole: the run has 1 epoch"),
+        (0.5, 1.0, 5, "1.0 becomes 0.05, a tenth of the whole: the run has 0.5 epochs"),
+        (0.01, 1.0, 0, "1.0 becomes 0, a tenth of the whole: the run has 0.01 epochs"),
+        (1.01, 1.0, 100, ""),  # shorter than the run, if only by a step
+        (2, 1.0, 100, ""),
+    ],
+)
+def test_a_warm_up_in_epochs_that_would_be_the_whole_run_is_a_tenth_of_it(
+    epochs: float, warmup_epochs: float, steps: int, becomes: str
+) -> None:
+    cfg = with_options(schedule__epochs=epochs, schedule__warmup_epochs=warmup_epochs)
+    schedule = Schedule.from_config(cfg, 100)
+    assert (schedule.total_steps, schedule.warmup_steps) == (round(100 * epochs), steps)
+    lines = [line for line in without_effect(cfg, Length(schedule.total_steps, 100)) if "warmup" in line]
+    assert lines == ([f"schedule.warmup_epochs {becomes}"] if becomes else [])
+    # in steps it is what was asked for, and nothing is said
+    cfg = with_options(schedule__epochs=1.0, schedule__warmup_epochs=5.0, schedule__warmup_steps=7)
+    assert Schedule.from_config(cfg, 100).warmup_steps == 7 and without_effect(cfg, Length(100, 100)) == []
+
+
+def test_every_shipped_recipe_can_be_tried_for_an_epoch() -> None:
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        schedule = Schedule.from_config(parse_config(["--config", str(path), "--schedule.epochs", "1"]), 429)
+        assert schedule.total_steps == 429 and schedule.warmup_steps < 50, path
+
+
 def test_the_shipped_recipes_say_nothing() -> None:
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         cfg = parse_config(["--config", str(path)])
@@ -189,7 +219,7 @@ def test_the_shipped_recipes_say_nothing() -> None:
 def test_phases_longer_than_the_run_are_refused() -> None:
     for options, name in (
         ({"optim__head_only_epochs": 50.0}, "optim.head_only_epochs is 50.0, 500 steps, but the run has 10"),
-        ({"schedule__warmup_steps": 10}, "the warmup is 10 steps but the run has 10"),
+        ({"schedule__warmup_steps": 10}, "schedule.warmup_steps is 10, but the run has 10 steps"),
     ):
         with pytest.raises(ValueError, match=name):
             Schedule.from_config(with_options(schedule__steps=10, **options), 10)

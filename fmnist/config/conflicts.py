@@ -142,11 +142,36 @@ def without_effect(cfg: Config, run: Length) -> list[str]:
     lines = [f"{_given(cfg, name)} {what}" for name, when, what in SAID if _given(cfg, name) and when(cfg, run)]
     if not run.num_val and (best := _given(cfg, "evaluation.best")):
         lines.append(f"{best} has no effect: there are no validation images")
-    sizes = sizes_by_epoch(cfg, run.num_train)
+    epochs, warmup, sizes = (
+        run.total_steps / run.steps_per_epoch,
+        cfg.schedule.warmup_epochs,
+        sizes_by_epoch(cfg, run.num_train),
+    )
+    length = f"the run has {epochs:.3g} epoch{'s' * (epochs != 1)}"
+    steps = warmup_steps(cfg, run)
+    if cfg.schedule.warmup_steps is None and steps < run.steps(warmup):
+        shown = f"{steps / run.steps_per_epoch:.3g}"
+        lines.append(f"schedule.warmup_epochs {warmup} becomes {shown}, a tenth of the whole: {length}")
     if isinstance(cfg.augment.size, dict) and sizes != cfg.augment.size:
-        epochs = run.total_steps / run.steps_per_epoch
-        lines.append(f"augment.size {cfg.augment.size} becomes {sizes}: the run has {epochs:.3g} epochs")
+        lines.append(f"augment.size {cfg.augment.size} becomes {sizes}: {length}")
     return lines
+
+
+def warmup_steps(cfg: Config, run: Length) -> int:
+    """Return the steps of warm-up: in a short trial of a recipe, whose epochs of warm-up would be all of it, a tenth.
+
+    Raises:
+        ValueError: a warm-up given in steps is not shorter than the run.
+    """
+    steps = cfg.schedule.warmup_steps
+    if steps is None:
+        steps = run.steps(cfg.schedule.warmup_epochs)
+        return steps if steps < run.total_steps else run.total_steps // 10
+    if steps and steps >= run.total_steps:
+        raise ValueError(
+            f"schedule.warmup_steps is {steps}, but the run has {run.total_steps} steps; valid: less, and 0 disables it"
+        )
+    return steps
 
 
 def _given(cfg: Config, name: str) -> str:

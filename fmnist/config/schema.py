@@ -172,7 +172,7 @@ class ScheduleConfig:
     name: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up."""
     warmup_epochs: float = option(0.0, valid=(0, 100_000))
-    """Epochs of linear warm-up from 0; shorter than the run."""
+    """Epochs of linear warm-up from 0; a tenth of the run where they are not shorter than it."""
     warmup_steps: int | None = option(None, valid=(0, 10**9))
     """Steps of linear warm-up; overrides warmup_epochs."""
     min_lr: float = option(0.0, valid=(0, 100))

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from fmnist.evaluation.calibration import calibrate
+from fmnist.evaluation.lookalikes import Lookalike, lookalikes
 from fmnist.evaluation.misclassified import Misclassified, confident_errors, confused_pairs
 from fmnist.evaluation.near_copies import NearCopies
 from fmnist.evaluation.numbers import ReliabilityBins, reliability_bins, subset_accuracies, summarize
 from fmnist.evaluation.outcome import Outcome
+
+NUM_SHOWN = 24  # of the most confident errors, on the page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,7 @@ class Findings:
         scaled_bins: the same after temperature scaling; None where no temperature was fitted.
         errors: all misclassified images, the most confident first.
         pairs: classes taken for each other, the most confused first; see `confused_pairs`.
+        nearest: for the first of the errors, the training images most like it; empty where they are not at hand.
         complete: accuracy on subsets and calibration are among the metrics, as report.html shows them.
     """
 
@@ -32,11 +36,17 @@ class Findings:
     scaled_bins: ReliabilityBins | None
     errors: list[Misclassified]
     pairs: list[tuple[int, int, int, int]]
+    nearest: list[list[Lookalike]]
     complete: bool
 
 
 def findings(
-    outcome: Outcome, copies: NearCopies | None = None, retrieval: dict[str, Any] | None = None, *, quick: bool = False
+    outcome: Outcome,
+    copies: NearCopies | None = None,
+    retrieval: dict[str, Any] | None = None,
+    root: str | None = None,
+    *,
+    quick: bool = False,
 ) -> Findings:
     """Compute every number of one evaluation.
 
@@ -44,7 +54,8 @@ def findings(
         outcome: the model's logits on at least one image.
         copies: the near copies among its images; None for training images.
         retrieval: precision of its features' neighbours; None where it was not measured.
-        quick: leave out accuracy on subsets and calibration.
+        root: folder with the training images; None takes the run's.
+        quick: leave out accuracy on subsets, calibration and the training images most like its errors.
 
     Raises:
         ValueError: logits that are not finite.
@@ -65,12 +76,15 @@ def findings(
             "cost": outcome.cost and outcome.cost.as_dict(),
             "retrieval": retrieval,
         }
+    errors = confident_errors(outcome)
+    shown = [] if quick else [error.position for error in errors[:NUM_SHOWN]]
     return Findings(
         outcome=outcome,
         metrics=metrics,
         bins=reliability_bins(outcome.logits.double().softmax(dim=1), outcome.labels),
         scaled_bins=scaled_bins,
-        errors=confident_errors(outcome),
+        errors=errors,
         pairs=confused_pairs(metrics["confusion_matrix"]),
+        nearest=lookalikes(outcome, shown, root),
         complete=not quick,
     )

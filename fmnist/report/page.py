@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fmnist.config.schema import to_yaml
-from fmnist.evaluation.findings import Findings
+from fmnist.evaluation.findings import NUM_SHOWN, Findings
 from fmnist.evaluation.misclassified import Misclassified
 from fmnist.evaluation.outcome import Outcome
 from fmnist.report.curves import loss_note
@@ -22,7 +22,7 @@ from fmnist.tracking.metrics_file import METRICS_FILE
 
 # People without fashion expertise, 1,000 test images, majority of three labels: the data set's own benchmark table.
 HUMAN_TOP1 = 0.835
-NUM_PAIRS, PICTURES_OF_A_PAIR, NUM_ERRORS = 4, 8, 24
+NUM_PAIRS, PICTURES_OF_A_PAIR = 4, 8
 
 
 def _pairs(findings: Findings) -> list[dict[str, Any]]:
@@ -95,6 +95,7 @@ def context(findings: Findings) -> dict[str, Any]:
     batch = trained.directory / "train_batch.png" if trained else None
     names = outcome.class_names
     human = None if outcome.other_data else HUMAN_TOP1
+    shown = findings.errors[:NUM_SHOWN]
     return {
         "outcome": outcome,
         "result": metrics,
@@ -107,7 +108,10 @@ def context(findings: Findings) -> dict[str, Any]:
         "matrix": _matrix(metrics["confusion_matrix"], names) if len(names) <= MAX_WRITTEN else None,
         "class_names": outcome.class_names,
         "pairs": _pairs(findings),
-        "errors": [_shown(outcome, error) for error in findings.errors[:NUM_ERRORS]],
+        "errors": [
+            _shown(outcome, error) | {"nearest": [(each, picture(each.image)) for each in near]}
+            for error, near in zip(shown, findings.nearest or [[]] * len(shown), strict=True)
+        ],
         "before": reliability(findings.bins),
         "after": reliability(findings.scaled_bins) if findings.scaled_bins else None,
         "retrieval": metrics["retrieval"],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fmnist.config.schema import flatten
@@ -13,10 +15,13 @@ from fmnist.report.curves import loss_note, plot_learning_curves
 from fmnist.report.figures import plot_confusion_matrix, plot_reliability
 from fmnist.report.page import write_html
 from fmnist.report.retrieval_table import precision_line
-from fmnist.runtime.files import csv_bytes, write_atomic
+from fmnist.runtime.files import csv_bytes, read_json, write_atomic
 from fmnist.tracking.metrics_file import METRICS_FILE
 from fmnist.tracking.wandb_run import log_evaluation
 
+logger = logging.getLogger("fmnist")
+METRICS, PAGE = "metrics.json", "report.html"
+FILES = (METRICS, PAGE, "report.txt", "predictions.csv", "confusion_matrix.png", "reliability.png")
 SUBSETS = {
     "all": "all images, without flip averaging",
     "flip_averaging": "all images, with flip averaging",
@@ -31,12 +36,18 @@ def write_evaluation(findings: Findings) -> None:
     """Write metrics.json, report.txt, predictions.csv and the figures; of a complete evaluation also report.html.
 
     Args:
-        findings: what was computed; `findings.outcome.directory` is made, files of the same names are replaced.
+        findings: what was computed; `findings.outcome.directory` is made, files of the same names are replaced. Where
+            a complete evaluation with the same results lies there, a quick one leaves it as it is.
     """
     outcome, metrics = findings.outcome, findings.metrics
     directory, names = outcome.directory, outcome.class_names
+    if not findings.complete and (directory / PAGE).is_file():
+        if _has_these_results(directory, metrics):
+            logger.info("%s holds a full evaluation with the same results, which is kept", directory)
+            return
+        logger.warning("%s is removed: it is of other results; without --quick it is written again", directory / PAGE)
     # First: a directory with a metrics.json is a complete one, and nothing in it is of another evaluation.
-    for name in ("metrics.json", "report.html"):
+    for name in (METRICS, PAGE):
         (directory / name).unlink(missing_ok=True)
     write_atomic(directory / "report.txt", report_text(findings))
     write_atomic(directory / "predictions.csv", predictions_csv(findings))
@@ -48,10 +59,22 @@ def write_evaluation(findings: Findings) -> None:
         note = loss_note(trained.cfg)
         plot_learning_curves(lines, trained.directory / "learning_curves.png", outcome.name, note)
     if findings.complete:
-        write_html(findings, directory / "report.html")
-    write_atomic(directory / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+        write_html(findings, directory / PAGE)
+    write_atomic(directory / METRICS, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     if findings.complete and inside and trained is not None and not trained.checkpoint:
         _log_to_wandb(findings)
+
+
+def _has_these_results(directory: Path, metrics: Mapping[str, Any]) -> bool:
+    """Say whether all files of an evaluation lie there, of the same images and with the same results."""
+    if not all((directory / name).is_file() for name in FILES):
+        return False
+    try:
+        kept = read_json(directory / METRICS)
+    except ValueError:
+        return False
+    same = all(kept.get(key) == metrics[key] for key in ("data", "confusion_matrix"))
+    return same and isinstance(kept.get("loss"), float) and abs(kept["loss"] - metrics["loss"]) < 1e-6
 
 
 def report_text(findings: Findings) -> str:

@@ -53,7 +53,7 @@ def hits_rows(hits: Sequence[Hit], catalogue: Catalogue, errors: Mapping[str, st
 
 @by_default_style
 def plot_hits(hits: Sequence[Hit], catalogue: Catalogue, path: Path) -> None:
-    """Draw each query, framed, then its nearest items with class and similarity.
+    """Draw each query, framed, then its nearest items with class and similarity; Bag? is a predicted class.
 
     Args:
         hits: at least one, all with the same k.
@@ -80,7 +80,7 @@ def plot_hits(hits: Sequence[Hit], catalogue: Catalogue, path: Path) -> None:
     for row, hit in enumerate(hits):
         known = hit.label != UNKNOWN
         axes = cell(row * lines, 0.2)
-        caption = catalogue.class_names[hit.label] if known else f"predicted {catalogue.class_names[hit.prediction]}"
+        caption = catalogue.class_names[hit.label] if known else f"{catalogue.class_names[hit.prediction]}?"
         _draw(axes, hit.image, BLUE, 2.5, caption, _short(hit.query, 16), "bold")
         for rank, (position, similarity) in enumerate(zip(hit.positions, hit.similarities, strict=True)):
             axes = cell(row * lines + rank // COLUMNS, (rank % COLUMNS + 1.4) * CELL_INCHES)
