@@ -147,13 +147,15 @@ def is_finished(directory: Path, *, test: bool) -> bool:
 
     Args:
         directory: of the run.
-        test: the test images belong to it: a run that left them out is then not finished yet.
+        test: the test images, where there are any, belong to it: a run that left them out is then not finished yet.
     """
     summary = read_summary(directory)
     top1 = summary.get("test.top1")
-    if summary.get("status") != "finished" or (test and top1 is None):
+    no_test = summary.get("test.num_images") == 0
+    if summary.get("status") != "finished" or (test and top1 is None and not no_test):
         return False
     evaluated = "the test images were not evaluated" if top1 is None else "it names no test accuracy"
+    evaluated = "its data set has no test images" if no_test else evaluated
     if isinstance(top1, int | float):
         evaluated = f"test top1 {100 * top1:.2f} %"
     again = "to train again: another --output_dir, or --resume never --overwrite true"
