@@ -16,11 +16,12 @@ if __name__ == "__main__":
     with same_arguments():
         ARGS = parse_args()  # before torch is imported: help and a mistake are answered at once
 
+from fmnist.evaluation.exact_copies import exact_copies_of
 from fmnist.evaluation.findings import Findings, findings
 from fmnist.evaluation.near_copies import near_copies_of
 from fmnist.evaluation.outcome import Outcome, Request, ensemble, evaluate
-from fmnist.evaluation.ranking import check_comparable, comparison_rows
-from fmnist.evaluation.retrieval import retrieval_key, retrieval_of
+from fmnist.evaluation.ranking import check_comparable, comparison_rows, split_to_use
+from fmnist.evaluation.retrieval import query_split, retrieval_key, retrieval_of
 from fmnist.report.comparison import write_comparison
 from fmnist.report.retrieval_table import RETRIEVAL_FILE, read_precision, write_precision
 from fmnist.report.write import write_evaluation
@@ -34,30 +35,29 @@ def main(args: argparse.Namespace | None = None) -> None:
     args = args or parse_args()
     log_to_console()
     about = {name: getattr(args, name) for name in ("split", "tta", "batch_size", "root", "quick", "output")}
-    request = Request(**about, written=True)
     with one_line_errors("evaluate.py"), Compute(device=args.device) as compute:
         # not where runs and data lie: the main process reads the weights, and the images are compared by their bytes
         shared = {f"--{name}": getattr(args, name) for name in ("split", "tta", "batch_size", "quick", "ensemble")}
         compute.agree_on_options({"RUN": [path.resolve().name for path in args.paths], **shared})
         opened = [open_together(path, compute) for path in args.paths]
+        request = Request(**about | {"split": split_to_use(opened, args.split)}, written=True)
         check_comparable(opened, request.split)
 
         def report(outcome: Outcome) -> Findings:
             """Compute the rest and write the files, on the main process."""
-            copies = None
-            if not request.quick and request.split != "train":
-                copies = near_copies_of(
-                    request.split, (outcome.trained or opened[0]).data(request.root), compute.device
-                )
+            copies, data = None, (outcome.trained or opened[0]).data(request.root)
+            exact = () if request.quick else exact_copies_of(data)
+            if not request.quick and outcome.info.is_fashion_mnist and request.split != "train":
+                copies = near_copies_of(request.split, data, compute.device)
             retrieval = None
-            if outcome.trained is not None and outcome.cost is not None and request.split == "test":
+            if outcome.trained and outcome.cost is not None and request.split == query_split(outcome.trained):
                 logger.info("%s: measuring retrieval precision", outcome.name)
                 kept = outcome.directory / RETRIEVAL_FILE
                 retrieval = read_precision(kept, retrieval_key(outcome.trained, request.root))
                 if retrieval is None and (retrieval := retrieval_of(outcome, request.root)) is not None:
                     write_precision(retrieval, kept)
             logger.info("%s: computing the numbers, drawing the figures", outcome.name)
-            found = findings(outcome, copies, retrieval, request.root, quick=request.quick)
+            found = findings(outcome, copies, retrieval, exact, request.root, quick=request.quick)
             write_evaluation(found)
             print((outcome.directory / "report.txt").read_text())
             print(f"written to {one_line(str(outcome.directory), 4096)}\n", flush=True)

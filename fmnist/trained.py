@@ -107,12 +107,24 @@ class Trained:
             root: where the data set lies; None takes the run's.
 
         Raises:
-            ValueError: it cannot be found or read, or has no validation images where those are asked for.
+            ValueError: it cannot be found or read, or has no images.
         """
         split = Split.load(name, self.data(root))
-        if name == "val" and not len(split):
+        return self.check_split(name, split)
+
+    def check_split(self, name: SplitName, split: Split) -> Split:
+        """Refuse a split that holds no images."""
+        if not len(split) and name == "val":
             raise ValueError(f"{self.name} was trained with data.val_size 0: it has no validation images")
+        if not len(split):
+            raise ValueError(f"{split.info.title} has no {name} images; {self.name} has {', '.join(self.splits)}")
         return split
+
+    @property
+    def splits(self) -> tuple[SplitName, ...]:
+        """Those of its data set that hold images."""
+        held = {"train": True, "val": self.info.num_val, "test": self.info.num_test != 0}
+        return tuple(name for name, some in held.items() if some)  # type: ignore[misc]
 
     def images_sha256(self, split: str) -> str | None:
         """Return the digest of the run's own split; None for a run from before it was kept."""

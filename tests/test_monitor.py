@@ -15,7 +15,7 @@ from fmnist.apps.monitor.__main__ import main
 from fmnist.apps.monitor.batch import read_batch
 from fmnist.apps.monitor.drift import BatchSums, describe, drift_test
 from fmnist.apps.novelty import NoveltyReference, open_reference
-from fmnist.data.fashion_mnist import load_split
+from fmnist.data.fashion_mnist import INFO, load_split
 from fmnist.trained import Trained, open_trained
 
 
@@ -96,7 +96,7 @@ def test_batches_are_read_from_arrays_and_folders(tmp_path: Path) -> None:
     header = bytes((0, 0, 8, 3)) + b"".join(n.to_bytes(4, "big") for n in images.shape)
     (tmp_path / "c-idx3-ubyte").write_bytes(header + images.numpy().tobytes())
     for name in ("a.npy", "b.npz", "c-idx3-ubyte"):
-        parts = list(read_batch(tmp_path / name, Counter()))
+        parts = list(read_batch(tmp_path / name, INFO, Counter()))
         assert (
             torch.equal(torch.cat([part for part, _ in parts]), images) and max(len(part) for part, _ in parts) <= 256
         )
@@ -105,7 +105,7 @@ def test_batches_are_read_from_arrays_and_folders(tmp_path: Path) -> None:
         Image.fromarray(images[index].numpy()).save(tmp_path / "folder" / f"{index}.png")
     (tmp_path / "folder" / "bad.png").write_bytes(b"")
     (tmp_path / "folder" / "notes.txt").write_bytes(b"")
-    (part, errors) = next(read_batch(tmp_path / "folder", left_out := Counter()))
+    (part, errors) = next(read_batch(tmp_path / "folder", INFO, left_out := Counter()))
     assert torch.equal(part, images[:3]) and errors == {".png": 1} and left_out == {".txt": 1}
 
 
@@ -118,7 +118,7 @@ def test_bad_batches_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello there, no images here")
     for name in ("float.npy", "shape.npy", "pickle.npy", "short.npz", "two.npz", "text"):
         with pytest.raises(ValueError, match=name) as error:
-            list(read_batch(tmp_path / name, Counter()))
+            list(read_batch(tmp_path / name, INFO, Counter()))
         assert "\n" not in str(error.value)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from fmnist.apps.cutout import cut_out, find_object, fit
 from fmnist.apps.views import read_photo
+from fmnist.data.fashion_mnist import INFO
 from fmnist.data.photos import WORK_SIZE, find_pictures, open_picture
 from fmnist.data.split import Split
 
@@ -43,7 +44,7 @@ def test_a_real_image_drawn_dark_on_light_comes_back(
     for index in range(6):
         original = train_images.images[index].numpy()
         drawn(original).save(tmp_path / f"{index}.{suffix}", **options)
-        photo = read_photo(str(tmp_path / f"{index}.{suffix}"))
+        photo = read_photo(str(tmp_path / f"{index}.{suffix}"), INFO)
         assert photo.error == "" and photo.cutout is not None
         assert photo.cutout.inverted and photo.cutout.box is not None
         differences.append(np.abs(photo.cutout.view.astype(int) - original).mean())
@@ -60,7 +61,7 @@ def test_exif_rotation_is_undone(tmp_path: Path, train_images: Split) -> None:
         ("b.jpg", upright.transpose(Image.Transpose.ROTATE_90), exif),
     ):
         picture.save(tmp_path / name, quality=95, **({"exif": tags} if tags else {}))
-    first, second = (read_photo(str(tmp_path / name)).cutout for name in ("a.jpg", "b.jpg"))
+    first, second = (read_photo(str(tmp_path / name), INFO).cutout for name in ("a.jpg", "b.jpg"))
     assert first is not None and second is not None
     assert np.abs(first.view.astype(int) - second.view).mean() < 3
 
@@ -70,7 +71,7 @@ def test_a_picture_of_the_data_set_comes_back_unchanged(tmp_path: Path, train_im
         image = train_images.images[index].numpy()
         for name, pixels in (("light", image), ("dark", 255 - image)):
             Image.fromarray(pixels).save(tmp_path / f"{name}.png")
-            cutout = read_photo(str(tmp_path / f"{name}.png")).cutout
+            cutout = read_photo(str(tmp_path / f"{name}.png"), INFO).cutout
             assert cutout is not None and np.array_equal(cutout.view, image), (index, name)
 
 
@@ -114,11 +115,11 @@ def test_transparency_is_the_background(tmp_path: Path) -> None:
         image.paste(ink, (100, 50, 180, 170))
         for name in ("cut.png", "cut.webp"):
             image.save(tmp_path / name, lossless=True)
-            cutout = read_photo(str(tmp_path / name)).cutout
+            cutout = read_photo(str(tmp_path / name), INFO).cutout
             assert cutout is not None and cutout.inverted is inverted
             assert cutout.view[14, 14] > 200 and cutout.view[14, 0] == 0
     Image.new("RGBA", (30, 30), (9, 9, 9, 0)).save(tmp_path / "nothing.png")
-    assert "one plain colour" in read_photo(str(tmp_path / "nothing.png")).error
+    assert "one plain colour" in read_photo(str(tmp_path / "nothing.png"), INFO).error
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "I;16", "CMYK"])
@@ -130,7 +131,7 @@ def test_every_mode_is_read(tmp_path: Path, mode: str) -> None:
         image = rgb.convert(mode)
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     image.save(path)
-    cutout = read_photo(str(path)).cutout
+    cutout = read_photo(str(path), INFO).cutout
     assert cutout is not None and cutout.inverted and cutout.view[14, 14] > 200, mode
 
 
@@ -144,7 +145,7 @@ def test_bad_files_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def error(name: str, content: bytes | None = None) -> str:
         if content is not None:
             (tmp_path / name).write_bytes(content)
-        photo = read_photo(str(tmp_path / name))
+        photo = read_photo(str(tmp_path / name), INFO)
         assert photo.cutout is None and photo.error and "\n" not in photo.error, name
         return photo.error
 
@@ -190,7 +191,7 @@ def test_damaged_bytes_never_raise(tmp_path: Path) -> None:
             for position in rng.integers(0, len(content), 4):
                 damaged[position] = rng.integers(0, 256)
             path.write_bytes(damaged)
-            photo = read_photo(str(path))
+            photo = read_photo(str(path), INFO)
             assert (photo.cutout is None) == bool(photo.error)
 
 

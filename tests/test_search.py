@@ -224,6 +224,7 @@ def test_a_report_measures_it_where_that_is_quick(
     run_directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     trained = open_trained(run_directory)
+    trained = replace(trained, info=replace(trained.info, num_train=NUM_TRAIN - VAL_SIZE))
     with Compute() as compute:
         outcome = evaluate(trained, compute, Request())
     assert outcome is not None and outcome.cost is not None

@@ -20,6 +20,8 @@ from fmnist.apps.views import read_view, view_of
 from fmnist.config.parse import parse_config
 from fmnist.config.schema import Config, flatten
 from fmnist.config.shipped import shipped
+from fmnist.data.info import DataInfo
+from fmnist.data.photos import as_rgb
 from fmnist.evaluation.findings import findings
 from fmnist.evaluation.outcome import Request, evaluate
 from fmnist.runtime.compute import Compute
@@ -29,6 +31,7 @@ from fmnist.trained import Trained, open_trained
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 EXPECTED = "paths, PIL pictures, or uint8 arrays or tensors [N, H, W] or [H, W], 0 to 255"
+IN_COLOUR = "[N, 3, H, W], [3, H, W], [N, H, W, 3] or [H, W, 3]"
 
 
 class RunResults:
@@ -66,9 +69,10 @@ class RunResults:
         """Predict pictures.
 
         Args:
-            images: one or several paths of pictures or PIL pictures, which are cut out and made to look like
-                Fashion-MNIST as `fmnist predict` does; or uint8 arrays or tensors, [N, H, W] or [H, W], 0 to 255,
-                taken as they are: light on black. They may be mixed, and of several sizes.
+            images: one or several paths of pictures or PIL pictures, which are made to look like the run's own images
+                as `fmnist predict` does; or uint8 arrays or tensors, [N, H, W] or [H, W] (in colour [N, 3, H, W],
+                [3, H, W], [N, H, W, 3] or [H, W, 3]), 0 to 255, taken as they are. They may be mixed, and of several
+                sizes.
             top: classes per picture, 1 to num_classes.
             calibrate: scale confidences by the temperature that the run fitted on its validation images.
 
@@ -83,9 +87,9 @@ class RunResults:
             raise ValueError(f"top is {top!r}; valid: a whole number from 1 to {len(names)}")
         one = isinstance(images, Picture)
         if not one and (isinstance(images, str | bytes | Mapping) or not isinstance(images, Iterable)):
-            raise ValueError(f"images is {images!r:.100}; expected {EXPECTED}")
+            raise ValueError(f"images is {images!r:.100}; expected {_expected(self.trained.info)}")
         pictures: Iterable[Any] = [images] if one else images  # type: ignore[assignment]
-        views = [_as_views(picture) for picture in pictures]
+        views = [_as_views(picture, self.trained.info) for picture in pictures]
         logits = torch.cat([torch.zeros(0, len(names)), *(self.trained(part)[0] for part in _stacked(views))])
         values, labels = self.trained.probabilities(logits, calibrate=calibrate).topk(int(top))
         return [
@@ -172,20 +176,28 @@ def _as_flag(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10**9).removesuffix("\n").removesuffix("\n...")
 
 
-def _as_views(picture: Picture) -> Tensor:
-    """Return uint8 [N, H, W] as the model takes them."""
+def _expected(info: DataInfo) -> str:
+    return EXPECTED if info.shape[0] == 1 else EXPECTED.replace("[N, H, W] or [H, W]", IN_COLOUR)
+
+
+def _as_views(picture: Picture, info: DataInfo) -> Tensor:
+    """Return uint8 [N, H, W], or [N, 3, H, W] in colour, as the model takes them."""
     if isinstance(picture, str | Path):
-        return read_view(str(picture))[None]
+        return read_view(str(picture), info)[None]
     if isinstance(picture, Image.Image):
-        return view_of(picture)[None]
+        return torch.from_numpy(view_of(as_rgb(picture), info).view)[None]
     if not isinstance(picture, np.ndarray | Tensor):
-        raise ValueError(f"a picture is {picture!r:.100}; expected {EXPECTED}")
-    kind = str(picture.dtype).removeprefix("torch.")
-    if kind != "uint8" or picture.ndim not in (2, 3) or 0 in picture.shape[-2:]:
-        raise ValueError(f"images are {kind} {list(picture.shape)}; expected uint8 [N, H, W] or [H, W], 0 to 255")
+        raise ValueError(f"a picture is {picture!r:.100}; expected {_expected(info)}")
+    kind, shape, in_colour = str(picture.dtype).removeprefix("torch."), list(picture.shape), info.shape[0] == 3
+    last = in_colour and shape[-1:] == [3] != shape[-3:-2]
+    fits = len(shape) in ((3, 4) if in_colour else (2, 3)) and (last or not in_colour or shape[-3] == 3)
+    if kind != "uint8" or not fits or 0 in shape[1:] or 0 in shape[-2:]:
+        valid = IN_COLOUR if in_colour else "[N, H, W] or [H, W]"
+        raise ValueError(f"images are {kind} {shape}; expected uint8 {valid}, 0 to 255")
     # torch takes no negative strides, as of a mirrored array
     array = torch.from_numpy(np.ascontiguousarray(picture)) if isinstance(picture, np.ndarray) else picture.cpu()
-    return array if array.ndim == 3 else array[None]
+    array = array.movedim(-1, -3) if last else array
+    return array if array.ndim == 3 + in_colour else array[None]
 
 
 def _stacked(views: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -34,8 +34,8 @@ class Cutout:
     """What the model sees of a picture.
 
     Attributes:
-        view: uint8 [28, 28], light on black.
-        box: left, top, right, bottom of the object, in pixels of the picture; None where it was taken whole.
+        view: uint8 [28, 28], light on black; for another data set [H, W] or [3, H, W] as its images are stored.
+        box: left, top, right, bottom of what is seen, in pixels of the picture; None where it was taken whole.
         inverted: whether dark became light.
     """
 

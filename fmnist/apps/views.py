@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from fmnist.apps.cutout import Cutout, Invert, cut_out
-from fmnist.data.fashion_mnist import IMAGE_SIZE
-from fmnist.data.photos import as_rgb, on_white, open_picture, why_unreadable
+from fmnist.data.info import DataInfo
+from fmnist.data.photos import on_white, open_picture, why_unreadable
 
+Box = tuple[int, int, int, int]
 CHUNK = 64  # pictures in memory at a time, and as many that are being read
 
 
@@ -27,7 +29,7 @@ class Photo:
     Attributes:
         name: its path as found.
         image: RGB, at most WORK_SIZE on a side, upright; None where it could not be read.
-        cutout: what the model sees; None where there is an error.
+        cutout: what the model sees of it; None where there is an error.
         error: one line; empty where all is well.
     """
 
@@ -37,11 +39,68 @@ class Photo:
     error: str = ""
 
 
-def read_photo(name: str, *, invert: Invert = "auto", crop: bool = True) -> Photo:
+def view_of(image: Image.Image, info: DataInfo, *, invert: Invert = "auto", crop: bool = True) -> Cutout:
+    """Return what a model sees of a picture: cut out for Fashion-MNIST, else brought into its images' shape.
+
+    Args:
+        image: of mode RGB, or RGBA: then on white, or cut out by what is not transparent.
+        info: the model's data set.
+        invert: see `cut_out`.
+        crop: see `cut_out`.
+
+    Raises:
+        ValueError: there is no object to cut out.
+    """
+    if info.is_fashion_mnist:
+        return cut_out(image, invert=invert, crop=crop)
+    image, (channels, height, width) = on_white(image), info.shape
+    image = image.convert("L") if channels == 1 else image
+    fitted, box = (_padded if info.fit == "pad" else _cropped)(image, width, height)
+    pixels = np.array(fitted)  # a copy: torch wants one that can be written
+    seen = pixels if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return Cutout(view=seen, box=box, inverted=False)
+
+
+def check_cutting(info: DataInfo, *, invert: Invert, crop: bool) -> None:
+    """Refuse options of the cut-out where nothing is cut out.
+
+    Raises:
+        ValueError: one line.
+    """
+    if not info.is_fashion_mnist and (invert != "auto" or not crop):
+        option = f"--invert {invert}" if invert != "auto" else "--no-crop"
+        raise ValueError(f"{option} has no effect: pictures for {info.title} are taken as they are, not cut out")
+
+
+def _cropped(image: Image.Image, width: int, height: int) -> tuple[Image.Image, Box | None]:
+    """Cut the middle out in the shape's proportions, and resize it; Lanczos gives every pixel its share."""
+    wide = max(1, min(image.width, round(image.height * width / height)))
+    tall = max(1, min(image.height, round(image.width * height / width)))
+    left, top = (image.width - wide) // 2, (image.height - tall) // 2
+    box = (left, top, left + wide, top + tall)
+    resized = image.resize((width, height), Image.Resampling.LANCZOS, box, reducing_gap=3.0)
+    return resized, None if (wide, tall) == image.size else box
+
+
+def _padded(image: Image.Image, width: int, height: int) -> tuple[Image.Image, Box | None]:
+    """Resize the whole picture into the shape, in the middle of the mean colour of its border."""
+    scale = min(width / image.width, height / image.height)
+    wide, tall = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    image = image.resize((wide, tall), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    pixels = np.asarray(image).reshape(tall, wide, -1)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
+    colour = tuple(np.rint(border.mean(0)).astype(int).tolist())
+    canvas = Image.new(image.mode, (width, height), colour if len(colour) > 1 else colour[0])
+    canvas.paste(image, ((width - wide + 1) // 2, (height - tall + 1) // 2))
+    return canvas, None
+
+
+def read_photo(name: str, info: DataInfo, *, invert: Invert = "auto", crop: bool = True) -> Photo:
     """Read one picture and prepare it for the model.
 
     Args:
         name: the file.
+        info: the model's data set.
         invert: see `cut_out`.
         crop: see `cut_out`.
 
@@ -53,19 +112,20 @@ def read_photo(name: str, *, invert: Invert = "auto", crop: bool = True) -> Phot
     except Exception as error:
         return Photo(name=name, error=why_unreadable(error))
     try:
-        cutout = cut_out(image, invert=invert, crop=crop)
+        cutout = view_of(image, info, invert=invert, crop=crop)
     except ValueError as error:
         return Photo(name=name, image=on_white(image), error=str(error))
     return Photo(name=name, image=on_white(image), cutout=cutout)
 
 
 def read_photos(
-    found: Iterable[tuple[str, str]], *, invert: Invert = "auto", crop: bool = True
+    found: Iterable[tuple[str, str]], info: DataInfo, *, invert: Invert = "auto", crop: bool = True
 ) -> Iterator[list[Photo]]:
     """Read pictures in threads, CHUNK at a time; the next are read while the caller works on these.
 
     Args:
         found: what `find_pictures` yields.
+        info: the model's data set.
         invert: see `cut_out`.
         crop: see `cut_out`.
 
@@ -75,7 +135,7 @@ def read_photos(
 
     def read(item: tuple[str, str]) -> Photo:
         name, error = item
-        return Photo(name=name, error=error) if error else read_photo(name, invert=invert, crop=crop)
+        return Photo(name=name, error=error) if error else read_photo(name, info, invert=invert, crop=crop)
 
     items, num_threads = iter(found), torch.get_num_threads()
     try:
@@ -97,31 +157,22 @@ def count_kinds(kinds: Counter[str]) -> str:
     return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
 
 
-def stack_views(photos: Iterable[Photo]) -> Tensor:
-    """Return what the model sees of those that it sees: uint8 [N, 28, 28] on the CPU."""
+def stack_views(photos: Iterable[Photo], info: DataInfo) -> Tensor:
+    """Return what the model sees of those that it sees: uint8 [N, H, W] or [N, 3, H, W] on the CPU."""
     views = [torch.from_numpy(photo.cutout.view) for photo in photos if photo.cutout]
-    return torch.stack(views) if views else torch.zeros(0, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+    return torch.stack(views) if views else torch.zeros(0, *info.image_shape, dtype=torch.uint8)
 
 
-def read_view(name: str) -> Tensor:
+def read_view(name: str, info: DataInfo) -> Tensor:
     """Read one picture as the model sees it.
 
     Returns:
-        uint8 [28, 28] on the CPU.
+        uint8 [H, W] or [3, H, W] on the CPU.
 
     Raises:
         ValueError: one line with the file's name and what is wrong with it.
     """
-    photo = read_photo(name)
+    photo = read_photo(name, info)
     if photo.cutout is None:
         raise ValueError(f"{name}: {photo.error}")
     return torch.from_numpy(photo.cutout.view)
-
-
-def view_of(image: Image.Image) -> Tensor:
-    """Return a decoded picture as the model sees it: uint8 [28, 28] on the CPU.
-
-    Raises:
-        ValueError: there is no object in it.
-    """
-    return torch.from_numpy(cut_out(as_rgb(image)).view)

@@ -153,16 +153,18 @@ def is_finished(directory: Path, *, test: bool, total_steps: int) -> bool:
 
     Args:
         directory: of the run.
-        test: the test images belong to it: a run that left them out is then not finished yet.
+        test: the test images, where there are any, belong to it: a run that left them out is then not finished yet.
         total_steps: its end; one that came to an earlier end is continued.
     """
     summary = read_summary(directory)
     top1, steps = summary.get("test.top1"), summary.get("steps")
-    if summary.get("status") != "finished" or (test and top1 is None):
+    no_test = summary.get("test.num_images") == 0
+    if summary.get("status") != "finished" or (test and top1 is None and not no_test):
         return False
     if isinstance(steps, int) and steps < total_steps:
         return False
     evaluated = "the test images were not evaluated" if top1 is None else "it names no test accuracy"
+    evaluated = "its data set has no test images" if no_test else evaluated
     if isinstance(top1, int | float):
         evaluated = f"test top1 {100 * top1:.2f} %"
     again = "more --schedule.epochs train it on; another --output_dir, or --resume never --overwrite true, again"

@@ -34,6 +34,7 @@ INFO = DataInfo(
     std=(STD,),
     shape=(1, IMAGE_SIZE, IMAGE_SIZE),
     num_train=60_000,
+    num_test=10_000,
     source="Zalando Research, https://github.com/zalandoresearch/fashion-mnist",
     licence="MIT",
 )

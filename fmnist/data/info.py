@@ -21,6 +21,7 @@ class DataInfo:
         mean, std: per channel of the stored images, over the published training images, in [0, 1].
         shape: channels, height and width of a stored image, pixels.
         num_train, num_val: images to train on, and held out for validation.
+        num_test: images of its test; None where it is not known.
         source, licence: where it comes from, and under which terms; empty where nothing is known.
         fit: how a picture from outside takes the stored shape; see `data.fit`.
     """
@@ -33,6 +34,7 @@ class DataInfo:
     shape: tuple[int, int, int]
     num_train: int
     num_val: int = 0
+    num_test: int | None = None
     source: str = ""
     licence: str = ""
     fit: str = "crop"
@@ -44,6 +46,16 @@ class DataInfo:
                 f"{channels} means, {len(self.std)} standard deviations, shape {self.shape} and "
                 f"{len(self.class_names)} classes; expected one each for 1 or 3 channels, and a class"
             )
+
+    @property
+    def is_fashion_mnist(self) -> bool:
+        """Whether what is known of Fashion-MNIST alone holds: its cut-out of pictures, its human line, its paper."""
+        return self.name == "fashion_mnist"
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape of a stored image as a tensor: [H, W], or [3, H, W] where there are colours."""
+        return self.shape if self.shape[0] > 1 else self.shape[1:]
 
     def to_json(self) -> dict[str, Any]:
         """Return what `read_info` reads back from a file of JSON."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from fmnist.evaluation.calibration import calibrate
+from fmnist.evaluation.exact_copies import ExactCopies
 from fmnist.evaluation.lookalikes import Lookalike, lookalikes
 from fmnist.evaluation.misclassified import Misclassified, confident_errors, confused_pairs
 from fmnist.evaluation.near_copies import NearCopies
-from fmnist.evaluation.numbers import ReliabilityBins, reliability_bins, subset_accuracies, summarize
+from fmnist.evaluation.numbers import ReliabilityBins, accuracy, reliability_bins, subset_accuracies, summarize
 from fmnist.evaluation.outcome import Outcome
 
 NUM_SHOWN = 24  # of the most confident errors, on the page
@@ -44,6 +48,7 @@ def findings(
     outcome: Outcome,
     copies: NearCopies | None = None,
     retrieval: dict[str, Any] | None = None,
+    exact: Sequence[ExactCopies] = (),
     root: str | None = None,
     *,
     quick: bool = False,
@@ -52,9 +57,10 @@ def findings(
 
     Args:
         outcome: the model's logits on at least one image.
-        copies: the near copies among its images; None for training images.
+        copies: the near copies among its images; None for training images, and where they were not searched.
         retrieval: precision of its features' neighbours; None where it was not measured.
-        root: folder with the training images; None takes the run's.
+        exact: the images that stand in two splits of its data set.
+        root: where the training images lie; None takes the run's place.
         quick: leave out accuracy on subsets, calibration and the training images most like its errors.
 
     Raises:
@@ -71,10 +77,11 @@ def findings(
             scaled = (outcome.logits.double() / calibration.temperature).softmax(dim=1)
             scaled_bins = reliability_bins(scaled, outcome.labels)
         metrics |= {
-            "subsets": subset_accuracies(outcome.by_tta, outcome.labels, copies),
+            "subsets": subset_accuracies(outcome.by_tta, outcome.labels, copies) | _without_copies(outcome, exact),
             "calibration": calibration and calibration.as_dict(),
             "cost": outcome.cost and outcome.cost.as_dict(),
             "retrieval": retrieval,
+            "duplicates": [pair.as_dict() for pair in exact],
         }
     errors = confident_errors(outcome)
     shown = [] if quick else [error.position for error in errors[:NUM_SHOWN]]
@@ -88,3 +95,16 @@ def findings(
         nearest=lookalikes(outcome, shown, root),
         complete=not quick,
     )
+
+
+def _without_copies(outcome: Outcome, exact: Sequence[ExactCopies]) -> dict[str, Any]:
+    """Return accuracy without the images that are in the training images too; empty where there are none, or all."""
+    removed = [
+        index for pair in exact if (pair.split, pair.other) == (outcome.split, "train") for index in pair.indices
+    ]
+    if not removed or len(removed) == len(outcome.labels):
+        return {}
+    kept = torch.ones(len(outcome.labels), dtype=torch.bool)
+    kept[removed] = False
+    of_kept = accuracy(outcome.by_tta["none"][kept], outcome.labels[kept])
+    return {"without_exact_copies": of_kept | {"removed": len(removed)}}

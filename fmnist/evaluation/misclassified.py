@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from fmnist.evaluation.outcome import Outcome
 
@@ -33,13 +35,18 @@ class Misclassified:
     def row(self, outcome: Outcome) -> dict[str, Any]:
         """Return a row of an error table, with the picture."""
         return {
-            "picture": outcome.images[self.position].numpy(),
+            "picture": channels_last(outcome.images[self.position]),
             "index": self.index,
             "label": self.label,
             "prediction": self.prediction,
             "confidence": self.confidence,
             "p_label": self.p_label,
         }
+
+
+def channels_last(image: Tensor) -> NDArray[np.uint8]:
+    """Return an image [H, W] or [3, H, W] as libraries that draw take it: [H, W] or [H, W, 3]."""
+    return np.asarray(image if image.ndim == 2 else image.movedim(0, -1).contiguous())
 
 
 def confident_errors(outcome: Outcome, limit: int | None = None) -> list[Misclassified]:
@@ -67,6 +74,24 @@ def confident_errors(outcome: Outcome, limit: int | None = None) -> list[Misclas
     ]
 
 
+def worst_by_f1(per_class: Mapping[str, Mapping[str, Any]], limit: int = 30) -> dict[str, Mapping[str, Any]]:
+    """Return the rows of the classes with the lowest F1, the lowest first; a class without images has none."""
+    known = [(name, row) for name, row in per_class.items() if row["f1"] is not None]
+    return dict(sorted(known, key=lambda pair: pair[1]["f1"])[:limit])
+
+
+def worst_classes(confusion: Sequence[Sequence[int]], limit: int) -> list[int]:
+    """Return the classes with the most errors, as true and as predicted class; in label order.
+
+    Args:
+        confusion: [C, C] counts; rows true class, columns predicted.
+        limit: how many at most.
+    """
+    counts = np.asarray(confusion)
+    errors = counts.sum(0) + counts.sum(1) - 2 * np.diag(counts)
+    return sorted(np.argsort(-errors, kind="stable")[:limit].tolist())
+
+
 def confused_pairs(confusion: Sequence[Sequence[int]]) -> list[tuple[int, int, int, int]]:
     """Return pairs of classes that are taken for each other, the most confused first.
 
@@ -76,10 +101,9 @@ def confused_pairs(confusion: Sequence[Sequence[int]]) -> list[tuple[int, int, i
     Returns:
         a, b, how many a were taken for b and how many b for a; the first is the larger. Pairs without any are left out.
     """
-    counts, pairs = np.asarray(confusion), []
-    for low in range(len(counts)):
-        for high in range(low + 1, len(counts)):
-            a, b = (low, high) if counts[low, high] >= counts[high, low] else (high, low)
-            if counts[a, b]:
-                pairs.append((a, b, int(counts[a, b]), int(counts[b, a])))
+    counts = np.asarray(confusion)
+    pairs = []
+    for low, high in np.argwhere(np.triu(counts + counts.T, 1)).tolist():
+        a, b = (low, high) if counts[low, high] >= counts[high, low] else (high, low)
+        pairs.append((a, b, int(counts[a, b]), int(counts[b, a])))
     return sorted(pairs, key=lambda pair: -(pair[2] + pair[3]))

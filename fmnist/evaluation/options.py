@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "paths", nargs="+", type=run_path, metavar="RUN", help="run directories, or checkpoints in them"
     )
-    parser.add_argument("--split", choices=("test", "val", "train"), default="test", help="images to evaluate on")
+    parser.add_argument("--split", choices=("test", "val", "train"), help="images to evaluate on (default: test)")
     parser.add_argument("--tta", choices=("none", "flip"), help="flip: average image and mirror (default: the run's)")
     parser.add_device()
     parser.add_argument("--batch_size", type=number(1), help="images of one forward (default: the run's)")
@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
         parser.error("--output takes one run; --comparison is the folder of several")
     places = [(args.output, EVALUATION)] if args.output else []
     places += [(args.comparison, COMPARISON)] if len(args.paths) > 1 else []
-    places += [(args.comparison / "ensemble" / args.split, EVALUATION)] if args.ensemble else []
+    places += [(args.comparison / "ensemble" / (args.split or "test"), EVALUATION)] if args.ensemble else []
     try:
         for folder, marks in places:
             check_suffix(folder, "")

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fmnist.data.fashion_mnist import INFO
+from fmnist.data.info import DataInfo
 from fmnist.data.registry import Source, SplitName, open_source
 from fmnist.data.split import Split
 from fmnist.evaluation.calibration import average_probabilities
@@ -62,6 +64,7 @@ class Outcome:
         by_tta: the same for none and for flip; empty where quick.
         validation: logits and labels of the validation images; none where there are none.
         class_names: C names, in label order.
+        info: the data set that they are of.
         cost: none where quick.
         data, data_sha256: name of the data set, and digest of these images and labels.
         trained: the run; none for an ensemble.
@@ -79,6 +82,7 @@ class Outcome:
     logits: Tensor
     by_tta: Mapping[str, Tensor] = field(default_factory=dict)
     class_names: tuple[str, ...]
+    info: DataInfo = INFO
     validation: tuple[Tensor, Tensor] | None = None
     cost: Cost | None = None
     data: str = "Fashion-MNIST"
@@ -117,14 +121,13 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
         What it gave, on the main process.
 
     Raises:
-        ValueError: the weights do not fit, or there are no validation images to evaluate on.
+        ValueError: the weights do not fit, or there are no images to evaluate on.
     """
     model, augment = trained.model, trained.augment
     data = trained.data(request.root)
     source = compute.together(lambda: open_source(data))
     split = _same_everywhere(request.split, source, compute)
-    if not len(split):
-        raise ValueError(f"{trained.name} was trained with data.val_size 0: it has no validation images")
+    trained.check_split(request.split, split)
     own = trained.images_sha256(request.split)
     # Other images than the run's own have a folder of their own; a run from before it knew takes --data.root's word.
     other = split.digest != own if own else request.root not in (None, trained.cfg.data.root)
@@ -161,6 +164,7 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
         logits=logits,
         by_tta=by_tta,
         class_names=split.class_names,
+        info=split.info,
         validation=validation,
         cost=cost,
         data=split.title(),

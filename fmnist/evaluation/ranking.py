@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,17 +13,34 @@ from torch import Tensor
 
 from fmnist.config.same_run import differences, recipe
 from fmnist.config.schema import Config
+from fmnist.data.registry import SplitName
 from fmnist.evaluation.numbers import SCORES
 from fmnist.evaluation.outcome import Outcome
 from fmnist.trained import Trained
 
+logger = logging.getLogger("fmnist")
+
+
+def split_to_use(opened: Sequence[Trained], asked: SplitName | None) -> SplitName:
+    """Return the split to evaluate on: the one asked for, else test, or val where a data set has no test images."""
+    if asked is not None:
+        return asked
+    if without := [trained for trained in opened if "test" not in trained.splits]:
+        logger.info("%s has no test images: its validation images are used", without[0].info.title)
+        return "val"
+    return "test"
+
 
 def check_comparable(opened: Sequence[Trained], split: str) -> None:
-    """Refuse runs whose images of a split differ.
+    """Refuse runs whose classes, or images of a split, differ.
 
     Raises:
-        ValueError: one line with the sizes.
+        ValueError: one line with what differs.
     """
+    classes = {trained.class_names: trained for trained in opened}
+    if len(classes) > 1:
+        listed = ", ".join(f"{one.name}: {one.info.title}, {len(names)} classes" for names, one in classes.items())
+        raise ValueError(f"the runs are of different data sets ({listed}): compare runs of one")
     sizes = {trained.cfg.data.val_size for trained in opened}
     if split != "test" and len(sizes) > 1:
         listed = ", ".join(map(str, sorted(sizes)))

@@ -7,7 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from fmnist.evaluation.features import features_of, images_sha256
 from fmnist.evaluation.neighbours import Neighbours, precision_at_k
@@ -17,7 +19,21 @@ from fmnist.trained import Trained
 logger = logging.getLogger("fmnist")
 
 LIMIT_S = 180.0
-SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
+PIXELS = 3072  # numbers of an image compared by its pixels: 12 GB would be needed for 20,000 of 224 px in colour
+SMALL = 32  # pixels per side of larger ones
+
+
+def query_split(trained: Trained) -> Literal["test", "val"]:
+    """Return the split whose images are looked for among the training images: test, where there is one."""
+    return "test" if "test" in trained.splits else "val"
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """Return float16 [N, PIXELS and fewer] from images uint8 [N, H, W] or [N, 3, H, W]."""
+    if images[:1].numel() <= PIXELS:
+        return images.flatten(1).half()  # 0 to 255 are exact in float16
+    small = [adaptive_avg_pool2d(part.float(), SMALL).half() for part in images.split(256)]
+    return torch.cat(small).flatten(1)
 
 
 def retrieval_of(outcome: Outcome, root: str | None = None) -> dict[str, Any] | None:
@@ -28,11 +44,11 @@ def retrieval_of(outcome: Outcome, root: str | None = None) -> dict[str, Any] | 
         root: where the data set lies; None takes the run's.
 
     Returns:
-        What `measure_precision` returns. None for an ensemble and for other images than the test images; and, with a
+        What `measure_precision` returns. None for an ensemble and for other images than `query_split`'s; and, with a
         line on the console, where the measured speed says that it takes more than `LIMIT_S`, or it cannot be measured.
     """
     trained, cost = outcome.trained, outcome.cost
-    if trained is None or cost is None or outcome.split != "test":
+    if trained is None or cost is None or outcome.split != query_split(trained):
         return None
     count = len(outcome.labels) + trained.info.num_train
     seconds = count / cost.timings[-1].images_per_second
@@ -53,7 +69,7 @@ def retrieval_of(outcome: Outcome, root: str | None = None) -> dict[str, Any] | 
 
 
 def measure_precision(trained: Trained, *, k: int = 10, root: str | None = None) -> dict[str, Any]:
-    """Search the training images for every test image, by the run's features and by raw pixels.
+    """Search the training images for every image of `query_split`, by the run's features and by raw pixels.
 
     Args:
         trained: the run.
@@ -67,14 +83,15 @@ def measure_precision(trained: Trained, *, k: int = 10, root: str | None = None)
     Raises:
         ValueError: k is out of range, the images cannot be had, or the features are not finite.
     """
-    catalogue_split, query_split = (trained.split(name, root) for name in SPLITS)
-    items, item_labels, images, labels = *catalogue_split.tensors, *query_split.tensors
+    queried = query_split(trained)
+    items, item_labels, images, labels = *trained.split("train", root).tensors, *trained.split(queried, root).tensors
     spaces = {
-        "features": tuple(features_of(trained, *part).features for part in (("train", items), ("test", images))),
-        "pixels": (items.flatten(1).half(), images.flatten(1).half()),  # 0 to 255 are exact in float16
+        "features": tuple(features_of(trained, *part).features for part in (("train", items), (queried, images))),
+        "pixels": (_pixels(items), _pixels(images)),
     }
     result: dict[str, Any] = {
         "k": k,
+        "split": queried,
         "num_queries": len(labels),
         "num_items": len(items),
         "run": trained.name,
@@ -88,7 +105,7 @@ def measure_precision(trained: Trained, *, k: int = 10, root: str | None = None)
 
 def retrieval_key(trained: Trained, root: str | None) -> dict[str, str]:
     """Return what a measured precision belongs to: the weights, the images searched in, and the queries."""
-    splits = {name: trained.split(name, root).images for name in SPLITS}
+    splits = {name: trained.split(name, root).images for name in ("train", query_split(trained))}
     return {"weights_sha256": trained.digest} | {
         f"{name}_sha256": images_sha256(split) for name, split in splits.items()
     }

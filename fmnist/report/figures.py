@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
+from fmnist.evaluation.misclassified import worst_classes
 from fmnist.evaluation.numbers import NUM_BINS, ReliabilityBins
+from fmnist.runtime.console import MAX_ERROR, one_line
 from fmnist.runtime.environment import hidden
 from fmnist.runtime.files import write_atomic
 
@@ -35,7 +37,8 @@ T = TypeVar("T")
 # Okabe and Ito, "Color Universal Design" (2008): told apart with any common colour blindness.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 DPI = 150
-MAX_WRITTEN = 30  # classes; with more, a confusion matrix shows colours alone
+MOST_CLASSES, WORST_CLASSES = 30, 20  # drawn whole; drawn of more
+OTHERS = "others"
 
 
 def font_folder() -> Path:
@@ -55,17 +58,31 @@ def by_default_style(draw: Callable[P, T]) -> Callable[P, T]:
     return drawn
 
 
+def shown_classes(confusion: Sequence[Sequence[int]]) -> list[int]:
+    """Return the classes of a confusion matrix that can be read: all, or of many those with the most errors."""
+    return list(range(len(confusion))) if len(confusion) <= MOST_CLASSES else worst_classes(confusion, WORST_CLASSES)
+
+
+def shorten(name: str, length: int = 24) -> str:
+    """Cut the middle out of a long class name, for a figure: both ends tell names apart. Nothing breaks a line."""
+    shown = one_line(name, MAX_ERROR)
+    ahead = (length - 2) // 2
+    return shown if len(shown) <= length else f"{shown[:ahead]}...{shown[ahead + 3 - length :]}"
+
+
 def save_figure(path: Path, figure: Figure) -> None:
     """Write a figure as PNG, whole or not at all."""
     FigureCanvasAgg(figure)
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=DPI, metadata={"Software": "fmnist"}))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # of a class name in a script that the font lacks
+        write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=DPI, metadata={"Software": "fmnist"}))
 
 
 @by_default_style
 def plot_confusion_matrix(
     confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str, path: Path
 ) -> None:
-    """Draw counts and row percentages, with each class's recall on the right; of many classes colours alone.
+    """Draw counts and row percentages, with each class's recall on the right; of many classes those with most errors.
 
     Args:
         confusion: [C, C] counts; rows true class, columns predicted.
@@ -73,27 +90,35 @@ def plot_confusion_matrix(
         title: Heading.
         path: The PNG to write.
     """
-    counts = np.asarray(confusion, dtype=np.int64)
-    num_classes, totals = len(class_names), counts.sum(axis=1)
+    everything = np.asarray(confusion, dtype=np.int64)
+    shown = shown_classes(confusion)
+    counts, totals = everything[shown][:, shown], everything.sum(axis=1)[shown]
+    names = [shorten(class_names[label]) for label in shown]
+    columns = names
+    if len(shown) < len(class_names):
+        counts = np.column_stack([counts, totals - counts.sum(axis=1)])
+        columns = [*names, OTHERS]
+        title += f", the {len(shown)} classes with most errors of {len(class_names):,}"
+    num_classes = len(shown)
     percent = 100 * counts / np.maximum(totals, 1)[:, None]
     side = float(np.clip(0.9 * num_classes + 2.0, 6.0, 16.0))
+    size = 10 * min(1.0, 15 / num_classes)  # points, of the text in a cell
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.add_subplot()
     # A square root scale: at 93 % top1 a linear one shows a diagonal and nothing else.
     image = axes.imshow(percent, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=100))
-    written = num_classes <= MAX_WRITTEN
-    for (row, column), count in np.ndenumerate(counts) if written else ():
+    for (row, column), count in np.ndenumerate(counts):
         red, green, blue, _ = image.to_rgba(percent[row, column])
         dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
         label = f"{count:,}\n{percent[row, column]:.1f} %" if count else "0"
         color = "white" if dark else "black" if count else "#B0B0B0"
         weight = "bold" if row == column else "normal"
-        axes.text(column, row, label, ha="center", va="center", color=color, fontsize=10, weight=weight)
+        axes.text(column, row, label, ha="center", va="center", color=color, fontsize=size, weight=weight)
 
-    ticks = range(0, num_classes, math.ceil(num_classes / MAX_WRITTEN))
-    class_names = [class_names[tick] for tick in ticks]
-    axes.set_xticks(ticks, class_names, rotation=40, ha="right", rotation_mode="anchor", fontsize=11)
-    axes.set_yticks(ticks, class_names, fontsize=11)
+    ticks = range(num_classes)
+    slanted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(len(columns)), columns, fontsize=11, parse_math=False, **slanted)
+    axes.set_yticks(ticks, names, fontsize=11, parse_math=False)
     axes.set_xlabel("predicted class", fontsize=12)
     axes.set_ylabel("true class", fontsize=12)
     shares = [f"{100 * hit / n:.1f} %" if n else "-" for hit, n in zip(np.diag(counts), totals, strict=True)]
@@ -101,12 +126,12 @@ def plot_confusion_matrix(
     right.set_yticks(list(ticks), [shares[tick] for tick in ticks], fontsize=11)
     right.set_ylabel("recall", fontsize=12)
     right.tick_params(length=0)
-    if written:
-        axes.set_xticks(np.arange(0.5, num_classes - 1), minor=True)
-        axes.set_yticks(np.arange(0.5, num_classes - 1), minor=True)
-        axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.set_xticks(np.arange(0.5, len(columns) - 1), minor=True)
+    axes.set_yticks(np.arange(0.5, num_classes - 1), minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="both", length=0)
-    axes.set_title(f"{title}\ntop1 {100 * np.trace(counts) / max(counts.sum(), 1):.2f} %", fontsize=14, pad=12)
+    top1 = 100 * np.trace(everything) / max(everything.sum(), 1)
+    axes.set_title(f"{title}\ntop1 {top1:.2f} %", fontsize=14, pad=12, parse_math=False)
     save_figure(path, figure)
 
 
@@ -135,5 +160,5 @@ def plot_reliability(bins: ReliabilityBins, ece: float, title: str, path: Path) 
     for axes in (upper, lower):
         axes.grid(alpha=0.25)
         axes.set_axisbelow(True)
-    figure.suptitle(f"{title}\nexpected calibration error {ece:.4f}", fontsize=13)
+    figure.suptitle(f"{title}\nexpected calibration error {ece:.4f}", fontsize=13, parse_math=False)
     save_figure(path, figure)

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmnist.report.figures import Figure, by_default_style, save_figure
+from fmnist.report.figures import Figure, by_default_style, save_figure, shorten
 
 
 @by_default_style
@@ -30,7 +30,8 @@ def draw_grid(path: Path, images: Tensor, titles: Sequence[str], heading: str, *
     for i, text in enumerate(titles):
         row, column = divmod(i, columns)
         place = column * (size + 1), row * pitch + strip - 1
-        axes.text(*place, text, fontsize=5, va="bottom", linespacing=0.9)
+        text = "\n".join(shorten(line, 20) for line in text.split("\n"))
+        axes.text(*place, text, fontsize=5, va="bottom", linespacing=0.9, parse_math=False)
     axes.imshow(canvas.numpy(), interpolation="nearest")
     axes.set_axis_off()
     axes.set_title(heading, fontsize=9)

@@ -11,11 +11,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fmnist.config.schema import to_yaml
+from fmnist.evaluation.exact_copies import copies_line
 from fmnist.evaluation.findings import NUM_SHOWN, Findings
-from fmnist.evaluation.misclassified import Misclassified
+from fmnist.evaluation.misclassified import Misclassified, worst_by_f1
 from fmnist.evaluation.outcome import Outcome
 from fmnist.report.curves import loss_note
-from fmnist.report.figures import MAX_WRITTEN
+from fmnist.report.figures import MOST_CLASSES, OTHERS, shorten, shown_classes
 from fmnist.report.page_figures import data_uri, learning_curves, picture, reliability
 from fmnist.runtime.files import write_atomic
 from fmnist.tracking.metrics_file import METRICS_FILE
@@ -41,16 +42,23 @@ def _pairs(findings: Findings) -> list[dict[str, Any]]:
 
 
 def _shown(outcome: Outcome, error: Misclassified) -> dict[str, Any]:
-    return {"error": error, "uri": picture(outcome.images[error.position])}
+    image = outcome.images[error.position]
+    height, width = image.shape[-2:]
+    return {"error": error, "uri": picture(image), "width": width, "height": height}
 
 
 def _matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of cells with their colours: blue for right, orange for wrong, by the square root of the share."""
-    rows = []
-    for i, counts in enumerate(confusion):
-        total = max(1, sum(counts))
+    """Rows of cells with their colours: blue for right, orange for wrong, by the square root of the share.
+
+    Of many classes those that `shown_classes` gives, and a column for all others.
+    """
+    rows, shown = [], shown_classes(confusion)
+    for i in shown:
+        counts, total = confusion[i], max(1, sum(confusion[i]))
+        places = [(j, counts[j]) for j in shown]
+        places += [(-1, sum(counts) - sum(counts[j] for j in shown))] if len(shown) < len(counts) else []
         cells = []
-        for j, count in enumerate(counts):
+        for j, count in places:
             share = count / total
             # Half of a class is as dark as it gets for errors: a tenth should be seen at once.
             strength = share if i == j else min(1.0, math.sqrt(2 * share))
@@ -63,7 +71,14 @@ def _matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> l
                     "right": i == j,
                 }
             )
-        rows.append({"name": class_names[i], "cells": cells, "recall": counts[i] / total if sum(counts) else None})
+        rows.append(
+            {
+                "name": class_names[i],
+                "short": shorten(class_names[i], 14),
+                "cells": cells,
+                "recall": counts[i] / total if sum(counts) else None,
+            }
+        )
     return rows
 
 
@@ -93,9 +108,9 @@ def context(findings: Findings) -> dict[str, Any]:
     trained = outcome.trained
     lines = trained.directory / METRICS_FILE if trained else None
     batch = trained.directory / "train_batch.png" if trained else None
-    names = outcome.class_names
-    human = None if outcome.other_data else HUMAN_TOP1
     shown = findings.errors[:NUM_SHOWN]
+    human = HUMAN_TOP1 if outcome.info.is_fashion_mnist and not outcome.other_data else None
+    many = len(outcome.class_names) > MOST_CLASSES
     return {
         "outcome": outcome,
         "result": metrics,
@@ -105,8 +120,12 @@ def context(findings: Findings) -> dict[str, Any]:
         "curves": learning_curves(lines) if lines is not None and lines.is_file() else [],
         "loss_note": loss_note(trained.cfg) if trained else "",
         "train_batch": data_uri(batch.read_bytes(), "image/png") if batch is not None and batch.is_file() else None,
-        "matrix": _matrix(metrics["confusion_matrix"], names) if len(names) <= MAX_WRITTEN else None,
+        "matrix": _matrix(metrics["confusion_matrix"], outcome.class_names),
         "class_names": outcome.class_names,
+        "others": OTHERS if many else "",
+        "worst": worst_by_f1(metrics["per_class"]) if many else {},
+        "worst_pairs": findings.pairs[:MOST_CLASSES] if many else [],
+        "copies": copies_line(metrics["duplicates"]) if metrics["duplicates"] else "",
         "pairs": _pairs(findings),
         "errors": [
             _shown(outcome, error) | {"nearest": [(each, picture(each.image)) for each in near]}

@@ -9,12 +9,14 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from fmnist.evaluation.misclassified import channels_last
 from fmnist.evaluation.numbers import NUM_BINS, ReliabilityBins
 from fmnist.report.curves import draw_loss, draw_top1, series
 from fmnist.report.figures import BLUE, ORANGE, Axes, Figure, by_default_style
 from fmnist.tracking.metrics_file import read_metrics
 
 INK, MUTED, RULE = "#1f2933", "#52606d", "#d9dee4"
+LARGEST_SIDE = 128  # pixels: twice as many as it is shown with on a screen of many pixels
 SIZE = (4.3, 3.1)  # inches: on a phone about as wide as the screen, so that its 9 point text stays readable
 
 
@@ -24,9 +26,11 @@ def data_uri(content: bytes, media_type: str) -> str:
 
 
 def picture(image: Tensor) -> str:
-    """Return a uint8 [H, W] image as the URI of a PNG."""
+    """Return a uint8 [H, W] or [3, H, W] image as the URI of a PNG of at most LARGEST_SIDE pixels a side."""
     buffer = io.BytesIO()
-    Image.fromarray(image.numpy()).save(buffer, format="PNG", optimize=True)
+    drawn = Image.fromarray(channels_last(image))
+    drawn.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
+    drawn.save(buffer, format="PNG", optimize=True)
     return data_uri(buffer.getvalue(), "image/png")
 
 

@@ -29,17 +29,20 @@ def read_precision(path: Path, key: Mapping[str, str]) -> dict[str, Any] | None:
 def precision_table(result: dict[str, Any]) -> str:
     """Lay the figures of `measure_precision` out as text, one class a line, without a last newline."""
     features, pixels = result["features"], result["pixels"]
-    lines = [f"{'':>12}  {'features':>9}  {'raw pixels':>10}"]
+    width = max(12, *map(len, features["per_class"]))
+    lines = [f"{'':>{width}}  {'features':>9}  {'raw pixels':>10}"]
     rows = [(name, features["per_class"][name], pixels["per_class"][name]) for name in features["per_class"]]
     for name, *values in [*rows, ("mean", features["mean"], pixels["mean"])]:
         cells = ["-" if value is None else f"{100 * value:.2f} %" for value in values]
-        lines.append(f"{name:>12}  {cells[0]:>9}  {cells[1]:>10}")
+        lines.append(f"{name:>{width}}  {cells[0]:>9}  {cells[1]:>10}")
     return "\n".join([f"{result['run']}: {precision_line(result)}", "", *lines])
 
 
 def precision_line(result: dict[str, Any]) -> str:
     """Say the mean precision of `measure_precision` in one line."""
     low, high = (100 * bound for bound in result["features"]["interval"])
-    counts = f"{result['num_queries']:,} test images among {result['num_items']:,} training images"
+    counts = (
+        f"{result['num_queries']:,} {result.get('split', 'test')} images among {result['num_items']:,} training images"
+    )
     mean = f"{100 * result['features']['mean']:.2f} % (95 % interval {low:.2f} to {high:.2f})"
     return f"precision at {result['k']}, {counts}: {mean}; by raw pixels {100 * result['pixels']['mean']:.2f} %"

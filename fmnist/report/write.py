@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from fmnist.config.schema import flatten
+from fmnist.evaluation.exact_copies import copies_line
 from fmnist.evaluation.findings import Findings
+from fmnist.evaluation.misclassified import worst_by_f1
 from fmnist.evaluation.numbers import RATIOS
 from fmnist.report.curves import loss_note, plot_learning_curves
-from fmnist.report.figures import plot_confusion_matrix, plot_reliability
+from fmnist.report.figures import MOST_CLASSES, plot_confusion_matrix, plot_reliability
 from fmnist.report.page import write_html
 from fmnist.report.retrieval_table import precision_line
+from fmnist.runtime.console import MAX_ERROR, counted, one_line
 from fmnist.runtime.files import csv_bytes, read_json, write_atomic
 from fmnist.tracking.metrics_file import METRICS_FILE
 from fmnist.tracking.wandb_run import log_evaluation
@@ -27,6 +30,7 @@ SUBSETS = {
     "flip_averaging": "all images, with flip averaging",
     "without_near_copies": "without near copies of training images (correlation > {correlation})",
     "without_similar": "without similar ones too (correlation > {correlation})",
+    "without_exact_copies": "without exact copies of training images",
 }
 
 BESIDE_TOP1 = {"macro_f1": "macro F1", "balanced_accuracy": "balanced accuracy", "top5": "top5"}
@@ -60,7 +64,8 @@ def write_evaluation(findings: Findings) -> None:
         plot_learning_curves(lines, trained.directory / "learning_curves.png", outcome.name, note)
     if findings.complete:
         write_html(findings, directory / PAGE)
-    write_atomic(directory / METRICS, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+    indent = 2 if len(names) <= MOST_CLASSES else None  # a line a number would be a million lines for 1,000 classes
+    write_atomic(directory / METRICS, json.dumps(metrics, indent=indent, allow_nan=False) + "\n")
     if findings.complete and inside and trained is not None and not trained.checkpoint:
         _log_to_wandb(findings)
 
@@ -88,16 +93,23 @@ def report_text(findings: Findings) -> str:
     more = ", ".join(f"{words} {100 * metrics[key]:.2f} %" for key, words in BESIDE_TOP1.items() if key in metrics)
     data = f"images: {outcome.data}, sha256 {outcome.data_sha256}\n" if outcome.data_sha256 else ""
     table = class_table(metrics)
+    if len(outcome.class_names) > MOST_CLASSES and findings.pairs:
+        table += pair_table(findings)
     notes = _notes(metrics) if findings.complete else ""
     return f"{headline}\n{more}\n{data}\n{table}" + (f"\n{notes}\n" if notes else "")
 
 
 def class_table(metrics: Mapping[str, Any]) -> str:
-    """Lay precision, recall and F1 out as scikit-learn's classification_report does; "-" for a class without images."""
+    """Lay precision, recall and F1 out as scikit-learn's classification_report does; "-" for a class without images.
+
+    Of more than MOST_CLASSES the worst by F1 are listed, the worst first.
+    """
     macro, per_class = metrics["macro_avg"], metrics["per_class"]
+    shown = per_class if len(per_class) <= MOST_CLASSES else worst_by_f1(per_class)
     weights = {name: row["support"] / metrics["num_images"] for name, row in per_class.items() if row["support"]}
     weighted = {key: sum(weight * per_class[name][key] for name, weight in weights.items()) for key in RATIOS}
-    width = max(12, *map(len, per_class))
+    names = {name: one_line(name, MAX_ERROR) for name in shown}
+    width = max(12, *map(len, names.values()))
     total = {"support": metrics["num_images"]}
 
     def line(name: str, row: Mapping[str, Any]) -> str:
@@ -105,11 +117,23 @@ def class_table(metrics: Mapping[str, Any]) -> str:
         return f"{name:>{width}} " + "".join(f"{cell:>10}" for cell in (*cells, row["support"]))
 
     lines = [" " * (width + 1) + "".join(f"{head:>10}" for head in ("precision", "recall", "f1-score", "support")), ""]
-    lines += [line(name, row) for name, row in per_class.items()]
+    lines += [line(names[name], row) for name, row in shown.items()]
+    if len(shown) < len(per_class):
+        lines += ["", f"the {len(shown)} of {len(per_class):,} classes with the lowest F1; metrics.json holds all"]
     lines += ["", line("accuracy", {"f1": metrics["top1"]} | total)]
     lines += [line("macro avg", macro | total), line("weighted avg", weighted | total)]
     if macro["num_classes"] < len(per_class):
         lines.append(f"\nmacro avg: over the {macro['num_classes']} of {len(per_class)} classes that have images")
+    return "\n".join(lines) + "\n"
+
+
+def pair_table(findings: Findings) -> str:
+    """List the classes that are taken for each other most, in place of a confusion matrix that nobody can read."""
+    names, pairs = findings.outcome.class_names, findings.pairs[:MOST_CLASSES]
+    lines = ["", f"the {len(pairs)} most confused of {counted(len(findings.pairs), 'pair')} of classes", ""]
+    for a, b, forth, back in pairs:
+        first, second = (one_line(names[label], MAX_ERROR) for label in (a, b))
+        lines.append(f"{forth + back:>7,}  {first} taken for {second}: {forth:,}; the reverse: {back:,}")
     return "\n".join(lines) + "\n"
 
 
@@ -129,6 +153,8 @@ def _notes(metrics: Mapping[str, Any]) -> str:
             f"ECE {calibration['ece_before']:.4f} -> {calibration['ece_after']:.4f}, "
             f"loss {calibration['loss_before']:.4f} -> {calibration['loss_after']:.4f}"
         )
+    if metrics["duplicates"]:
+        lines.append("\n" + copies_line(metrics["duplicates"]))
     if metrics["retrieval"] is not None:
         lines.append("\n" + precision_line(metrics["retrieval"]))
     return "\n".join(lines)

@@ -127,7 +127,7 @@ def log_evaluation(
         prefix: put before every name.
         scalars: go to the run's summary.
         files: pictures, each under its stem.
-        errors: rows of one table, all with the same keys; `picture` is a uint8 array [H, W].
+        errors: rows of one table, all with the same keys; `picture` is a uint8 array [H, W] or [H, W, 3].
     """
     if cfg.wandb == "disabled" or not (directory / WANDB_ID_FILE).is_file():
         return

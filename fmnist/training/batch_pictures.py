@@ -87,11 +87,11 @@ def write_train_batch(directory: Path, loader: Loader, augment: Augment, schedul
 
 
 def visible(pixels: Tensor, augment: Augment) -> Tensor:
-    """Undo the normalisation: float32 [B, C, S, S] to [B, S, S, 3] in about [0, 1], red where it is not finite."""
+    """Undo the normalisation: float32 [B, 1 or 3, S, S] to [B, S, S, 3] in about [0, 1], red where it is not finite."""
     means, stds = (torch.tensor(part, device=pixels.device)[:, None, None] for part in (augment.mean, augment.std))
     finite = pixels.isfinite().all(1)
-    grey = (pixels * stds + means).mean(1).nan_to_num(0.0, 0.0, 0.0)
-    return torch.stack([torch.where(finite, grey, 1.0), grey * finite, grey * finite], -1)
+    red, green, blue = (pixels * stds + means).nan_to_num(0.0, 0.0, 0.0).expand(-1, 3, -1, -1).unbind(1)
+    return torch.stack([torch.where(finite, red, 1.0), green * finite, blue * finite], -1)
 
 
 def title(target: Tensor, class_names: Sequence[str]) -> str:

@@ -85,7 +85,7 @@ def build(cfg: Config, run: Run) -> Training | None:
     # data: all three splits, so that a damaged file is found now and not after the training
     splits = run.together(lambda: load_splits(cfg, run.device))
     train_split, val_split, test_split = splits.values()
-    info = replace(train_split.info, num_train=len(train_split), num_val=len(val_split))
+    info = replace(train_split.info, num_train=len(train_split), num_val=len(val_split), num_test=len(test_split))
     run.kept[DATA_FILE] = info.to_json()
     if cfg.exact and cfg.exact % run.world_size:
         raise ValueError(f"exact is {cfg.exact}; valid with {run.world_size} processes: a multiple of that")

@@ -10,6 +10,7 @@ from fmnist.checkpoint.fingerprint import IN_SUMMARY
 from fmnist.checkpoint.tensors import load_strict, read_tensors
 from fmnist.config.schema import Config
 from fmnist.config.shipped import command
+from fmnist.data.registry import SplitName
 from fmnist.evaluation.calibration import fit_temperature
 from fmnist.evaluation.findings import Findings, findings
 from fmnist.evaluation.numbers import SCORES, calibration_error
@@ -50,11 +51,13 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
         use_best_weights(training, run)
         summary["temperature"] = fit_on_validation(training, cfg, run)
     found = evaluate_test(training, cfg, run) if finished and cfg.evaluation.test else None
-    if found is not None:
+    if found is not None and found.outcome.split == "test":
         scores = {key: found.metrics[key] for key in (*SCORES, "loss", "num_images") if key in found.metrics}
         run.log("test", scores, state.step)
         summary |= {f"test.{key}": value for key, value in scores.items()}
         summary |= calibration_errors(found, summary["temperature"])
+    elif finished and not len(training.test_split):
+        summary["test.num_images"] = 0
     run.finish(summary)
     if finished and run.is_main:  # after the summary: a figure that fails costs neither numbers nor summary
         write_report(found, run)
@@ -62,7 +65,8 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
         at = f"stopped at step {state.step:,} of {training.schedule.total_steps:,} by {run.should_stop.reason}"
         logger.info("%s; checkpoint saved; rerun the same command to resume", at)
     elif run.is_main:
-        logger.info("%s", closing(run.directory, summary["val.top1"], found))
+        has_test = len(training.test_split) > 0
+        logger.info("%s", closing(run.directory, summary["val.top1"], found, has_test=has_test))
 
 
 def use_best_weights(training: Training, run: Run) -> None:
@@ -91,19 +95,29 @@ def calibration_errors(found: Findings, temperature: float | None) -> dict[str, 
 
 
 def evaluate_test(training: Training, cfg: Config, run: Run) -> Findings | None:
-    """Evaluate the weights to use on the test images, on all processes; return the numbers on the main one."""
+    """Evaluate the weights to use on all processes; return the numbers on the main one.
+
+    On the test images; on the validation images where the data set has none, and on nothing where it has neither.
+    """
     model, split = training.model, training.test_split
+    name: SplitName = "test"
+    if not len(split):
+        split, name = training.val_split, "val"
+        logger.info("the data set has no test images%s", ": the validation images are evaluated" * bool(len(split)))
+        if not len(split):
+            return None
     logits = predict(model, split, training.augment, cfg.evaluation, run).cpu()
     outcome = Outcome(
         name=run.directory.resolve().name,
         model=cfg.model.name,
-        directory=run.directory / "evaluation" / "test",
-        split="test",
+        directory=run.directory / "evaluation" / name,
+        split=name,
         tta=cfg.evaluation.tta,
         images=split.images.cpu(),
         labels=split.labels.cpu(),
         logits=logits,
         class_names=split.class_names,
+        info=split.info,
         data=split.title(),
         data_sha256=split.digest,
     )
@@ -127,16 +141,18 @@ def write_report(found: Findings | None, run: Run) -> None:
         logger.warning("the report is not complete (%s); write it again: %s", error, again)
 
 
-def closing(directory: Path, val_top1: float | None, found: Findings | None) -> str:
+def closing(directory: Path, val_top1: float | None, found: Findings | None, *, has_test: bool = True) -> str:
     """Return the last lines of a finished run: its accuracy, what is where, and what to type next."""
+    no_test = "the test images were not evaluated" if has_test else "the data set has no test images"
     if found is not None:
         low, high = (100 * bound for bound in found.metrics["top1_interval"])
-        top1 = f"test top1 {100 * found.metrics['top1']:.2f} % (95 % interval {low:.2f} to {high:.2f})"
+        top1 = f"{found.outcome.split} top1 {100 * found.metrics['top1']:.2f} %"
+        top1 += f" (95 % interval {low:.2f} to {high:.2f})" + ("" if has_test else f"; {no_test}")
     elif val_top1 is not None:
-        top1 = f"best val top1 {100 * val_top1:.2f} %; the test images were not evaluated"
+        top1 = f"best val top1 {100 * val_top1:.2f} %; {no_test}"
     else:
-        top1 = "the test images were not evaluated"
-    report = "" if found is None else "report and figures in evaluation/test/, "
+        top1 = no_test
+    report = "" if found is None else f"report and figures in evaluation/{found.outcome.split}/, "
     commands = {
         f"{command('evaluate')} {directory}": "report.html, calibration, speed",
         f"{command('predict')} {directory} PHOTOS/": "your own pictures",

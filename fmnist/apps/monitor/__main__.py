@@ -19,7 +19,7 @@ PARSER.add_argument(
     "batch",
     type=existing,
     metavar="BATCH",
-    help="folder of pictures; or an IDX file (.gz too), .npy or .npz of uint8 [N, 28, 28], light on black",
+    help="folder of pictures; or an IDX file (.gz too), .npy or .npz of uint8 images as the run's own",
 )
 PARSER.add_argument(
     "--false_alarms",

@@ -15,8 +15,8 @@ from torch import Tensor
 from fmnist.apps.monitor.drift import MIN_PICTURES, SIGNALS, BatchSums, DriftTest, drift_test
 from fmnist.apps.novelty import MIN_CALIBRATION, open_reference
 from fmnist.apps.views import count_kinds, read_photos, stack_views
-from fmnist.data.fashion_mnist import IMAGE_SIZE
 from fmnist.data.idx import MAX_FILE_BYTES, read_idx
+from fmnist.data.info import DataInfo
 from fmnist.data.photos import find_pictures
 from fmnist.runtime.console import counted, one_line
 from fmnist.trained import open_trained
@@ -40,7 +40,7 @@ def monitor(args: argparse.Namespace) -> int:
         )
     batch = BatchSums(reference)
     errors, left_out = Counter[str](), Counter[str]()
-    for images, failed in read_batch(args.batch, left_out):
+    for images, failed in read_batch(args.batch, trained.info, left_out):
         errors += failed
         if len(images):
             batch.add(*trained(images))
@@ -50,28 +50,34 @@ def monitor(args: argparse.Namespace) -> int:
     return {"fine": 0, "alert": 1, "too few": 2}[result["verdict"]]
 
 
-def read_batch(path: Path, left_out: Counter[str]) -> Iterator[tuple[Tensor, Counter[str]]]:
+def read_batch(path: Path, info: DataInfo, left_out: Counter[str]) -> Iterator[tuple[Tensor, Counter[str]]]:
     """Read a batch in parts.
 
     Args:
         path: a folder of pictures, an IDX file, .npy or .npz.
+        info: the run's data set.
         left_out: counts what a folder holds beside pictures, by suffix.
 
     Yields:
-        uint8 [N, 28, 28] on the CPU, and how many pictures beside them could not be read, by suffix.
+        uint8 [N, H, W] or [N, 3, H, W] on the CPU, and how many pictures beside them could not be read, by suffix.
 
     Raises:
         ValueError: one line, for a path that is none of them, or an array of another shape or type.
     """
     if path.is_dir():
-        for photos in read_photos(find_pictures([str(path)], left_out)):
+        for photos in read_photos(find_pictures([str(path)], left_out), info):
             failed = (Path(photo.name).suffix.lower() or "no suffix" for photo in photos if photo.cutout is None)
-            yield stack_views(photos), Counter(failed)
+            yield stack_views(photos, info), Counter(failed)
         return
     images = _read_array(path) if path.suffix in (".npy", ".npz") else read_idx(path)[0]
-    if images.dtype != torch.uint8 or images.ndim != 3 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE):
+    channels, height, width = info.shape
+    found, sides = list(images.shape), f"{height}, {width}"
+    if channels > 1 and found[-1:] == [channels] and found[1:2] != [channels]:
+        images = images.movedim(-1, 1)  # as data sets in .npz files have their colours
+    if images.dtype != torch.uint8 or images.shape[1:] != info.image_shape:
         kind = str(images.dtype).removeprefix("torch.")
-        raise ValueError(f"{path}: {kind} {list(images.shape)}, expected uint8 [N, {IMAGE_SIZE}, {IMAGE_SIZE}]")
+        valid = f"[N, {sides}]" if channels == 1 else f"[N, {channels}, {sides}] or [N, {sides}, {channels}]"
+        raise ValueError(f"{path}: {kind} {found}, expected uint8 {valid}")
     for part in images.split(CHUNK):
         yield part, Counter()
 

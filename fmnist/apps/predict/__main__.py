@@ -1,9 +1,9 @@
 """Predict your own pictures with a trained run.
 
-Each picture is made to look like Fashion-MNIST: the object is cut from its plain background, turned light on black,
-and fitted into 28 x 28. Written to the output folder: predictions.csv, one row per picture, and predictions.png, each
-photo beside what the model sees. JPEG, PNG, WebP, GIF, BMP and TIFF are read; a file that cannot be is a row with its
-error.
+Each picture is made to look like the run's own images: resized and cropped as those were. For Fashion-MNIST the object
+is cut from its plain background, turned light on black, and fitted into 28 x 28. Written to the output folder:
+predictions.csv, one row per picture, and predictions.png, each photo beside what the model sees. JPEG, PNG, WebP, GIF,
+BMP and TIFF are read; a file that cannot be is a row with its error.
 
 example: fmnist predict runs/cnn photos/ more/*.jpg --output predictions
 """
@@ -23,13 +23,16 @@ PARSER.add_argument("--output", type=Path, default=Path("predictions"), help="fo
 PARSER.add_force()
 PARSER.add_argument("--top", type=number(1), default=3, help="classes given with their probability")
 PARSER.add_argument(
-    "--invert", choices=("auto", "always", "never"), default="auto", help="turn dark on light into light on dark"
+    "--invert",
+    choices=("auto", "always", "never"),
+    default="auto",
+    help="Fashion-MNIST: turn dark on light into light on dark",
 )
 PARSER.add_argument(
     "--crop",
     action=argparse.BooleanOptionalAction,
     default=True,
-    help="cut the object from its background; --no-crop uses every picture uncropped",
+    help="Fashion-MNIST: cut the object from its background; --no-crop uses every picture uncropped",
 )
 PARSER.add_argument(
     "--calibrate",

@@ -22,7 +22,7 @@ class Cell:
     Attributes:
         image: the photo, RGB; None where there is none to show.
         box: left, top, right, bottom of the part that the model sees, in the photo's pixels.
-        view: uint8 [28, 28], what the model sees; None where there is none.
+        view: uint8 [H, W] or [3, H, W], what the model sees; None where there is none.
         lines: (text, colour), below the pictures.
     """
 
@@ -84,8 +84,12 @@ def _draw_photo(sheet: Image.Image, draw: ImageDraw.ImageDraw, cell: Cell, left:
         draw.line((left, top, left + SIDE - 1, top + SIDE - 1), "#C0C0C0")
         draw.line((left, top + SIDE - 1, left + SIDE - 1, top), "#C0C0C0")
     if cell.view is not None:
-        view = Image.fromarray(cell.view).resize((SIDE, SIDE), Image.Resampling.NEAREST)
-        sheet.paste(view.convert("RGB"), (left + SIDE + 4, top))
+        view = Image.fromarray(cell.view if cell.view.ndim == 2 else np.ascontiguousarray(cell.view.transpose(1, 2, 0)))
+        scale = SIDE / max(view.size)
+        width, height = (max(1, round(side * scale)) for side in view.size)
+        # small ones with their pixels to be seen
+        view = view.resize((width, height), Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
+        sheet.paste(view.convert("RGB"), (left + SIDE + 4 + (SIDE - width) // 2, top + (SIDE - height) // 2))
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

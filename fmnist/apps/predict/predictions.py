@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fmnist.apps.novelty import NoveltyReference, open_reference
 from fmnist.apps.predict.photo_sheet import BLACK, GREY, ORANGE, Cell, draw_sheet
-from fmnist.apps.views import Photo, count_kinds, read_photos, stack_views
+from fmnist.apps.views import Photo, check_cutting, count_kinds, read_photos, stack_views
 from fmnist.runtime.console import keep_at_interrupt, one_line
 from fmnist.runtime.files import csv_bytes, write_atomic
 from fmnist.trained import Trained, open_trained
@@ -50,6 +50,7 @@ def predict(found: Sequence[tuple[str, str]], args: argparse.Namespace, left_out
     trained = open_trained(args.run, args.device, args.batch_size)
     if args.top > len(trained.class_names):
         raise ValueError(f"--top is {args.top}; valid range: 1 to {len(trained.class_names)}, the classes")
+    check_cutting(trained.info, invert=args.invert, crop=args.crop)
     reference = open_reference(trained, args.root)
     items = predict_pictures(trained, reference, found, args)
     counts = write_predictions(items, args, f"{trained.name}: each photo and what the model sees")
@@ -57,7 +58,8 @@ def predict(found: Sequence[tuple[str, str]], args: argparse.Namespace, left_out
         print(json.dumps({**counts, "left_out": left_out, "output": str(args.output)}))
     else:
         errors = f"{counts['errors']:,} error{'s' * (counts['errors'] != 1)}"
-        flags = f"{counts['unfamiliar']:,} flagged as unfamiliar, {counts['uncropped']:,} used uncropped"
+        flags = f"{counts['unfamiliar']:,} flagged as unfamiliar"
+        flags += f", {counts['uncropped']:,} used uncropped" if trained.info.is_fashion_mnist else ""
         beside = f"; left out: {count_kinds(left_out)}" if left_out else ""
         print(f"{counts['predicted']:,} predicted: {flags}; {errors}{beside}")
         if args.calibrate and trained.temperature != 1:
@@ -70,8 +72,8 @@ def predict_pictures(
     trained: Trained, reference: NoveltyReference, found: Iterable[tuple[str, str]], args: argparse.Namespace
 ) -> Iterator[Prediction]:
     """Predict pictures in the order found."""
-    for photos in read_photos(found, invert=args.invert, crop=args.crop):
-        logits, features = trained(stack_views(photos))
+    for photos in read_photos(found, trained.info, invert=args.invert, crop=args.crop):
+        logits, features = trained(stack_views(photos, trained.info))
         values, labels = trained.probabilities(logits, calibrate=args.calibrate).topk(args.top)
         scores = reference.score(features)
         rows = zip(values.tolist(), labels.tolist(), scores.tolist(), strict=True)

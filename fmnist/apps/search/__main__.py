@@ -1,7 +1,7 @@
 """Find the images that look most like a picture, by a trained run's penultimate features.
 
 fmnist search query runs/cnn test:17 shoe.jpg                  search.csv and search.png: the ten nearest of each
-fmnist search query runs/cnn shoe.jpg --split all              ... among all 70,000 images
+fmnist search query runs/cnn shoe.jpg --split all              ... among all images of its data set
 fmnist search index runs/cnn --folder shop/                    the pictures in a folder, for query --index
 fmnist search evaluate runs/cnn                                how often the ten nearest are of the same class
 

@@ -22,7 +22,7 @@ logger = logging.getLogger("fmnist")
 FORMAT = "2"
 UNKNOWN = -1  # the label of a picture from a folder
 Split = Literal["train", "val", "test"]
-TENSORS = {"features": (torch.float16, 2), "predictions": (torch.int16, 1), "images": (torch.uint8, 3)}
+TENSORS = {"features": torch.float16, "predictions": torch.int16, "images": torch.uint8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Catalogue:
         labels: int64 [N], the class, or UNKNOWN.
         predictions: int16 [N], the predicted class.
         names: N times `split:number`, the position in the data set's own file, or a path below its folder.
-        images: uint8 [N, H, W], what the model was given.
+        images: uint8 [N, H, W] or [N, 3, H, W], what the model was given.
         class_names: in label order.
         run: name of the run whose weights made the features.
         source: the split, `all`, or the folder.
@@ -75,9 +75,7 @@ def split_catalogue(trained: Trained, source: Split | Literal["all"], root: str 
     Raises:
         ValueError: images that cannot be had, or weights that give features that are not finite.
     """
-    splits: tuple[Split, ...] = (source,) if source != "all" else ("train", "val", "test")
-    if source == "all" and not trained.info.num_val:
-        splits = ("train", "test")
+    splits: tuple[Split, ...] = (source,) if source != "all" else trained.splits
     loaded = {split: read_split(trained, split, root) for split in splits}
     found = [features_of(trained, split, images) for split, (images, *_) in loaded.items()]
     images, labels, indices = (torch.cat(tensors) for tensors in zip(*loaded.values(), strict=True))
@@ -104,7 +102,7 @@ def folder_catalogue(trained: Trained, folder: Path) -> Catalogue:
     if found[0][0] == str(folder):  # the folder itself: nothing is in it
         raise ValueError(": ".join(found[0]))
     views, names = [], []
-    for photo in (photo for photos in read_photos(found) for photo in photos):
+    for photo in (photo for photos in read_photos(found, trained.info) for photo in photos):
         if photo.cutout is None:
             logger.warning("left out: %s: %s", photo.name, photo.error)
         else:
@@ -154,7 +152,7 @@ def load_catalogue(path: Path, trained: Trained) -> Catalogue:
             # Copied: a mapped file that shrinks would end the process.
             tensors = {name: file.get_tensor(name).clone() for name in TENSORS}
         names, sha256 = json.loads(about["names"]), about["weights_sha256"]
-        _check(tensors, names, about, len(trained.class_names))
+        _check(tensors, names, about, trained)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not an index of this version: {reason}") from None
@@ -173,14 +171,16 @@ def load_catalogue(path: Path, trained: Trained) -> Catalogue:
     )
 
 
-def _check(tensors: dict[str, Tensor], names: list[str], about: dict[str, str], num_classes: int) -> None:
+def _check(tensors: dict[str, Tensor], names: list[str], about: dict[str, str], trained: Trained) -> None:
     if about["format"] != FORMAT:
         raise ValueError(f"format {about['format']}, not {FORMAT}")
     shapes = {name: (tensor.dtype, tensor.ndim) for name, tensor in tensors.items()}
-    if shapes != TENSORS or {len(tensor) for tensor in tensors.values()} != {len(names)} or not names:
+    ndims = {"features": 2, "predictions": 1, "images": 1 + len(trained.info.image_shape)}
+    expected = {name: (dtype, ndims[name]) for name, dtype in TENSORS.items()}
+    if shapes != expected or {len(tensor) for tensor in tensors.values()} != {len(names)} or not names:
         raise ValueError(f"its tensors are {shapes} with {len(names)} names")
     if not all(isinstance(name, str) for name in names):
         raise ValueError("a name in it is not a text")
     low, high = (int(bound) for bound in tensors["predictions"].aminmax())
-    if low < 0 or high >= num_classes or not tensors["features"].isfinite().all():
+    if low < 0 or high >= len(trained.class_names) or not tensors["features"].isfinite().all():
         raise ValueError(f"classes from {low} to {high}, or features that are not finite")

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from fmnist.apps.search.catalogue import UNKNOWN, Catalogue
-from fmnist.report.figures import BLUE, GREEN, ORANGE, Axes, Figure, by_default_style, save_figure
+from fmnist.evaluation.misclassified import channels_last
+from fmnist.report.figures import BLUE, GREEN, ORANGE, Axes, Figure, by_default_style, save_figure, shorten
 
 COLUMN_NAMES = ("query", "rank", "item", "class", "predicted", "similarity", "error")  # of search.csv
 COLUMNS = 10  # images in one line of the sheet; more follow below
@@ -21,7 +22,7 @@ class Hit:
 
     Attributes:
         query: `split:number` or the file's name.
-        image: uint8 [H, W], what the model was given.
+        image: uint8 [H, W] or [3, H, W], what the model was given.
         label: the query's class, or UNKNOWN.
         prediction: the predicted class.
         positions: int64 [k], items of the catalogue, nearest first.
@@ -80,12 +81,13 @@ def plot_hits(hits: Sequence[Hit], catalogue: Catalogue, path: Path) -> None:
     for row, hit in enumerate(hits):
         known = hit.label != UNKNOWN
         axes = cell(row * lines, 0.2)
-        caption = catalogue.class_names[hit.label] if known else f"{catalogue.class_names[hit.prediction]}?"
+        predicted = shorten(catalogue.class_names[hit.prediction])
+        caption = shorten(catalogue.class_names[hit.label]) if known else f"predicted {predicted}"
         _draw(axes, hit.image, BLUE, 2.5, caption, _short(hit.query, 16), "bold")
         for rank, (position, similarity) in enumerate(zip(hit.positions, hit.similarities, strict=True)):
             axes = cell(row * lines + rank // COLUMNS, (rank % COLUMNS + 1.4) * CELL_INCHES)
             label = int(catalogue.labels[position])
-            name = _short(catalogue.names[position], 16) if label == UNKNOWN else catalogue.class_names[label]
+            name = _short(catalogue.names[position], 16) if label == UNKNOWN else shorten(catalogue.class_names[label])
             color = "#666666"
             if known and label != UNKNOWN:
                 color = GREEN if label == hit.label else ORANGE
@@ -94,7 +96,7 @@ def plot_hits(hits: Sequence[Hit], catalogue: Catalogue, path: Path) -> None:
 
 
 def _draw(axes: Axes, image: Tensor, color: str, width: float, first: str, second: str, weight: str) -> None:
-    axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.imshow(channels_last(image), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     for spine in axes.spines.values():
         spine.set(edgecolor=color, linewidth=width)
     text: dict[str, Any] = {

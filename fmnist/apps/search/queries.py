@@ -22,7 +22,7 @@ from fmnist.apps.search.hits import COLUMN_NAMES, Hit, hits_rows, plot_hits
 from fmnist.apps.search.names import QUERY, SOURCES
 from fmnist.apps.views import count_kinds, read_photos
 from fmnist.evaluation.neighbours import Neighbours
-from fmnist.evaluation.retrieval import measure_precision
+from fmnist.evaluation.retrieval import measure_precision, query_split
 from fmnist.report.retrieval_table import RETRIEVAL_FILE, precision_table, write_precision
 from fmnist.runtime.console import counted
 from fmnist.runtime.files import csv_bytes, write_atomic
@@ -62,7 +62,7 @@ def _read_queries(
     """Return picture and class (UNKNOWN for a file) of each query that can be read, and an error for each other."""
     split_of = functools.cache(functools.partial(read_split, trained, root=root))
     files = [pair for pair in named if not QUERY.fullmatch(pair[0])]
-    photos = {photo.name: (photo.cutout, photo.error) for part in read_photos(files) for photo in part}
+    photos = {photo.name: (photo.cutout, photo.error) for part in read_photos(files, trained.info) for photo in part}
     queries: dict[str, tuple[Tensor, int]] = {}
     errors: dict[str, str] = {}
     for name, _ in named:
@@ -129,7 +129,7 @@ def index(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> int:
     """Measure retrieval precision, print the table and write the JSON."""
     trained = open_trained(args.run, args.device, args.batch_size)
-    output = args.output or trained.folder("evaluation", "test") / RETRIEVAL_FILE
+    output = args.output or trained.folder("evaluation", query_split(trained)) / RETRIEVAL_FILE
     check_outputs({output: b'"num_queries"'}, force=args.force)
     result = measure_precision(trained, k=args.k, root=args.root)
     write_precision(result, output)

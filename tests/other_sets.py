@@ -1,0 +1,77 @@
+"""Data sets that are not Fashion-MNIST, as .npz files, and runs on them that were never trained."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from fmnist.checkpoint.tensors import apart
+from fmnist.config.schema import AugmentConfig, BatchConfig, Config, DataConfig, ModelConfig, to_yaml
+from fmnist.data.info import DATA_FILE
+from fmnist.data.registry import open_source
+from fmnist.models import build_model
+
+SIZES = {"train": 240, "val": 120, "test": 160}
+
+
+def names(num_classes: int) -> list[str]:
+    """Class names as people have them: long ones, with markup, with a dollar sign."""
+    return [f"kind {i:03d}" for i in range(num_classes - 3)] + [
+        "Chrysanthemum morifolium, the florist's daisy, cultivated in many forms",
+        "<b>bold</b> & $x^2$",
+        "Ärmel",
+    ]
+
+
+def write_npz(path: Path, num_classes: int, shape: tuple[int, ...], **changes: Any) -> Path:
+    """Write images of one bright rectangle a class, with noise.
+
+    Args:
+        path: the file.
+        num_classes: 5 and more.
+        shape: of an image, [H, W] or [H, W, 3].
+        changes: arrays that replace its own; None takes one out.
+    """
+    rng = np.random.default_rng(0)
+    arrays: dict[str, Any] = {"class_names": np.array(names(num_classes))}
+    for part, count in SIZES.items():
+        count = max(count, num_classes)
+        labels = np.arange(count) % num_classes
+        images = rng.integers(0, 90, (count, *shape), np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            row, column = label % shape[0], label * 3 % shape[1]
+            image[row : row + 4, column : column + 4] = 140 + label * 100 // num_classes
+        arrays |= {f"{part}_images": images, f"{part}_labels": labels}
+    arrays = {name: value for name, value in (arrays | changes).items() if value is not None}
+    np.savez(path, **arrays)
+    return path
+
+
+def untrained_on(npz: Path, folder: Path, size: int = 16) -> Path:
+    """Make a run directory of a small CNN as it was drawn, moved off its first symmetric state."""
+    model = ModelConfig(name="cnn", options={"widths": [8, 16, 32]})
+    data = DataConfig(name="npz", root=str(npz), val_size=0)
+    cfg = Config(
+        data=data, batch=BatchConfig(global_batch_size=32), model=model, augment=AugmentConfig(size=size),
+        output_dir=str(folder),
+    )  # fmt: skip
+    source = open_source(data)
+    counts = {f"num_{part}": len(source.read(part)[1]) for part in ("train", "val", "test")}  # type: ignore[arg-type]
+    info = replace(source.info, **counts)
+    torch.manual_seed(0)
+    built, _ = build_model(
+        model, num_classes=len(info.class_names), mean=info.mean, std=info.std, image_size=size, load_weights=False
+    )
+    with torch.no_grad():
+        for tensor in (*built.parameters(), *built.buffers()):
+            if tensor.is_floating_point():
+                tensor += 0.03 * torch.randn_like(tensor)
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(cfg))
+    (folder / DATA_FILE).write_text(json.dumps(info.to_json()))
+    save_file(apart(built.state_dict()), folder / "model.safetensors")
+    return folder

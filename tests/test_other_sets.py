@@ -1,0 +1,192 @@
+"""Every command after training speaks of the run's own data set: its classes, shape and splits."""
+
+import csv
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from other_sets import SIZES, names, untrained_on, write_npz
+from PIL import Image
+from small import command
+
+import fmnist
+from fmnist.apps.monitor.__main__ import main as monitor_main
+from fmnist.apps.monitor.batch import read_batch
+from fmnist.apps.predict.__main__ import main as predict_main
+from fmnist.apps.search.__main__ import main as search_main
+from fmnist.apps.views import read_photo, view_of
+from fmnist.data.fashion_mnist import INFO
+from fmnist.report.figures import shorten
+from fmnist.trained import open_trained
+
+NUM_CLASSES = 40
+
+
+@pytest.fixture(scope="module")
+def colour(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on images [24, 32, 3] of forty classes."""
+    folder = tmp_path_factory.mktemp("colour")
+    return untrained_on(write_npz(folder / "shapes.npz", NUM_CLASSES, (24, 32, 3)), folder / "run")
+
+
+@pytest.fixture(scope="module")
+def grey(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on grey images [8, 8] of five classes, without test images."""
+    folder = tmp_path_factory.mktemp("grey")
+    npz = write_npz(folder / "tiny.npz", 5, (8, 8), test_images=None, test_labels=None)
+    return untrained_on(npz, folder / "run")
+
+
+def pixels(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    channels = {"L": (), "RGB": (3,), "RGBA": (4,)}[mode]
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, *channels), np.uint8))
+
+
+def test_a_stored_image_saved_as_a_picture_is_seen_as_it_is_stored(colour: Path, tmp_path: Path) -> None:
+    trained = open_trained(colour, "cpu")
+    image = trained.split("test").images[5]
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    photo = read_photo(str(tmp_path / "a.png"), trained.info)
+    assert photo.cutout is not None and photo.cutout.box is None and not photo.cutout.inverted
+    assert np.array_equal(photo.cutout.view, image.numpy())
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "fit", "box"),
+    [
+        ((100, 50), (3, 32, 32), "crop", (25, 0, 75, 50)),
+        ((50, 101), (1, 32, 32), "crop", (0, 25, 50, 75)),
+        ((64, 64), (3, 32, 32), "crop", None),
+        ((60, 60), (3, 20, 40), "crop", (0, 15, 60, 45)),  # twice as wide as high
+        ((1, 500), (3, 8, 8), "crop", (0, 249, 1, 250)),
+        ((5, 3), (3, 224, 224), "crop", (1, 0, 4, 3)),
+        ((100, 50), (3, 32, 32), "pad", None),
+    ],
+)
+def test_a_picture_takes_the_shape_of_the_runs_images(size, shape, fit, box) -> None:
+    info = replace(INFO, name="npz", shape=shape, mean=INFO.mean * shape[0], std=INFO.std * shape[0], fit=fit)
+    for mode in ("RGB", "RGBA"):
+        image = pixels(*size, mode)
+        found = view_of(image, info)
+        assert found.view.shape == info.image_shape and found.view.dtype == np.uint8 and found.box == box
+        torch.from_numpy(found.view)  # positive strides
+    seen = view_of(Image.new("RGB", size, (200, 10, 60)), info)  # one plain colour is no error here
+    assert np.unique(seen.view).tolist() == (
+        [10, 60, 200] if shape[0] == 3 else [73]
+    )  # 72.51: 0.299 R + 0.587 G + 0.114 B
+
+
+def test_padding_has_the_mean_colour_of_the_border_and_keeps_the_whole() -> None:
+    info = replace(INFO, name="npz", shape=(1, 8, 8), fit="pad")
+    image = Image.fromarray(np.full((4, 8), 90, np.uint8)).convert("RGB")
+    assert np.unique(view_of(image, info).view).tolist() == [90]
+    left_white = np.zeros((4, 8), np.uint8)
+    left_white[:, 0] = 255
+    # border of 4 x 8: 20 pixels, 4 of them white: 51
+    view = view_of(Image.fromarray(left_white).convert("RGB"), info).view
+    assert view[0].tolist() == [51] * 8 and view[4].tolist() == [255] + [0] * 7
+
+
+def test_transparent_pixels_are_white() -> None:
+    info = replace(INFO, name="npz", shape=(3, 8, 8), mean=INFO.mean * 3, std=INFO.std * 3)
+    assert view_of(Image.new("RGBA", (8, 8), (9, 9, 9, 0)), info).view.min() == 255
+
+
+def test_predict_names_its_classes_and_shows_its_shape(colour: Path, tmp_path: Path) -> None:
+    for i, (width, height) in enumerate([(300, 200), (31, 400), (32, 24)]):
+        pixels(width, height).save(tmp_path / f"{i}.png")
+    (tmp_path / "no.jpg").write_bytes(b"<html>")
+    said = command(predict_main, colour, tmp_path, "--output", tmp_path / "out", "--top", 40)
+    assert "3 predicted: " in said and "uncropped" not in said and "; 1 error\n" in said
+    rows = list(csv.DictReader((tmp_path / "out/predictions.csv").open(newline="", encoding="utf-8")))
+    assert [row["cropped"] for row in rows] == ["yes", "yes", "no", ""]
+    tops = [rows[0][f"top{place}"] for place in range(1, 41)]
+    assert sorted(tops) == sorted(names(NUM_CLASSES))
+    sheet = Image.open(tmp_path / "out/predictions.png").convert("RGB")
+    assert any(red != green for red, green, _ in sheet.get_flattened_data())  # in colour
+
+
+@pytest.mark.parametrize("option", ["--invert=always", "--invert=never", "--no-crop"])
+def test_options_of_the_cut_out_are_refused_where_nothing_is_cut_out(option: str, colour: Path, tmp_path: Path) -> None:
+    pixels(30, 30).save(tmp_path / "a.png")
+    said = command(predict_main, colour, tmp_path / "a.png", option, "--output", tmp_path / "out", status=2)
+    assert option.replace("=", " ") in said and "shapes" in said
+
+
+def test_from_python_colour_arrays_may_have_their_channels_first_or_last(colour: Path, grey: Path) -> None:
+    run = fmnist.open_run(colour, "cpu")
+    first = run.trained.split("test").images[:3]
+    last = first.movedim(1, -1).numpy()
+
+    def classes(images) -> list[list[str]]:  # probabilities are equal to rounding: the batches differ
+        return [[name for name, _ in row] for row in run.predict(images)]
+
+    expected = classes(first)
+    assert classes(last) == expected and classes(first[0]) == classes(last[0]) == expected[:1]
+    assert classes([first[:2], last[2], Image.fromarray(last[1])]) == [*expected, expected[1]]
+    assert set(expected[0]) <= set(names(NUM_CLASSES))
+    for bad in (np.zeros((24, 32), np.uint8), np.zeros((5, 24, 32), np.uint8), np.zeros((1, 4, 24, 32), np.uint8)):
+        with pytest.raises(ValueError, match=r"expected uint8 \[N, 3, H, W\]"):
+            run.predict(bad)
+    with pytest.raises(ValueError, match=r"expected uint8 \[N, H, W\] or \[H, W\]"):
+        fmnist.open_run(grey, "cpu").predict(last)
+
+
+def test_search_finds_in_all_splits_there_are(colour: Path, grey: Path, tmp_path: Path) -> None:
+    pixels(90, 60).save(tmp_path / "a.png")
+    args = ("query", colour, "test:39", tmp_path / "a.png", "--split", "all", "--output", tmp_path / "out")
+    assert f"of {sum(SIZES.values()):,} images" in command(search_main, *args)
+    rows = list(csv.DictReader((tmp_path / "out/search.csv").open(newline="", encoding="utf-8")))
+    assert len(rows) == 20 and {row["class"] for row in rows} <= set(names(NUM_CLASSES))
+    said = command(search_main, "query", grey, "val:0", "--split", "all", "--output", tmp_path / "grey")
+    assert f"of {SIZES['train'] + SIZES['val']:,} images" in said
+    said = command(search_main, "query", grey, "test:0", "--output", tmp_path / "none", status=2)
+    assert "tiny has no test images; run has train, val" in said
+
+
+def test_an_index_of_colour_pictures_is_read_again_and_not_by_a_grey_run(
+    colour: Path, grey: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "shop").mkdir()
+    for i in range(3):
+        pixels(40 + i, 30).save(tmp_path / "shop" / f"{i}.png")
+    index = tmp_path / "index.safetensors"
+    command(search_main, "index", colour, "--folder", tmp_path / "shop", "--output", index)
+    args = ("--index", index, "--output", tmp_path / "out")
+    assert "the 2 nearest of 3" in command(search_main, "query", colour, tmp_path / "shop/0.png", *args)
+    assert "is not an index" in command(search_main, "query", grey, tmp_path / "shop/0.png", *args, status=2)
+
+
+def test_the_monitor_reads_batches_of_the_runs_shape(colour: Path, grey: Path, tmp_path: Path) -> None:
+    info = open_trained(colour, "cpu").info
+    first = np.random.default_rng(0).integers(0, 256, (6, 3, 24, 32), np.uint8)
+    np.save(tmp_path / "first.npy", first)
+    np.save(tmp_path / "last.npy", first.transpose(0, 2, 3, 1))
+    for name in ("first", "last"):
+        assert np.array_equal(next(read_batch(tmp_path / f"{name}.npy", info, Counter()))[0].numpy(), first)
+    for shape in ((6, 24, 32), (6, 1, 24, 32), (6, 32, 24, 3), (3, 24, 32)):
+        np.save(tmp_path / "bad.npy", np.zeros(shape, np.uint8))
+        with pytest.raises(ValueError, match=r"expected uint8 \[N, 3, 24, 32\] or \[N, 24, 32, 3\]"):
+            list(read_batch(tmp_path / "bad.npy", info, Counter()))
+    found = json.loads(command(monitor_main, colour, tmp_path / "last.npy", "--json", status=None))
+    assert found["num_images"] == 6 and list(found["batch_means"]["class_mix"]) == names(NUM_CLASSES)
+    np.save(tmp_path / "grey.npy", np.zeros((9, 28, 28), np.uint8))
+    said = command(monitor_main, grey, tmp_path / "grey.npy", status=2)
+    assert "expected uint8 [N, 8, 8]" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("T-shirt/top", "T-shirt/top"),
+        ("x" * 24, "x" * 24),
+        ("Chrysanthemum morifolium (red cross)", "Chrysanthem...red cross)"),
+        ("two\nlines", "two lines"),
+    ],
+)
+def test_long_class_names_keep_both_ends_in_figures(name: str, shown: str) -> None:
+    assert shorten(name) == shown and len(shorten(name)) <= 24
