@@ -12,7 +12,6 @@ from fmnist.data.augment_table import MATRIX, OWN_SHARE, augmentation_table, fli
 from fmnist.data.augment_torch import (
     Plan,
     augment_reference,
-    check_whole_pixels,
     choose_level,
     compose,
     normalize,
@@ -23,6 +22,7 @@ from fmnist.data.batches import MicroBatch
 from fmnist.data.colour import changes_colours, grey_of
 from fmnist.data.fashion_mnist import MEAN
 from fmnist.data.pyramid import at_level, build_pyramid, level_of, shrink
+from fmnist.data.whole_pixels import check_whole_pixels
 from fmnist.runtime.environment import ENVIRONMENT
 
 # Of images, pyramid, indices, partners, table and plan: see `augment_reference`.
@@ -93,8 +93,7 @@ class Augment:
             colours=changes_colours(self.cfg),
             erases=self.cfg.erase > 0,
             mixes=self.mixes,
-            whole_pixels=source_shape == (size, size)
-            and not (self.cfg.rotation or self.cfg.scale or self.cfg.crop < 1),
+            whole_pixels=source_shape == (size, size) and not self.cfg.interpolates,
         )
 
     def table(self, batch: MicroBatch) -> Tensor:
