@@ -1,12 +1,15 @@
 """Random crops and changes of colour: against torchvision, colorsys and their definitions in float64."""
 
 import colorsys
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import train
 from torchvision.transforms.v2 import functional as tv
 
 from fmnist.config.conflicts import Length, validate, without_effect
@@ -241,7 +244,11 @@ def test_colours_of_other_channels_are_refused() -> None:
     images = torch.zeros(2, 4, 8, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match="images have 4 channels; brightness, contrast, saturation, hue need 1 or 3"):
         augmented(replace(OFF, brightness=0.1), images, uniforms(2))
-    assert augmented(OFF, images, uniforms(2)).shape == (2, 4, 8, 8)
+    means = (0.1, 0.2, 0.3, 0.4)
+    erased = augmented(replace(OFF, erase=1.0), images, uniforms(2, erase=0.0), means)
+    assert erased.amax((0, 2, 3)).tolist() == pytest.approx(means)
+    with pytest.raises(ValueError, match="fill has 3 values, but images have 4 channels"):
+        augmented(OFF, images, uniforms(2), means[:3])
 
 
 def test_options_without_effect_are_refused_or_said() -> None:
@@ -259,3 +266,19 @@ def test_options_without_effect_are_refused_or_said() -> None:
     assert note == "train loss: with flips, crops, changes of colour; val loss: without"
     shift = AugmentConfig(shift=0.01, trivial=0.1)
     assert without_effect(Config(augment=shift), grey) == [] and shift.interpolates
+
+
+@pytest.mark.thorough
+def test_a_run_with_all_of_it_is_the_same_on_two_processes(small_config: Path, tmp_path: Path) -> None:
+    options = "--augment.size 12 --augment.crop 0.35 --augment.flip_vertical 0.3 --augment.trivial 0.5 "
+    options += "--augment.brightness 0.3 --augment.contrast 0.3 --augment.saturation 0.3 --batch.micro_batch_size 16"
+    losses = []
+    for processes in (1, 2):
+        directory = tmp_path / str(processes)
+        done = train("--config", small_config, *options.split(), "--output_dir", directory, processes=processes)
+        assert "augment.saturation 0.3 has no effect: the images are grey" in done.stderr
+        lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if line["prefix"] == "train"])
+        assert (directory / "train_batch.png").exists()
+    assert len(losses[0]) == 12 and losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][-1] < losses[0][0]

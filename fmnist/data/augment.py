@@ -100,7 +100,7 @@ class Augment:
         """Return the parameters of every sample in the batch's epoch: float32 [N, 16, 17 or 29].
 
         Raises:
-            ValueError: colours change, but the images have neither one channel nor three.
+            ValueError: colours change, but the images have neither one channel nor three; or fill has other channels.
         """
         size = self.size(batch.epoch)
         if self._table is None or self._table[0] is not batch.uniforms or self._table[1] != size:
@@ -108,10 +108,12 @@ class Augment:
             plan = self.plan(size, shape := (height, width))
             if plan.colours and channels not in (1, 3):
                 raise ValueError(f"images have {channels} channels; brightness, contrast, saturation, hue need 1 or 3")
+            if len(self.fill) not in (1, channels):
+                raise ValueError(f"fill has {len(self.fill)} values, but images have {channels} channels")
             uniforms = batch.uniforms
             if self.cfg.flip_in_turn:
                 uniforms = flip_in_turn(uniforms, seed=batch.key[0], epoch=batch.epoch)
-            grey, whole_pixels = grey_of(self.fill), plan.whole_pixels
+            grey, whole_pixels = grey_of(self.fill) if plan.colours else 0.0, plan.whole_pixels
             table = augmentation_table(self.cfg, uniforms, shape, size, whole_pixels=whole_pixels, grey=grey)
             if whole_pixels:
                 check_whole_pixels(table[:, MATRIX], size)
