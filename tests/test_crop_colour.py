@@ -1,12 +1,15 @@
 """Random crops and changes of colour: against torchvision, colorsys and their definitions in float64."""
 
 import colorsys
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import train
 from torchvision.transforms.v2 import functional as tv
 
 from fmnist.config.conflicts import Length, validate, without_effect
@@ -15,7 +18,7 @@ from fmnist.data import augment_table as params
 from fmnist.data.augment import Augment
 from fmnist.data.augment_table import COLOUR, LEVEL, MATRIX, augmentation_table
 from fmnist.data.batches import NUM_UNIFORMS, MicroBatch
-from fmnist.data.colour import LUMA, recolour
+from fmnist.data.colour import LUMA, QUARTER_TURN, recolour
 from fmnist.data.split import Split
 from fmnist.report.curves import loss_note
 
@@ -25,7 +28,7 @@ COLOURS = AugmentConfig(flip=0.0, brightness=0.4, contrast=0.3, saturation=0.5, 
 
 def uniforms(count: int, **given: float) -> torch.Tensor:
     """Rows of random numbers, but for what is given: `uniforms(3, hue=1.0)`."""
-    rows = torch.rand(count, NUM_UNIFORMS, generator=torch.Generator().manual_seed(0))
+    rows = torch.rand(NUM_UNIFORMS, count, generator=torch.Generator().manual_seed(0)).T.contiguous()
     for name, value in given.items():
         rows[:, getattr(params, name.upper())] = value
     return rows
@@ -88,9 +91,9 @@ def test_crops_have_uniform_area_lie_inside_and_reach_every_edge() -> None:
 
 
 def test_all_of_geometry_is_one_product_of_matrices() -> None:
-    """Cropped, flipped, magnified, rotated, shifted: each written out in float64, and multiplied."""
-    cfg = AugmentConfig(flip=0.5, flip_vertical=0.5, crop=0.2, rotation=40, shift=0.2, scale=0.5)
-    rows = uniforms(200)
+    """Cropped, flipped, magnified, sheared, rotated, shifted: each written out in float64, and multiplied."""
+    cfg = AugmentConfig(flip=0.5, flip_vertical=0.5, crop=0.2, rotation=40, shift=0.2, scale=0.5, trivial=0.8)
+    rows, seen = uniforms(200), set()
     found = table(cfg, rows)[:, MATRIX].double().view(-1, 2, 3)
     u = rows.double().numpy()
     for row, matrix in zip(u, found.numpy(), strict=True):
@@ -101,13 +104,34 @@ def test_all_of_geometry_is_one_product_of_matrices() -> None:
         crop = np.array([[w, 0, place_x], [0, h, place_y], [0, 0, 1]])  # what is shown, in the image
         flips = [-1.0 if row[i] < 0.5 else 1.0 for i in (params.FLIP, params.FLIP_VERTICAL)]
         zoom = 1.5 ** (2 * row[params.ZOOM] - 1)
-        angle = math.radians(40 * (2 * row[params.ANGLE] - 1))
+        operation, strength = min(5, int(row[params.TRIVIAL] / 0.8 * 5)), 2 * row[params.STRENGTH] - 1  # 5: none
+        seen.add(operation)
+        angle = math.radians(40 * (2 * row[params.ANGLE] - 1) + 30 * strength * (operation == 0))
         turn = np.array([[math.cos(angle), math.sin(angle), 0], [-math.sin(angle), math.cos(angle), 0], [0, 0, 1]])
         shift = np.eye(3)
         shift[:2, 2] = [2 * 0.2 * (2 * row[i] - 1) for i in (params.SHIFT_X, params.SHIFT_Y)]
+        shift[:2, 2] += [0.625 * strength * (operation == number) for number in (1, 2)]  # 10 of 32 pixels
+        shear = np.eye(3)
+        shear[0, 1], shear[1, 0] = (0.3 * strength * (operation == number) for number in (3, 4))
         # y points down, so that a turn counter-clockwise as seen has its sines exchanged.
-        forward = shift @ turn @ np.diag([zoom, zoom, 1.0]) @ np.diag([*flips, 1.0]) @ np.linalg.inv(crop)
+        forward = shift @ turn @ shear @ np.diag([zoom, zoom, 1.0]) @ np.diag([*flips, 1.0]) @ np.linalg.inv(crop)
         assert np.abs(np.linalg.inv(forward)[:2] - matrix).max() < 1e-5
+    assert seen == set(range(6))
+
+
+def test_each_trivial_operation_comes_alone_and_as_often_as_the_others() -> None:
+    matrices = table(AugmentConfig(flip=0, trivial=0.5), uniforms(20_000))[:, MATRIX].double()
+    xx, xy, x, yx, yy, y = matrices.unbind(1)
+    turned = (xy != 0) & (yx != 0)
+    kinds = [turned, x != 0, y != 0, (xy != 0) & ~turned, (yx != 0) & ~turned]
+    assert all(1850 < int(kind.sum()) < 2150 for kind in kinds)  # 2,000 expected, deviation 42
+    assert int(torch.stack(kinds).sum(0).max()) == 1
+    assert float(x.abs().max()) == pytest.approx(20 / 32, abs=0.001) and float(yx[kinds[4]].abs().max()) < 0.3001
+    assert float(xy[kinds[3]].abs().max()) == pytest.approx(0.3, abs=0.001)
+    degrees = torch.atan2(yx, yy)[turned].rad2deg()
+    assert 29.9 < degrees.abs().max() < 30.01 and degrees.mean().abs() < 1.2  # deviation 30 / sqrt(3 x 2000) = 0.39
+    # A shear moves along one axis only: lines of the other stay where they are.
+    assert (xx == 1)[kinds[3]].all() and (y == 0)[kinds[3]].all()
 
 
 def test_a_vertical_flip_is_exact_and_independent_of_the_other(train_images: Split) -> None:
@@ -129,6 +153,8 @@ def test_the_matrix_is_brightness_contrast_saturation_and_hue_by_the_book(colour
     pixels = colours[:, :, 0, 0].double() / 255
     ours = recolour(pixels[:, :, None, None], matrices)[:, :, 0, 0]
     yiq = np.array([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
+    turn = np.linalg.inv(yiq) @ [(0, 0, 0), (0, 0, 1), (0, -1, 0)] @ yiq
+    assert np.abs(turn - QUARTER_TURN).max() < 1e-9
     u = rows.double().numpy()
     for row, pixel, found in zip(u, pixels.numpy(), ours.numpy(), strict=True):
         brightness, contrast, saturation = (
@@ -218,7 +244,11 @@ def test_colours_of_other_channels_are_refused() -> None:
     images = torch.zeros(2, 4, 8, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match="images have 4 channels; brightness, contrast, saturation, hue need 1 or 3"):
         augmented(replace(OFF, brightness=0.1), images, uniforms(2))
-    assert augmented(OFF, images, uniforms(2)).shape == (2, 4, 8, 8)
+    means = (0.1, 0.2, 0.3, 0.4)
+    erased = augmented(replace(OFF, erase=1.0), images, uniforms(2, erase=0.0), means)
+    assert erased.amax((0, 2, 3)).tolist() == pytest.approx(means)
+    with pytest.raises(ValueError, match="fill has 3 values, but images have 4 channels"):
+        augmented(OFF, images, uniforms(2), means[:3])
 
 
 def test_options_without_effect_are_refused_or_said() -> None:
@@ -234,3 +264,21 @@ def test_options_without_effect_are_refused_or_said() -> None:
     assert without_effect(cfg, rgb) == []
     note = loss_note(Config(augment=AugmentConfig(flip=0, flip_vertical=0.5, crop=0.5, hue=0.1)))
     assert note == "train loss: with flips, crops, changes of colour; val loss: without"
+    shift = AugmentConfig(shift=0.01, trivial=0.1)
+    assert without_effect(Config(augment=shift), grey) == [] and shift.interpolates
+
+
+@pytest.mark.thorough
+def test_a_run_with_all_of_it_is_the_same_on_two_processes(small_config: Path, tmp_path: Path) -> None:
+    options = "--augment.size 12 --augment.crop 0.35 --augment.flip_vertical 0.3 --augment.trivial 0.5 "
+    options += "--augment.brightness 0.3 --augment.contrast 0.3 --augment.saturation 0.3 --batch.micro_batch_size 16"
+    losses = []
+    for processes in (1, 2):
+        directory = tmp_path / str(processes)
+        done = train("--config", small_config, *options.split(), "--output_dir", directory, processes=processes)
+        assert "augment.saturation 0.3 has no effect: the images are grey" in done.stderr
+        lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if line["prefix"] == "train"])
+        assert (directory / "train_batch.png").exists()
+    assert len(losses[0]) == 12 and losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][-1] < losses[0][0]

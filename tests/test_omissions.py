@@ -35,10 +35,11 @@ from fmnist.config.schema import (
     unflatten,
 )
 from fmnist.data.augment import Augment
-from fmnist.data.augment_torch import check_whole_pixels, resample, shift_and_flip
+from fmnist.data.augment_torch import resample
 from fmnist.data.fashion_mnist import INFO, load, load_indexed, load_split
 from fmnist.data.photos import find_pictures, open_picture
 from fmnist.data.split import Split
+from fmnist.data.whole_pixels import check_whole_pixels, shift_and_flip
 from fmnist.evaluation.calibration import average_probabilities
 from fmnist.evaluation.findings import findings
 from fmnist.evaluation.misclassified import confident_errors

@@ -25,7 +25,15 @@ GEOMETRY = AugmentConfig(flip=0.5, rotation=10, shift=0.1, scale=0.1)
 ERASING = replace(GEOMETRY, erase=0.6)
 ALL = replace(ERASING, mixup_alpha=0.4, cutmix_alpha=1.0, mix_probability=0.8)
 COLOURS = replace(
-    ALL, flip_vertical=0.5, crop=0.2, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2, mix_probability=0.5
+    ALL,
+    flip_vertical=0.5,
+    crop=0.2,
+    trivial=0.5,
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.4,
+    hue=0.2,
+    mix_probability=0.5,
 )
 HARD = replace(ALL, rotation=180, shift=0.5, scale=1.0)  # most of it outside the image
 BAR = 2 / 255

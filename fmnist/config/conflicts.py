@@ -86,7 +86,7 @@ SAID: tuple[tuple[str, Callable[[Config, Length], bool], str], ...] = (
         "augment.shift",
         lambda cfg, run: (
             {*sizes_by_epoch(cfg, run.num_train).values()} == {run.image_side}
-            and not (cfg.augment.rotation or cfg.augment.scale or cfg.augment.crop < 1)
+            and not cfg.augment.interpolates
             and round(cfg.augment.shift * run.image_side) == 0
         ),
         "has no effect: it is less than half a pixel, and shifts are whole where nothing else is interpolated",

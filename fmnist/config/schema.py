@@ -81,6 +81,8 @@ class AugmentConfig:
     """Maximum shift per axis as a fraction of the side; uniform, in whole pixels if nothing else is interpolated."""
     scale: float = option(0.0, valid=(0, 1))
     """Maximum zoom s; the factor is log-uniform in [1/(1+s), 1+s]."""
+    trivial: float = option(0.0, valid=(0, 1))
+    """Probability of one of TrivialAugment's shears (+-0.3), shifts (+-31 %) or rotation (+-30 degrees), besides."""
     brightness: float = option(0.0, valid=(0, 1))
     """Maximum change b of brightness; values are multiplied by a factor uniform in [1-b, 1+b]."""
     contrast: float = option(0.0, valid=(0, 1))
@@ -99,6 +101,11 @@ class AugmentConfig:
     """Probability that a sample is mixed if mixup or CutMix is enabled."""
     backend: Literal["auto", "triton", "compiled", "eager"] = "auto"
     """Implementation: fused Triton kernel, torch.compile, or plain PyTorch; auto: the kernel on a GPU."""
+
+    @property
+    def interpolates(self) -> bool:
+        """Say whether pixels come to lie between others even at the stored size."""
+        return bool(self.rotation or self.scale or self.trivial or self.crop < 1)
 
 
 @dataclass(frozen=True, kw_only=True)

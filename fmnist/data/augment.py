@@ -12,7 +12,6 @@ from fmnist.data.augment_table import MATRIX, OWN_SHARE, augmentation_table, fli
 from fmnist.data.augment_torch import (
     Plan,
     augment_reference,
-    check_whole_pixels,
     choose_level,
     compose,
     normalize,
@@ -23,6 +22,7 @@ from fmnist.data.batches import MicroBatch
 from fmnist.data.colour import changes_colours, grey_of
 from fmnist.data.fashion_mnist import MEAN
 from fmnist.data.pyramid import at_level, build_pyramid, level_of, shrink
+from fmnist.data.whole_pixels import check_whole_pixels
 from fmnist.runtime.environment import ENVIRONMENT
 
 # Of images, pyramid, indices, partners, table and plan: see `augment_reference`.
@@ -93,15 +93,14 @@ class Augment:
             colours=changes_colours(self.cfg),
             erases=self.cfg.erase > 0,
             mixes=self.mixes,
-            whole_pixels=source_shape == (size, size)
-            and not (self.cfg.rotation or self.cfg.scale or self.cfg.crop < 1),
+            whole_pixels=source_shape == (size, size) and not self.cfg.interpolates,
         )
 
     def table(self, batch: MicroBatch) -> Tensor:
         """Return the parameters of every sample in the batch's epoch: float32 [N, 16, 17 or 29].
 
         Raises:
-            ValueError: colours change, but the images have neither one channel nor three.
+            ValueError: colours change, but the images have neither one channel nor three; or fill has other channels.
         """
         size = self.size(batch.epoch)
         if self._table is None or self._table[0] is not batch.uniforms or self._table[1] != size:
@@ -109,10 +108,12 @@ class Augment:
             plan = self.plan(size, shape := (height, width))
             if plan.colours and channels not in (1, 3):
                 raise ValueError(f"images have {channels} channels; brightness, contrast, saturation, hue need 1 or 3")
+            if len(self.fill) not in (1, channels):
+                raise ValueError(f"fill has {len(self.fill)} values, but images have {channels} channels")
             uniforms = batch.uniforms
             if self.cfg.flip_in_turn:
                 uniforms = flip_in_turn(uniforms, seed=batch.key[0], epoch=batch.epoch)
-            grey, whole_pixels = grey_of(self.fill), plan.whole_pixels
+            grey, whole_pixels = grey_of(self.fill) if plan.colours else 0.0, plan.whole_pixels
             table = augmentation_table(self.cfg, uniforms, shape, size, whole_pixels=whole_pixels, grey=grey)
             if whole_pixels:
                 check_whole_pixels(table[:, MATRIX], size)

@@ -19,7 +19,8 @@ from fmnist.data.pyramid import level_of
 # What each column of the uniforms decides.
 FLIP, ANGLE, SHIFT_X, SHIFT_Y, ZOOM, ERASE, ERASE_AREA, ERASE_ASPECT, ERASE_X, ERASE_Y = range(10)
 MIX, MIX_KIND, MIX_LAMBDA, CUT_X, CUT_Y = range(10, 15)
-FLIP_VERTICAL, CROP_AREA, CROP_ASPECT, CROP_X, CROP_Y, BRIGHTNESS, CONTRAST, SATURATION, HUE = range(15, NUM_UNIFORMS)
+FLIP_VERTICAL, CROP_AREA, CROP_ASPECT, CROP_X, CROP_Y, BRIGHTNESS, CONTRAST, SATURATION, HUE = range(15, 24)
+TRIVIAL, STRENGTH = range(24, NUM_UNIFORMS)
 
 # The columns of a row, as many as are used. Boxes are x0, y0, x1, y1 in whole pixels of the output, empty where
 # x1 <= x0.
@@ -32,6 +33,9 @@ LEVEL = 16  # of the pyramid, which the matrix is applied to; left out with the 
 COLOUR = slice(17, 29)  # row-major 3 x 4: factors of red, green and blue, and an offset; left out where none change
 
 ERASE_AREAS, ERASE_ASPECTS = (0.02, 0.33), (0.3, 3.3)
+# TrivialAugment's operations with their largest strengths: turn, in radians; shifts right and down, 1 being half the
+# image; shears along x and y.
+TRIVIAL_LIMITS = (math.radians(30), 2 * 10 / 32, 2 * 10 / 32, 0.3, 0.3)
 BETA_TABLE_SIZE = 4096
 
 
@@ -93,20 +97,35 @@ def flip_in_turn(uniforms: Tensor, seed: int, epoch: int) -> Tensor:
 def _inverse_affine(
     cfg: AugmentConfig, u: tuple[Tensor, ...], source_shape: tuple[int, int], *, whole_pixels: bool
 ) -> list[Tensor]:
-    # The image is cropped, flipped, then magnified, rotated and shifted; the inverse undoes this from the end.
+    # The image is cropped, flipped, then magnified, sheared, rotated and shifted; the inverse undoes this from the end.
     shift_x, shift_y = ((2 * u[i] - 1) * cfg.shift for i in (SHIFT_X, SHIFT_Y))  # 1 is the whole image; right, down
     if whole_pixels:
         height, width = source_shape
         shift_x, shift_y = (shift_x * width).round() / width, (shift_y * height).round() / height
-    shift_x, shift_y = 2 * shift_x, 2 * shift_y
-    angle = (2 * u[ANGLE] - 1) * math.radians(cfg.rotation)  # counter-clockwise as seen
+    turn, further_x, further_y, shear_x, shear_y = _trivial(cfg, u)
+    shift_x, shift_y = 2 * shift_x + further_x, 2 * shift_y + further_y
+    angle = (2 * u[ANGLE] - 1) * math.radians(cfg.rotation) + turn  # counter-clockwise as seen
     zoom = torch.exp((2 * u[ZOOM] - 1) * math.log1p(cfg.scale))
     cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
-    width_shown, height_shown, centre_x, centre_y = _crop(cfg, u)
-    side_x = width_shown * torch.where(u[FLIP] < cfg.flip, -1.0, 1.0)
-    side_y = height_shown * torch.where(u[FLIP_VERTICAL] < cfg.flip_vertical, -1.0, 1.0)
-    row_x = (side_x * cos, side_x * -sin, side_x * (sin * shift_y - cos * shift_x) + centre_x)
-    return [*row_x, side_y * sin, side_y * cos, side_y * (-sin * shift_x - cos * shift_y) + centre_y]
+    shown_x, shown_y, centre_x, centre_y = _crop(cfg, u)
+    side_x = shown_x * torch.where(u[FLIP] < cfg.flip, -1.0, 1.0)
+    side_y = shown_y * torch.where(u[FLIP_VERTICAL] < cfg.flip_vertical, -1.0, 1.0)
+    xx, xy = cos - shear_x * sin, -sin - shear_x * cos
+    yx, yy = sin - shear_y * cos, cos + shear_y * sin
+    row_x = (side_x * xx, side_x * xy, side_x * (-xy * shift_y - xx * shift_x) + centre_x)
+    return [*row_x, side_y * yx, side_y * yy, side_y * (-yx * shift_x - yy * shift_y) + centre_y]
+
+
+def _trivial(cfg: AugmentConfig, u: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return what a sample's operation adds to its turn, shifts and shears: one of them, of any strength, or none.
+
+    Source:
+        Mueller and Hutter 2021, TrivialAugment; the five that are affine, with the ranges of its code, here continuous.
+    """
+    operations = len(TRIVIAL_LIMITS)
+    chosen = (u[TRIVIAL] * (operations / cfg.trivial)).floor() if cfg.trivial else u[TRIVIAL] + operations
+    strength = 2 * u[STRENGTH] - 1
+    return [torch.where(chosen == number, strength * most, 0.0) for number, most in enumerate(TRIVIAL_LIMITS)]
 
 
 def _crop(cfg: AugmentConfig, u: tuple[Tensor, ...]) -> list[Tensor]:
@@ -128,6 +147,8 @@ def levels_read(cfg: AugmentConfig, source_shape: tuple[int, int], size: int) ->
     """Return the levels of the pyramid that a sample may read: only 0, the stored image, where nothing shrinks by 2."""
     whole, zoom = min(source_shape) / size, 1 + cfg.scale
     least = whole / zoom * math.sqrt(cfg.crop / (cfg.crop_aspect if cfg.crop < 1 else 1))
+    if cfg.trivial:
+        least *= math.hypot(1, TRIVIAL_LIMITS[-1] / 2) - TRIVIAL_LIMITS[-1] / 2  # a shear's smaller singular value
     return range(level_of(least, source_shape), level_of(whole * zoom, source_shape) + 1)
 
 

@@ -18,7 +18,7 @@ logger = logging.getLogger("fmnist")
 # Random numbers of one sample and epoch; augment_table.py says what each decides. The first FIRST_UNIFORMS are drawn
 # together; each that is added later has a key of its own, so that it moves no draw of an older run.
 FIRST_UNIFORMS = 15  # never changed
-NUM_UNIFORMS = 24
+NUM_UNIFORMS = 26
 ORDER, UNIFORMS, FLIP_IN_TURN, LATER = 0, 1, 2, 3  # what a generator is for, the last part of its key
 
 

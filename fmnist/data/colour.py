@@ -8,10 +8,12 @@ from torch import Tensor
 from fmnist.config.schema import AugmentConfig
 
 LUMA = (0.299, 0.587, 0.114)  # the grey of red, green and blue
-_YIQ = torch.tensor([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)], dtype=torch.float64)
-_Q_TO_I = torch.tensor([(0, 0, 0), (0, 0, 1), (0, -1, 0)], dtype=torch.float64)
-# Turns hues by a quarter, from red towards yellow, and takes the grey away.
-QUARTER_TURN = (_YIQ.inverse() @ _Q_TO_I @ _YIQ).tolist()
+# Turns hues by a quarter, from red towards yellow, and takes the grey away: to YIQ, I := Q, Q := -I, Y := 0, and back.
+QUARTER_TURN = (
+    (-0.167703247, -0.329268146, 0.496971393),
+    (0.328130814, -0.035520929, -0.292609885),
+    (-1.249732606, 1.04650843, 0.203224176),
+)
 
 
 def changes_colours(cfg: AugmentConfig) -> bool:

@@ -62,6 +62,7 @@ def loss_note(cfg: Config) -> str:
         "shifts": augment.shift,
         "zoom": augment.scale,
         "changes of colour": augment.brightness or augment.contrast or augment.saturation or augment.hue,
+        "TrivialAugment": augment.trivial,
         "erasing": augment.erase,
         "mixup": augment.mixup_alpha,
         "CutMix": augment.cutmix_alpha,
