@@ -292,6 +292,8 @@ def record_batches(path: Path) -> None:
 
     def augment(self: Any, batch: Any) -> Any:
         images, targets = real(self, batch)
+        if sys._getframe(1).f_globals["__name__"] == "fmnist.training.batch_pictures":  # looked at, not trained on
+            return images, targets
         _, step, first = batch.key
         with path.open("a") as file:
             for i in range(len(images)):

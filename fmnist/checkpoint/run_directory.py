@@ -115,10 +115,12 @@ def lock_directory(directory: Path) -> BaseFileLock:
     """
     path = directory / LOCK
     try:
-        with suppress(FileExistsError):
-            path.open("xb").close()  # so that its mode follows the umask, and colleagues of a group can take it
-        # one that was just killed may not be gone yet
-        lock = FileLock(path, timeout=LOCK_WAIT_S, mode=path.lstat().st_mode & 0o777)
+        mode = -1  # filelock's own choice
+        if not issubclass(FileLock, SoftFileLock):  # of which a file that is there is a lock that is held
+            with suppress(FileExistsError):
+                path.open("xb").close()  # so that its mode follows the umask, and colleagues of a group can take it
+            mode = path.lstat().st_mode & 0o777
+        lock = FileLock(path, timeout=LOCK_WAIT_S, mode=mode)  # one that was just killed may not be gone yet
         lock.acquire()
     except Timeout:
         holder = path.read_text(errors="replace")[:200].strip()
