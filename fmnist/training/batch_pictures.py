@@ -73,6 +73,7 @@ def write_train_batch(directory: Path, loader: Loader, augment: Augment, schedul
             num_classes=augment.num_classes,
             mean=augment.mean,
             std=augment.std,
+            fill=augment.fill,
             device=loader.split.images.device,
         )
         steps = {0}
