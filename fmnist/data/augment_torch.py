@@ -1,9 +1,9 @@
-"""The data path in plain torch: gather, warp, erase, mix and normalise a micro-batch.
+"""The data path in plain torch: gather, warp, recolour, erase, mix and normalise a micro-batch.
 
 This is the definition that the kernel of `augment_triton.py` is held to. Coordinates are those of
 `torch.nn.functional.grid_sample` with align_corners=False: [-1, 1] spans the image's area. Outside that area the image
-continues its edge pixel and fades to 0 within half a source pixel: the identity is then torchvision's bilinear resize,
-and a shift by whole pixels fills with exact zeros.
+continues its edge pixel and fades to 0 within half a pixel of what is read, the stored image or a level of the pyramid:
+the identity is then torchvision's bilinear resize, and a shift by whole pixels fills with exact zeros.
 """
 
 from dataclasses import dataclass
