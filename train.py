@@ -1,5 +1,10 @@
 """Train an image classifier: accelerate launch train.py [--config FILE] [--section.field VALUE ...]"""
 
+from fmnist.runtime.interrupts import end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()  # without a traceback, until the next imports are done
+
 from fmnist.config.parse import parse_config
 from fmnist.config.schema import Config
 from fmnist.runtime.console import log_to_console, one_line_errors, open_door, same_arguments

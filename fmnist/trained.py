@@ -27,7 +27,7 @@ from fmnist.data.split import Split
 from fmnist.models.head import feature_width, logits_and_features
 from fmnist.network import build_network
 from fmnist.runtime.console import one_line
-from fmnist.runtime.hardware import autocast, find_device
+from fmnist.runtime.hardware import autocast, open_device
 
 if TYPE_CHECKING:
     from fmnist.runtime.compute import Compute  # half a second of accelerate, which only several processes need
@@ -210,7 +210,7 @@ def open_trained(
     """
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory: give a run directory or one of its checkpoints")
-    place = find_device(device)
+    place = open_device(device)
     if not (path.parent.parent / "config.yaml").is_file():
         path = path.resolve()  # step_00000040 or . where that is the working directory, or a link
     named = path.name.startswith("step_") and (path / "manifest.json").is_file()

@@ -125,7 +125,12 @@ REFUSED_CASES = {
     "augment.mixup_alpha": {"augment__mixup_alpha": 0.2, "augment__mix_probability": 0.0},
     "augment.cutmix_alpha": {"augment__cutmix_alpha": 1.0, "augment__mix_probability": 0.0},
     "augment.flip_in_turn": {"augment__flip_in_turn": True, "augment__flip": 0.0},
+    "augment.crop_aspect": {"augment__crop_aspect": 2.0},
     "optim.beta2": {"optim__beta2": 0.9, "optim__name": "sgd"},
+    "data.stored_size": {"data__stored_size": 64},
+    "data.fit": {"data__fit": "pad"},
+    "data.holdout": {"data__holdout": 0.2},
+    "data.bad_files": {"data__bad_files": "skip"},
     "schedule.min_lr": {"schedule__min_lr": 1e-4, "schedule__name": "constant"},
 }
 SAID_CASES = {
@@ -136,6 +141,8 @@ SAID_CASES = {
     "profile": {"profile": 5},
     "augment.flip_in_turn": {"augment__flip_in_turn": True},
     "augment.shift": {"augment__shift": 0.01},
+    "augment.saturation": {"augment__saturation": 0.4},
+    "augment.hue": {"augment__hue": 0.1},
     "schedule.warmup_epochs": {"schedule__warmup_epochs": 0.04},
     "optim.head_only_epochs": {"optim__head_only_epochs": 0.04},
     "log.project": {"log__project": "team", "log__wandb": "disabled"},
@@ -164,11 +171,11 @@ def test_a_setting_without_effect_in_a_short_run_is_said(name: str) -> None:
     assert line.startswith(name) and ("has no effect" in line or "longer than the run" in line)
     # ... and nothing in a run in which it has one.
     if name not in ("augment.shift", "log.project", "model.channels_last"):
-        assert without_effect(cfg, Length(4000, 100)) == []
+        assert without_effect(cfg, Length(4000, 100, channels=3)) == []
 
 
 def test_a_shift_of_less_than_a_pixel_has_its_effect_where_pixels_are_interpolated() -> None:
-    for other in ({"augment__rotation": 1.0}, {"augment__size": 32}, {"augment__shift": 0.02}):
+    for other in ({"augment__rotation": 1.0}, {"augment__crop": 0.9}, {"augment__size": 32}, {"augment__shift": 0.02}):
         assert without_effect(with_options(**{"augment__shift": 0.01} | other), Length(100, 10)) == []
 
 

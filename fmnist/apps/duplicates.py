@@ -37,9 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         from fmnist.config.schema import DataConfig
         from fmnist.evaluation.near_copies import find_near_copies, load_pair
         from fmnist.runtime.files import csv_bytes, write_atomic
-        from fmnist.runtime.hardware import describe_device, find_device
+        from fmnist.runtime.hardware import describe_device, open_device
 
-        device = find_device(args.device)
+        device = open_device(args.device)
         split, training = load_pair(args.split, DataConfig(root=args.root, val_size=args.val_size))
         start = time.perf_counter()
         found = find_near_copies(split.images.to(device), training.images.to(device))

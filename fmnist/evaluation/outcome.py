@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fmnist.data.registry import open_source
+from fmnist.data.registry import Source, SplitName, open_source
 from fmnist.data.split import Split
 from fmnist.evaluation.calibration import average_probabilities
 from fmnist.evaluation.cost import Cost, measure_cost, sum_of_costs
@@ -121,8 +121,8 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
     """
     model, augment = trained.model, trained.augment
     data = trained.data(request.root)
-    source = open_source(data)
-    split = Split.load(request.split, source, compute.device)
+    source = compute.together(lambda: open_source(data))
+    split = _same_everywhere(request.split, source, compute)
     if not len(split):
         raise ValueError(f"{trained.name} was trained with data.val_size 0: it has no validation images")
     own = trained.images_sha256(request.split)
@@ -144,10 +144,10 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
     if not request.quick:
         both: tuple[Tta, Tta] = ("none", "flip")
         by_tta = {tta: logits if tta == cfg.tta else logits_of(split, tta) for tta in both}
-        if data.val_size and request.split == "val":
+        if request.split == "val":
             validation = logits, split.labels.cpu()
-        elif data.val_size:
-            val_split = Split.load("val", source, compute.device)
+        elif trained.info.num_val:
+            val_split = _same_everywhere("val", source, compute)
             validation = logits_of(val_split, cfg.tta), val_split.labels.cpu()
         cost = compute.on_main(measure_cost, trained, split.images, compute.device_name)
     outcome = Outcome(
@@ -169,6 +169,13 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
         published=split.published,
     )
     return compute.on_main(lambda: outcome)
+
+
+def _same_everywhere(name: SplitName, source: Source, compute: Compute) -> Split:
+    """Load a split on every process, each from its own place, and compare what they hold."""
+    split = compute.together(lambda: Split.load(name, source, compute.device))
+    compute.agree({f"as {name} images": f"sha256 {split.digest[:12]}"}, "all processes have to read the same data")
+    return split
 
 
 def ensemble(outcomes: list[Outcome], folder: Path) -> Outcome:

@@ -37,6 +37,18 @@ def find_device(device: torch.device | str | None) -> torch.device:
     return place
 
 
+def open_device(device: torch.device | str | None) -> torch.device:
+    """Return a device as `find_device` does, for a program of one process; on a CPU limit the threads as a run does.
+
+    Raises:
+        ValueError: one line, for a device that is not there.
+    """
+    place = find_device(device)
+    if place.type == "cpu":
+        set_threads(None, 1)
+    return place
+
+
 def resolve_precision(precision: str) -> str:
     """Turn auto into bf16 where the GPU computes in it, else fp32."""
     if precision != "auto":

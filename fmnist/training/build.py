@@ -29,7 +29,7 @@ from fmnist.tracking.progress import Progress
 from fmnist.training.clock import Clock
 from fmnist.training.micro_batch import choose_micro_batch
 from fmnist.training.non_finite import NonFiniteWatch
-from fmnist.training.resume import continuation, find_start, restore, together
+from fmnist.training.resume import continuation, find_start, restore
 from fmnist.training.start_from_run import start_from_run
 
 CACHE_REMEDY = "delete their cache, the folder FMNIST_CACHE or else ~/.cache/fmnist"
@@ -83,7 +83,7 @@ def build(cfg: Config, run: Run) -> Training | None:
         ValueError: data, weights, options or checkpoints that cannot be used; one line each.
     """
     # data: all three splits, so that a damaged file is found now and not after the training
-    splits = together(run, lambda: load_splits(cfg, run.device))
+    splits = run.together(lambda: load_splits(cfg, run.device))
     train_split, val_split, test_split = splits.values()
     info = replace(train_split.info, num_train=len(train_split), num_val=len(val_split))
     run.kept[DATA_FILE] = info.to_json()
@@ -103,7 +103,7 @@ def build(cfg: Config, run: Run) -> Training | None:
 
     # where to begin: all processes see the same directory, data and weights, which are those of the run in it
     digests = {name: split.digest for name, split in splits.items()}
-    run.fingerprint = together(run, lambda: fingerprint(digests, info.class_names, cfg.model.weights))
+    run.fingerprint = run.together(lambda: fingerprint(digests, info.class_names, cfg.model.weights))
     about = {"model": cfg.model.name, "world_size": run.world_size, "versions": versions()}
     meta = about | {"config": recipe(cfg) | run.fingerprint}
     checkpoints = Checkpoints(run.directory / "checkpoints", cfg.checkpoint.keep_last, meta)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fmnist.checkpoint.contents import MODEL
+from fmnist.checkpoint.fingerprint import IN_SUMMARY
 from fmnist.checkpoint.tensors import load_strict, read_tensors
 from fmnist.config.schema import Config
 from fmnist.config.shipped import command
@@ -39,6 +40,7 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
         "device": run.device_name,
         "versions": versions(),
         "git_revision": git_revision(),
+        IN_SUMMARY: run.fingerprint,
         "status": "finished" if finished else "stopped",
     }
     if state.best_step:

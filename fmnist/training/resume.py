@@ -2,10 +2,9 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from timm.utils import ModelEmaV3
@@ -25,41 +24,6 @@ from fmnist.runtime.environment import ENVIRONMENT
 from fmnist.runtime.files import sha256_of
 
 logger = logging.getLogger("fmnist")
-T = TypeVar("T")
-
-
-def together(run: Run, action: Callable[[], T]) -> T:
-    """Do something on every process; where it fails on one it fails on all, with that one's words.
-
-    Raises:
-        ValueError: the first of the processes' errors.
-    """
-    failure = ""
-    try:
-        result = action()
-    except (ValueError, OSError) as error:
-        failure = str(error)
-    if said := next(filter(None, run.gather(failure)), ""):
-        raise ValueError(said)
-    return result
-
-
-def agree(run: Run, seen: Mapping[str, str], remedy: str) -> None:
-    """Compare what the processes see, before a step is made on it.
-
-    Args:
-        run: the processes.
-        seen: what this process sees, under the words that say where.
-        remedy: ends the message.
-
-    Raises:
-        ValueError: on all of them, naming the first that sees something else than rank 0.
-    """
-    views = run.gather(dict(seen))
-    for rank, view in enumerate(views):
-        for name, value in view.items():
-            if value != views[0].get(name):
-                raise ValueError(f"rank {rank} sees {value} {name}, rank 0 {views[0].get(name)}: {remedy}")
 
 
 def find_start(cfg: Config, run: Run, checkpoints: Checkpoints, total_steps: int) -> tuple[bool, Path | None]:
@@ -75,24 +39,23 @@ def find_start(cfg: Config, run: Run, checkpoints: Checkpoints, total_steps: int
         ValueError: the run is of other data or weights, its checkpoints cannot be used, or the processes see different
             directories, data or options.
     """
-    options = {f"as {name}": json.dumps(value) for name, value in of_all_ranks(cfg).items()}
-    agree(run, options, "give all processes the same options")
+    run.agree_on_options(of_all_ranks(cfg))
     made_of = {f"as {name}": _short(digest) for name, digest in run.fingerprint.items()}
-    agree(run, made_of, "all processes have to read the same data and weights")
+    run.agree(made_of, "all processes have to read the same data and weights")
     place, shared = f"in {run.directory}", "output_dir must be shared by all processes"
-    finished, again = together(run, lambda: _status(cfg, run, total_steps))
+    finished, again = run.together(lambda: _status(cfg, run, total_steps))
     state = "a finished run" if finished else "nothing to go on with" if again else "an unfinished run or none"
-    agree(run, {place: state}, shared)
+    run.agree({place: state}, shared)
     if finished:
         return True, None
     if not cfg.dry_run:
         run.claim()
     if again:
         return False, None
-    newest = together(run, lambda: _newest(cfg, checkpoints))
+    newest = run.together(lambda: _newest(cfg, checkpoints))
     state = "no checkpoint" if newest is None else f"step {int(newest.name.removeprefix('step_'))}"
-    agree(run, {place: state}, shared)
-    agree(run, {f"{place} as the manifest of {state}": sha256_of(newest / MANIFEST) if newest else "none"}, shared)
+    run.agree({place: state}, shared)
+    run.agree({f"{place} as the manifest of {state}": sha256_of(newest / MANIFEST) if newest else "none"}, shared)
     if newest is None and read_summary(run.directory).get("status") == "finished":  # else it would begin anew
         raise ValueError(
             f"{run.directory} is finished and holds no checkpoint to go on from: give another --output_dir"

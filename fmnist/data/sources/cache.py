@@ -18,11 +18,13 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from fmnist.runtime.console import one_line
 from fmnist.runtime.environment import ENVIRONMENT
 from fmnist.runtime.files import read_json, reason, write_atomic
 
 logger = logging.getLogger("fmnist")
 FORMAT = 1  # of the files; another one is another cache
+MAX_FACTS_BYTES = 1 << 30  # about 100 for each picture
 NAME_DIGITS = 32  # hexadecimal, of a sha256
 UNUSED_S = 7 * 86_400.0  # a cache of an earlier content of the folder goes after so long without use
 SAY_AFTER_S = 5.0
@@ -45,16 +47,17 @@ class Cache:
         place = os.path.realpath(root)
         if Path(os.path.realpath(self.folder)).is_relative_to(place):
             raise ValueError(f"the cache folder {self.folder} lies in {root}: set FMNIST_CACHE to a folder elsewhere")
+        self._fault = ""
         self._origin = _digest((FORMAT, place, sorted(options.items())))
         name = f"{self._origin}-{_digest(state)}"
         self.array, self.facts = (self.folder / f"{name}.{suffix}" for suffix in ("npy", "json"))
 
     def read(self) -> tuple[NDArray[np.uint8], dict[str, Any]] | None:
         """Return the images, uint8 [N, C, H, W], mapped, and the facts; None where they are not there whole."""
-        if not self.facts.exists():  # it is written last
+        if not os.path.exists(self.facts):  # it is written last
             return None
         try:
-            kept = read_json(self.facts)
+            kept = read_json(self.facts, MAX_FACTS_BYTES)
             if kept.get("sha256") != _sha256(kept.get("facts")):
                 raise ValueError(f"{self.facts} is damaged")
             facts: dict[str, Any] = kept["facts"]
@@ -64,7 +67,7 @@ class Cache:
             if images.dtype != np.uint8 or list(images.shape) != facts["shape"] or self.array.stat().st_size != size:
                 raise ValueError(f"{self.array} has not the size that was written")
         except (OSError, ValueError, EOFError, AttributeError) as error:
-            logger.warning("%s; its cache is made again", error)
+            self._fault = str(error)
             return None
         with suppress(OSError):
             os.utime(self.facts)  # it is in use: see _remove_old
@@ -106,6 +109,8 @@ class Cache:
         Raises:
             ValueError: the cache folder cannot be written, or is full.
         """
+        if self._fault:
+            logger.warning("%s", one_line(f"{self._fault}; {self.root} is decoded again", 1000))
         try:
             self.facts.unlink(missing_ok=True)
             self._remove_old()
@@ -116,9 +121,9 @@ class Cache:
             raise self._unwritable(error) from None
 
     def _unwritable(self, error: OSError) -> ValueError:
+        place, why = one_line(str(self.folder)), reason(error)
         return ValueError(
-            f"{self.folder}, where decoded images are kept, cannot be written: {reason(error)}; set FMNIST_CACHE to "
-            "another folder"
+            f"{place}, where decoded images are kept, cannot be written: {why}; set FMNIST_CACHE to another folder"
         )
 
     def _remove_old(self) -> None:

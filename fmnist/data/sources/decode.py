@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from fmnist.data.photos import check_size, decode, on_white, open_header, to_rgb
+from fmnist.data.photos import check_size, decode, on_white, open_header, to_rgb, why_unreadable
 from fmnist.runtime.files import open_regular
 from fmnist.runtime.hardware import available_cores
 
@@ -67,14 +67,14 @@ def read_header(path: Path) -> Header:
         check_size(os.fstat(stream.fileno()).st_size)
         image = open_header(stream)
         width, height = image.size
-        # Not getexif() of a PNG whose header has none: it would decode the picture to look behind it.
-        turned = "exif" in image.info and image.format != "TIFF" and _orientation(image) in SIDEWAYS
+        turned = image.format != "TIFF" and _orientation(image) in SIDEWAYS  # a TIFF's size is upright
         return Header(*((height, width) if turned else (width, height)), _is_grey(image))
 
 
 def _orientation(image: Image.Image) -> int | None:
     try:
-        return image.getexif().get(ORIENTATION)
+        # Not a PNG's own method: where the header has no EXIF, that decodes the picture to look behind it.
+        return Image.Image.getexif(image).get(ORIENTATION)
     except Exception:  # broken metadata does not make a broken picture
         return None
 
@@ -188,20 +188,27 @@ def _padded(image: Image.Image, size: int) -> Image.Image:
     return canvas
 
 
-def in_threads(work: Callable[[Item], Result], items: Sequence[Item], what: str) -> Iterator[Result]:
+def in_threads(work: Callable[[Item], Result], items: Sequence[Item], what: str) -> Iterator[Result | str]:
     """Map in threads (Pillow and hashlib let others run), in order, with few results waiting, and a bar if it is long.
 
     Args:
-        work: of one item; it raises nothing.
+        work: of one item; what it raises becomes a text, by `why_unreadable`.
         items: what it is done to.
         what: names it in the bar.
     """
+
+    def try_one(item: Item) -> Result | str:
+        try:
+            return work(item)
+        except Exception as error:
+            return why_unreadable(error)
+
     threads = available_cores()
     pool = ThreadPoolExecutor(threads)
-    waiting: deque[Future[Result]] = deque()
+    waiting: deque[Future[Result | str]] = deque()
     try:
         for item in tqdm(items, desc=what, unit="image", disable=None, leave=False, delay=BAR_AFTER_S):
-            waiting.append(pool.submit(work, item))
+            waiting.append(pool.submit(try_one, item))
             if len(waiting) > AHEAD * threads:
                 yield waiting.popleft().result()
         while waiting:

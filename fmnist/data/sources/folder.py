@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fmnist.data.photos import why_unreadable
 from fmnist.data.sources.cache import Cache
-from fmnist.data.sources.decode import Fit, Header, Picture, in_threads, read_header, read_picture, stored_shape
-from fmnist.data.sources.facts import Kept, facts_of
-from fmnist.data.sources.layout import Found, list_pictures
-from fmnist.runtime.console import counted, one_line
+from fmnist.data.sources.decode import Fit
+from fmnist.data.sources.fill import Decoding, check_fits, examples_of
+from fmnist.data.sources.layout import list_pictures
+from fmnist.runtime.console import one_line
 
 logger = logging.getLogger("fmnist")
-SHOWN = 3  # bad files in a message
-SIZE_STEP = 32  # pixels between the sizes that a message proposes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +82,7 @@ def read_folder(
         found, left_out = list_pictures(root)
         if left_out:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in left_out.most_common())
-            logger.info("%s", one_line(f"{root}: left out what are no pictures: {kinds}", 1000))
+            logger.info("%s", one_line(f"{root}: ignored files that are no pictures: {kinds}", 1000))
         options = {"stored_size": stored_size, "fit": fit, "bad_files": bad_files, "holdout": holdout}
         cache = Cache(root, options, found)
         kept = cache.read()  # without a lock, which a cache that somebody else made may not allow
@@ -94,16 +90,17 @@ def read_folder(
             with cache.locked():
                 kept = cache.read()  # another process may have been faster
                 if kept is None:
-                    _fill(cache, found, stored_size, fit, bad_files, holdout, fits)
+                    decoding = Decoding(cache, found, stored_size=stored_size, fit=fit, bad_files=bad_files)
+                    decoding.fill_cache(holdout, fits)
                     kept = cache.read()
         if kept is None:
             raise ValueError(f"{cache.array} was removed while it was read")
         decoded = _decoded(*kept)
-        _check_fits(tuple(decoded.images.shape), fits)
+        check_fits(tuple(decoded.images.shape), fits)
     except ValueError as error:
         raise ValueError(one_line(error, 1500)) from None
     if decoded.skipped:
-        logger.warning("%s", one_line(f"{root}: skipped {_examples(decoded.skipped, len(found))}", 1000))
+        logger.warning("%s", one_line(f"{root}: skipped {examples_of(decoded.skipped, len(found))}", 1000))
     return decoded
 
 
@@ -120,105 +117,3 @@ def _decoded(images: NDArray[np.uint8], facts: dict[str, Any]) -> Decoded:
         skipped=tuple((name, reason) for name, reason in facts["skipped"]),
         digests=facts["digests"],
     )
-
-
-def _fill(
-    cache: Cache,
-    found: list[Found],
-    stored_size: int | None,
-    fit: Fit,
-    bad_files: str,
-    holdout: float,
-    fits: Callable[[int], str] | None,
-) -> None:
-    """Decode the folder into the cache."""
-    root = cache.root
-
-    def header_of(file: Found) -> Header | str:
-        try:
-            return file.error or read_header(root / file.name)
-        except Exception as error:
-            return why_unreadable(error)
-
-    def picture_of(file: Found) -> Picture | str:
-        try:
-            return read_picture(root / file.name, file.version, shape, fit)
-        except Exception as error:
-            return why_unreadable(error)
-
-    headers = list(zip(found, in_threads(header_of, found, "reading headers"), strict=True))
-    bad = {file.name: header for file, header in headers if isinstance(header, str)}
-    good = [file for file, header in headers if not isinstance(header, str)]
-    _check_bad(root, found, bad, bad_files)
-    shape = stored_shape([header for _, header in headers if isinstance(header, Header)], stored_size)
-    _check_fits((len(good), *shape), fits)
-    _check_room(cache, (len(good), *shape))
-    logger.info("decoding %s of %s into %s", counted(len(good), "picture"), one_line(str(root)), cache.folder)
-    kept: list[Kept] = []
-
-    def write(stream: BinaryIO) -> None:
-        _write_header(stream, (len(good), *shape))
-        start = stream.tell()
-        for file, picture in zip(good, in_threads(picture_of, good, "decoding"), strict=True):
-            if isinstance(picture, str):
-                bad[file.name] = picture
-            else:
-                stream.write(picture.pixels.data)
-                kept.append(Kept(file, *picture[1:]))
-        _check_bad(root, found, bad, bad_files)
-        stream.seek(0)
-        _write_header(stream, (len(kept), *shape))  # numpy leaves room for another number
-        assert stream.tell() == start
-
-    cache.write(write, lambda: facts_of(cache.array, kept, shape, holdout) | {"skipped": sorted(bad.items())})
-
-
-def _write_header(stream: BinaryIO, shape: tuple[int, ...]) -> None:
-    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
-
-
-def _check_bad(root: Path, found: list[Found], bad: dict[str, str], bad_files: str) -> None:
-    if bad and bad_files == "refuse":
-        raise ValueError(
-            f"{root}: {_examples(list(bad.items()), len(found))}; repair or remove them, or leave them out: "
-            "--data.bad_files skip"
-        )
-    left = {file.label for file in found if file.name not in bad and file.part in ("", "train")}
-    for file in found:
-        if file.label not in left:
-            some = _examples(list(bad.items()), len(found))
-            raise ValueError(f"{root}: no picture of class {file.label} to train on can be read; {some}")
-
-
-def _examples(bad: Sequence[tuple[str, str]], total: int) -> str:
-    """Count the files that cannot be read, and name the first."""
-    shown = ", ".join(f"{one_line(name, 80)} ({reason})" for name, reason in bad[:SHOWN])
-    more = f" and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
-    return f"{len(bad):,} of {counted(total, 'picture')} that cannot be read: {shown}{more}"
-
-
-def _check_fits(shape: tuple[int, ...], fits: Callable[[int], str] | None) -> None:
-    if fits and (why := fits(prod(shape))):
-        raise ValueError(f"{_described(shape)} do not fit: {why}; {_smaller(shape, lambda size: not fits(size))}")
-
-
-def _check_room(cache: Cache, shape: tuple[int, ...]) -> None:
-    room = cache.room()
-    if prod(shape) > room:
-        raise ValueError(
-            f"{cache.folder} has {room / 1e9:,.1f} GB free, too few for {_described(shape)}: set FMNIST_CACHE to a "
-            f"folder on another disk; {_smaller(shape, lambda size: size <= room)}"
-        )
-
-
-def _described(shape: tuple[int, ...]) -> str:
-    number, channels, height, width = shape
-    return f"{number:,} images of {channels} x {height} x {width} bytes ({prod(shape) / 1e9:,.1f} GB)"
-
-
-def _smaller(shape: tuple[int, ...], fit: Callable[[int], bool]) -> str:
-    """Name the largest size that fits."""
-    number, channels, height, width = shape
-    sizes = range((min(height, width) - 1) // SIZE_STEP * SIZE_STEP, 0, -SIZE_STEP)
-    largest = next((size for size in sizes if fit(number * channels * size * size)), None)
-    return f"the largest that fits is --data.stored_size {largest}" if largest else "nor would a smaller size"

@@ -70,12 +70,16 @@ def list_pictures(root: Path) -> tuple[list[Found], Counter[str]]:
     folders = {name: reader.folder(name) for name in top.folders}
     inside = {name: folder for name, folder in folders.items() if not folder.is_run}
     parts = _parts(root, inside)
+    if not parts and len(inside) == 1:
+        (only,) = inside
+        hint = f"; is {root / only} meant?" if inside[only].folders else ""
+        raise ValueError(f"{root} holds one class only, {only}; expected a folder a class, two or more{hint}")
     found: list[Found] = []
     for part in parts or ("",):
         below = inside[part].folders if part else list(inside)
         for label in below:
             found += reader.class_(part, label, reader.folder(f"{part}/{label}") if part else inside[label])
-    _check_classes(root, found, parts, list(inside))
+    _check_classes(root, found, parts)
     found.sort(key=lambda file: (PARTS.index(file.part) if file.part else 0, file.inner, file.label))
     return found, reader.left_out
 
@@ -94,17 +98,21 @@ def _parts(root: Path, inside: dict[str, _Folder]) -> list[str]:
             part = SPELLINGS[name.casefold()]
             raise ValueError(f"{root / name} holds folders, as a part of the data set does: call it {part}")
     others = [name for name in inside if name not in likely and (inside[name].folders or inside[name].pictures)]
+    for name in others:
+        if name in spelled:
+            stray = inside[name].pictures[0][0]
+            raise ValueError(f"{root / name} holds pictures directly, such as {stray}; expected a folder a class")
     if others:
         raise ValueError(
             f"{root} mixes two layouts: {likely[0]} holds folders, as a part of the data set does, beside "
             f"{others[0]}; expected train, val and test, each with a folder a class, or classes alone"
         )
     if "train" not in likely:
-        raise ValueError(f"{root} has {' and '.join(likely)}, but no train")
+        raise ValueError(f"{root} has {' and '.join(sorted(likely, key=PARTS.index))}, but no train")
     return [name for name in PARTS if name in likely]
 
 
-def _check_classes(root: Path, found: list[Found], parts: list[str], folders: list[str]) -> None:
+def _check_classes(root: Path, found: list[Found], parts: list[str]) -> None:
     first = parts[0] if parts else ""
     labels = {file.label for file in found if file.part == first}
     for file in found:
@@ -124,9 +132,8 @@ def _check_classes(root: Path, found: list[Found], parts: list[str], folders: li
         if other != label:
             raise ValueError(f"{root}: the class folders {other} and {label} differ in upper and lower case only")
     if len(labels) < 2:
-        hint = f"; is {root / folders[0]} meant?" if not parts and len(folders) == 1 else ""
         what = f"one class only, {labels.pop()}" if labels else f"no pictures ({', '.join(SUFFIXES)})"
-        raise ValueError(f"{root / first} holds {what}; expected a folder a class, two or more{hint}")
+        raise ValueError(f"{root / first} holds {what}; expected a folder a class, two or more")
 
 
 class _Reader:
@@ -135,7 +142,7 @@ class _Reader:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.left_out: Counter[str] = Counter()
-        self._seen: dict[tuple[int, int], str] = {}
+        self._seen: dict[str, str] = {}
 
     def class_(self, part: str, label: str, top: _Folder) -> list[Found]:
         """Return all pictures of a class, at whatever depth."""
@@ -160,8 +167,7 @@ class _Reader:
         """Read one folder; one that is a run directory counts as empty."""
         path = self.root / name
         try:
-            status = os.stat(path)
-            first = self._seen.setdefault((status.st_dev, status.st_ino), name)
+            first = self._seen.setdefault(os.path.realpath(path), name)
             if first != name:
                 raise ValueError(f"{path} and {self.root / first} are one folder; a link may not lead to it again")
             with os.scandir(path) as scanned:
