@@ -141,6 +141,11 @@ def test_with_a_constant_learning_rate_it_ends_with_the_bits_of_one_long_run(dat
     assert "a run of 3 steps is continued at step 3 to 6: the learning rate stays" in (parts / "train.log").read_text()
     assert open_trained(parts / "checkpoints/step_00000003")  # older checkpoints are still of this run
     assert inspect(parts)[1] == []
+    before = (parts / MODEL).read_bytes()
+    shutil.rmtree(parts / "checkpoints")  # to save room: there is nothing to continue
+    with pytest.raises(ValueError, match="is finished and holds no checkpoint to go on from"):
+        go(parts, data, 3)
+    assert (parts / MODEL).read_bytes() == before and open_trained(parts).summary["status"] == "finished"
 
 
 @pytest.mark.thorough

@@ -56,6 +56,10 @@ def find_start(cfg: Config, run: Run, checkpoints: Checkpoints, total_steps: int
     state = "no checkpoint" if newest is None else f"step {int(newest.name.removeprefix('step_'))}"
     run.agree({place: state}, shared)
     run.agree({f"{place} as the manifest of {state}": sha256_of(newest / MANIFEST) if newest else "none"}, shared)
+    if newest is None and read_summary(run.directory).get("status") == "finished":  # else it would begin anew
+        raise ValueError(
+            f"{run.directory} is finished and holds no checkpoint to go on from: give another --output_dir"
+        )
     if newest is not None and cfg.overwrite:
         logger.info(
             "overwrite is true, but %s holds the unfinished run that this command began: it resumes; "
