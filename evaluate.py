@@ -1,5 +1,10 @@
 """Evaluate runs or checkpoints, and compare several: metrics, figures and report.html in each run's evaluation/."""
 
+from fmnist.runtime.interrupts import end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()  # without a traceback, until the next imports are done
+
 import argparse
 import logging
 
@@ -31,8 +36,9 @@ def main(args: argparse.Namespace | None = None) -> None:
     log_to_console()
     about = {name: getattr(args, name) for name in ("split", "tta", "batch_size", "root", "quick", "output")}
     with one_line_errors("evaluate.py"), Compute(device=args.device) as compute:
-        if len(set(compute.gather(repr(about)))) > 1:
-            raise ValueError("the processes were started with different options: give all of them the same")
+        # not where runs and data lie: the main process reads the weights, and the images are compared by their bytes
+        shared = {f"--{name}": getattr(args, name) for name in ("split", "tta", "batch_size", "quick", "ensemble")}
+        compute.agree_on_options({"RUN": [path.resolve().name for path in args.paths], **shared})
         opened = [open_together(path, compute) for path in args.paths]
         request = Request(**about | {"split": split_to_use(opened, args.split)}, written=True)
         check_comparable(opened, request.split)
@@ -51,7 +57,7 @@ def main(args: argparse.Namespace | None = None) -> None:
                 if retrieval is None and (retrieval := retrieval_of(outcome, request.root)) is not None:
                     write_precision(retrieval, kept)
             logger.info("%s: computing the numbers, drawing the figures", outcome.name)
-            found = findings(outcome, copies, retrieval, exact, quick=request.quick)
+            found = findings(outcome, copies, retrieval, exact, request.root, quick=request.quick)
             write_evaluation(found)
             print((outcome.directory / "report.txt").read_text())
             print(f"written to {one_line(str(outcome.directory), 4096)}\n", flush=True)

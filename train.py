@@ -1,5 +1,10 @@
 """Train an image classifier: accelerate launch train.py [--config FILE] [--section.field VALUE ...]"""
 
+from fmnist.runtime.interrupts import end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()  # without a traceback, until the next imports are done
+
 from fmnist.config.parse import parse_config
 from fmnist.config.schema import Config
 from fmnist.runtime.console import log_to_console, one_line_errors, open_door, same_arguments
@@ -19,6 +24,7 @@ from fmnist.step import train_step
 from fmnist.training.batch_pictures import write_train_batch
 from fmnist.training.build import Training, build
 from fmnist.training.finish import finish
+from fmnist.training.micro_batch import say_what_would_fit
 from fmnist.training.plan import opening, print_plan
 from fmnist.training.profile import StepProfiler
 from fmnist.training.save import save
@@ -54,7 +60,7 @@ def train(training: Training, cfg: Config, run: Run) -> None:
             with clock.paused():
                 val = validate(training.eval_model, training.val_split, augment, cfg.evaluation, run)
                 run.log("val", val, state.step)
-                state.update_best(val.get("top1"))
+                state.update_best(val, cfg.evaluation.best)
 
         # save, or stop
         stopping = run.should_stop()
@@ -78,8 +84,9 @@ def run_training(cfg: Config) -> None:
             return
         run.start(training.progress, opening(training, cfg, run))
         run.on_main(write_train_batch, run.directory, training.loader, training.augment, training.schedule)
-        train(training, cfg, run)
-        finish(training, cfg, run)
+        with say_what_would_fit(training, cfg):
+            train(training, cfg, run)
+            finish(training, cfg, run)
 
 
 @record  # torchrun's summary then shows this process' traceback and rank

@@ -29,6 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fmnist.checkpoint.run_directory import read_summary
 from fmnist.config import strict_yaml
 from fmnist.config.parse import parse_config
@@ -154,7 +156,20 @@ def result_of(entry: Entry, seed: int, directory: Path) -> dict[str, Any]:
     if not entry.search:
         test = read_json(directory / "evaluation" / "test" / "metrics.json")
         result |= {key: summary[key] for key in FROM_TEST} | {"test.top1_interval": test["top1_interval"]}
+        result |= {f"test.{key}": test[key] for key in ("macro_f1", "balanced_accuracy")}
+        result["test.macro_f1_interval"] = macro_f1_interval(test["confusion_matrix"])
     return result
+
+
+def macro_f1_interval(confusion: list[list[int]], resamples: int = 10_000) -> list[float]:
+    """Return the 2.5 and 97.5 % points of macro F1 over resampled test images, of their confusion matrix."""
+    counts = np.array(confusion)
+    drawn = np.random.default_rng(0).multinomial(counts.sum(), counts.ravel() / counts.sum(), size=resamples)
+    drawn = drawn.reshape(resamples, *counts.shape)
+    hits, rows, columns = np.einsum("nii->ni", drawn), drawn.sum(2), drawn.sum(1)
+    present = rows > 0  # a class without an image in the sample counts as in the metric itself: not at all
+    f1 = np.where(present, 2 * hits / np.maximum(rows + columns, 1), 0).sum(1) / present.sum(1)
+    return [float(point) for point in np.percentile(f1, [2.5, 97.5])]
 
 
 def table(entries: list[Entry], results: Path) -> str:

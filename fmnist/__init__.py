@@ -11,15 +11,14 @@ From Python or a notebook:
     fmnist.open_run("runs/mlp")         # the same object, later
 """
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as type checkers read it; typing itself takes a tenth of what a command needs to answer
 if TYPE_CHECKING:
     from fmnist.apps.api import RunResults, open_run, train
 
 __all__ = ["RunResults", "open_run", "train"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import torch only when one of these is used: every command line imports this package."""
     if name in __all__:
         from fmnist.apps import api

@@ -1,12 +1,8 @@
 """`fmnist COMMAND` and `python -m fmnist COMMAND`: one door to everything."""
 
-import importlib
-import runpy
 import sys
 
-from fmnist.config.shipped import shipped
-from fmnist.runtime.arguments import nearest
-from fmnist.runtime.console import open_door
+from fmnist.runtime.interrupts import end_at_interrupt
 
 # Each is imported, or run, only when it is called.
 COMMANDS = {
@@ -46,6 +42,15 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    if argv is None:
+        end_at_interrupt()  # without a traceback, until these imports are done
+    import importlib
+    import runpy
+
+    from fmnist.config.shipped import shipped
+    from fmnist.runtime.arguments import nearest
+    from fmnist.runtime.console import open_door
+
     if argv is None:
         argv = sys.argv[1:]
         open_door(" ".join(["fmnist", *argv[:1]]))

@@ -12,6 +12,8 @@ from fmnist.data.split import Split
 from fmnist.runtime.hardware import autocast, in_float64
 from fmnist.runtime.processes import Processes
 
+TOP5_FROM = 20  # classes
+
 
 @torch.inference_mode()
 def predict(model: nn.Module, split: Split, augment: Augment, cfg: EvaluationConfig, processes: Processes) -> Tensor:
@@ -51,16 +53,30 @@ def predict(model: nn.Module, split: Split, augment: Augment, cfg: EvaluationCon
 
 
 def score(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Return `top1` (fraction) and `loss` (mean cross-entropy, nats) as float64 scalars, on a device that has them.
+    """Score logits by counts over all images; float64 scalars, on a device that has them.
 
     Args:
         logits: float32 [N, num_classes].
         labels: int64 [N].
+
+    Returns:
+        `top1` (fraction), `macro_f1` and `balanced_accuracy` (means of F1 and recall over the classes that have
+        images), `top5` (fraction) from 20 classes on, and `loss` (mean cross-entropy, nats, no class weights).
     """
-    return {
+    predictions = logits.argmax(-1)
+    hits, support, predicted = (
+        in_float64(torch.bincount(each, minlength=logits.shape[-1]))
+        for each in (labels[predictions == labels], labels, predictions)
+    )
+    present = support > 0  # a class without images has no recall to average
+    scores = {
         "top1": in_float64(logits.argmax(-1) == labels).mean(),
-        "loss": F.cross_entropy(wide := in_float64(logits), labels.to(wide.device)),
+        "macro_f1": (2 * hits / (support + predicted))[present].mean(),
+        "balanced_accuracy": (hits / support)[present].mean(),
     }
+    if logits.shape[-1] >= TOP5_FROM:
+        scores["top5"] = in_float64((logits.topk(5).indices == labels[:, None]).any(-1)).mean()
+    return scores | {"loss": F.cross_entropy(wide := in_float64(logits), labels.to(wide.device))}
 
 
 def validate(

@@ -46,6 +46,7 @@ def build_network(
         num_classes=len(info.class_names),
         mean=normalization.mean,
         std=normalization.std,
+        fill=info.mean,
         channels_last=cfg.model.channels_last,
         dtype=torch.bfloat16 if resolve_precision(cfg.model.precision) == "bf16" else torch.float32,
         device=device,

@@ -8,6 +8,7 @@ import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
+from fmnist.config.conflicts import Length, warmup_steps
 from fmnist.config.schema import Config, OptimConfig
 from fmnist.models.head import head_parameters
 from fmnist.runtime.muon import Muon, suits_muon
@@ -41,20 +42,10 @@ class Schedule:
         """Turn durations in epochs into steps.
 
         Raises:
-            ValueError: the warm-up is as long as the run, the head-only phase longer, or min_lr lies above lr.
+            ValueError: a warm-up in steps is as long as the run, the head-only phase longer, or min_lr lies above lr.
         """
         schedule, evaluation = cfg.schedule, cfg.evaluation
         total = schedule.steps or max(1, round(schedule.epochs * steps_per_epoch))
-        warmup = schedule.warmup_steps
-        if warmup is None:
-            warmup = round(schedule.warmup_epochs * steps_per_epoch)
-        if warmup and warmup >= total:
-            flag = (
-                f"epochs below {total / steps_per_epoch:.4g}" if schedule.warmup_steps is None else "steps below that"
-            )
-            raise ValueError(
-                f"the warmup is {warmup} steps but the run has {total}; valid: --schedule.warmup_{flag}, 0 disables it"
-            )
         head_only = round(cfg.optim.head_only_epochs * steps_per_epoch)
         if head_only > total:
             raise ValueError(
@@ -69,7 +60,7 @@ class Schedule:
             min_lr=schedule.min_lr,
             steps_per_epoch=steps_per_epoch,
             total_steps=total,
-            warmup_steps=warmup,
+            warmup_steps=warmup_steps(cfg, Length(total, steps_per_epoch)),
             head_only_steps=head_only,
             log_steps=cfg.log.every_steps,
             evaluation_steps=evaluation.every_steps or max(1, round(evaluation.every_epochs * steps_per_epoch)),

@@ -9,7 +9,7 @@ from typing import Any
 from filelock import BaseFileLock
 
 from fmnist.checkpoint.fingerprint import keep_fingerprint
-from fmnist.checkpoint.run_directory import SUMMARY, has_run, lock_directory
+from fmnist.checkpoint.run_directory import SUMMARY, has_run, lock_directory, read_summary
 from fmnist.config.same_run import run_yaml
 from fmnist.config.schema import Config, flatten
 from fmnist.runtime.compute import Compute
@@ -96,6 +96,8 @@ class Run(Compute):
         keep_fingerprint(self.fingerprint, self.directory)
         for name, content in self.kept.items():
             write_atomic(self.directory / name, json.dumps(content, indent=2) + "\n")
+        if (summary := read_summary(self.directory)).get("status") == "finished":  # it goes on beyond its end
+            write_atomic(self.directory / SUMMARY, json.dumps(summary | {"status": "stopped"}, indent=2) + "\n")
         self._open_log()
         for line in opening:
             logger.info("%s", line)

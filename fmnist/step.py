@@ -41,7 +41,7 @@ def train_step(
     for batch in gradients.over(model, micro_batches):
         images, targets = augment(batch)  # uint8 on the device -> [B, C, S, S]; int64 [B], or [B, K] where mixed
         torch.manual_seed(batch.seed)  # dropout and drop path depend on the batch, not on what ran before
-        loss = F.cross_entropy(model(images), targets, label_smoothing=cfg.label_smoothing)
+        loss = mean_loss(model(images), targets, batch, cfg)
         gradients.backward(loss)  # scaled so that the sum is the mean over the global batch
     loss = gradients.total()
 
@@ -52,6 +52,27 @@ def train_step(
     if ema is not None:
         ema.update(gradients.model, step=batch.step)
     return {"loss": loss, "grad_norm": grad_norm}
+
+
+def mean_loss(logits: Tensor, targets: Tensor, batch: MicroBatch, cfg: OptimConfig) -> Tensor:
+    """Return the micro-batch's mean cross-entropy, nats, float32 [].
+
+    With class weights it is a weighted mean over the *global* batch: the sum over its images and classes of
+    weight * target * -log p, divided by the weights of its labels (as they are before mixing). Divided by those of the
+    micro-batch alone, as torch does by itself, the loss would depend on how the batch is cut.
+
+    Args:
+        logits: float32 [B, C].
+        targets: int64 [B], or float32 [B, C] where mixed.
+        batch: its class weights.
+        cfg: label smoothing.
+    """
+    if batch.class_weights is None or batch.total_weight is None:
+        return F.cross_entropy(logits, targets, label_smoothing=cfg.label_smoothing)
+    summed = F.cross_entropy(
+        logits, targets, weight=batch.class_weights, label_smoothing=cfg.label_smoothing, reduction="sum"
+    )
+    return summed / batch.total_weight
 
 
 def trainable(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:

@@ -17,7 +17,7 @@ from fmnist.checkpoint.run_directory import SUMMARY, read_summary
 from fmnist.checkpoint.store import newer_than_weights
 from fmnist.checkpoint.tensors import load_strict, non_finite, read_tensors_and_digest
 from fmnist.config.parse import load_config
-from fmnist.config.same_run import changes, recipe
+from fmnist.config.same_run import changes, lengthened, recipe
 from fmnist.config.schema import Config, DataConfig
 from fmnist.data.augment import Augment
 from fmnist.data.fashion_mnist import published as fashion_mnist
@@ -27,7 +27,7 @@ from fmnist.data.split import Split
 from fmnist.models.head import feature_width, logits_and_features
 from fmnist.network import build_network
 from fmnist.runtime.console import one_line
-from fmnist.runtime.hardware import autocast, find_device
+from fmnist.runtime.hardware import autocast, open_device
 
 if TYPE_CHECKING:
     from fmnist.runtime.compute import Compute  # half a second of accelerate, which only several processes need
@@ -222,10 +222,11 @@ def open_trained(
     """
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory: give a run directory or one of its checkpoints")
-    place = find_device(device)
-    if not (path.parent.parent / "config.yaml").is_file():
-        path = path.resolve()  # step_00000040 or . where that is the working directory, or a link
-    named = path.name.startswith("step_") and (path / "manifest.json").is_file()
+    place = open_device(device)
+    real = path.resolve()
+    named = real.name.startswith("step_") and (path / "manifest.json").is_file()
+    if named and not (path.name == real.name and (path.parent.parent / "config.yaml").is_file()):
+        path = real  # step_00000040 or . where that is the working directory, or a link
     run = path.parent.parent if named else path
     summary = read_summary(run)
 
@@ -291,7 +292,7 @@ def _open(
     cfg, kept = load_config(directory / "config.yaml"), kept_fingerprint(directory)
     if checkpoint is not None:
         own = json.loads(json.dumps(recipe(cfg))) | kept
-        if changed := changes(read_meta(checkpoint)["config"], own):
+        if changed := changes(lengthened(read_meta(checkpoint)["config"], own), own):
             raise ValueError(f"{checkpoint} is of another run: {one_line('; '.join(changed[:3]))}")
     cfg = replace(cfg, model=replace(cfg.model, **model))
     if batch_size is not None:

@@ -20,13 +20,17 @@ from fmnist.data.augment_table import (
     augmentation_table,
     beta_quantile,
 )
-from fmnist.data.augment_torch import in_box, pack_neighbours, resample, resample_packed, shift_and_flip
+from fmnist.data.augment_torch import in_box, pack_neighbours, resample, resample_packed
 from fmnist.data.batches import NUM_UNIFORMS, MicroBatch
 from fmnist.data.fashion_mnist import MEAN
 from fmnist.data.split import Split
+from fmnist.data.whole_pixels import shift_and_flip
 
 OFF = AugmentConfig(flip=0.0)
-ALL = AugmentConfig(flip=0.5, rotation=10, shift=0.1, scale=0.1, erase=0.5, mixup_alpha=0.2, cutmix_alpha=1.0)
+ALL = AugmentConfig(
+    **{"flip": 0.5, "flip_vertical": 0.5, "crop": 0.3, "rotation": 10, "shift": 0.1, "scale": 0.1, "trivial": 0.8},
+    **{"erase": 0.5, "mixup_alpha": 0.2, "cutmix_alpha": 1.0},
+)
 
 
 def make(cfg: AugmentConfig, **kwargs: object) -> Augment:

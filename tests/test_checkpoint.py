@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from fmnist.checkpoint.contents import MODEL, OPTIMIZER, TrainState, read_state,
 from fmnist.checkpoint.run_directory import lock_directory
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.checkpoint.tensors import load_optimizer_tensors, load_strict, non_finite, optimizer_tensors, read_tensors
-from fmnist.config.schema import OptimConfig
+from fmnist.config.conflicts import Length, without_effect
+from fmnist.config.schema import Config, EvaluationConfig, OptimConfig
 from fmnist.models.cnn import Cnn
 from fmnist.optim import build_optimizer
 
@@ -181,8 +183,46 @@ def test_the_best_changes_only_for_a_better_top1() -> None:
     state = TrainState()
     for step, top1 in enumerate([0.5, 0.7, 0.7, 0.6], start=1):
         state.step = step
-        state.update_best(top1)
+        state.update_best({"top1": top1})
     assert (state.best_step, state.best_top1) == (2, 0.7)
     without = TrainState(step=9)
-    without.update_best(None)
+    without.update_best({})
     assert without.best_step == 9
+
+
+@pytest.mark.parametrize(("by", "best_step"), [("top1", 2), ("macro_f1", 3), ("loss", 1)])
+def test_the_best_is_by_the_number_that_is_asked_for(by: str, best_step: int) -> None:
+    state, vals = TrainState(), [
+        {"top1": 0.5, "macro_f1": 0.4, "loss": 0.3},
+        {"top1": 0.7, "macro_f1": 0.5, "loss": 0.4},
+        {"top1": 0.6, "macro_f1": 0.6, "loss": 0.3},
+        {"top1": 0.7, "macro_f1": 0.6, "loss": float("nan")},
+    ]  # fmt: skip
+    for state.step, val in enumerate(vals, start=1):
+        state.update_best(val, by)
+    assert state.best_step == best_step and state.best_val == vals[best_step - 1]
+    assert state.best_number(by) == vals[best_step - 1][by] and state.best_top1 == vals[best_step - 1]["top1"]
+
+
+def test_a_choice_without_validation_images_has_no_effect_and_that_is_said() -> None:
+    cfg = replace(Config(), evaluation=EvaluationConfig(best="loss"))
+    assert without_effect(cfg, Length(4000, 100)) == []
+    (line,) = without_effect(cfg, Length(4000, 100, num_val=0))
+    assert line == "evaluation.best loss has no effect: there are no validation images"
+
+
+def test_a_first_number_that_is_a_nan_has_weights_and_gives_way() -> None:
+    state = TrainState(step=1)
+    state.update_best({"top1": 0.1, "loss": float("nan")}, "loss")
+    assert (state.best_step, state.best_val) == (1, {"top1": 0.1})  # JSON has no NaN
+    state.step = 2
+    state.update_best({"top1": 0.1, "loss": 9.0}, "loss")
+    assert (state.best_step, state.best_number("loss")) == (2, 9.0)
+
+
+def test_a_run_from_before_other_numbers_were_kept_goes_on_by_its_top1() -> None:
+    state = TrainState(step=3, best_top1=0.5, best_step=2)
+    state.update_best({"top1": 0.4, "macro_f1": 0.9, "loss": 0.1})
+    assert (state.best_step, state.best_number("top1"), state.best_val) == (2, 0.5, {})
+    state.update_best({"top1": 0.6, "macro_f1": 0.9, "loss": 0.1})
+    assert (state.best_step, state.best_number("macro_f1")) == (3, 0.9)

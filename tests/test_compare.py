@@ -143,6 +143,23 @@ def test_the_options_that_differ_and_the_choice_by_validation_are_columns(tmp_pa
     )
 
 
+def test_the_choice_is_by_the_number_that_chose_the_epochs(tmp_path: Path) -> None:
+    cfg = Config(evaluation=replace(Config().evaluation, best="loss"))
+    outcomes = [outcome("a", range(0, 10), cfg=cfg), outcome("b", range(0, 20), cfg=cfg)]
+    for each, loss in zip(outcomes, (0.3, 0.2), strict=True):
+        each.trained.summary.update({"val.top1": 1 - loss / 10, "val.loss": loss})
+    found = results(outcomes)
+    rows = comparison_rows(outcomes, found)
+    assert [row.get("chosen") for row in rows] == [None, True]  # the lower loss
+    assert rows[0]["macro_f1"] == found[0]["macro_f1"] and "top5" not in rows[0]
+    head, _, first = write_comparison(outcomes, found, tmp_path).splitlines()[:3]
+    assert "macro F1" in head and "balanced" in head and f"{100 * found[0]['macro_f1']:.2f} %" in first
+    other = [outcomes[0], replace(outcomes[1], trained=replace(outcomes[1].trained, cfg=Config()))]
+    assert [row.get("chosen") for row in comparison_rows(other, found)] == [None, True]  # else by top1: 0.98
+    outcomes[1].trained.summary["val.top1"] = 0.9
+    assert [row.get("chosen") for row in comparison_rows(other, found)] == [True, None]
+
+
 def test_an_ensemble_averages_and_costs_the_sum(tmp_path: Path) -> None:
     # Each errs with logit 5 where the other is right with 5: the tie is broken, everything else is right.
     members = [outcome("a", range(0, 10)), outcome("b", range(50, 70)), outcome("c", range(90, 95))]

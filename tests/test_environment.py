@@ -1,6 +1,7 @@
 """What the environment decides: each variable is obeyed, without effect or refused, as docs/environment.md says."""
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -16,21 +17,32 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, environment, progress, train
+from small import untrained
 from test_tracker_faults import KEY, Server
 from torch import nn
 
+from fmnist.apps import doctor
 from fmnist.config.same_run import differences
-from fmnist.config.schema import Config, LogConfig, check_values
+from fmnist.config.schema import Config, LogConfig, ModelConfig, check_values
 from fmnist.evaluation.numbers import reliability_bins
 from fmnist.report.figures import plot_reliability
 from fmnist.runtime import compute as compute_module
 from fmnist.runtime import hardware, launcher
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.console import one_line_errors
-from fmnist.runtime.environment import ENVIRONMENT, VARIABLES, hidden, integer, is_true, remove_effects
+from fmnist.runtime.environment import (
+    ENVIRONMENT,
+    VARIABLES,
+    hidden,
+    integer,
+    is_true,
+    refused_by_a_library,
+    remove_effects,
+)
 from fmnist.runtime.launcher import check_processes, check_world_size
 from fmnist.tracking.tracker import Tracker
 from fmnist.tracking.wandb_run import WANDB_ID_FILE, log_evaluation
+from fmnist.trained import open_trained
 
 LAUNCHED = (
     "WORLD_SIZE",
@@ -331,6 +343,26 @@ def test_threads_are_no_part_of_a_run_and_exact_has_one(alone: pytest.MonkeyPatc
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(("own", "expected"), [({}, 1), ({"OMP_NUM_THREADS": "2"}, 2)])
+def test_the_other_commands_compute_with_the_threads_of_their_job_too(
+    own: Mapping[str, str], expected: int, alone: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = untrained(tmp_path / "run", ModelConfig(name="mlp"), 28)
+    alone.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    for name, value in {"SLURM_CPUS_PER_TASK": "1", **own}.items():
+        alone.setenv(name, value)
+    before = torch.get_num_threads()
+    try:
+        for use in (lambda: open_trained(run, "cpu"), lambda: list(doctor.check_device("cpu"))):
+            torch.set_num_threads(2)
+            use()
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+    for path in (ROOT / "fmnist/apps").rglob("*.py"):  # they find their device in one way
+        assert "find_device" not in path.read_text(), path
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("users", [None, "1"])
 def test_the_users_thread_is_told_from_the_launchers(users: str | None, tmp_path: Path) -> None:
@@ -517,15 +549,52 @@ def test_the_cpu_is_taken_where_the_environment_asks_for_it(alone: pytest.Monkey
 def test_what_would_change_arithmetic_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
     import warnings
 
-    gone = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TIMM_FUSED_ATTN")
-    for name in (*gone, "TIMMY"):
+    gone: tuple[str, ...] = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TIMM_FUSED_ATTN")
+    gone += ("TQDM_MININTERVAL", "TQDM_BAR_FORMAT", "TQDM_NCOLS")
+    for name in (*gone, "TIMMY", "TQDM_DISABLE"):
         monkeypatch.setenv(name, "1")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         remove_effects()
         warnings.warn("only said", stacklevel=1)
     assert not any(name in os.environ for name in gone)
-    assert "TIMMY" in os.environ
+    assert {"TIMMY", "TQDM_DISABLE"} <= set(os.environ)
+
+
+# As torch and huggingface_hub do: what is read, the value, and a line of a module that fails on it.
+READS = (
+    ("SOME_TIMEOUT", "soon", "number = int(os.environ['SOME_TIMEOUT'])"),
+    ("SOME_TIMEOUT", "x", "number = int(os.environ['SOME_TIMEOUT'])"),
+    ("SOME_LOGS", "nonsense", "raise ValueError('\\ninvalid settings: nonsense, see SOME_LOGS=help\\nall, none')"),
+    ("SOME_FILE", "/nope/x", "name = ''.join(('SOME', '_FILE')); open(os.environ[name])"),
+)
+
+
+@pytest.mark.parametrize(("name", "value", "code"), READS)
+def test_a_value_that_a_library_cannot_read_is_named(
+    name: str, value: str, code: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    library = tmp_path / "site-packages"
+    library.mkdir()
+    (library / "some_library.py").write_text(f"import os\n{code}\n")
+    monkeypatch.syspath_prepend(library)
+    monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OTHER_TIMEOUT", "1")
+    with pytest.raises((ValueError, OSError)) as caught:
+        importlib.import_module("some_library")
+    assert refused_by_a_library(caught.value, caught.tb) == f"{name} is {value!r}"
+    monkeypatch.delenv(name)
+    assert refused_by_a_library(caught.value, caught.tb) is None  # the library's own fault: its traceback is kept
+    monkeypatch.setenv(name, value)
+    assert refused_by_a_library(caught.value, None) is None  # and so is an error after the imports
+
+
+@pytest.mark.thorough
+def test_the_whole_program_with_logs_that_torch_does_not_know(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment() | {"TORCH_LOGS": "nonsense"}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("train.py: error: TORCH_LOGS is 'nonsense': ")
 
 
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])

@@ -104,7 +104,7 @@ def test_the_report_counts_copies_and_leaves_them_out_once(copied: Path) -> None
     assert "3 of 160 test images in train (1 of another class)" in report_text(found)
     page = render(context(found))
     assert "3 of 160 test images in train" in page and "without 3 exact copies" in page and "counted three ways" in page
-    assert "human" not in page.split("<body>")[1] and "Fashion-MNIST" not in page and "copied.npz" in page
+    assert "human line" not in page.split("<body>")[1] and "Fashion-MNIST" not in page and "copied.npz" in page
 
 
 def test_the_command_lists_them(copied: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import struct
@@ -22,14 +23,15 @@ import fmnist
 from fmnist.apps.checkpoints import main as checkpoint_main
 from fmnist.apps.export.expected import open_expected
 from fmnist.checkpoint.contents import EMA, MANIFEST, MODEL, OPTIMIZER, STATE, verify
+from fmnist.checkpoint.fingerprint import IMAGES, WEIGHTS, kept_fingerprint
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.config.same_run import of_all_ranks
 from fmnist.config.schema import Config, DataConfig
 from fmnist.data.idx import read_idx
 from fmnist.data.split import Split
 from fmnist.runtime.files import sha256_of
+from fmnist.runtime.processes import Processes
 from fmnist.trained import open_trained
-from fmnist.training.resume import agree, together
 
 CNN = {"name": "cnn", "options": {"widths": [4, 8]}, "precision": "fp32"}
 ATTO = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "patch_size": 2, "conv_mlp": False}
@@ -121,12 +123,51 @@ def test_a_moved_folder_with_the_same_bytes_goes_on_to_the_same_bits(
     assert sha256_of(killed / MODEL) == sha256_of(template / MODEL)
 
 
+@pytest.mark.parametrize(
+    "without", ["file", "file and summary", "file and checkpoints", "names in the file", "images in the file"]
+)
+def test_what_one_place_does_not_say_another_does(without: str, finished: Path, data: Path, tmp_path: Path) -> None:
+    path = finished / "fingerprint.json"
+    found = json.loads(path.read_text())
+    assert json.loads((finished / "summary.json").read_text())["fingerprint"] == found == kept_fingerprint(finished)
+    if "summary" in without:
+        summary = json.loads((finished / "summary.json").read_text())
+        (finished / "summary.json").write_text(json.dumps(summary | {"fingerprint": ["of", "somebody"]}))
+    if "checkpoints" in without:
+        shutil.rmtree(finished / "checkpoints")
+    if without == "images in the file":
+        path.write_text(json.dumps({WEIGHTS: found[WEIGHTS]}))
+    elif without == "names in the file":
+        path.write_text("{}")
+    else:
+        path.unlink()
+    assert kept_fingerprint(finished) == found
+    with pytest.raises(ValueError, match=r"run holds a run .*training images in data.root was sha256 \w+, now sha256"):
+        go(finished, other_labels(data, tmp_path / "other"))
+    assert go(finished, data).summary["status"] == "finished"
+
+
+def test_two_places_that_contradict_each_other_are_refused(finished: Path, data: Path) -> None:
+    path = finished / "fingerprint.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {IMAGES["val"]: "0" * 64}))
+    with pytest.raises(ValueError, match=r"fingerprint.json and summary.json name different validation images in data"):
+        go(finished, data)
+
+
 def test_data_replaced_in_its_folder_while_the_run_was_stopped_is_refused(
     killed: Path, data: Path, tmp_path: Path
 ) -> None:
     (killed / "fingerprint.json").unlink()  # the checkpoint knows it too
-    with pytest.raises(ValueError, match=r"step_00000002/state.json is of another config: training images"):
+    with pytest.raises(ValueError, match=r"run holds a run .*training images in data.root was"):
         go(killed, other_labels(data, tmp_path / "other"))
+
+
+def test_a_path_that_an_old_checkpoint_holds_is_no_digest_of_weights(killed: Path) -> None:
+    (killed / "fingerprint.json").unlink()
+    state = json.loads((newest(killed) / STATE).read_text())
+    state["meta"]["config"][WEIGHTS] = "weights/first.safetensors"
+    (newest(killed) / STATE).write_text(json.dumps(state))
+    assert set(kept_fingerprint(killed)) == set(IMAGES.values())
 
 
 def test_a_run_from_before_the_fingerprint_goes_on_and_is_pinned_from_there(killed: Path, data: Path) -> None:
@@ -349,10 +390,11 @@ def test_tensors_of_another_type_are_not_cast_in_silence(finished: Path) -> None
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
-class Ranks:
+class Ranks(Processes):
     """What one process knows of the others: their words, as gather brings them."""
 
     def __init__(self, *others: Any) -> None:
+        super().__init__(0, 1)
         self.others = others
 
     def gather(self, value: Any) -> list[Any]:
@@ -361,9 +403,9 @@ class Ranks:
 
 def test_the_first_difference_between_ranks_is_named() -> None:
     seen, other = {"in runs/cnn": "step 80"}, {"in runs/cnn": "no checkpoint"}
-    agree(Ranks(seen, seen), seen, "is it shared?")  # type: ignore[arg-type]
+    Ranks(seen, seen).agree(seen, "is it shared?")
     with pytest.raises(ValueError, match="rank 2 sees no checkpoint in runs/cnn, rank 0 step 80: is it shared?"):
-        agree(Ranks(seen, other), seen, "is it shared?")  # type: ignore[arg-type]
+        Ranks(seen, other).agree(seen, "is it shared?")
 
 
 def test_all_that_changes_what_processes_do_together_is_compared_between_them() -> None:
@@ -386,9 +428,15 @@ def test_a_checkpoint_of_another_run_is_not_taken_for_this_ones(killed: Path, tm
 
 
 def test_what_fails_on_one_rank_fails_on_all_with_its_words() -> None:
-    assert together(Ranks(""), lambda: 3) == 3  # type: ignore[arg-type]
+    assert Ranks("").together(lambda: 3) == 3
     with pytest.raises(ValueError, match="train-labels: no such file"):
-        together(Ranks("train-labels: no such file"), lambda: 3)  # type: ignore[arg-type]
+        Ranks("train-labels: no such file").together(lambda: 3)
+
+
+def test_options_are_compared_by_their_names() -> None:
+    Ranks({"as RUN": '["a"]', "as --tta": "null"}).agree_on_options({"RUN": ["a"], "--tta": None})
+    with pytest.raises(ValueError, match="rank 1 sees true as --quick, rank 0 false: give all processes the same opt"):
+        Ranks({"as --quick": "true"}).agree_on_options({"--quick": False})
 
 
 @pytest.fixture
@@ -400,8 +448,14 @@ def two(tmp_path: Path) -> tuple[Path, Path]:
     return places
 
 
-def on_two_machines(places: tuple[Path, Path], *args: object) -> list[tuple[int, str]]:
-    """Run a script as rank 0 and 1, each in its own working directory; return statuses and messages."""
+def on_two_machines(
+    places: tuple[Path, Path], *args: object, own: tuple[list[object], list[object]] = ([], [])
+) -> list[tuple[int, str]]:
+    """Run a script as rank 0 and 1, each in its own working directory and with more arguments of its own.
+
+    Returns:
+        Their statuses and messages.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -409,7 +463,7 @@ def on_two_machines(places: tuple[Path, Path], *args: object) -> list[tuple[int,
     for rank, place in enumerate(places):
         env = environment() | {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, *map(str, args)]
+        command = [sys.executable, *map(str, [*args, *own[rank]])]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         children.append(subprocess.Popen(command, cwd=place, env=env, text=True, **pipes))  # type: ignore[call-overload]
     said = [child.communicate(timeout=200) for child in children]
@@ -441,3 +495,23 @@ def test_two_machines_without_a_shared_disk_are_refused_before_a_step_and_evalua
     found = json.loads((two[0] / "run/evaluation/step_00000002/test/metrics.json").read_text())
     assert found["top1"] == fmnist.open_run(two[0] / "run").evaluate("test")["top1"]
     assert not (two[1] / "run/evaluation/step_00000001").exists()
+
+
+@pytest.mark.thorough
+def test_processes_that_evaluate_may_spell_a_path_in_two_ways_and_have_to_read_the_same(
+    two: tuple[Path, Path], finished: Path, data: Path, tmp_path: Path
+) -> None:
+    command = (ROOT / "evaluate.py", "--quick", finished)
+    (two[0] / "here").symlink_to(data)
+    (ended, said), (other, _) = on_two_machines(two, *command, own=(["--data.root", "here"], ["--data.root", data]))
+    assert (ended, other) == (0, 0), said
+
+    changed = other_labels(data, tmp_path / "other", "t10k")
+    wrong: tuple[tuple[object, str], ...] = (
+        (["--data.root", changed], r"rank 1 sees sha256 \w+ as test images, rank 0 sha256 \w+: all processes have to"),
+        (["--split", "val"], 'rank 1 sees "val" as --split, rank 0 "test": give all processes the same options'),
+    )
+    for own, line in wrong:
+        ended = on_two_machines(two, *command, own=(["--data.root", data], ["--data.root", data, *own]))  # type: ignore[misc,assignment]
+        assert [status for status, _ in ended] == [2, 2], ended
+        assert len(re.findall(line, "".join(text for _, text in ended))) == 1 and "Traceback" not in str(ended), ended

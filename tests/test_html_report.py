@@ -1,6 +1,7 @@
 """report.html: what it holds, that names are escaped, and how a real headless browser shows it."""
 
 import json
+import logging
 import math
 import os
 import re
@@ -186,6 +187,37 @@ def test_quick_writes_no_page(train_images: Split, tmp_path: Path) -> None:
     assert "subsets" not in found.metrics
     assert not (tmp_path / "report.html").exists()
     assert (tmp_path / "reliability.png").exists()
+
+
+def test_quick_keeps_a_full_evaluation_with_the_same_results_and_says_what_it_removes(
+    train_images: Split, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcome = small_outcome(train_images, tmp_path)
+    written(outcome)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with caplog.at_level(logging.INFO, "fmnist"):
+        written(outcome, quick=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert caplog.messages == [f"{tmp_path} holds a full evaluation with the same results, which is kept"]
+
+    caplog.clear()
+    (tmp_path / "predictions.csv").unlink()  # somebody took a part of it away: the numbers are written anew
+    with caplog.at_level(logging.INFO, "fmnist"):
+        written(outcome, quick=True)
+    assert not (tmp_path / "report.html").exists() and (tmp_path / "predictions.csv").exists()
+    assert len(caplog.messages) == 1 and "report.html is removed" in caplog.messages[0]
+
+    others = (
+        {"data_sha256": "0" * 64},  # other images
+        {"logits": 1.01 * outcome.logits},  # the same predictions, with other confidences
+    )
+    for other in others:
+        written(outcome)
+        caplog.clear()
+        found = written(replace(outcome, **other), quick=True)
+        assert "report.html is removed: it is of other results" in caplog.text
+        assert not (tmp_path / "report.html").exists()
+        assert json.loads((tmp_path / "metrics.json").read_text())["loss"] == found.metrics["loss"]
 
 
 def test_a_model_without_errors_has_a_page(train_images: Split, tmp_path: Path) -> None:

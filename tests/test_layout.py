@@ -54,7 +54,7 @@ HOMES: dict[str, set[str]] = {
     "accelerate": {"fmnist/runtime/compute.py"},
     "wandb": {"fmnist/tracking/wandb_run.py"},
     "triton": {"fmnist/data/augment_triton.py"},
-    "signal.signal": {"fmnist/runtime/console.py", "fmnist/runtime/stop_vote.py"},
+    "signal.signal": {f"fmnist/runtime/{name}.py" for name in ("console", "interrupts", "stop_vote")},
     "os.environ": {"fmnist/runtime/environment.py"},
     "os.getenv": set(),
     "matplotlib": {"fmnist/report/figures.py", "experiments/drawn_pictures.py"},

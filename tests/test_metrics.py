@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import accuracy_score, log_loss
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss, top_k_accuracy_score
 
 from fmnist.config.schema import AugmentConfig, EvaluationConfig
 from fmnist.data.augment import Augment
 from fmnist.data.split import Split
+from fmnist.evaluation.numbers import summarize
 from fmnist.metrics import predict, score
 from fmnist.models.cnn import Cnn
 from fmnist.runtime.processes import Processes
@@ -66,6 +67,47 @@ def test_score_equals_scikit_learn(model: Cnn, train_images: Split) -> None:
     assert float(scores["top1"]) == accuracy_score(train_images.labels, probabilities.argmax(1))
     expected = log_loss(train_images.labels, probabilities.numpy(), labels=list(range(10)))
     assert float(scores["loss"]) == pytest.approx(expected, abs=1e-9)
+
+
+def drawn(num_images: int, num_classes: int, empty: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits, a third of them right, and labels of uneven classes, the last `empty` of which have no images."""
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.rand(num_images, generator=generator) ** 2 * (num_classes - empty)).long()
+    logits = torch.randn(num_images, num_classes, generator=generator)
+    logits[torch.arange(0, num_images, 3), labels[::3]] += 3
+    return logits, labels
+
+
+@pytest.mark.parametrize("empty", [0, 1, 5])
+@pytest.mark.parametrize("num_classes", [7, 20, 1000])
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+def test_macro_f1_balanced_accuracy_and_top5_equal_scikit_learn(num_classes: int, empty: int) -> None:
+    logits, labels = drawn(3000, num_classes, empty)
+    scores = {name: float(value) for name, value in score(logits, labels).items()}
+    predictions, present = logits.argmax(1), labels.unique()
+    assert scores["macro_f1"] == pytest.approx(
+        f1_score(labels, predictions, labels=present, average="macro", zero_division=0), abs=1e-12
+    )
+    assert scores["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predictions), abs=1e-12)
+    assert ("top5" in scores) == (num_classes >= 20)
+    if "top5" in scores:
+        assert scores["top5"] == top_k_accuracy_score(labels, logits, k=5, labels=range(num_classes))
+    assert abs(scores["macro_f1"] - scores["top1"]) > 0.001  # uneven classes: else nothing was compared
+    evaluated = summarize(logits, labels, [f"class {i}" for i in range(num_classes)])
+    assert {name: evaluated[name] for name in scores} == scores
+    assert evaluated["macro_avg"]["f1"] == pytest.approx(scores["macro_f1"], abs=1e-12)
+    assert evaluated["macro_avg"]["recall"] == pytest.approx(scores["balanced_accuracy"], abs=1e-12)
+
+
+def test_macro_numbers_by_hand() -> None:
+    # Three images of class 0, one of class 1, none of class 2; predicted 0, 0, 2, 1.
+    logits = torch.eye(3)[[0, 0, 2, 1]]
+    scores = score(logits, torch.tensor([0, 0, 0, 1]))
+    # Class 0: recall 2/3, F1 2 * 2 / (3 + 2) = 4/5. Class 1: both 1. Class 2 has none and is left out.
+    assert float(scores["balanced_accuracy"]) == pytest.approx((2 / 3 + 1) / 2)
+    assert float(scores["macro_f1"]) == pytest.approx((4 / 5 + 1) / 2)
+    one = score(torch.zeros(1, 2), torch.tensor([1]))  # nothing right: 0, not 0 / 0
+    assert (float(one["macro_f1"]), float(one["balanced_accuracy"])) == (0, 0)
 
 
 def test_flip_averaging_is_the_mean_probability_of_image_and_mirror(model: Cnn, train_images: Split) -> None:

@@ -35,10 +35,11 @@ from fmnist.config.schema import (
     unflatten,
 )
 from fmnist.data.augment import Augment
-from fmnist.data.augment_torch import check_whole_pixels, resample, shift_and_flip
+from fmnist.data.augment_torch import resample
 from fmnist.data.fashion_mnist import INFO, load, load_indexed, load_split
 from fmnist.data.photos import find_pictures, open_picture
 from fmnist.data.split import Split
+from fmnist.data.whole_pixels import check_whole_pixels, shift_and_flip
 from fmnist.evaluation.calibration import average_probabilities
 from fmnist.evaluation.findings import findings
 from fmnist.evaluation.misclassified import confident_errors
@@ -104,7 +105,7 @@ def test_the_size_schedule_ends_with_the_run(epochs: float, expected: dict[int, 
     # The last size is the one judged, and it is reached within the run.
     assert augment.size(max(0, int(epochs - 1e-9))) == 28
     lines = without_effect(cfg, Length(round(429 * epochs), 429))
-    said = f"augment.size {{0: 20, 5: 28}} becomes {expected}: the run has {epochs} epochs"
+    said = f"augment.size {{0: 20, 5: 28}} becomes {expected}: the run has {epochs} epoch{'s' * (epochs != 1)}"
     assert [line for line in lines if "augment.size" in line] == ([] if epochs > 5 else [said])
 
 
@@ -125,7 +126,12 @@ REFUSED_CASES = {
     "augment.mixup_alpha": {"augment__mixup_alpha": 0.2, "augment__mix_probability": 0.0},
     "augment.cutmix_alpha": {"augment__cutmix_alpha": 1.0, "augment__mix_probability": 0.0},
     "augment.flip_in_turn": {"augment__flip_in_turn": True, "augment__flip": 0.0},
+    "augment.crop_aspect": {"augment__crop_aspect": 2.0},
     "optim.beta2": {"optim__beta2": 0.9, "optim__name": "sgd"},
+    "data.stored_size": {"data__stored_size": 64},
+    "data.fit": {"data__fit": "pad"},
+    "data.holdout": {"data__holdout": 0.2},
+    "data.bad_files": {"data__bad_files": "skip"},
     "schedule.min_lr": {"schedule__min_lr": 1e-4, "schedule__name": "constant"},
 }
 SAID_CASES = {
@@ -136,6 +142,8 @@ SAID_CASES = {
     "profile": {"profile": 5},
     "augment.flip_in_turn": {"augment__flip_in_turn": True},
     "augment.shift": {"augment__shift": 0.01},
+    "augment.saturation": {"augment__saturation": 0.4},
+    "augment.hue": {"augment__hue": 0.1},
     "schedule.warmup_epochs": {"schedule__warmup_epochs": 0.04},
     "optim.head_only_epochs": {"optim__head_only_epochs": 0.04},
     "log.project": {"log__project": "team", "log__wandb": "disabled"},
@@ -164,12 +172,42 @@ def test_a_setting_without_effect_in_a_short_run_is_said(name: str) -> None:
     assert line.startswith(name) and ("has no effect" in line or "longer than the run" in line)
     # ... and nothing in a run in which it has one.
     if name not in ("augment.shift", "log.project", "model.channels_last"):
-        assert without_effect(cfg, Length(4000, 100)) == []
+        assert without_effect(cfg, Length(4000, 100, channels=3)) == []
 
 
 def test_a_shift_of_less_than_a_pixel_has_its_effect_where_pixels_are_interpolated() -> None:
-    for other in ({"augment__rotation": 1.0}, {"augment__size": 32}, {"augment__shift": 0.02}):
+    for other in ({"augment__rotation": 1.0}, {"augment__crop": 0.9}, {"augment__size": 32}, {"augment__shift": 0.02}):
         assert without_effect(with_options(**{"augment__shift": 0.01} | other), Length(100, 10)) == []
+
+
+@pytest.mark.parametrize(
+    ("epochs", "warmup_epochs", "steps", "becomes"),
+    [
+        (1, 1.0, 10, "1.0 becomes 0.1, a tenth of the whole: the run has 1 epoch"),
+        (1, 2.0, 10, "2.0 becomes 0.1, a tenth of the whole: the run has 1 epoch"),
+        (0.5, 1.0, 5, "1.0 becomes 0.05, a tenth of the whole: the run has 0.5 epochs"),
+        (0.01, 1.0, 0, "1.0 becomes 0, a tenth of the whole: the run has 0.01 epochs"),
+        (1.01, 1.0, 100, ""),  # shorter than the run, if only by a step
+        (2, 1.0, 100, ""),
+    ],
+)
+def test_a_warm_up_in_epochs_that_would_be_the_whole_run_is_a_tenth_of_it(
+    epochs: float, warmup_epochs: float, steps: int, becomes: str
+) -> None:
+    cfg = with_options(schedule__epochs=epochs, schedule__warmup_epochs=warmup_epochs)
+    schedule = Schedule.from_config(cfg, 100)
+    assert (schedule.total_steps, schedule.warmup_steps) == (round(100 * epochs), steps)
+    lines = [line for line in without_effect(cfg, Length(schedule.total_steps, 100)) if "warmup" in line]
+    assert lines == ([f"schedule.warmup_epochs {becomes}"] if becomes else [])
+    # in steps it is what was asked for, and nothing is said
+    cfg = with_options(schedule__epochs=1.0, schedule__warmup_epochs=5.0, schedule__warmup_steps=7)
+    assert Schedule.from_config(cfg, 100).warmup_steps == 7 and without_effect(cfg, Length(100, 100)) == []
+
+
+def test_every_shipped_recipe_can_be_tried_for_an_epoch() -> None:
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        schedule = Schedule.from_config(parse_config(["--config", str(path), "--schedule.epochs", "1"]), 429)
+        assert schedule.total_steps == 429 and schedule.warmup_steps < 50, path
 
 
 def test_the_shipped_recipes_say_nothing() -> None:
@@ -182,7 +220,7 @@ def test_the_shipped_recipes_say_nothing() -> None:
 def test_phases_longer_than_the_run_are_refused() -> None:
     for options, name in (
         ({"optim__head_only_epochs": 50.0}, "optim.head_only_epochs is 50.0, 500 steps, but the run has 10"),
-        ({"schedule__warmup_steps": 10}, "the warmup is 10 steps but the run has 10"),
+        ({"schedule__warmup_steps": 10}, "schedule.warmup_steps is 10, but the run has 10 steps"),
     ):
         with pytest.raises(ValueError, match=name):
             Schedule.from_config(with_options(schedule__steps=10, **options), 10)

@@ -42,7 +42,7 @@ def test_linear_constant_and_durations_in_steps() -> None:
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
-    [({"epochs": 1, "warmup_epochs": 1}, "warmup is 10 steps but the run has 10"), ({"min_lr": 2.0}, "min_lr is 2.0")],
+    [({"epochs": 1, "warmup_steps": 10}, "warmup_steps is 10, but the run has 10"), ({"min_lr": 2.0}, "min_lr is 2.0")],
 )
 def test_a_schedule_that_cannot_be_is_refused(kwargs: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):

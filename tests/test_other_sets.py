@@ -24,7 +24,10 @@ from fmnist.apps.predict.__main__ import main as predict_main
 from fmnist.apps.search.__main__ import main as search_main
 from fmnist.apps.views import read_photo, view_of
 from fmnist.checkpoint.run_directory import is_finished
+from fmnist.config.schema import DataConfig
 from fmnist.data.fashion_mnist import INFO
+from fmnist.data.photos import WORK_SIZE
+from fmnist.data.registry import open_source
 from fmnist.evaluation.retrieval import _pixels
 from fmnist.report.figures import shorten
 from fmnist.trained import open_trained
@@ -287,9 +290,9 @@ def test_the_doctor_looks_at_the_data_set_that_is_named(colour: Path, tmp_path: 
 def test_a_run_without_test_images_is_finished(tmp_path: Path) -> None:
     summary = {"status": "finished", "val.top1": 0.5, "test.num_images": 0}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    assert is_finished(tmp_path, test=True)
+    assert is_finished(tmp_path, test=True, total_steps=1)
     (tmp_path / "summary.json").write_text(json.dumps({"status": "finished", "val.top1": 0.5}))
-    assert not is_finished(tmp_path, test=True)
+    assert not is_finished(tmp_path, test=True, total_steps=1)
 
 
 @pytest.mark.thorough
@@ -305,3 +308,37 @@ def test_training_without_test_images_ends_with_val_and_is_finished(tmp_path: Pa
     assert summary["test.num_images"] == 0 and "test.top1" not in summary
     assert (tmp_path / "run/evaluation/val/report.txt").is_file() and not (tmp_path / "run/evaluation/test").exists()
     assert "is finished: its data set has no test images" in train(*args).stderr
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_a_training_photo_is_seen_as_it_was_stored_bit_by_bit(
+    fit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FMNIST_CACHE", str(tmp_path / "cache"))
+    sizes = [(900, 700), (64, 64), (333, 1200), (50, 20), (2000, 1500), (640, 641)]
+    for i, size in enumerate(sizes * 4):
+        folder = tmp_path / "photos" / f"class {i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        noise = pixels(max(1, size[0] // 8), max(1, size[1] // 8)).resize(size)
+        noise.rotate(i).save(folder / (f"{i}.jpg" if i % 3 else f"{i}.png"))
+    source = open_source(DataConfig(name="folder", root=str(tmp_path / "photos"), stored_size=48, fit=fit, val_size=0))  # type: ignore[arg-type]
+    seen = 0
+    for part in ("train", "val", "test"):
+        images, _, places = source.read(part)  # type: ignore[arg-type]
+        for image, place in zip(images, places.tolist(), strict=True):
+            photo = read_photo(str(tmp_path / "photos" / source.files[place]), source.info)
+            assert photo.cutout is not None and np.array_equal(photo.cutout.view, image.numpy())
+            assert photo.image is not None and max(photo.image.size) <= WORK_SIZE
+            if photo.cutout.box is not None:
+                left, top, right, bottom = photo.cutout.box
+                assert 0 <= left < right <= photo.image.width + 1 and 0 <= top < bottom <= photo.image.height + 1
+            seen += 1
+    assert seen == len(sizes) * 4
+
+
+def test_large_stored_images_are_not_made_from_smaller_ones(tmp_path: Path) -> None:
+    info = replace(INFO, name="folder", shape=(1, 800, 800))
+    stripes = Image.fromarray(np.tile(np.array([0, 0, 255, 255], np.uint8), (800, 200)))
+    stripes.save(tmp_path / "a.png")
+    photo = read_photo(str(tmp_path / "a.png"), info)
+    assert photo.cutout is not None and np.array_equal(photo.cutout.view, np.asarray(stripes))

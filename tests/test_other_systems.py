@@ -52,7 +52,8 @@ def test_a_run_needs_no_name_that_another_system_lacks(tmp_path: Path) -> None:
 
 def test_importing_the_package_and_its_door_needs_none_of_them() -> None:
     light = ABSENT.replace("import accelerate", "pass #").replace("import timm", "pass #")
-    code = light + "import fmnist, fmnist.__main__\nfmnist.__main__.open_door('x')\nprint(fmnist.__main__.usage())"
+    code = light + "import fmnist.__main__ as door\nfrom fmnist.runtime.console import open_door\n"
+    code += "open_door('x')\nprint(door.usage())"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: fmnist")

@@ -160,6 +160,43 @@ def test_a_run_finishes_whatever_becomes_of_its_output(tmp_path: Path) -> None:
         assert told.count("\n") == wanted.count("\n"), name
 
 
+# Sends Ctrl-C when a module of this name is about to be imported, and runs what a command runs.
+INTERRUPTED = """
+import os, runpy, signal, sys
+
+class AtImport:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, AtImport())
+module, program, sys.argv = sys.argv[1], sys.argv[2], sys.argv[2:]
+if program.endswith(".py"):
+    runpy.run_path(program, run_name="__main__")
+elif program == "script":
+    from fmnist.__main__ import main
+    main()
+else:
+    runpy.run_module(program, run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("program", ["train.py", "evaluate.py", "fmnist", "script"])
+@pytest.mark.parametrize("module", ["fmnist.runtime.console", "hashlib", "argparse"])
+def test_ctrl_c_during_the_first_imports_is_no_traceback(program: str, module: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, module, program]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGINT, (done.stdout, done.stderr)
+    assert done.stderr in ("", f"{program}: interrupted\n")
+
+
+def test_a_job_in_the_background_ignores_ctrl_c_from_the_start() -> None:
+    ignored = f"import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n{INTERRUPTED}"
+    command = [sys.executable, "-c", ignored, "fmnist.runtime.console", "fmnist", "--help"]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "usage: fmnist" in done.stdout, done.stderr
+
+
 @pytest.mark.thorough
 def test_ctrl_c_at_any_moment_of_the_start_is_one_line(tmp_path: Path) -> None:
     commands = {

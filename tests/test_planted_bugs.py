@@ -78,8 +78,8 @@ BUGS = (
     Bug(
         name="the best step is not kept with the best value",
         function="fmnist.checkpoint.contents.TrainState.update_best",
-        old="self.best_top1, self.best_step = -1.0 if top1 is None else top1, self.step",
-        new="self.best_top1 = -1.0 if top1 is None else top1",
+        old='self.best_top1, self.best_step = val.get("top1", -1.0), self.step',
+        new='self.best_top1 = val.get("top1", -1.0)',
         test="test_checkpoint.py",
         select="best_changes_only",
     ),

@@ -33,14 +33,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def watched(step: list[int], every: int = 10, best: float = -1.0) -> Progress:
+def watched(step: list[int], every: int = 10, best: float | None = None, by: str = "top1") -> Progress:
     """A run of 3 epochs of 10 steps that validates after `every` steps and at its end."""
     progress = Progress(
         lambda: step[0],
         lambda number: number % every == 0 or number == 30,
         total_steps=30,
         steps_per_epoch=10,
-        best_top1=best,
+        best=best,
+        by=by,
     )
     progress.start()
     return progress
@@ -67,6 +68,22 @@ def test_a_resumed_run_knows_its_best(said: list[str], clock: list[float]) -> No
     clock[0] += 10
     progress.log("val", {"top1": 0.9}, 20)
     assert said == ["epoch 2/3  step 20  val top1 90.00 % (best 95.00 %)  0:10 left"]
+
+
+@pytest.mark.parametrize(
+    ("by", "told"),
+    [
+        ("macro_f1", "val top1 90.00 %  val macro F1 80.00 % (best 85.00 %)"),
+        ("loss", "val top1 90.00 %  val loss 0.2000 (best 0.2000)"),
+    ],
+)
+def test_the_number_that_chooses_the_epoch_is_shown_with_its_best(
+    said: list[str], clock: list[float], by: str, told: str
+) -> None:
+    progress = watched([10], best=0.85, by=by)
+    clock[0] += 10
+    progress.log("val", {"top1": 0.9, "macro_f1": 0.8, "loss": 0.2}, 20)
+    assert said == [f"epoch 2/3  step 20  {told}  0:10 left"]
 
 
 def test_epochs_without_a_validation_have_their_line_too(said: list[str], clock: list[float]) -> None:

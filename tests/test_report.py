@@ -25,6 +25,7 @@ from fmnist.evaluation.findings import Findings, findings
 from fmnist.evaluation.numbers import summarize
 from fmnist.evaluation.outcome import Outcome
 from fmnist.report.curves import loss_note, plot_learning_curves, series
+from fmnist.report.figures import plot_confusion_matrix
 from fmnist.report.write import class_table, write_evaluation
 from fmnist.tracking.metrics_file import read_metrics
 
@@ -179,12 +180,31 @@ def test_write_evaluation(tmp_path: Path) -> None:
     assert text.startswith(
         f"cnn: test images: top1 {100 * summary['top1']:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f}), "
         f"loss {summary['loss']:.4f}, ECE {summary['ece']:.4f}, 500 images\n"
+        f"macro F1 {100 * summary['macro_f1']:.2f} %, balanced accuracy {100 * summary['balanced_accuracy']:.2f} %\n"
     )
     assert all(name in text for name in NAMES) and "macro avg" in text
 
     width, height = check_png(directory / "confusion_matrix.png", 1200, 1200)
     assert width == height
     check_png(directory / "reliability.png", 800, 800)
+
+
+def test_a_confusion_matrix_of_a_thousand_classes_shows_the_worst(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(1000, (3000,), generator=generator)
+    logits = torch.randn(3000, 1000, generator=generator)
+    logits[torch.arange(3000), labels] += 4
+    names = [f"class {i}" for i in range(1000)]
+    summary = summarize(logits, labels, names)
+    confusion = np.asarray(summary["confusion_matrix"])
+    assert confusion.shape == (1000, 1000) and confusion.sum() == 3000
+    assert summary["top5"] > summary["top1"] > 0.5
+    drawn: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fmnist.report.figures.Axes.text", lambda *a, **k: drawn.append(a))
+        plot_confusion_matrix(summary["confusion_matrix"], names, "many", tmp_path / "many.png")
+    assert len(drawn) == 20 * 21  # the 20 worst classes, and a column for all others: a million numbers take hours
+    check_png(tmp_path / "many.png", 1200, 1200)
 
 
 def test_predictions_round_trip(tmp_path: Path) -> None:

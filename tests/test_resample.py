@@ -11,9 +11,11 @@ from torch import Tensor
 
 from fmnist.config.schema import AugmentConfig
 from fmnist.data.augment import Augment
-from fmnist.data.augment_table import NUM_COLUMNS, augmentation_table
+from fmnist.data.augment_table import LEVEL, augmentation_table, levels_read
 from fmnist.data.augment_torch import Plan, augment_reference
 from fmnist.data.batches import NUM_UNIFORMS, MicroBatch, to_device
+from fmnist.data.colour import changes_colours
+from fmnist.data.pyramid import build_pyramid
 from fmnist.data.split import Split
 
 pytest.importorskip("triton")
@@ -22,6 +24,17 @@ OFF = AugmentConfig(flip=0.0)
 GEOMETRY = AugmentConfig(flip=0.5, rotation=10, shift=0.1, scale=0.1)
 ERASING = replace(GEOMETRY, erase=0.6)
 ALL = replace(ERASING, mixup_alpha=0.4, cutmix_alpha=1.0, mix_probability=0.8)
+COLOURS = replace(
+    ALL,
+    flip_vertical=0.5,
+    crop=0.2,
+    trivial=0.5,
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.4,
+    hue=0.2,
+    mix_probability=0.5,
+)
 HARD = replace(ALL, rotation=180, shift=0.5, scale=1.0)  # most of it outside the image
 BAR = 2 / 255
 GREY = {"mean": (0.286,), "std": (0.353,)}
@@ -44,18 +57,22 @@ def uniforms(count: int, seed: int = 0) -> Tensor:
 
 
 def make_plan(cfg: AugmentConfig, size: int, **more: object) -> Plan:
-    return Plan(size=size, erases=cfg.erase > 0, mixes=cfg.mixup_alpha + cfg.cutmix_alpha > 0, **{**GREY, **more})
+    mixes, colours = cfg.mixup_alpha + cfg.cutmix_alpha > 0, changes_colours(cfg)
+    return Plan(size=size, erases=cfg.erase > 0, mixes=mixes, colours=colours, **{**GREY, **more})
 
 
 def largest_difference(
     module: ModuleType, images: Tensor, cfg: AugmentConfig, plan: Plan, count: int, device: str = "cpu"
 ) -> float:
     """Return the largest difference of kernel and float64 reference in [0, 1] units, over a batch of odd indices."""
+    plan = replace(plan, levels=levels_read(cfg, images.shape[-2:], plan.size))
+    pyramid = build_pyramid(images, plan.levels[-1]) if plan.levels[-1] else None
     table = augmentation_table(cfg, uniforms(len(images), plan.size), images.shape[-2:], plan.size, whole_pixels=False)
     generator = torch.Generator().manual_seed(plan.size)
     indices, partners = (torch.randint(0, len(images), (count,), generator=generator) for _ in range(2))
-    exact = augment_reference(images, indices, partners, table.double(), replace(plan, dtype=torch.float64))
-    there = [to_device(t, torch.device(device)) for t in (images, indices, partners, table)]
+    exact = augment_reference(images, pyramid, indices, partners, table.double(), replace(plan, dtype=torch.float64))
+    sources = (images, pyramid, indices, partners, table)
+    there = [part if part is None else to_device(part, torch.device(device)) for part in sources]
     ours = module.augment_fused(*there, plan).cpu()
     assert ours.shape == (count, len(plan.mean), plan.size, plan.size)
     assert ours.dtype == plan.dtype
@@ -84,6 +101,22 @@ def test_shapes_are_arguments(interpreted: ModuleType, source: tuple[int, int, i
     images = torch.randint(0, 256, (11, *source), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     plan = make_plan(ALL, 40, channels_last=channels_last, **COLOUR)
     assert largest_difference(interpreted, images, ALL, plan, 3) < 1e-4
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("source", "size", "levels"),
+    [((3, 32, 32), 40, [0]), ((3, 64, 64), 16, [0, 1, 2]), ((3, 61, 90), 12, [1, 2]), ((1, 120, 70), 35, [0, 1])],
+    ids=str,
+)
+def test_colours_and_levels_are_those_of_the_reference(
+    interpreted: ModuleType, source: tuple[int, int, int], size: int, levels: list[int], channels_last: bool
+) -> None:
+    images = torch.randint(0, 256, (40, *source), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    read = augmentation_table(COLOURS, uniforms(40, size), source[1:], size, whole_pixels=False)[:, LEVEL].unique()
+    assert read.tolist() == levels
+    plan = make_plan(COLOURS, size, channels_last=channels_last, fill=(0.2, 0.4, 0.6)[: source[0]], **COLOUR)
+    assert largest_difference(interpreted, images, COLOURS, plan, 12) < 1e-4
 
 
 def test_a_batch_through_the_kernel_is_a_batch_through_the_reference(
@@ -119,8 +152,27 @@ def test_the_compiled_reference_gives_the_same_numbers(train_images: Split) -> N
     assert ((made[0] - made[1]) * 0.353).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("cfg", [GEOMETRY, ALL], ids=["geometry", "all"])
-def test_the_kernel_compiles_for_a_gpu(cfg: AugmentConfig) -> None:
+@pytest.mark.thorough
+def test_the_compiled_reference_gives_the_same_colours_and_levels() -> None:
+    images = torch.randint(0, 256, (24, 3, 50, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split, every = Split(images=images, labels=torch.zeros(24, dtype=torch.int64)), torch.arange(24)
+    batch = MicroBatch(
+        split=split, indices=every, partners=every.flip(0), uniforms=uniforms(24), epoch=0, key=(0, 0, 0)
+    )
+    for size in (12, 50):
+        made = [
+            Augment(replace(COLOURS, size=size, backend=backend), num_classes=10, fill=(0.2, 0.4, 0.6), **COLOUR)
+            for backend in ("compiled", "eager")
+        ]
+        assert (made[0](batch)[0] - made[1](batch)[0]).abs().max() * 0.225 < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("cfg", "channels", "side"),
+    [(GEOMETRY, 1, 28), (ALL, 1, 28), (ALL, 3, 32), (COLOURS, 1, 28), (COLOURS, 3, 512)],
+    ids=["geometry", "all", "rgb", "grey", "rgb shrunk"],
+)
+def test_the_kernel_compiles_for_a_gpu(cfg: AugmentConfig, channels: int, side: int) -> None:
     """Triton's whole compiler, for the Hopper generation, on a machine that may have no GPU."""
     from triton import compile as compile_kernel
     from triton.backends.compiler import GPUTarget
@@ -129,10 +181,12 @@ def test_the_kernel_compiles_for_a_gpu(cfg: AugmentConfig) -> None:
     from fmnist.data import augment_triton as resample
 
     kernel = resample._augment_kernel
-    constants = {"SOURCE_CHANNELS": 1, "HEIGHT": 28, "WIDTH": 28, "CHANNELS": 1, "SIZE": 224, "CHANNELS_LAST": False}
-    constants |= {"ERASES": cfg.erase > 0, "MIXES": cfg.mixup_alpha > 0, "COLUMNS": NUM_COLUMNS, "TILE": resample.TILE}
-    pointers = {"images": "*u8", "indices": "*i64", "partners": "*i64", "table": "*fp32", "statistics": "*fp32"}
-    signature = pointers | {"out": "*bf16", "fill": "fp32"} | dict.fromkeys(constants, "constexpr")
+    last, colours = levels_read(cfg, (side, side), 224)[-1], changes_colours(cfg)
+    constants = {"SOURCE_CHANNELS": channels, "HEIGHT": side, "WIDTH": side, "CHANNELS": channels, "SIZE": 224}
+    constants |= {"CHANNELS_LAST": False, "LAST_LEVEL": last, "PYRAMID_BYTES": last and 196608, "COLOURS": colours}
+    constants |= {"ERASES": cfg.erase > 0, "MIXES": cfg.mixup_alpha > 0, "COLUMNS": 29, "TILE": resample.TILE}
+    pointers = {"images": "*u8", "pyramid": "*u8", "indices": "*i64", "partners": "*i64", "table": "*fp32"}
+    signature = pointers | {"statistics": "*fp32", "out": "*bf16"} | dict.fromkeys(constants, "constexpr")
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     compiled = compile_kernel(
         ASTSource(fn=kernel, signature=signature, constexprs=places),
@@ -144,12 +198,16 @@ def test_the_kernel_compiles_for_a_gpu(cfg: AugmentConfig) -> None:
     samples = 2 if cfg.mixup_alpha else 1
     neighbours, branches = 4, 2  # both branches, between source pixels and at the edge, are in the code
     pixels = resample.TILE**2 // (32 * resample.NUM_WARPS)
-    assert compiled.asm["ptx"].count("ld.global.b8") == samples * branches * neighbours * pixels
+    assert compiled.asm["ptx"].count("ld.global.b8") == samples * branches * neighbours * pixels * channels
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("cfg", [OFF, GEOMETRY, ERASING, ALL, HARD], ids=["off", "geometry", "erasing", "all", "hard"])
+@pytest.mark.parametrize(
+    "cfg",
+    [OFF, GEOMETRY, ERASING, ALL, HARD, COLOURS],
+    ids=["off", "geometry", "erasing", "all", "hard", "colours"],
+)
 @pytest.mark.parametrize("size", [28, 32, 64, 96, 128, 224])
 def test_the_kernel_is_the_reference_on_a_gpu(train_images: Split, size: int, cfg: AugmentConfig) -> None:
     from fmnist.data import augment_triton as resample
@@ -159,3 +217,5 @@ def test_the_kernel_is_the_reference_on_a_gpu(train_images: Split, size: int, cf
         assert largest_difference(resample, images, cfg, make_plan(cfg, size, dtype=dtype), 257, "cuda") < bar
     colour = make_plan(cfg, size, channels_last=True, **COLOUR)
     assert largest_difference(resample, images, cfg, colour, 31, "cuda") < 1e-4
+    rgb = torch.randint(0, 256, (50, 3, 200, 300), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert largest_difference(resample, rgb, cfg, colour, 31, "cuda") < 1e-4

@@ -138,6 +138,9 @@ def test_label_smoothing_spreads_its_mass_evenly(compute: Compute, train_images:
         "data/augment_torch",
         "data/augment_triton",
         "data/batches",
+        "data/colour",
+        "data/pyramid",
+        "data/whole_pixels",
     ],
 )
 def test_the_source_never_waits_for_the_device(file: str) -> None:

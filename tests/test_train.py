@@ -68,6 +68,24 @@ def test_a_run_leaves_what_the_contract_names(finished: tuple[Path, Path]) -> No
 
 
 @pytest.mark.thorough
+def test_the_epoch_of_the_lowest_loss_is_kept_where_that_is_asked_for(tmp_path: Path, small_config: Path) -> None:
+    run = tmp_path / "run"
+    flags = ("--evaluation.every_steps", 2, "--optim.lr", 0.05, "--evaluation.test", "false")
+    train("--config", small_config, *flags, "--evaluation.best", "loss", "--output_dir", run)
+    val = [line for line in metrics(run) if line["prefix"] == "val"]
+    best = min(val, key=lambda line: line["loss"])
+    assert {"top1", "macro_f1", "balanced_accuracy", "loss"} <= best.keys() and "top5" not in best
+    summary = json.loads((run / "summary.json").read_text())
+    assert {name: summary[f"val.{name}"] for name in ("top1", "macro_f1", "balanced_accuracy", "loss")} == {
+        name: best[name] for name in ("top1", "macro_f1", "balanced_accuracy", "loss")
+    }
+    kept = run / f"checkpoints/step_{best['step']:08d}/ema.safetensors"
+    assert kept.read_bytes() == (run / "model.safetensors").read_bytes()
+    refused = train("--config", small_config, *flags, "--output_dir", run, check=False)
+    assert refused.returncode == 2 and "evaluation.best was loss, now top1" in refused.stderr
+
+
+@pytest.mark.thorough
 def test_evaluate_gives_what_training_gave_and_the_same_command_again_changes_nothing(
     finished: tuple[Path, Path],
 ) -> None:

@@ -46,6 +46,29 @@ def test_a_device_that_is_not_there_is_one_line(run_directory: Path) -> None:
         open_trained(run_directory, "meta_gpu")
 
 
+def test_paths_are_those_that_the_user_gave(
+    run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run_directory.parent)
+    checkpoint = max((run_directory / "checkpoints").glob("step_*")).relative_to(run_directory.parent)
+    trained = open_trained(Path("run"), "cpu")
+    assert (trained.directory, trained.weights) == (Path("run"), Path("run/model.safetensors"))
+    assert trained.folder("evaluation", "test") == Path("run/evaluation/test")
+    trained = open_trained(checkpoint, "cpu")
+    assert (trained.directory, trained.checkpoint) == (Path("run"), checkpoint.name)
+    assert open_trained(run_directory, "cpu").directory == run_directory
+
+    # Of a checkpoint that is reached in another way the run has to be found.
+    (tmp_path / "latest").symlink_to(run_directory.parent / checkpoint)
+    monkeypatch.chdir(checkpoint)
+    for path in (Path("."), tmp_path / "latest", Path(f"../{checkpoint.name}")):
+        trained = open_trained(path, "cpu")
+        assert (trained.directory.resolve(), trained.checkpoint) == (run_directory.resolve(), checkpoint.name)
+    monkeypatch.chdir(run_directory)
+    trained = open_trained(Path("."), "cpu")
+    assert (trained.name, trained.checkpoint, trained.directory.resolve()) == ("run", "", run_directory.resolve())
+
+
 def test_what_is_made_of_a_checkpoint_stays_out_of_it(
     run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

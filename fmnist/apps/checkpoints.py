@@ -49,7 +49,7 @@ def inspect(run: Path) -> tuple[list[Checked], list[str]]:
     from fmnist.checkpoint.store import Checkpoints
     from fmnist.checkpoint.tensors import non_finite, read_tensors
     from fmnist.config.parse import load_config
-    from fmnist.config.same_run import changes, recipe
+    from fmnist.config.same_run import changes, lengthened, recipe
     from fmnist.runtime.files import sha256_of
 
     expected = json.loads(json.dumps(recipe(load_config(run / "config.yaml"))))
@@ -67,7 +67,7 @@ def inspect(run: Path) -> tuple[list[Checked], list[str]]:
             files = [name for name in digests if name.endswith(".safetensors")]
             if bad := [f"{name}: {key}" for name in files for key in non_finite(read_tensors(path / name))]:
                 raise ValueError(f"{path} holds non-finite values in {', '.join(bad[:3])}")
-            if differing := changes(meta.pop("config", {}), expected):
+            if differing := changes(lengthened(meta.pop("config", {}), expected), expected):
                 raise ValueError(f"{path} is of another config: {'; '.join(differing[:3])}")
         except ValueError as error:
             checked.problem = str(error)

@@ -55,9 +55,9 @@ def check_device(name: str | None) -> Iterator[Line]:
     """The device that a run would take, and its arithmetic."""
     import torch
 
-    from fmnist.runtime.hardware import describe_device, find_device, resolve_precision
+    from fmnist.runtime.hardware import describe_device, open_device, resolve_precision
 
-    device = find_device(name)
+    device = open_device(name)
     count = torch.accelerator.device_count() if device.type != "cpu" else 0
     others = f", {count} of them" if count > 1 else ""
     yield Line("device", "ok" if count else "note", describe_device(device) + (others or "" if count else "; no GPU"))

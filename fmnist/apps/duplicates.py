@@ -70,9 +70,9 @@ def main(argv: list[str] | None = None) -> int:
 def near_copies(data: DataConfig, args: argparse.Namespace) -> Table:
     """Correlate the images of a split with the training images."""
     from fmnist.evaluation.near_copies import find_near_copies, load_pair
-    from fmnist.runtime.hardware import describe_device, find_device
+    from fmnist.runtime.hardware import describe_device, open_device
 
-    device = find_device(args.device)
+    device = open_device(args.device)
     name: Literal["test", "val"] = args.split or "test"
     split, training = load_pair(name, data)
     start = time.perf_counter()

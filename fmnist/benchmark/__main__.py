@@ -25,6 +25,8 @@ def main(argv: list[str]) -> int:
             draw(read_json(options.file), chart)
             return 0
         with Compute(keep_memory=options.allocator == "kept") as compute:
+            own = ("file", "baseline", "output", "force")  # only the main process reads and writes them
+            compute.agree_on_options({k: v for k, v in vars(options).items() if k not in own})
             return Suite(options, argv, compute).run()
 
 

@@ -2,9 +2,10 @@
 
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ class TrainState:
 
     Attributes:
         step: completed optimizer updates.
-        best_top1: highest validation top1 so far (fraction); -1 before the first evaluation.
-        best_step: the step of its checkpoint; without validation images, the newest.
+        best_top1: validation top1 of the best step (fraction); -1 before the first evaluation.
+        best_step: the step whose weights are kept; without validation images, the newest.
+        best_val: all validation numbers of the best step, by name; none in a run from before they stood here.
+        micro_batch_size: what `batch.micro_batch_size: auto` found; None where it is not auto.
         train_seconds: wall clock of training steps over all starts, evaluations apart.
     """
 
@@ -38,11 +41,25 @@ class TrainState:
     best_top1: float = -1.0
     best_step: int = 0
     train_seconds: float = 0.0
+    best_val: dict[str, float] = field(default_factory=dict)
+    micro_batch_size: int | None = None
 
-    def update_best(self, top1: float | None) -> None:
-        """Take this step as the best if its top1 is higher than any before, or if there is no validation (None)."""
-        if top1 is None or top1 > self.best_top1:
-            self.best_top1, self.best_step = -1.0 if top1 is None else top1, self.step
+    def best_number(self, by: str) -> float | None:
+        """Return a validation number of the best step; None where there is none."""
+        return self.best_val.get(by, self.best_top1 if by == "top1" and self.best_top1 >= 0 else None)
+
+    def update_best(self, val: Mapping[str, float], by: str = "top1") -> None:
+        """Take this step as the best if no step before was as good, or if there is no validation.
+
+        Args:
+            val: validation numbers by name; empty without validation images.
+            by: `evaluation.best`; of loss the lowest is the best.
+        """
+        sign, before = -1 if by == "loss" else 1, self.best_number(by)
+        # Whatever is first is the best so far, a NaN too: there are weights to use.
+        if not val or before is None or sign * val[by] > sign * before:
+            self.best_top1, self.best_step = val.get("top1", -1.0), self.step
+            self.best_val = {name: value for name, value in val.items() if math.isfinite(value)}
 
 
 def verify(directory: Path) -> dict[str, str]:
@@ -101,9 +118,11 @@ def read_state(directory: Path) -> TrainState:
         values.pop("meta", None)
         state = TrainState(**values)
         valid = state.step > 0 and 0 <= state.best_step <= state.step and -1 <= state.best_top1 <= 1
-        if not (valid and isinstance(state.step, int) and 0 <= state.train_seconds < float("inf")):
+        finite = math.isfinite(sum(state.best_val.values())) and 0 <= state.train_seconds < math.inf
+        whole = isinstance(state.step, int) and isinstance(state.micro_batch_size or 1, int)
+        if not (valid and finite and whole and (state.micro_batch_size or 1) > 0):
             raise ValueError
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, AttributeError):
         raise ValueError(f"{directory / STATE} does not hold the state of a run") from None
     if directory.name != f"step_{state.step:08d}":
         raise ValueError(f"{directory} holds step {state.step}: it is another checkpoint under this name")

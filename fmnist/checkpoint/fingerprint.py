@@ -1,13 +1,19 @@
 """What decides a run's result beside its options: the images, and the weights that it began from."""
 
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
+from fmnist.checkpoint.contents import read_meta
+from fmnist.checkpoint.run_directory import SUMMARY
+from fmnist.checkpoint.start_weights import find_start_weights
 from fmnist.runtime.files import cannot_read, read_json, sha256_of, write_atomic
 
-FINGERPRINT = "fingerprint.json"
+FINGERPRINT, IN_SUMMARY = "fingerprint.json", "fingerprint"
 CLASSES = "class names in data.root"
 WEIGHTS = "model.weights"
 IMAGES = {"train": "training images in data.root", "val": "validation images in data.root",
@@ -31,9 +37,9 @@ def fingerprint(images: Mapping[str, str], class_names: Sequence[str], weights: 
 
 
 def digest_of_weights(weights: str) -> str:
-    """Return the sha256 of a file of weights to begin from: its bytes count, not its path."""
+    """Return the sha256 of the file of weights to begin from, a run's or another: its bytes count, not its path."""
     try:
-        return sha256_of(Path(weights))
+        return sha256_of(find_start_weights(weights).file if os.path.isdir(weights) else Path(weights))
     except OSError as error:
         raise cannot_read(Path(f"{WEIGHTS}: {weights}"), error) from None
 
@@ -44,10 +50,35 @@ def keep_fingerprint(found: Mapping[str, str], directory: Path) -> None:
 
 
 def kept_fingerprint(directory: Path) -> dict[str, str]:
-    """Read a run's fingerprint; empty for a run from before there was one, which is compared with nothing.
+    """Read a run's fingerprint from wherever it stands: its own file, summary.json, the newest checkpoint.
+
+    Returns:
+        Every digest that one of them names; empty for a run from before there were any, which is compared with nothing.
 
     Raises:
-        ValueError: it is there and cannot be read.
+        ValueError: its file cannot be read, or summary.json names another digest.
     """
     path = directory / FINGERPRINT
-    return {name: str(value) for name, value in read_json(path).items()} if path.exists() else {}
+    kept = read_json(path) if path.exists() else {}
+    try:
+        summary = _digests(read_json(directory / SUMMARY).get(IN_SUMMARY))
+    except ValueError:  # none, or no summary: whoever needs it says so
+        summary = {}
+    if differ := [name for name in summary if kept.get(name, summary[name]) != summary[name]]:
+        raise ValueError(f"{path} and {SUMMARY} name different {', '.join(differ)}: one of them is of another run")
+    return _of_newest_checkpoint(directory) | summary | {name: str(value) for name, value in kept.items()}
+
+
+def _of_newest_checkpoint(directory: Path) -> dict[str, str]:
+    """Return what the newest checkpoint whose state can be read says; whoever resumes from it verifies it."""
+    for path in sorted((directory / "checkpoints").glob("step_*"), reverse=True):
+        with suppress(ValueError):
+            return _digests(read_meta(path)["config"])
+    return {}
+
+
+def _digests(found: object) -> dict[str, str]:
+    """Return what is a digest: checkpoints from before the fingerprint may hold a path under the same name."""
+    known = found if isinstance(found, dict) else {}
+    names = (*IMAGES.values(), CLASSES, WEIGHTS)
+    return {name: known[name] for name in names if re.fullmatch("none|[0-9a-f]{64}", str(known.get(name)))}

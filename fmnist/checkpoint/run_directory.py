@@ -12,7 +12,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from fmnist.config import strict_yaml
 from fmnist.config.parse import load_config
-from fmnist.config.same_run import differences, is_run_yaml
+from fmnist.config.same_run import changes, differences, is_run_yaml, lengthened, recipe
 from fmnist.config.schema import Config
 from fmnist.runtime.files import read_json
 from fmnist.runtime.ownership import CONFIG, RUN_FILES, foreign_file, listing, run_around, run_files
@@ -52,12 +52,18 @@ def open_directory(cfg: Config) -> Path:
     elif present := run_files(directory):
         if CONFIG not in present:
             raise ValueError(f"output_dir {directory} holds {present[0]} but no config.yaml: no run to resume")
-        if changed := differences(_run_config(directory), cfg):
-            raise ValueError(
-                f"{directory} holds a run with another config: {'; '.join(changed[:3])}. "
-                "Give another --output_dir, or --resume never --overwrite true"
-            )
+        before, after = recipe(_run_config(directory)), recipe(cfg)
+        only_longer = not changes(lengthened(before, after), after)
+        if (changed := changes(before, after)) and not (only_longer and _status(directory) == "finished"):
+            way_out = "Give another --output_dir, or --resume never --overwrite true"
+            if only_longer:
+                way_out = "Only a finished run is continued: finish it with the command it began with, then give more"
+            raise ValueError(f"{directory} holds a run with another config: {'; '.join(changed[:3])}. {way_out}")
     return directory
+
+
+def _status(directory: Path) -> Any:
+    return read_summary(directory).get("status")
 
 
 def _run_config(directory: Path) -> Config:
@@ -142,22 +148,25 @@ def read_summary(directory: Path) -> dict[str, Any]:
         return {}
 
 
-def is_finished(directory: Path, *, test: bool) -> bool:
+def is_finished(directory: Path, *, test: bool, total_steps: int) -> bool:
     """Say whether the run in this directory has reached its end, and tell people so.
 
     Args:
         directory: of the run.
         test: the test images, where there are any, belong to it: a run that left them out is then not finished yet.
+        total_steps: its end; one that came to an earlier end is continued.
     """
     summary = read_summary(directory)
-    top1 = summary.get("test.top1")
+    top1, steps = summary.get("test.top1"), summary.get("steps")
     no_test = summary.get("test.num_images") == 0
     if summary.get("status") != "finished" or (test and top1 is None and not no_test):
+        return False
+    if isinstance(steps, int) and steps < total_steps:
         return False
     evaluated = "the test images were not evaluated" if top1 is None else "it names no test accuracy"
     evaluated = "its data set has no test images" if no_test else evaluated
     if isinstance(top1, int | float):
         evaluated = f"test top1 {100 * top1:.2f} %"
-    again = "to train again: another --output_dir, or --resume never --overwrite true"
+    again = "more --schedule.epochs train it on; another --output_dir, or --resume never --overwrite true, again"
     logger.info("%s is finished: %s; %s", directory, evaluated, again)
     return True

@@ -16,12 +16,16 @@ class Length:
         total_steps, steps_per_epoch: optimizer updates.
         image_side: pixels per side of the stored images.
         num_train: images to train on.
+        channels: of the stored images; 1 is grey.
+        num_val: images to validate on.
     """
 
     total_steps: int
     steps_per_epoch: int
     image_side: int = IMAGE_SIDE
     num_train: int = NUM_TRAIN
+    channels: int = 1
+    num_val: int = 5_000
 
     def steps(self, epochs: float) -> int:
         """Return a duration in steps."""
@@ -38,6 +42,7 @@ REFUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("augment.mixup_alpha", lambda cfg: not cfg.augment.mix_probability, "augment.mix_probability is 0"),
     ("augment.cutmix_alpha", lambda cfg: not cfg.augment.mix_probability, "augment.mix_probability is 0"),
     ("augment.flip_in_turn", lambda cfg: cfg.augment.flip in (0, 1), "augment.flip is 0 or 1, which leaves no turn"),
+    ("augment.crop_aspect", lambda cfg: cfg.augment.crop == 1, "augment.crop is 1, which crops nothing"),
     ("optim.beta2", lambda cfg: cfg.optim.name == "sgd", "optim.name is sgd, which uses beta1 only"),
     *(
         (name, lambda cfg: cfg.data.name != "folder", "data.name is not folder")
@@ -81,11 +86,13 @@ SAID: tuple[tuple[str, Callable[[Config, Length], bool], str], ...] = (
         "augment.shift",
         lambda cfg, run: (
             {*sizes_by_epoch(cfg, run.num_train).values()} == {run.image_side}
-            and not (cfg.augment.rotation or cfg.augment.scale)
+            and not cfg.augment.interpolates
             and round(cfg.augment.shift * run.image_side) == 0
         ),
         "has no effect: it is less than half a pixel, and shifts are whole where nothing else is interpolated",
     ),
+    ("augment.saturation", lambda cfg, run: run.channels == 1, "has no effect: the images are grey"),
+    ("augment.hue", lambda cfg, run: run.channels == 1, "has no effect: the images are grey"),
     (
         "schedule.warmup_epochs",
         lambda cfg, run: cfg.schedule.warmup_steps is None and not run.steps(cfg.schedule.warmup_epochs),
@@ -121,6 +128,11 @@ def validate(cfg: Config) -> None:
         if batch.micro_batch_size not in (None, shard):
             reason = f"exact makes it {batch.global_batch_size} / {cfg.exact} = {shard}"
             raise ValueError(f"batch.micro_batch_size is {batch.micro_batch_size}, but {reason}: leave it out")
+    if cfg.data.sampling == "balanced" and cfg.optim.class_weights == "balanced":
+        raise ValueError(
+            "data.sampling balanced with optim.class_weights balanced would count small classes twice over; valid: "
+            "one of the two, or your own weights"
+        )
     if cfg.overwrite and cfg.resume != "never":
         raise ValueError("overwrite is true but resume is auto: give --resume never to start again")
 
@@ -128,11 +140,38 @@ def validate(cfg: Config) -> None:
 def without_effect(cfg: Config, run: Length) -> list[str]:
     """Say, one line each, which options have no effect or another in a run of this length."""
     lines = [f"{_given(cfg, name)} {what}" for name, when, what in SAID if _given(cfg, name) and when(cfg, run)]
-    sizes = sizes_by_epoch(cfg, run.num_train)
+    if not run.num_val and (best := _given(cfg, "evaluation.best")):
+        lines.append(f"{best} has no effect: there are no validation images")
+    epochs, warmup, sizes = (
+        run.total_steps / run.steps_per_epoch,
+        cfg.schedule.warmup_epochs,
+        sizes_by_epoch(cfg, run.num_train),
+    )
+    length = f"the run has {epochs:.3g} epoch{'s' * (epochs != 1)}"
+    steps = warmup_steps(cfg, run)
+    if cfg.schedule.warmup_steps is None and steps < run.steps(warmup):
+        shown = f"{steps / run.steps_per_epoch:.3g}"
+        lines.append(f"schedule.warmup_epochs {warmup} becomes {shown}, a tenth of the whole: {length}")
     if isinstance(cfg.augment.size, dict) and sizes != cfg.augment.size:
-        epochs = run.total_steps / run.steps_per_epoch
-        lines.append(f"augment.size {cfg.augment.size} becomes {sizes}: the run has {epochs:.3g} epochs")
+        lines.append(f"augment.size {cfg.augment.size} becomes {sizes}: {length}")
     return lines
+
+
+def warmup_steps(cfg: Config, run: Length) -> int:
+    """Return the steps of warm-up: in a short trial of a recipe, whose epochs of warm-up would be all of it, a tenth.
+
+    Raises:
+        ValueError: a warm-up given in steps is not shorter than the run.
+    """
+    steps = cfg.schedule.warmup_steps
+    if steps is None:
+        steps = run.steps(cfg.schedule.warmup_epochs)
+        return steps if steps < run.total_steps else run.total_steps // 10
+    if steps and steps >= run.total_steps:
+        raise ValueError(
+            f"schedule.warmup_steps is {steps}, but the run has {run.total_steps} steps; valid: less, and 0 disables it"
+        )
+    return steps
 
 
 def _given(cfg: Config, name: str) -> str:

@@ -7,11 +7,10 @@ import re
 import sys
 from pathlib import Path
 
-from fmnist.config.schema import Config
+from fmnist.config.schema import WEIGHTS, Config
 
 OURS = Path(__file__).resolve().parent.parent / "models" / "__init__.py"  # its REGISTRY names our own
 NEEDS_ROOT = {"npz": "a file of arrays", "folder": "a folder with a folder of pictures for each class"}
-WEIGHTS = (".safetensors", ".pt", ".pth")
 
 
 def look(cfg: Config) -> None:
@@ -32,10 +31,13 @@ def look(cfg: Config) -> None:
         title = "Fashion-MNIST" if data == "fashion_mnist" else data
         raise ValueError(f"data.root: no {title} in {path}: found {found}; leave data.root out and train.py fetches it")
     if weights is not None and not begun:
-        if not os.path.isfile(weights):
+        if not os.path.exists(weights):
             raise ValueError(f"model.weights: there is no file {weights}")
-        if not weights.endswith(WEIGHTS):
-            raise ValueError(f"model.weights: {weights} is none of {', '.join(WEIGHTS)}")
+        if cfg.model.starts_from_run != os.path.isdir(weights):
+            raise ValueError(f"model.weights: {weights} is none of {', '.join(WEIGHTS)}, and no run or checkpoint")
+    own = [Path(cfg.output_dir, name) for name in ("", "model.safetensors", "checkpoints")] if cfg.output_dir else []
+    if weights is not None and {path.resolve() for path in own} & {(at := Path(weights).resolve()), at.parent}:
+        raise ValueError(f"model.weights: {weights} is of the run in output_dir itself: give another --output_dir")
     _look_for_model(cfg.model.name)
 
 

@@ -62,6 +62,20 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     return [f"{key} was {yaml_value(before[key])}, now {yaml_value(after[key])}" for key in differ]
 
 
+def lengthened(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options before with the length of those after where that is longer: a finished run may be continued.
+
+    Args:
+        before, after: options under their dotted names.
+    """
+    longer = {}
+    for key in ("schedule.epochs", "schedule.steps"):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, int | float) and isinstance(new, int | float) and new > old:
+            longer[key] = new
+    return dict(before) | longer
+
+
 def yaml_value(value: Any) -> str:
     """Return a value as one writes it in a YAML file or flag: null, true, 0.1."""
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

@@ -15,9 +15,11 @@ from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from fmnist.config import strict_yaml
+
+WEIGHTS = (".safetensors", ".pt", ".pth")  # of a file of weights
 
 
 def option(default: Any, *, valid: tuple[float, float]) -> Any:
@@ -43,14 +45,20 @@ class DataConfig:
     """Share of each class held out for validation, and as much for the test, of a folder without such splits."""
     bad_files: Literal["refuse", "skip"] = "refuse"
     """Pictures of a folder that cannot be read."""
+    limit: int | float | None = option(None, valid=(1e-9, 10**9))
+    """Train on so many images, or on a share of them (0.1), the same classes' shares; each part holds the smaller ones.
+    Validation and test images stay whole. null: all."""
+    sampling: Literal["uniform", "balanced"] = "uniform"
+    """Order of an epoch; uniform: each image once; balanced: all classes equally often, small ones repeated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
     global_batch_size: int = option(128, valid=(1, 10**6))
     """Images per optimizer step, over all processes and accumulation steps."""
-    micro_batch_size: int | None = option(None, valid=(1, 60_000))
-    """Images per forward pass on one process; null: global_batch_size / processes, without accumulation."""
+    micro_batch_size: int | Literal["auto"] | None = option(None, valid=(1, 60_000))
+    """Images per forward pass on one process; null: global_batch_size / processes, without accumulation; auto: as many
+    as fit into memory, tried at the start and kept for the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +69,28 @@ class AugmentConfig:
     """Probability of a horizontal flip."""
     flip_in_turn: bool = False
     """Draw each image's flip once, then take the opposite chance in every second epoch: with flip 0.5 it alternates."""
+    flip_vertical: float = option(0.0, valid=(0, 1))
+    """Probability of a vertical flip."""
+    crop: float = option(1.0, valid=(0.01, 1))
+    """Smallest share of the area in a random crop, which is resized to the full size; uniform in [crop, 1]; 1: none."""
+    crop_aspect: float = option(1.33, valid=(1, 4))
+    """Largest change a of a crop's aspect ratio: log-uniform in [1/a, a] times the image's own, as far as it fits."""
     rotation: float = option(0.0, valid=(0, 180))
     """Maximum rotation in degrees; the angle is uniform in +-rotation."""
     shift: float = option(0.0, valid=(0, 0.5))
     """Maximum shift per axis as a fraction of the side; uniform, in whole pixels if nothing else is interpolated."""
     scale: float = option(0.0, valid=(0, 1))
     """Maximum zoom s; the factor is log-uniform in [1/(1+s), 1+s]."""
+    trivial: float = option(0.0, valid=(0, 1))
+    """Probability of one of TrivialAugment's shears (+-0.3), shifts (+-31 %) or rotation (+-30 degrees), besides."""
+    brightness: float = option(0.0, valid=(0, 1))
+    """Maximum change b of brightness; values are multiplied by a factor uniform in [1-b, 1+b]."""
+    contrast: float = option(0.0, valid=(0, 1))
+    """Maximum change c of contrast; distances from the data set's mean grey take a factor uniform in [1-c, 1+c]."""
+    saturation: float = option(0.0, valid=(0, 1))
+    """Maximum change s of saturation; distances from a pixel's own grey take a factor uniform in [1-s, 1+s]."""
+    hue: float = option(0.0, valid=(0, 0.5))
+    """Maximum change of hue in turns; colours rotate about the grey axis of YIQ by an angle uniform in +-hue."""
     erase: float = option(0.0, valid=(0, 1))
     """Probability of erasing one rectangle of 2 to 33 % of the area (filled with the data set's mean)."""
     mixup_alpha: float = option(0.0, valid=(0, 10))
@@ -78,6 +102,11 @@ class AugmentConfig:
     backend: Literal["auto", "triton", "compiled", "eager"] = "auto"
     """Implementation: fused Triton kernel, torch.compile, or plain PyTorch; auto: the kernel on a GPU."""
 
+    @property
+    def interpolates(self) -> bool:
+        """Say whether pixels come to lie between others even at the stored size."""
+        return bool(self.rotation or self.scale or self.trivial or self.crop < 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -86,7 +115,8 @@ class ModelConfig:
     pretrained: bool = False
     """Start from timm's pretrained weights, from its hub or its cache."""
     weights: str | None = None
-    """Start from this local file of pretrained weights (.safetensors, .pt); overrides the hub."""
+    """Start from a run of yours or one of its checkpoints (a directory), with a new head where the classes differ; or,
+    for a timm model, from a local file of pretrained weights (.safetensors, .pt), which overrides the hub."""
     drop_rate: float = option(0.0, valid=(0, 0.95))
     """Dropout probability before the head (in the MLP: after each hidden layer)."""
     drop_path_rate: float = option(0.0, valid=(0, 0.95))
@@ -99,6 +129,16 @@ class ModelConfig:
     """Keep images and convolution weights in the channels_last memory format."""
     compile: bool = False
     """Compile the model with torch.compile: about a minute at the start, faster steps afterwards."""
+
+    @property
+    def starts_from_run(self) -> bool:
+        """Whether `weights` names a run or a checkpoint: told by its name alone, for it may be gone later."""
+        return self.weights is not None and not self.weights.endswith(WEIGHTS)
+
+    @property
+    def has_pretrained_input(self) -> bool:
+        """Whether channels and normalisation are those of timm's pretrained weights; another run's are given."""
+        return self.pretrained or (self.weights is not None and not self.starts_from_run)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +163,9 @@ class OptimConfig:
     """Clip the gradient to this global L2 norm; null disables it."""
     label_smoothing: float = option(0.0, valid=(0, 0.9))
     """Probability mass spread evenly over the classes."""
+    class_weights: Literal["none", "balanced"] | list[float] = option("none", valid=(1e-6, 10**6))
+    """Weight of each class in the training loss; balanced: images / (classes * images of the class), or one number a
+    class, e.g. [1, 1, 2.5]. The loss is the weighted mean over the global batch."""
     ema_decay: float = option(0.0, valid=(0, 0.99999))
     """Decay per step of the moving average of the weights, which is evaluated in their place; 0 disables it."""
 
@@ -136,7 +179,7 @@ class ScheduleConfig:
     name: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up."""
     warmup_epochs: float = option(0.0, valid=(0, 100_000))
-    """Epochs of linear warm-up from 0; shorter than the run."""
+    """Epochs of linear warm-up from 0; a tenth of the run where they are not shorter than it."""
     warmup_steps: int | None = option(None, valid=(0, 10**9))
     """Steps of linear warm-up; overrides warmup_epochs."""
     min_lr: float = option(0.0, valid=(0, 100))
@@ -155,6 +198,8 @@ class EvaluationConfig:
     """Image size in pixels per side; null: the last of augment.size."""
     tta: Literal["none", "flip"] = "none"
     """Test-time augmentation; flip: average the probabilities of the image and its mirror image."""
+    best: Literal["top1", "macro_f1", "loss"] = "top1"
+    """Validation number that decides which epoch's weights are kept; macro_f1 counts every class alike."""
     test: bool = True
     """Evaluate the test images, once, at the end; false while recipes are still compared, which validation decides."""
 
@@ -224,6 +269,7 @@ class Config:
 
 
 TYPE_NAMES = {int: "int", float: "float", str: "text", bool: "true|false", NoneType: "null", Any: "value"}
+UNIONS = (UnionType, Union)  # int | None; one with a Literal is of the second kind
 SECTIONS: dict[str, Any] = {outer.name: outer.type for outer in fields(Config) if is_dataclass(outer.type)}
 # Each option's field under its dotted name, e.g. "optim.lr".
 OPTIONS: dict[str, Field[Any]] = {
@@ -251,8 +297,10 @@ def meanings() -> dict[str, str]:
 
 def type_name(kind: Any) -> str:
     """Return a field's type as a user may write it: int, float|null, auto|never, {int: int}."""
-    if get_origin(kind) in (UnionType, Literal):
+    if get_origin(kind) in (*UNIONS, Literal):
         return "|".join(map(type_name, get_args(kind)))
+    if get_origin(kind) is list:
+        return "[" + type_name(get_args(kind)[0]) + ", ...]"
     if get_origin(kind) is dict:
         return "{" + ": ".join(map(type_name, get_args(kind))) + "}"
     return kind if isinstance(kind, str) else TYPE_NAMES[kind]
@@ -271,7 +319,7 @@ def convert(name: str, value: Any) -> Any:
 
 
 def _typed(value: Any, kind: Any) -> Any:
-    if get_origin(kind) is UnionType:
+    if get_origin(kind) in UNIONS:
         for choice in get_args(kind):
             with suppress(TypeError):
                 return _typed(value, choice)
@@ -281,6 +329,8 @@ def _typed(value: Any, kind: Any) -> Any:
         keys = [int(key) if key_kind is int and str(key).isdecimal() else _typed(key, key_kind) for key in value]
         if len(set(keys)) == len(keys):
             return dict(zip(keys, [_typed(inner, value_kind) for inner in value.values()], strict=True))
+    if get_origin(kind) is list and isinstance(value, list) and value:
+        return [_typed(inner, get_args(kind)[0]) for inner in value]
     if kind is float and type(value) is int:
         return float(value)
     if kind is Any or type(value) is kind or (get_origin(kind) is Literal and value in get_args(kind)):
@@ -302,9 +352,14 @@ def check_values(cfg: Config) -> None:
             raise ValueError(f"{name} is {value[:100]!r}; valid: 1 to 4096 printable characters")
         if limits := OPTIONS[name].metadata.get("valid"):
             low, high = limits
-            for number in value.values() if isinstance(value, dict) else [value]:
-                if number is not None and not low <= number <= high:  # NaN fails both comparisons
+            numbers = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+            for number in numbers:
+                if (
+                    number is not None and not isinstance(number, str) and not low <= number <= high
+                ):  # NaN fails both comparisons
                     raise ValueError(f"{name} is {value!s:.100}; valid range: {low} to {high}")
+    if isinstance(cfg.data.limit, float) and cfg.data.limit > 1:
+        raise ValueError(f"data.limit is {cfg.data.limit}; valid: a whole number of images, or a share up to 1.0")
     size = cfg.augment.size
     if isinstance(size, dict) and (0 not in size or min(size) < 0):
         raise ValueError(f"augment.size is {size}; valid: {{0: pixels, later epoch: pixels}}")

@@ -8,18 +8,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmnist.config.schema import AugmentConfig
-from fmnist.data.augment_table import MATRIX, OWN_SHARE, augmentation_table, flip_in_turn
+from fmnist.data.augment_table import MATRIX, OWN_SHARE, augmentation_table, flip_in_turn, levels_read
 from fmnist.data.augment_torch import (
     Plan,
     augment_reference,
-    check_whole_pixels,
+    choose_level,
     compose,
     normalize,
     pack_neighbours,
     resample_packed,
 )
 from fmnist.data.batches import MicroBatch
+from fmnist.data.colour import changes_colours, grey_of
+from fmnist.data.fashion_mnist import MEAN
+from fmnist.data.pyramid import at_level, build_pyramid, level_of, shrink
+from fmnist.data.whole_pixels import check_whole_pixels
 from fmnist.runtime.environment import ENVIRONMENT
+
+# Of images, pyramid, indices, partners, table and plan: see `augment_reference`.
+Make = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor, Plan], Tensor]
 
 
 class Augment:
@@ -30,6 +37,8 @@ class Augment:
         num_classes: length of a soft target.
         mean: per channel of the model, in [0, 1] units; its length is the number of channels.
         std: likewise.
+        fill: the data set's mean per channel of the images, or one for all, in [0, 1] units: of erased pixels, and
+            what contrast leaves as it is.
         channels_last: memory format of the images.
         dtype: of the images, float32 or bfloat16.
         device: where the split is; none is the CPU.
@@ -48,17 +57,19 @@ class Augment:
         num_classes: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        fill: tuple[float, ...] = (MEAN,),
         channels_last: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
         self.cfg, self.num_classes = cfg, num_classes
-        self.mean, self.std, self.channels_last, self.dtype = mean, std, channels_last, dtype
+        self.mean, self.std, self.fill, self.channels_last, self.dtype = mean, std, fill, channels_last, dtype
         self.sizes = cfg.size if isinstance(cfg.size, dict) else {0: cfg.size}
         self.mixes = cfg.mixup_alpha > 0 or cfg.cutmix_alpha > 0
         self.backend = choose_backend(cfg.backend, device or torch.device("cpu"))
         self._make = _implementation(self.backend)
         self._table: tuple[Tensor, int, Tensor] | None = None
+        self._pyramid: tuple[Tensor, Tensor | None] | None = None
 
     def size(self, epoch: int) -> int:
         """Return the pixels per side of an epoch."""
@@ -75,31 +86,55 @@ class Augment:
             size=size,
             mean=self.mean,
             std=self.std,
+            fill=self.fill,
             dtype=self.dtype,
             channels_last=self.channels_last,
+            levels=levels_read(self.cfg, source_shape, size),
+            colours=changes_colours(self.cfg),
             erases=self.cfg.erase > 0,
             mixes=self.mixes,
-            whole_pixels=source_shape == (size, size) and not self.cfg.rotation and not self.cfg.scale,
+            whole_pixels=source_shape == (size, size) and not self.cfg.interpolates,
         )
 
     def table(self, batch: MicroBatch) -> Tensor:
-        """Return the parameters of every sample in the batch's epoch: float32 [N, NUM_COLUMNS]."""
+        """Return the parameters of every sample in the batch's epoch: float32 [N, 16, 17 or 29].
+
+        Raises:
+            ValueError: colours change, but the images have neither one channel nor three; or fill has other channels.
+        """
         size = self.size(batch.epoch)
         if self._table is None or self._table[0] is not batch.uniforms or self._table[1] != size:
-            shape = _source_shape(batch.split.images)
-            whole_pixels = self.plan(size, shape).whole_pixels
+            channels, height, width = with_channels(batch.split.images).shape[1:]
+            plan = self.plan(size, shape := (height, width))
+            if plan.colours and channels not in (1, 3):
+                raise ValueError(f"images have {channels} channels; brightness, contrast, saturation, hue need 1 or 3")
+            if len(self.fill) not in (1, channels):
+                raise ValueError(f"fill has {len(self.fill)} values, but images have {channels} channels")
             uniforms = batch.uniforms
             if self.cfg.flip_in_turn:
                 uniforms = flip_in_turn(uniforms, seed=batch.key[0], epoch=batch.epoch)
-            table = augmentation_table(self.cfg, uniforms, shape, size, whole_pixels=whole_pixels)
+            grey, whole_pixels = grey_of(self.fill) if plan.colours else 0.0, plan.whole_pixels
+            table = augmentation_table(self.cfg, uniforms, shape, size, whole_pixels=whole_pixels, grey=grey)
             if whole_pixels:
                 check_whole_pixels(table[:, MATRIX], size)
             self._table = (batch.uniforms, size, table)
         return self._table[2]
 
+    def pyramid(self, images: Tensor) -> Tensor | None:
+        """Return what `at_level` reads for a split's images; none where no sample of any epoch shrinks by 2."""
+        if self._pyramid is None or self._pyramid[0] is not images:
+            shape = _source_shape(images)
+            highest = max(levels_read(self.cfg, shape, size)[-1] for size in self.sizes.values())
+            self._pyramid = images, build_pyramid(with_channels(images), highest) if highest else None
+        return self._pyramid[1]
+
     def evaluation(self, images: Tensor, size: int) -> Tensor:
-        """Resize without augmentation; uint8 [B, H, W] or [B, C, H, W] to self.dtype [B, C, size, size]."""
-        scaled = with_channels(images).float() / 255
+        """Resize without augmentation; uint8 [B, H, W] or [B, C, H, W] to self.dtype [B, C, size, size].
+
+        Where that shrinks by 2 or more, it reads the level of the pyramid that training does.
+        """
+        shape = _source_shape(images)
+        scaled = shrink(with_channels(images), level_of(min(shape) / size, shape)).float() / 255
         if scaled.shape[-2:] != (size, size):
             scaled = F.interpolate(scaled, (size, size), mode="bilinear", align_corners=False)
         return normalize(scaled, self.plan(size, (size, size)))
@@ -108,7 +143,8 @@ class Augment:
         """Return images, self.dtype [B, C, S, S], and targets: int64 [B], or float32 [B, num_classes] where mixed."""
         split, table = batch.split, self.table(batch)
         plan = self.plan(self.size(batch.epoch), _source_shape(split.images))
-        images = self._make(with_channels(split.images), batch.indices, batch.partners, table, plan)
+        sources = with_channels(split.images), self.pyramid(split.images)
+        images = self._make(*sources, batch.indices, batch.partners, table, plan)
         labels = split.labels[batch.indices]
         if not self.mixes:
             return images, labels
@@ -142,7 +178,7 @@ def choose_backend(wish: str, device: torch.device) -> str:
     return "triton" if installed and device.type != "cpu" else "eager"
 
 
-def _implementation(backend: str) -> Callable[[Tensor, Tensor, Tensor, Tensor, Plan], Tensor]:
+def _implementation(backend: str) -> Make:
     if backend == "triton":
         from fmnist.data.augment_triton import augment_fused
 
@@ -150,21 +186,24 @@ def _implementation(backend: str) -> Callable[[Tensor, Tensor, Tensor, Tensor, P
     return _compile() if backend == "compiled" else augment_reference
 
 
-def _compile() -> Callable[[Tensor, Tensor, Tensor, Tensor, Plan], Tensor]:
+def _compile() -> Make:
     # Static shapes: a run has one batch size, and few image sizes.
     plain, pack, finish = (torch.compile(part, dynamic=False) for part in (augment_reference, pack_neighbours, _finish))
 
-    def make(images: Tensor, indices: Tensor, partners: Tensor, table: Tensor, plan: Plan) -> Tensor:
+    def make(
+        images: Tensor, pyramid: Tensor | None, indices: Tensor, partners: Tensor, table: Tensor, plan: Plan
+    ) -> Tensor:
         if plan.whole_pixels:
-            return plain(images, indices, partners, table, plan)
+            return plain(images, pyramid, indices, partners, table, plan)
         samples = torch.cat((indices, partners)) if plan.mixes else indices
-        return finish(pack(images, samples), table[samples], len(indices), plan)
+        packed = {level: pack(at_level(images, pyramid, level), samples) for level in plan.levels}
+        return finish(packed, table[samples], len(indices), plan)
 
     return make
 
 
-def _finish(packed: Tensor, rows: Tensor, batch_size: int, plan: Plan) -> Tensor:
+def _finish(packed: dict[int, Tensor], rows: Tensor, batch_size: int, plan: Plan) -> Tensor:
     """Do what is left of `augment_reference` for packed samples and their rows, partners after the batch."""
-    warped = resample_packed(packed, rows[:, MATRIX], plan.size)
-    own, *partners = zip(warped.split(batch_size), rows.split(batch_size), strict=True)
+    made = {level: resample_packed(pixels, rows[:, MATRIX], plan.size) for level, pixels in packed.items()}
+    own, *partners = zip(choose_level(made, rows).split(batch_size), rows.split(batch_size), strict=True)
     return compose(own, partners[0] if plan.mixes else None, plan)

@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmnist.data.augment_table import CUT_BOX, ERASE_BOX, MATRIX, OWN_WEIGHT
+from fmnist.data.augment_table import COLOUR, CUT_BOX, ERASE_BOX, LEVEL, MATRIX, OWN_WEIGHT
+from fmnist.data.colour import recolour
 from fmnist.data.fashion_mnist import MEAN
+from fmnist.data.pyramid import at_level
+from fmnist.data.whole_pixels import shift_and_flip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +27,11 @@ class Plan:
         size: pixels per side of the output.
         mean: per channel of the output, in [0, 1] units; its length is the number of channels.
         std: likewise.
-        fill: value of an erased pixel, in [0, 1] units: the mean of Fashion-MNIST.
+        fill: value of an erased pixel per channel of the source, or one for all, in [0, 1] units: the data set's mean.
         dtype: of the output, float32 or bfloat16.
         channels_last: memory format of the output.
+        levels: of the pyramid, those that a sample may read; 0 is the stored image.
+        colours: rows have a colour matrix.
         erases: some rows have a box to erase.
         mixes: some rows mix a partner in.
         whole_pixels: nothing is rotated, scaled or resized, and shifts are whole: no interpolation is needed.
@@ -35,9 +40,11 @@ class Plan:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    fill: float = MEAN
+    fill: tuple[float, ...] = (MEAN,)
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
+    levels: range = range(1)
+    colours: bool = False
     erases: bool = False
     mixes: bool = False
     whole_pixels: bool = False
@@ -116,38 +123,6 @@ def resample_packed(packed: Tensor, matrices: Tensor, size: int) -> Tensor:
     return (upper + dy * (lower - upper)) * (fade_x * fade_y)[:, None] * (1 / 255)
 
 
-def shift_and_flip(images: Tensor, matrices: Tensor, size: int) -> Tensor:
-    """Flip and shift by whole pixels without interpolation: what `resample` gives at the stored size, exactly.
-
-    The matrices must be those of flips and of shifts by whole pixels: see `check_whole_pixels`.
-    """
-    sample = torch.arange(len(images), device=images.device)[:, None, None]
-    place = torch.arange(size, device=images.device) - (size - 1) / 2  # from the centre, pixels
-    flip_x, _, move_x, _, flip_y, move_y = matrices[:, :, None].unbind(1)
-    columns = (flip_x * place + move_x * (size / 2) + (size - 1) / 2).round().long()
-    rows = (flip_y * place + move_y * (size / 2) + (size - 1) / 2).round().long()
-    inside = ((rows >= 0) & (rows < size))[:, :, None] & ((columns >= 0) & (columns < size))[:, None, :]
-    columns, rows = columns.clamp(0, size - 1), rows.clamp(0, size - 1)
-    moved = images.movedim(1, -1)[sample, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
-    return (moved * inside[:, None]).float() / 255
-
-
-def check_whole_pixels(matrices: Tensor, size: int) -> None:
-    """Fail, without waiting for the device, where `shift_and_flip` could not do what the matrices say.
-
-    Args:
-        matrices: float [N, 6], the table's columns MATRIX.
-        size: pixels per side.
-    """
-    flip_x, turn_x, move_x, turn_y, flip_y, move_y = matrices.unbind(1)
-    moves = torch.stack((move_x, move_y)) * (size / 2)
-    whole = (flip_x.abs() == 1) & (flip_y.abs() == 1) & (turn_x == 0) & (turn_y == 0)
-    whole &= ((moves - moves.round()).abs() < 1e-3).all(0)
-    torch._assert_async(
-        whole.all(), "an augmentation other than flips and whole shifts: it needs Plan.whole_pixels off"
-    )
-
-
 def in_box(box: Tensor, size: int) -> Tensor:
     """Return bool [B, 1, size, size]: the pixels in boxes float32 [B, 4] (x0, y0, x1, y1, whole pixels)."""
     pixel = torch.arange(size, device=box.device)
@@ -163,14 +138,17 @@ def normalize(images: Tensor, plan: Plan) -> Tensor:
     return torch.stack(channels, dim=1).to(plan.dtype).contiguous(memory_format=memory_format)
 
 
-def augment_reference(images: Tensor, indices: Tensor, partners: Tensor, table: Tensor, plan: Plan) -> Tensor:
-    """Gather, warp, erase, mix and normalise one micro-batch.
+def augment_reference(
+    images: Tensor, pyramid: Tensor | None, indices: Tensor, partners: Tensor, table: Tensor, plan: Plan
+) -> Tensor:
+    """Gather, warp, recolour, erase, mix and normalise one micro-batch.
 
     Args:
         images: uint8 [N, C, H, W], the whole split.
+        pyramid: uint8 [N, bytes], from `build_pyramid`, with all of plan.levels; None where that is only 0.
         indices: int64 [B], the samples.
         partners: int64 [B], what is mixed into each.
-        table: float32 [N, NUM_COLUMNS], from `augmentation_table`.
+        table: float32 [N, up to 29], from `augmentation_table`.
         plan: what is the same for all samples.
 
     Returns:
@@ -180,16 +158,30 @@ def augment_reference(images: Tensor, indices: Tensor, partners: Tensor, table: 
 
     def part(samples: Tensor) -> tuple[Tensor, Tensor]:
         rows = table[samples]
-        return warp(images[samples], rows[:, MATRIX], plan.size), rows
+        made = {k: warp(at_level(images, pyramid, k)[samples], rows[:, MATRIX], plan.size) for k in plan.levels}
+        return choose_level(made, rows), rows
 
     return compose(part(indices), part(partners) if plan.mixes else None, plan)
 
 
-def compose(own: tuple[Tensor, Tensor], partner: tuple[Tensor, Tensor] | None, plan: Plan) -> Tensor:
-    """Erase, mix and normalise what is warped.
+def choose_level(made: dict[int, Tensor], rows: Tensor) -> Tensor:
+    """Take each sample from the level that its row names.
 
     Args:
-        own: the samples, float [B, 1 or C, S, S] in [0, 1], and their rows of the table, float32 [B, NUM_COLUMNS].
+        made: the samples by level, float [B, C, S, S].
+        rows: of the table, float32 [B, 17 or more] where there are several levels.
+    """
+    (_, chosen), *others = made.items()
+    for level, images in others:
+        chosen = torch.where(rows[:, LEVEL, None, None, None] == level, images, chosen)
+    return chosen
+
+
+def compose(own: tuple[Tensor, Tensor], partner: tuple[Tensor, Tensor] | None, plan: Plan) -> Tensor:
+    """Recolour, erase, mix and normalise what is warped.
+
+    Args:
+        own: the samples, float [B, C, S, S] in [0, 1], C that of the source, and their rows of the table.
         partner: likewise what is mixed into each, where plan.mixes.
         plan: what is the same for all samples.
 
@@ -197,11 +189,16 @@ def compose(own: tuple[Tensor, Tensor], partner: tuple[Tensor, Tensor] | None, p
         plan.dtype [B, len(plan.mean), S, S].
     """
 
-    def erased(warped: Tensor, rows: Tensor) -> Tensor:
-        return torch.where(in_box(rows[:, ERASE_BOX], plan.size), plan.fill, warped) if plan.erases else warped
+    def finished(warped: Tensor, rows: Tensor) -> Tensor:
+        if plan.colours:
+            warped = recolour(warped, rows[:, COLOUR])
+        if plan.erases:
+            box, parts = in_box(rows[:, ERASE_BOX], plan.size), warped.tensor_split(len(plan.fill), dim=1)
+            warped = torch.cat([torch.where(box, fill, part) for fill, part in zip(plan.fill, parts, strict=True)], 1)
+        return warped
 
-    result, rows = erased(*own), own[1]
+    result, rows = finished(*own), own[1]
     if partner is not None:
         weight = rows[:, OWN_WEIGHT, None, None, None] * ~in_box(rows[:, CUT_BOX], plan.size)
-        result = weight * result + (1 - weight) * erased(*partner)
+        result = weight * result + (1 - weight) * finished(*partner)
     return normalize(result, plan)

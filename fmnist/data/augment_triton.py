@@ -1,4 +1,4 @@
-"""The data path as one Triton kernel: gather, flip, rotation, shift, scale, resize, erasing, mixing, normalisation.
+"""The data path as one Triton kernel: gather, warp, resize, colour, erasing, mixing, normalisation.
 
 It reads the uint8 pixels of the whole split by index and writes the batch that the model takes: no batch exists in
 between. Parameters and meaning are those of `augment_torch.py`; the arithmetic is float32. Shapes are compile-time
@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fmnist.data.augment_table import NUM_COLUMNS
 from fmnist.data.augment_torch import Plan
 from fmnist.data.batches import to_device
 
@@ -29,46 +28,54 @@ def _in_box(row, first: tl.constexpr, x, y):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _pixel_affine(row, first: tl.constexpr, side: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _pixel_affine(row, first: tl.constexpr, side, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     # One row of the matrix, from output pixels to source pixels instead of [-1, 1] to [-1, 1].
+    # The side is a constant, or a number where each sample has a level of its own.
     a, b, c = tl.load(row + first), tl.load(row + first + 1), tl.load(row + first + 2)
     offset = (c + 1.0 + (a + b) * (1.0 / SIZE - 1.0)) * (side * 0.5) - 0.5
     return a * (side / SIZE), b * (side / SIZE), offset
 
 
 @triton.jit
-def _bilinear(image, place_x, place_y, left, top, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _bilinear(  # type: ignore[no-untyped-def]
+    image, place_x, place_y, left, top, fade, height, width, CHANNELS: tl.constexpr
+):
+    # A tuple of the source's channels, 0 to 255.
     dx, dy = place_x - left, place_y - top
-    corner = image + (top * WIDTH + left)
-    v00, v01 = tl.load(corner).to(tl.float32), tl.load(corner + 1).to(tl.float32)
-    v10, v11 = tl.load(corner + WIDTH).to(tl.float32), tl.load(corner + (WIDTH + 1)).to(tl.float32)
-    upper, lower = v00 + dx * (v01 - v00), v10 + dx * (v11 - v10)
-    return upper + dy * (lower - upper)  # 0 to 255
+    corner = image + (top * width + left)
+    values = ()
+    for _ in tl.static_range(CHANNELS):
+        v00, v01 = tl.load(corner).to(tl.float32), tl.load(corner + 1).to(tl.float32)
+        v10, v11 = tl.load(corner + width).to(tl.float32), tl.load(corner + (width + 1)).to(tl.float32)
+        upper, lower = v00 + dx * (v01 - v00), v10 + dx * (v11 - v10)
+        values += (fade * (upper + dy * (lower - upper)),)  # type: ignore[assignment]
+        corner += height * width
+    return values
 
 
 @triton.jit
-def _fade(place, side: tl.constexpr):  # type: ignore[no-untyped-def]
+def _fade(place, side):  # type: ignore[no-untyped-def]
     fade = (side + 1.0) - 2.0 * tl.abs(place - (side - 1.0) * 0.5)
     return tl.minimum(tl.maximum(fade, 0.0), 1.0)
 
 
 @triton.jit
-def _sample(  # type: ignore[no-untyped-def]
+def _warp(  # type: ignore[no-untyped-def]
     image,
     row,
     x,  # float32 [1, TILE], output pixels
     y,  # float32 [TILE, 1]
     first_x,  # the tile's first column and line
     first_y,
-    fill,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    height,
+    width,
+    CHANNELS: tl.constexpr,
     SIZE: tl.constexpr,
-    ERASES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    ax, bx, cx = _pixel_affine(row, 0, WIDTH, SIZE)
-    ay, by, cy = _pixel_affine(row, 3, HEIGHT, SIZE)
+    # A tuple of the source's channels, float32 [TILE, TILE], 0 to 255.
+    ax, bx, cx = _pixel_affine(row, 0, width, SIZE)
+    ay, by, cy = _pixel_affine(row, 3, height, SIZE)
     place_x, place_y = ax * x + (bx * y + cx), ay * x + (by * y + cy)
     # A tile whose corners all lie between source pixels lies there whole: nothing to clamp, nothing to fade.
     corner_x, corner_y = ax * first_x + bx * first_y + cx, ay * first_x + by * first_y + cy
@@ -76,35 +83,100 @@ def _sample(  # type: ignore[no-untyped-def]
     low_y = corner_y + (TILE - 1) * (tl.minimum(ay, 0.0) + tl.minimum(by, 0.0))
     high_x = corner_x + (TILE - 1) * (tl.maximum(ax, 0.0) + tl.maximum(bx, 0.0))
     high_y = corner_y + (TILE - 1) * (tl.maximum(ay, 0.0) + tl.maximum(by, 0.0))
-    if (tl.minimum(low_x, low_y) > 0.001) & (high_x < WIDTH - 1.001) & (high_y < HEIGHT - 1.001):
-        value = _bilinear(image, place_x, place_y, place_x.to(tl.int32), place_y.to(tl.int32), WIDTH)
+    values = ()
+    for _ in tl.static_range(CHANNELS):  # both branches below have to give what is there already
+        values += (tl.full((TILE, TILE), 0.0, tl.float32),)  # type: ignore[assignment]
+    if (tl.minimum(low_x, low_y) > 0.001) & (high_x < width - 1.001) & (high_y < height - 1.001):
+        left, top = place_x.to(tl.int32), place_y.to(tl.int32)
+        values = _bilinear(image, place_x, place_y, left, top, 1.0, height, width, CHANNELS)
     else:
-        fade = _fade(place_x, WIDTH) * _fade(place_y, HEIGHT)
-        place_x = tl.minimum(tl.maximum(place_x, 0.0), WIDTH - 1.0)
-        place_y = tl.minimum(tl.maximum(place_y, 0.0), HEIGHT - 1.0)
-        left = tl.minimum(place_x.to(tl.int32), WIDTH - 2)  # not negative: truncation is floor
-        top = tl.minimum(place_y.to(tl.int32), HEIGHT - 2)
-        value = fade * _bilinear(image, place_x, place_y, left, top, WIDTH)
+        fade = _fade(place_x, width) * _fade(place_y, height)
+        place_x = tl.minimum(tl.maximum(place_x, 0.0), width - 1.0)
+        place_y = tl.minimum(tl.maximum(place_y, 0.0), height - 1.0)
+        left = tl.minimum(place_x.to(tl.int32), width - 2)  # not negative: truncation is floor
+        top = tl.minimum(place_y.to(tl.int32), height - 2)
+        values = _bilinear(image, place_x, place_y, left, top, fade, height, width, CHANNELS)
+    return values
+
+
+@triton.jit
+def _mixed(row, first: tl.constexpr, red, green, blue):  # type: ignore[no-untyped-def]
+    # One row of the colour matrix.
+    linear = tl.load(row + first) * red + tl.load(row + first + 1) * green + tl.load(row + first + 2) * blue
+    return tl.minimum(tl.maximum(linear + 255.0 * tl.load(row + first + 3), 0.0), 255.0)
+
+
+@triton.jit
+def _sample(  # type: ignore[no-untyped-def]
+    images,
+    pyramid,
+    table,
+    sample,
+    x,
+    y,
+    first_x,
+    first_y,
+    fills,
+    CHANNELS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
+    LAST_LEVEL: tl.constexpr,
+    PYRAMID_BYTES: tl.constexpr,
+    COLOURS: tl.constexpr,
+    ERASES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    # A sample's channels, warped, recoloured and erased: a tuple of float32 [TILE, TILE], 0 to 255.
+    row = table + sample * COLUMNS
+    image = images + sample * (CHANNELS * HEIGHT * WIDTH)
+    if LAST_LEVEL > 0:
+        level = tl.load(row + 16).to(tl.int32)
+        if level > 0:
+            image = pyramid + sample * PYRAMID_BYTES
+            for lower in tl.static_range(1, LAST_LEVEL):
+                image += tl.where(level > lower, CHANNELS * (HEIGHT >> lower) * (WIDTH >> lower), 0)
+        height, width = HEIGHT >> level, WIDTH >> level
+        values = _warp(image, row, x, y, first_x, first_y, height, width, CHANNELS, SIZE, TILE)
+    else:
+        values = _warp(image, row, x, y, first_x, first_y, HEIGHT, WIDTH, CHANNELS, SIZE, TILE)
+    if COLOURS:
+        if CHANNELS == 1:
+            values = (_mixed(row, 17, values[0], values[0], values[0]),)
+        else:
+            red, green, blue = values
+            values = (
+                _mixed(row, 17, red, green, blue),
+                _mixed(row, 21, red, green, blue),
+                _mixed(row, 25, red, green, blue),
+            )
     if ERASES:
-        value = tl.where(_in_box(row, 6, x, y), fill, value)
-    return value
+        box, kept = _in_box(row, 6, x, y), values
+        values = ()
+        for channel in tl.static_range(CHANNELS):
+            values += (tl.where(box, tl.load(fills + channel), kept[channel]),)
+    return values
 
 
 @triton.jit
 def _augment_kernel(  # type: ignore[no-untyped-def]
     images,
+    pyramid,  # read only where LAST_LEVEL is not 0
     indices,
     partners,
     table,
-    statistics,  # float32 [2, CHANNELS]: factor and offset from 0 to 255 to the model's numbers
+    statistics,  # float32 [3, CHANNELS]: factor and offset from 0 to 255 to the model's numbers; fill, 0 to 255
     out,
-    fill,  # 0 to 255
     SOURCE_CHANNELS: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr,
     SIZE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    LAST_LEVEL: tl.constexpr,
+    PYRAMID_BYTES: tl.constexpr,
+    COLOURS: tl.constexpr,
     ERASES: tl.constexpr,
     MIXES: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -117,21 +189,24 @@ def _augment_kernel(  # type: ignore[no-untyped-def]
     column, line = first_x + tl.arange(0, TILE)[None, :], first_y + tl.arange(0, TILE)[:, None]
     x, y = column.to(tl.float32), line.to(tl.float32)
     mask = (column < SIZE) & (line < SIZE)
+    fills = statistics + 2 * CHANNELS
     sample = tl.load(indices + batch)
-    own = table + sample * COLUMNS
+    values = _sample(
+        *(images, pyramid, table, sample, x, y, first_x, first_y, fills),
+        *(SOURCE_CHANNELS, HEIGHT, WIDTH, SIZE, LAST_LEVEL, PYRAMID_BYTES, COLOURS, ERASES, COLUMNS, TILE),
+    )
     if MIXES:
-        partner = tl.load(partners + batch)
+        own = table + sample * COLUMNS
         weight = tl.where(_in_box(own, 11, x, y), 0.0, tl.load(own + 10))
+        others = _sample(
+            *(images, pyramid, table, tl.load(partners + batch), x, y, first_x, first_y, fills),
+            *(SOURCE_CHANNELS, HEIGHT, WIDTH, SIZE, LAST_LEVEL, PYRAMID_BYTES, COLOURS, ERASES, COLUMNS, TILE),
+        )
     start = out + batch.to(tl.int64) * (CHANNELS * SIZE * SIZE)
     for channel in tl.static_range(CHANNELS):
-        if channel < SOURCE_CHANNELS:  # the channels of a grey source are one value with several statistics
-            image = images + (sample * SOURCE_CHANNELS + channel) * (HEIGHT * WIDTH)
-            value = _sample(image, own, x, y, first_x, first_y, fill, HEIGHT, WIDTH, SIZE, ERASES, TILE)
-            if MIXES:
-                image = images + (partner * SOURCE_CHANNELS + channel) * (HEIGHT * WIDTH)
-                row = table + partner * COLUMNS
-                other = _sample(image, row, x, y, first_x, first_y, fill, HEIGHT, WIDTH, SIZE, ERASES, TILE)
-                value = weight * value + (1.0 - weight) * other
+        value = values[channel % SOURCE_CHANNELS]  # a grey source is one value with several statistics
+        if MIXES:
+            value = weight * value + (1.0 - weight) * others[channel % SOURCE_CHANNELS]
         result = value * tl.load(statistics + channel) + tl.load(statistics + CHANNELS + channel)
         if CHANNELS_LAST:
             offset = (line * SIZE + column) * CHANNELS + channel
@@ -140,14 +215,17 @@ def _augment_kernel(  # type: ignore[no-untyped-def]
         tl.store(start + offset, result.to(out.dtype.element_ty), mask=mask)
 
 
-def augment_fused(images: Tensor, indices: Tensor, partners: Tensor, table: Tensor, plan: Plan) -> Tensor:
-    """Gather, warp, erase, mix and normalise one micro-batch in one kernel; see `augment_reference`.
+def augment_fused(
+    images: Tensor, pyramid: Tensor | None, indices: Tensor, partners: Tensor, table: Tensor, plan: Plan
+) -> Tensor:
+    """Gather, warp, recolour, erase, mix and normalise one micro-batch in one kernel; see `augment_reference`.
 
     Args:
         images: uint8 [N, C, H, W], contiguous, H and W at least 2; C is 1 or the number of plan.mean.
+        pyramid: uint8 [N, bytes], contiguous, with all of plan.levels; None where that is only 0.
         indices: int64 [B], the samples.
         partners: int64 [B], what is mixed into each; read only where plan.mixes.
-        table: float32 [N, NUM_COLUMNS], contiguous.
+        table: float32 [N, 16, 17 or 29], contiguous.
         plan: what is the same for all samples.
 
     Returns:
@@ -161,21 +239,24 @@ def augment_fused(images: Tensor, indices: Tensor, partners: Tensor, table: Tens
     grid = (len(indices) * triton.cdiv(size, TILE) ** 2,)
     _augment_kernel[grid](
         images,
+        images if pyramid is None else pyramid,
         indices,
         partners,
         table,
-        _statistics(plan.mean, plan.std, images.device),
+        _statistics(plan.mean, plan.std, plan.fill, images.device),
         out,
-        plan.fill * 255,
         SOURCE_CHANNELS=source_channels,
         HEIGHT=height,
         WIDTH=width,
         CHANNELS=channels,
         SIZE=size,
         CHANNELS_LAST=plan.channels_last,
+        LAST_LEVEL=plan.levels[-1],
+        PYRAMID_BYTES=0 if pyramid is None else pyramid.shape[1],
+        COLOURS=plan.colours,
         ERASES=plan.erases,
         MIXES=plan.mixes,
-        COLUMNS=NUM_COLUMNS,
+        COLUMNS=table.shape[1],
         TILE=TILE,
         num_warps=NUM_WARPS,
     )
@@ -183,8 +264,11 @@ def augment_fused(images: Tensor, indices: Tensor, partners: Tensor, table: Tens
 
 
 @functools.cache
-def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return float32 [2, C]: v * factor + offset normalises v in 0 to 255."""
+def _statistics(
+    mean: tuple[float, ...], std: tuple[float, ...], fill: tuple[float, ...], device: torch.device
+) -> Tensor:
+    """Return float32 [3, C]: v * factor + offset normalises v in 0 to 255; fill, in 0 to 255."""
     factors = [1 / (255 * s) for s in std]
     offsets = [-m / s for m, s in zip(mean, std, strict=True)]
-    return to_device(torch.tensor([factors, offsets], dtype=torch.float32), device)
+    fills = [255 * value for value in (fill * len(mean))[: len(mean)]]
+    return to_device(torch.tensor([factors, offsets, fills], dtype=torch.float32), device)

@@ -4,17 +4,21 @@ Order and augmentation parameters are pure functions of (seed, epoch, sample): t
 device and process count sees the same ones, and moved once per epoch. Any batch of any step can be made again alone.
 """
 
+import logging
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fmnist.data.balance import balanced_order, class_members
 from fmnist.data.split import Split
 
+logger = logging.getLogger("fmnist")
 # Random numbers of one sample and epoch; augment_table.py says what each decides. The first FIRST_UNIFORMS are drawn
 # together; each that is added later has a key of its own, so that it moves no draw of an older run.
 FIRST_UNIFORMS = 15  # never changed
-NUM_UNIFORMS = 15
+NUM_UNIFORMS = 26
 ORDER, UNIFORMS, FLIP_IN_TURN, LATER = 0, 1, 2, 3  # what a generator is for, the last part of its key
 
 
@@ -29,6 +33,8 @@ class MicroBatch:
         uniforms: float32 [N, NUM_UNIFORMS] in [0, 1), this epoch's augmentation parameters of every sample.
         epoch: passes over the data completed before this one.
         key: (seed, step, position of the first sample in the global batch): names this micro-batch for ever.
+        class_weights: float32 [C], of the loss; None: all classes weigh the same.
+        total_weight: float32 [], this micro-batch's equal share of the weights of the global batch's labels.
     """
 
     split: Split
@@ -37,6 +43,8 @@ class MicroBatch:
     uniforms: Tensor
     epoch: int
     key: tuple[int, int, int]
+    class_weights: Tensor | None = None
+    total_weight: Tensor | None = None
 
     @property
     def step(self) -> int:
@@ -85,6 +93,8 @@ class Loader:
         seed: the run's seed.
         rank: this process, 0 to world_size - 1.
         world_size: processes.
+        sampling: uniform: each image once an epoch; balanced: all classes equally often, see `balanced_order`.
+        class_weights: float32 [C] on the device, of the loss; None: all classes weigh the same.
 
     Raises:
         ValueError: global_batch_size is more than the images, or not a multiple of micro_batch_size x world_size.
@@ -99,6 +109,8 @@ class Loader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        sampling: Literal["uniform", "balanced"] = "uniform",
+        class_weights: Tensor | None = None,
     ) -> None:
         if global_batch_size > len(split):
             raise ValueError(
@@ -114,13 +126,34 @@ class Loader:
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro
         self.accumulation_steps = global_batch_size // (micro * world_size)
         self.steps_per_epoch = len(split) // global_batch_size
+        self._members = class_members(split.labels) if sampling == "balanced" else []
+        if len({len(member) for member in self._members}) == 1:  # then the order and its bits are the uniform ones
+            logger.warning("data.sampling balanced has no effect: all classes have as many images")
+            sampling = "uniform"
+        self.sampling, self.class_weights = sampling, class_weights
         self._tables: tuple[int, Tensor, Tensor] | None = None
+
+    def whole(self) -> "Loader":
+        """Return the loader of one process that makes every micro-batch of a step."""
+        return self._with(rank=0, world_size=1)
+
+    def cut(self, micro_batch_size: int) -> "Loader":
+        """Return a loader of the same batches in micro-batches of another size."""
+        return self._with(micro_batch_size=micro_batch_size)
+
+    def _with(self, **changes: int) -> "Loader":
+        names = "global_batch_size", "micro_batch_size", "seed", "rank", "world_size", "sampling", "class_weights"
+        return Loader(self.split, **{name: getattr(self, name) for name in names} | changes)
 
     def _epoch_tables(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Return the epoch's order, int64 [N], and its uniforms, float32 [N, NUM_UNIFORMS], on the device."""
         if self._tables is None or self._tables[0] != epoch:
             device = self.split.labels.device
-            order = torch.randperm(len(self.split), generator=epoch_generator(self.seed, epoch, ORDER))
+            generator = epoch_generator(self.seed, epoch, ORDER)
+            if self.sampling == "balanced":
+                order = balanced_order(self._members, generator)
+            else:
+                order = torch.randperm(len(self.split), generator=generator)
             uniforms = draw_uniforms(len(self.split), self.seed, epoch)
             self._tables = (epoch, to_device(order, device), to_device(uniforms, device))
         return self._tables[1:]
@@ -139,6 +172,9 @@ class Loader:
         start = position * self.global_batch_size
         batch = order[start : start + self.global_batch_size]
         mirrored = batch.flip(0)  # the first is mixed with the last, and so on, whichever process holds them
+        weights, total_weight = self.class_weights, None
+        if weights is not None:  # of the whole batch, which every process knows: no share depends on how it is cut
+            total_weight = weights[self.split.labels[batch]].sum() * (self.micro_batch_size / self.global_batch_size)
         parts = []
         for accumulation in range(self.accumulation_steps):
             first = (accumulation * self.world_size + self.rank) * self.micro_batch_size
@@ -151,6 +187,8 @@ class Loader:
                     uniforms=uniforms,
                     epoch=epoch,
                     key=(self.seed, step, first),
+                    class_weights=weights,
+                    total_weight=total_weight,
                 )
             )
         return parts

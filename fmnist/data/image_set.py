@@ -123,6 +123,7 @@ class ImageSet(Split):
             num_classes=len(self.class_names),
             mean=means,
             std=stds,
+            fill=self.info.mean,
             channels_last=channels_last,
             dtype=dtype,
             device=self.images.device,

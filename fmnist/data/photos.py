@@ -6,13 +6,15 @@ import glob
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
+
+from fmnist.runtime.console import one_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # every other decoder stays closed to files from outside
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -61,20 +63,20 @@ def find_pictures(paths: Iterable[str], left_out: Counter[str] | None = None) ->
 def _expand(path: str, left_out: Counter[str]) -> Iterator[tuple[str, str]]:
     """List what a folder holds, or one file that a glob found."""
     if not os.path.isdir(path):
-        if _is_ours(path):
+        if is_ours(path):
             left_out["made by fmnist"] += 1
         else:
             yield path, ""
         return
     failed: list[OSError] = []
     for folder, folders, files in os.walk(path, onerror=failed.append):  # links to folders are not followed: no loops
-        if "config.yaml" in files and ("metrics.jsonl" in files or "checkpoints" in folders):  # a run directory
+        if is_run_directory({*files, *folders}):
             left_out["made by fmnist"] += len(files)
             folders[:] = []
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in files if not name.startswith(".")):
-            if _is_ours(os.path.join(folder, name)):
+            if is_ours(os.path.join(folder, name)):
                 left_out["made by fmnist"] += 1
             elif name.lower().endswith((*SUFFIXES, *OTHER_SUFFIXES)):
                 yield os.path.join(folder, name), ""
@@ -84,20 +86,27 @@ def _expand(path: str, left_out: Counter[str]) -> Iterator[tuple[str, str]]:
         yield str(error.filename), error.strerror or str(error)
 
 
-def _is_ours(path: str) -> bool:
+def is_run_directory(names: Container[str]) -> bool:
+    """Tell a run directory by the names in it; its figures are no pictures from outside."""
+    return "config.yaml" in names and ("metrics.jsonl" in names or "checkpoints" in names)
+
+
+def is_ours(path: str) -> bool:
+    """Tell a picture that a command of ours drew beside its table."""
     stem, suffix = os.path.splitext(path)
     table = OURS.get(os.path.basename(stem))
     return table is not None and suffix in (".png", table) and os.path.isfile(stem + table)
 
 
-def open_picture(path: Path) -> Image.Image:
+def open_picture(path: Path, read: Callable[[BinaryIO], Image.Image] | None = None) -> Image.Image:
     """Decode a picture, upright as its EXIF says, at most WORK_SIZE on a side; of an animation, its first.
 
     Args:
         path: a file of one of FORMATS, whatever its name says.
+        read: decodes the open file in another way, to another size.
 
     Returns:
-        An image of mode RGB or, with transparency, RGBA.
+        An image of mode RGB or, with transparency, RGBA; or what `read` returns.
 
     Raises:
         ValueError: an empty or huge file, or no regular one.
@@ -105,44 +114,79 @@ def open_picture(path: Path) -> Image.Image:
     """
     if not path.is_file():
         raise ValueError("no such file" if not path.exists() else "a folder" if path.is_dir() else "not a regular file")
-    size = path.stat().st_size
+    check_size(path.stat().st_size)
+    with path.open("rb") as stream:
+        return read(stream) if read else as_rgb(decode(open_header(stream), 2 * WORK_SIZE))
+
+
+def check_size(size: int) -> None:
+    """Refuse an empty file, and one of more bytes than a picture has."""
     if not 0 < size <= MAX_FILE_BYTES:
         raise ValueError(f"{size:,} bytes" if size else "an empty file")
-    with path.open("rb") as stream:
-        image = _open(stream)
-        image.load()
-        with suppress(Exception):  # broken metadata does not make a broken picture
-            ImageOps.exif_transpose(image, in_place=True)
-        return as_rgb(image)
 
 
-def _open(stream: BinaryIO) -> Image.Image:
-    image: Image.Image
+def open_header(stream: BinaryIO) -> Image.Image:
+    """Read what stands before a picture's pixels: its format, size and mode, by one of FORMATS' decoders.
+
+    Raises:
+        Exception: what Pillow raises on something else.
+    """
     head = stream.read(3)
     stream.seek(0)
-    if head == b"\xff\xd8\xff":
-        try:
-            # Not Image.open, which refuses by size what is decoded at an eighth of its size here.
-            image = JpegImagePlugin.JpegImageFile(stream)
-        except SyntaxError as error:
-            raise UnidentifiedImageError from error
-        if image.width * image.height <= MAX_JPEG_PIXELS:
-            image.draft(None, (2 * WORK_SIZE, 2 * WORK_SIZE))
-    else:
-        image = Image.open(stream, formats=FORMATS)
-    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or MAX_JPEG_PIXELS):  # Pillow itself doubles its limit
+    if head != b"\xff\xd8\xff":
+        return Image.open(stream, formats=FORMATS)
+    try:
+        # Not Image.open, which refuses by size what `decode` reads at an eighth of its size.
+        return JpegImagePlugin.JpegImageFile(stream)
+    except SyntaxError as error:
+        raise UnidentifiedImageError from error
+
+
+def decode(image: Image.Image, shorter: int | None) -> Image.Image:
+    """Decode the pixels behind a header, and turn them upright as EXIF says.
+
+    Args:
+        image: what `open_header` returned, its file still open.
+        shorter: pixels of the shorter side that are enough: a JPEG is decoded at the smallest of 1, 1/2, 1/4 and 1/8
+            of its size that has them. None: at its full size.
+
+    Raises:
+        Exception: what Pillow raises on a damaged file or more than its limit of pixels.
+    """
+    if shorter and isinstance(image, JpegImagePlugin.JpegImageFile) and _pixels(image) <= MAX_JPEG_PIXELS:
+        image.draft(None, (shorter, shorter))
+    if _pixels(image) > (Image.MAX_IMAGE_PIXELS or MAX_JPEG_PIXELS):  # Pillow itself doubles its limit
         raise Image.DecompressionBombError
+    image.load()
+    with suppress(Exception):  # broken metadata does not make a broken picture
+        ImageOps.exif_transpose(image, in_place=True)
     return image
+
+
+def _pixels(image: Image.Image) -> int:
+    return image.width * image.height
+
+
+def why_unreadable(error: Exception) -> str:
+    """Say in a few words why a picture could not be opened or decoded."""
+    if isinstance(error, UnidentifiedImageError):
+        return f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+    # Decoders raise what they like on a damaged file: struct.error, SyntaxError, KeyError.
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return one_line(text) or type(error).__name__
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """Return a copy of mode RGB or, with transparency, RGBA, at most WORK_SIZE on a side."""
-    image = _to_rgb(image)
+    image = to_rgb(image)
     image.thumbnail((WORK_SIZE, WORK_SIZE), Image.Resampling.LANCZOS, reducing_gap=3.0)
     return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a picture in 8 bits, RGB or, with transparency, RGBA."""
     if image.mode.startswith(("I", "F")):  # 16 bits: Pillow's own conversion clips at 255
         deep = np.asarray(image, dtype=np.float32)
         if not np.isfinite(deep).all():
@@ -158,3 +202,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if isinstance(low, int | float) and low < 255:
             return image
     return image.convert("RGB")
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Lay a picture of mode RGBA on white; return one of mode RGB as it is."""
+    if image.mode == "RGB":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

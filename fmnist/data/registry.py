@@ -1,8 +1,9 @@
 """Data sets by name: what `data.name` takes."""
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,6 +15,10 @@ from fmnist.data.fashion_mnist import INFO, load_indexed, name_of, stratified_sp
 from fmnist.data.find import locate
 from fmnist.data.info import DataInfo
 from fmnist.data.sources.arrays import TORCHVISION, Parts, read_npz, read_torchvision
+from fmnist.data.sources.folder import read_folder
+from fmnist.data.subset import subset
+from fmnist.runtime.console import one_line
+from fmnist.runtime.hardware import too_large
 
 SplitName = Literal["train", "val", "test"]
 Part = tuple[Tensor, Tensor, Tensor]  # images uint8 [N, H, W] or [N, C, H, W], labels int64 [N], published int64 [N]
@@ -29,12 +34,16 @@ class Source:
         title: names a split for people: not as the data set where its files are other ones than the published.
         read: images, labels, and the images' positions in the data set's own file; all on the CPU, and none where
             there is no such split.
+        files: of a folder: the file of each image, by its position.
+        digests: of splits that were read from a cache: what `Split.digest` has to be.
     """
 
     info: DataInfo
     location: str
     title: Callable[[SplitName], str]
     read: Callable[[SplitName], Part]
+    files: tuple[str, ...] = ()
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_source(cfg: DataConfig, *, fetch: bool = False) -> Source:
@@ -51,7 +60,19 @@ def open_source(cfg: DataConfig, *, fetch: bool = False) -> Source:
         raise ValueError(f"data.name is {cfg.name!r:.80}; valid: {', '.join(SOURCES)}")
     if cfg.name in NEEDS_ROOT and cfg.root is None:  # as in what is exported, which names no place of a machine
         raise ValueError(f"data.name is {cfg.name}, which needs {NEEDS_ROOT[cfg.name]}: --data.root PATH")
-    return SOURCES[cfg.name](cfg, fetch)
+    source = SOURCES[cfg.name](cfg, fetch)
+    if cfg.limit is None:
+        return source
+
+    def read(name: SplitName) -> Part:
+        images, labels, published = source.read(name)
+        if name != "train":
+            return images, labels, published
+        part = subset(labels, cfg.limit)
+        return images[part], labels[part], published[part]
+
+    digests = {name: digest for name, digest in source.digests.items() if name != "train"}
+    return replace(source, read=read, digests=digests)
 
 
 def _fashion_mnist(cfg: DataConfig, fetch: bool) -> Source:
@@ -64,57 +85,89 @@ def _fashion_mnist(cfg: DataConfig, fetch: bool) -> Source:
     )
 
 
-def held_out(parts: Parts, val_size: int, num_classes: int) -> Callable[[SplitName], Part]:
-    """Return what reads the three splits of a data set that comes with a train, and perhaps a val and a test part.
-
-    Without a val part, `val_size` training images are held out, stratified by class, the same ones for ever.
+def hold_out(labels: Tensor, val_size: int, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Hold validation images out of a data set's training images, stratified by class, the same ones for ever.
 
     Args:
-        parts: images and labels under train, val, test; val and test may be missing.
+        labels: int64 [N], of the training images.
         val_size: images to hold out.
         num_classes: labels are below it.
 
+    Returns:
+        Positions of those that are left, and of those held out.
+
     Raises:
-        ValueError: val_size takes more than half of the training images.
+        ValueError: val_size takes more than half of them.
     """
-    images, labels = parts["train"]
-    if "val" in parts:
-        kept = {name: torch.arange(len(part[1])) for name, part in parts.items()}
-        whole = dict(parts)
-    else:
-        if val_size > len(labels) // 2:
-            raise ValueError(
-                f"data.val_size is {val_size}, more than half of the {len(labels):,} training images; "
-                f"for a tenth of them: --data.val_size {len(labels) // 10}"
-            )
-        train, val = stratified_split(labels, val_size, num_classes)
-        whole = parts | {"val": parts["train"]}
-        kept = {"train": train, "val": val}
-    nothing = torch.zeros(0, dtype=torch.int64)
-
-    def read(name: SplitName) -> Part:
-        if name not in whole:
-            return images[:0], labels[:0], nothing
-        part, part_labels = whole[name]
-        if name not in kept:
-            return part, part_labels, torch.arange(len(part_labels))
-        return part[kept[name]], part_labels[kept[name]], kept[name]
-
-    return read
+    if val_size > len(labels) // 2:
+        raise ValueError(
+            f"data.val_size is {val_size}, more than half of the {len(labels):,} training images; "
+            f"for a tenth of them: --data.val_size {len(labels) // 10}"
+        )
+    return stratified_split(labels, val_size, num_classes)
 
 
 def _arrays(cfg: DataConfig, read: tuple[DataInfo, Parts]) -> Source:
     info, parts = read
+    places = {name: torch.arange(len(labels)) for name, (_, labels) in parts.items()}
+    if "val" not in parts:
+        places["train"], places["val"] = hold_out(parts["train"][1], cfg.val_size, len(info.class_names))
+
+    def read_split(name: SplitName) -> Part:
+        images, labels = parts.get(name, parts["train"])
+        at = places.get(name, torch.zeros(0, dtype=torch.int64))
+        return images[at], labels[at], at
+
+    return Source(info=info, location=cfg.root or info.source, title=lambda name: info.title, read=read_split)
+
+
+def _folder(cfg: DataConfig) -> Source:
+    root = Path(os.path.expanduser(cfg.root or ""))
+    found = read_folder(
+        root,
+        stored_size=cfg.stored_size,
+        fit=cfg.fit,
+        bad_files=cfg.bad_files,
+        holdout=cfg.holdout,
+        fits=too_large,
+    )
+    places = dict(found.parts)
+    if "val" not in places and "test" in places:  # ROOT/train and ROOT/test, as data sets are published
+        train = places["train"]
+        left, held = hold_out(found.labels[train], cfg.val_size, len(found.class_names))
+        places |= {"train": train[left], "val": train[held]}
+    channels, height, width = found.images.shape[1:]
+    images = found.images[:, 0] if channels == 1 else found.images
+
+    def read_split(name: SplitName) -> Part:
+        at = places.get(name, torch.zeros(0, dtype=torch.int64))
+        return images[at], found.labels[at], at
+
+    info = DataInfo(
+        name="folder",
+        title=one_line(root.resolve().name, 80),
+        class_names=found.class_names,
+        mean=found.mean,
+        std=found.std,
+        shape=(channels, height, width),
+        num_train=len(places["train"]),
+        source=one_line(root.resolve().name, 80),
+        fit=cfg.fit,
+    )
+    digests = {name: digest for name, digest in found.digests.items() if places[name] is found.parts[name]}
     return Source(
         info=info,
-        location=cfg.root or info.source,
+        location=str(root),
         title=lambda name: info.title,
-        read=held_out(parts, cfg.val_size, len(info.class_names)),
+        read=read_split,
+        files=found.files,
+        digests=digests,
     )
 
 
 SOURCES: dict[str, Callable[[DataConfig, bool], Source]] = {
     INFO.name: _fashion_mnist,
     **dict.fromkeys(TORCHVISION, lambda cfg, fetch: _arrays(cfg, read_torchvision(cfg.name, cfg.root, fetch=fetch))),
+    "folder": lambda cfg, fetch: _folder(cfg),
     "npz": lambda cfg, fetch: _arrays(cfg, read_npz(os.path.expanduser(cfg.root or ""))),
 }

@@ -1,6 +1,8 @@
 """A split of a data set on the device."""
 
+import functools
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
@@ -23,12 +25,18 @@ class Split:
         labels: int64 [N].
         info: of the data set that it belongs to.
         published: int64 [N] on the CPU, the images' positions in the data set's own file; None: they have none.
+        files: of a folder of pictures: the file of each published position.
+        location: where it lies, for people.
+        title: makes the name of the data set for people, who may have put other files in its place.
     """
 
     images: Tensor
     labels: Tensor
     info: DataInfo = INFO
     published: Tensor | None = None
+    files: tuple[str, ...] = ()
+    location: str = ""
+    title: Callable[[], str] = lambda: INFO.title
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -73,4 +81,12 @@ class Split:
         images, labels, published = source.read(name)
         height, width = images.shape[-2:]
         info = replace(source.info, shape=(source.info.shape[0], height, width))
-        return cls(images=images.to(device), labels=labels.to(device), info=info, published=published)
+        return cls(
+            images=images.to(device),
+            labels=labels.to(device),
+            info=info,
+            published=published,
+            files=source.files,
+            location=source.location,
+            title=functools.partial(source.title, name),
+        )

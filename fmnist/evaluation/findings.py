@@ -10,10 +10,13 @@ import torch
 
 from fmnist.evaluation.calibration import calibrate
 from fmnist.evaluation.exact_copies import ExactCopies
+from fmnist.evaluation.lookalikes import Lookalike, lookalikes
 from fmnist.evaluation.misclassified import Misclassified, confident_errors, confused_pairs
 from fmnist.evaluation.near_copies import NearCopies
 from fmnist.evaluation.numbers import ReliabilityBins, accuracy, reliability_bins, subset_accuracies, summarize
 from fmnist.evaluation.outcome import Outcome
+
+NUM_SHOWN = 24  # of the most confident errors, on the page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,7 @@ class Findings:
         scaled_bins: the same after temperature scaling; None where no temperature was fitted.
         errors: all misclassified images, the most confident first.
         pairs: classes taken for each other, the most confused first; see `confused_pairs`.
+        nearest: for the first of the errors, the training images most like it; empty where they are not at hand.
         complete: accuracy on subsets and calibration are among the metrics, as report.html shows them.
     """
 
@@ -36,6 +40,7 @@ class Findings:
     scaled_bins: ReliabilityBins | None
     errors: list[Misclassified]
     pairs: list[tuple[int, int, int, int]]
+    nearest: list[list[Lookalike]]
     complete: bool
 
 
@@ -44,6 +49,7 @@ def findings(
     copies: NearCopies | None = None,
     retrieval: dict[str, Any] | None = None,
     exact: Sequence[ExactCopies] = (),
+    root: str | None = None,
     *,
     quick: bool = False,
 ) -> Findings:
@@ -54,7 +60,8 @@ def findings(
         copies: the near copies among its images; None for training images, and where they were not searched.
         retrieval: precision of its features' neighbours; None where it was not measured.
         exact: the images that stand in two splits of its data set.
-        quick: leave out accuracy on subsets and calibration.
+        root: where the training images lie; None takes the run's place.
+        quick: leave out accuracy on subsets, calibration and the training images most like its errors.
 
     Raises:
         ValueError: logits that are not finite.
@@ -76,13 +83,16 @@ def findings(
             "retrieval": retrieval,
             "duplicates": [pair.as_dict() for pair in exact],
         }
+    errors = confident_errors(outcome)
+    shown = [] if quick else [error.position for error in errors[:NUM_SHOWN]]
     return Findings(
         outcome=outcome,
         metrics=metrics,
         bins=reliability_bins(outcome.logits.double().softmax(dim=1), outcome.labels),
         scaled_bins=scaled_bins,
-        errors=confident_errors(outcome),
+        errors=errors,
         pairs=confused_pairs(metrics["confusion_matrix"]),
+        nearest=lookalikes(outcome, shown, root),
         complete=not quick,
     )
 

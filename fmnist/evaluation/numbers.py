@@ -11,11 +11,12 @@ import torch
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch import Tensor
-from torch.nn import functional as F
 
 from fmnist.evaluation.near_copies import NEAR_COPY, SIMILAR, NearCopies
+from fmnist.metrics import score
 
 NUM_BINS = 15
+SCORES = ("top1", "macro_f1", "balanced_accuracy", "top5")  # of all images; the last from 20 classes on
 RATIOS = ("precision", "recall", "f1")
 
 
@@ -62,10 +63,11 @@ def summarize(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> dic
         class_names: C different names, in label order.
 
     Returns:
-        A JSON-ready dict: `top1` (fraction), `top1_interval` (95 %, Wilson), `loss` (mean cross-entropy, nats),
-        `ece` (top-label, 15 equal-width bins), `num_images`, `confusion_matrix` (rows true, columns predicted),
-        `per_class` (name -> precision, recall, f1, support; None where the class has no images, else 0 where a ratio
-        is 0/0), `macro_avg` (their means over the classes with images, whose number is `num_classes`).
+        A JSON-ready dict: what `metrics.score` returns (`top1`, `macro_f1`, `balanced_accuracy`, `top5` from 20 classes
+        on, `loss`), `top1_interval` (95 %, Wilson), `ece` (top-label, 15 equal-width bins), `num_images`,
+        `confusion_matrix` (rows true, columns predicted), `per_class` (name -> precision, recall, f1, support; None
+        where the class has no images, else 0 where a ratio is 0/0), `macro_avg` (their means over the classes with
+        images, whose number is `num_classes`).
 
     Raises:
         ValueError: If a shape, a label or a logit is outside the ranges above.
@@ -75,19 +77,16 @@ def summarize(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> dic
     """
     _check(logits, labels, class_names)
     classes = range(len(class_names))
-    logits64 = logits.double()  # so that the sum over images is exact to more digits than anyone prints
-    predictions = logits.argmax(dim=1)
-    num_images, correct = len(labels), int((predictions == labels).sum())
+    predictions, num_images = logits.argmax(dim=1), len(labels)
     # Labels are stated: a class that a small split lacks keeps its row.
     pair = labels.numpy(), predictions.numpy()
     columns = precision_recall_fscore_support(*pair, labels=classes, zero_division=0.0)
     rows = [(*map(float, row[:3]), int(row[3])) for row in zip(*columns, strict=True)]
     present = np.array([row[:3] for row in rows if row[3]])  # a class without images has no recall to average
     return {
-        "top1": correct / num_images,
-        "top1_interval": wilson_interval(correct, num_images),
-        "loss": float(F.cross_entropy(logits64, labels, reduction="sum")) / num_images,
-        "ece": calibration_error(logits64.softmax(dim=1), labels),
+        **{key: float(value) for key, value in score(logits, labels).items()},
+        "top1_interval": wilson_interval(int((predictions == labels).sum()), num_images),
+        "ece": calibration_error(logits.double().softmax(dim=1), labels),
         "num_images": num_images,
         "confusion_matrix": confusion_matrix(*pair, labels=classes).tolist(),
         "per_class": {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fmnist.data.fashion_mnist import INFO
 from fmnist.data.info import DataInfo
-from fmnist.data.registry import open_source
+from fmnist.data.registry import Source, SplitName, open_source
 from fmnist.data.split import Split
 from fmnist.evaluation.calibration import average_probabilities
 from fmnist.evaluation.cost import Cost, measure_cost, sum_of_costs
@@ -125,8 +125,8 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
     """
     model, augment = trained.model, trained.augment
     data = trained.data(request.root)
-    source = open_source(data)
-    split = Split.load(request.split, source, compute.device)
+    source = compute.together(lambda: open_source(data))
+    split = _same_everywhere(request.split, source, compute)
     trained.check_split(request.split, split)
     own = trained.images_sha256(request.split)
     # Other images than the run's own have a folder of their own; a run from before it knew takes --data.root's word.
@@ -150,7 +150,7 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
         if request.split == "val":
             validation = logits, split.labels.cpu()
         elif trained.info.num_val:
-            val_split = Split.load("val", source, compute.device)
+            val_split = _same_everywhere("val", source, compute)
             validation = logits_of(val_split, cfg.tta), val_split.labels.cpu()
         cost = compute.on_main(measure_cost, trained, split.images, compute.device_name)
     outcome = Outcome(
@@ -167,12 +167,19 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
         info=split.info,
         validation=validation,
         cost=cost,
-        data=source.title(request.split),
+        data=split.title(),
         data_sha256=split.digest,
         trained=trained,
         published=split.published,
     )
     return compute.on_main(lambda: outcome)
+
+
+def _same_everywhere(name: SplitName, source: Source, compute: Compute) -> Split:
+    """Load a split on every process, each from its own place, and compare what they hold."""
+    split = compute.together(lambda: Split.load(name, source, compute.device))
+    compute.agree({f"as {name} images": f"sha256 {split.digest[:12]}"}, "all processes have to read the same data")
+    return split
 
 
 def ensemble(outcomes: list[Outcome], folder: Path) -> Outcome:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fmnist.config.same_run import differences, recipe
 from fmnist.config.schema import Config
 from fmnist.data.registry import SplitName
+from fmnist.evaluation.numbers import SCORES
 from fmnist.evaluation.outcome import Outcome
 from fmnist.trained import Trained
 
@@ -100,7 +101,11 @@ def comparison_rows(outcomes: Sequence[Outcome], results: Sequence[Mapping[str, 
     order = sorted(range(len(outcomes)), key=lambda i: -results[i]["top1"])
     own = own_options([outcome.trained.cfg if outcome.trained else None for outcome in outcomes])
     val = [outcome.trained.summary.get("val.top1") if outcome.trained else None for outcome in outcomes]
-    best = max((value for value in val if value is not None), default=None)
+    # The choice is by the number that chose each run's epoch; runs that differ in it are compared by accuracy.
+    kept = {outcome.trained.cfg.evaluation.best for outcome in outcomes if outcome.trained}
+    by = kept.pop() if len(kept) == 1 else "top1"
+    chosen = [outcome.trained.summary.get(f"val.{by}") if outcome.trained else None for outcome in outcomes]
+    best = (min if by == "loss" else max)((value for value in chosen if value is not None), default=None)
     rows = []
     for rank, i in enumerate(order):
         outcome, result = outcomes[i], results[i]
@@ -110,9 +115,10 @@ def comparison_rows(outcomes: Sequence[Outcome], results: Sequence[Mapping[str, 
             "options": own[i] or None,
             "val_top1": val[i],
         }
-        if best is not None and val[i] == best:
+        if best is not None and chosen[i] == best:
             row["chosen"] = True
-        row |= {key: result[key] for key in ("top1", "top1_interval", "loss", "ece", "num_images")}
+        numbers = (*SCORES, "top1_interval", "loss", "ece", "num_images")
+        row |= {key: result[key] for key in numbers if key in result}
         if (cost := outcome.cost) is not None:
             row |= {"parameters": cost.parameters, "flops_per_image": cost.flops_per_image}
             for timing in cost.timings:
@@ -153,7 +159,11 @@ def seed_rows(outcomes: Sequence[Outcome], results: Sequence[Mapping[str, Any]])
                 "top1": statistics.mean(top1),
                 "top1_spread": statistics.stdev(top1),
                 "top1_range": [min(top1), max(top1)],
-                **{key: statistics.mean(results[i][key] for i in group) for key in ("loss", "ece")},
+                **{
+                    key: statistics.mean(results[i][key] for i in group)
+                    for key in (*SCORES[1:], "loss", "ece")
+                    if all(key in results[i] for i in group)
+                },
             }
         )
     return rows

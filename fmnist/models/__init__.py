@@ -71,9 +71,12 @@ def build_model(
     valid = sorted(parameters - GIVEN)
     if unknown := sorted(set(cfg.options) - set(valid)):
         raise ValueError(f"model.options: {cfg.name} has no {', '.join(unknown)}; valid: {', '.join(valid)}")
-    if cfg.pretrained or cfg.weights:
-        key = "weights" if cfg.weights else "pretrained"
-        raise ValueError(f"model.{key}: {cfg.name} has no pretrained weights; only timm models have")
+    if cfg.has_pretrained_input:
+        key = "pretrained" if cfg.pretrained else "weights"
+        raise ValueError(
+            f"model.{key}: {cfg.name} has no pretrained weights; only timm models have. It can start from a run or a "
+            "checkpoint: model.weights DIRECTORY"
+        )
     if cfg.drop_path_rate > 0:
         raise ValueError(f"model.drop_path_rate: {cfg.name} has no stochastic depth; leave it at 0")
     given = {"num_classes": num_classes, "drop_rate": cfg.drop_rate, "image_size": image_size}

@@ -48,7 +48,7 @@ def build_timm(
         pretrained_cfg = timm.get_pretrained_cfg(cfg.name)
     except RuntimeError as error:  # an unknown tag after the dot
         raise ValueError(f"model.name: {error}") from error
-    if not (cfg.pretrained or cfg.weights):
+    if not cfg.has_pretrained_input:
         channels = len(normalization.mean)
         model = _create(cfg, num_classes, channels, sizes)
         try:
@@ -65,7 +65,7 @@ def build_timm(
     if pretrained_cfg is None:
         raise ValueError(f"model.name: timm has no pretrained form of {cfg.name}")
     model = _create(cfg, num_classes, 3, sizes)
-    if load_weights:
+    if load_weights and not cfg.starts_from_run:
         _load(model, cfg, sizes)
     if len(normalization.mean) == 1:
         return model, to_one_channel(model, cfg.name, sizes)

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import constants as hub
 from torch import Tensor
 
-from fmnist.config.first_look import WEIGHTS
+from fmnist.config.schema import WEIGHTS
 from fmnist.runtime.probe import answers
 
 HUB_TIMEOUT_S = 5.0

@@ -56,16 +56,21 @@ def loss_note(cfg: Config) -> str:
     """Say why the training loss may lie above the validation loss; empty where nothing sets them apart."""
     augment, model, optim = cfg.augment, cfg.model, cfg.optim
     named = {
-        "flips": augment.flip,
+        "flips": augment.flip or augment.flip_vertical,
+        "crops": augment.crop < 1,
         "rotation": augment.rotation,
         "shifts": augment.shift,
         "zoom": augment.scale,
+        "changes of colour": augment.brightness or augment.contrast or augment.saturation or augment.hue,
+        "TrivialAugment": augment.trivial,
         "erasing": augment.erase,
         "mixup": augment.mixup_alpha,
         "CutMix": augment.cutmix_alpha,
         "dropout": model.drop_rate,
         "drop path": model.drop_path_rate,
         "label smoothing": optim.label_smoothing,
+        "class weights": optim.class_weights != "none",
+        "classes drawn equally": cfg.data.sampling == "balanced",
     }
     parts = [name for name, value in named.items() if value]
     if optim.ema_decay:

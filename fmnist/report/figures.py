@@ -123,7 +123,7 @@ def plot_confusion_matrix(
     axes.set_ylabel("true class", fontsize=12)
     shares = [f"{100 * hit / n:.1f} %" if n else "-" for hit, n in zip(np.diag(counts), totals, strict=True)]
     right = axes.secondary_yaxis("right")
-    right.set_yticks(list(ticks), shares, fontsize=11)
+    right.set_yticks(list(ticks), [shares[tick] for tick in ticks], fontsize=11)
     right.set_ylabel("recall", fontsize=12)
     right.tick_params(length=0)
     axes.set_xticks(np.arange(0.5, len(columns) - 1), minor=True)

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fmnist.config.schema import to_yaml
 from fmnist.evaluation.exact_copies import copies_line
-from fmnist.evaluation.findings import Findings
+from fmnist.evaluation.findings import NUM_SHOWN, Findings
 from fmnist.evaluation.misclassified import Misclassified, worst_by_f1
 from fmnist.evaluation.outcome import Outcome
 from fmnist.report.curves import loss_note
@@ -23,7 +23,7 @@ from fmnist.tracking.metrics_file import METRICS_FILE
 
 # People without fashion expertise, 1,000 test images, majority of three labels: the data set's own benchmark table.
 HUMAN_TOP1 = 0.835
-NUM_PAIRS, PICTURES_OF_A_PAIR, NUM_ERRORS = 4, 8, 24
+NUM_PAIRS, PICTURES_OF_A_PAIR = 4, 8
 
 
 def _pairs(findings: Findings) -> list[dict[str, Any]]:
@@ -108,6 +108,7 @@ def context(findings: Findings) -> dict[str, Any]:
     trained = outcome.trained
     lines = trained.directory / METRICS_FILE if trained else None
     batch = trained.directory / "train_batch.png" if trained else None
+    shown = findings.errors[:NUM_SHOWN]
     human = HUMAN_TOP1 if outcome.info.is_fashion_mnist and not outcome.other_data else None
     many = len(outcome.class_names) > MOST_CLASSES
     return {
@@ -126,7 +127,10 @@ def context(findings: Findings) -> dict[str, Any]:
         "worst_pairs": findings.pairs[:MOST_CLASSES] if many else [],
         "copies": copies_line(metrics["duplicates"]) if metrics["duplicates"] else "",
         "pairs": _pairs(findings),
-        "errors": [_shown(outcome, error) for error in findings.errors[:NUM_ERRORS]],
+        "errors": [
+            _shown(outcome, error) | {"nearest": [(each, picture(each.image)) for each in near]}
+            for error, near in zip(shown, findings.nearest or [[]] * len(shown), strict=True)
+        ],
         "before": reliability(findings.bins),
         "after": reliability(findings.scaled_bins) if findings.scaled_bins else None,
         "retrieval": metrics["retrieval"],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fmnist.config.schema import flatten
@@ -16,10 +18,13 @@ from fmnist.report.figures import MOST_CLASSES, plot_confusion_matrix, plot_reli
 from fmnist.report.page import write_html
 from fmnist.report.retrieval_table import precision_line
 from fmnist.runtime.console import MAX_ERROR, counted, one_line
-from fmnist.runtime.files import csv_bytes, write_atomic
+from fmnist.runtime.files import csv_bytes, read_json, write_atomic
 from fmnist.tracking.metrics_file import METRICS_FILE
 from fmnist.tracking.wandb_run import log_evaluation
 
+logger = logging.getLogger("fmnist")
+METRICS, PAGE = "metrics.json", "report.html"
+FILES = (METRICS, PAGE, "report.txt", "predictions.csv", "confusion_matrix.png", "reliability.png")
 SUBSETS = {
     "all": "all images, without flip averaging",
     "flip_averaging": "all images, with flip averaging",
@@ -28,17 +33,25 @@ SUBSETS = {
     "without_exact_copies": "without exact copies of training images",
 }
 
+BESIDE_TOP1 = {"macro_f1": "macro F1", "balanced_accuracy": "balanced accuracy", "top5": "top5"}
+
 
 def write_evaluation(findings: Findings) -> None:
     """Write metrics.json, report.txt, predictions.csv and the figures; of a complete evaluation also report.html.
 
     Args:
-        findings: what was computed; `findings.outcome.directory` is made, files of the same names are replaced.
+        findings: what was computed; `findings.outcome.directory` is made, files of the same names are replaced. Where
+            a complete evaluation with the same results lies there, a quick one leaves it as it is.
     """
     outcome, metrics = findings.outcome, findings.metrics
     directory, names = outcome.directory, outcome.class_names
+    if not findings.complete and (directory / PAGE).is_file():
+        if _has_these_results(directory, metrics):
+            logger.info("%s holds a full evaluation with the same results, which is kept", directory)
+            return
+        logger.warning("%s is removed: it is of other results; without --quick it is written again", directory / PAGE)
     # First: a directory with a metrics.json is a complete one, and nothing in it is of another evaluation.
-    for name in ("metrics.json", "report.html"):
+    for name in (METRICS, PAGE):
         (directory / name).unlink(missing_ok=True)
     write_atomic(directory / "report.txt", report_text(findings))
     write_atomic(directory / "predictions.csv", predictions_csv(findings))
@@ -50,11 +63,23 @@ def write_evaluation(findings: Findings) -> None:
         note = loss_note(trained.cfg)
         plot_learning_curves(lines, trained.directory / "learning_curves.png", outcome.name, note)
     if findings.complete:
-        write_html(findings, directory / "report.html")
+        write_html(findings, directory / PAGE)
     indent = 2 if len(names) <= MOST_CLASSES else None  # a line a number would be a million lines for 1,000 classes
-    write_atomic(directory / "metrics.json", json.dumps(metrics, indent=indent, allow_nan=False) + "\n")
+    write_atomic(directory / METRICS, json.dumps(metrics, indent=indent, allow_nan=False) + "\n")
     if findings.complete and inside and trained is not None and not trained.checkpoint:
         _log_to_wandb(findings)
+
+
+def _has_these_results(directory: Path, metrics: Mapping[str, Any]) -> bool:
+    """Say whether all files of an evaluation lie there, of the same images and with the same results."""
+    if not all((directory / name).is_file() for name in FILES):
+        return False
+    try:
+        kept = read_json(directory / METRICS)
+    except ValueError:
+        return False
+    same = all(kept.get(key) == metrics[key] for key in ("data", "confusion_matrix"))
+    return same and isinstance(kept.get("loss"), float) and abs(kept["loss"] - metrics["loss"]) < 1e-6
 
 
 def report_text(findings: Findings) -> str:
@@ -65,12 +90,13 @@ def report_text(findings: Findings) -> str:
         f"{outcome.title}: top1 {100 * metrics['top1']:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f}), "
         f"loss {metrics['loss']:.4f}, ECE {metrics['ece']:.4f}, {metrics['num_images']:,} images"
     )
+    more = ", ".join(f"{words} {100 * metrics[key]:.2f} %" for key, words in BESIDE_TOP1.items() if key in metrics)
     data = f"images: {outcome.data}, sha256 {outcome.data_sha256}\n" if outcome.data_sha256 else ""
     table = class_table(metrics)
     if len(outcome.class_names) > MOST_CLASSES and findings.pairs:
         table += pair_table(findings)
     notes = _notes(metrics) if findings.complete else ""
-    return f"{headline}\n{data}\n{table}" + (f"\n{notes}\n" if notes else "")
+    return f"{headline}\n{more}\n{data}\n{table}" + (f"\n{notes}\n" if notes else "")
 
 
 def class_table(metrics: Mapping[str, Any]) -> str:
@@ -155,7 +181,7 @@ def _log_to_wandb(findings: Findings) -> None:
     assert trained is not None
     files = [outcome.directory / f"{name}.png" for name in ("confusion_matrix", "reliability")]
     files.append(trained.directory / "learning_curves.png")
-    scalars = {key: metrics[key] for key in ("top1", "loss", "ece")}
+    scalars = {key: metrics[key] for key in ("top1", *BESIDE_TOP1, "loss", "ece") if key in metrics}
     scalars |= {f"subsets.{key}": entry["top1"] for key, entry in metrics["subsets"].items()}
     if (retrieval := metrics["retrieval"]) is not None:
         scalars[f"precision_at_{retrieval['k']}"] = retrieval["features"]["mean"]

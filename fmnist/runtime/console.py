@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from fmnist.runtime.environment import ENVIRONMENT, remove_effects
+from fmnist.runtime.environment import ENVIRONMENT, refused_by_a_library, remove_effects
 from fmnist.runtime.launcher import is_sibling
 
 logger = logging.getLogger("fmnist")
@@ -184,6 +184,9 @@ def open_door(program: str) -> None:
         if issubclass(kind, KeyboardInterrupt):
             kept = f"; {one_line(error)}" if str(error) else ""
             sys.stderr.write(f"{program}: interrupted{kept}\n")
+        elif blamed := refused_by_a_library(error, trace):
+            sys.stderr.write(f"{program}: error: {blamed}: {one_line(str(error).strip().partition(chr(10))[0])}\n")
+            raise SystemExit(2)
         else:
             sys.__excepthook__(kind, error, trace)
 

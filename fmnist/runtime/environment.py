@@ -4,10 +4,13 @@ docs/environment.md is this table in words; a variable that is not in it cannot 
 """
 
 import os
+import re
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from types import TracebackType
 from typing import Literal, NamedTuple
 
 
@@ -24,6 +27,10 @@ VARIABLES = tuple(
     Variable(*row)
     for row in (
         ("FMNIST_DATA", "obeyed", "folder with the data set, unless `data.root` names one"),
+        (
+            *("FMNIST_CACHE", "obeyed"),
+            "folder of decoded image folders; default $XDG_CACHE_HOME/fmnist or ~/.cache/fmnist",
+        ),
         ("FMNIST_EXPECTED_WORLD_SIZE", "obeyed", "set by slurm/train.sbatch: another number of processes is refused"),
         ("FMNIST_*", "no effect", "on the programs; slurm/README.md lists those of the batch scripts"),
         ("ACCELERATE_USE_CPU", "obeyed", "`true`: compute on the CPU, even where there is a GPU"),
@@ -85,17 +92,20 @@ VARIABLES = tuple(
         ("MATPLOTLIBRC", "no effect", "likewise; a matplotlibrc file has none either"),
         ("MPLCONFIGDIR", "obeyed", "matplotlib's font cache; a matplotlibrc there has no effect"),
         ("HOME", "obeyed", "caches and settings of the libraries; not needed"),
+        ("XDG_CACHE_HOME", "obeyed", "where FMNIST_CACHE is not set: folder of the user's caches"),
         ("CXX", "obeyed", "compiler of torch.compile"),
         ("PYTHONWARNINGS", "no effect", "on errors: a library's warning never ends a program"),
         ("PYTHONHASHSEED", "no effect", ""),
         ("COLUMNS", "obeyed", "width of --help and of the progress bar"),
-        ("TQDM_*", "obeyed", "by the progress bar"),
+        ("TQDM_DISABLE", "obeyed", "any value: no progress bar of a training"),
+        ("TQDM_*", "no effect", "removed at the start; tqdm ends a program at a value that it cannot read"),
         ("LC_*", "obeyed", "file names; one that is no text in the locale is refused"),
         ("LANG", "obeyed", "likewise"),
     )
 )
 # Read by a library when it is imported, or by C code: taken away before.
-_REMOVED = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TIMM_*")
+_REMOVED = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TIMM_*", "TQDM_*")
+_KEPT = ("TQDM_DISABLE",)
 _TRUE, _FALSE = ("1", "true", "yes", "y", "on", "t"), ("", "0", "false", "no", "n", "off", "f")
 
 
@@ -171,6 +181,22 @@ def hidden(*patterns: str) -> Iterator[None]:
 def remove_effects() -> None:
     """Take away, at a program's start, what would change arithmetic or turn a library's warning into an error."""
     for name in list(os.environ):
-        if any(fnmatchcase(name, pattern) for pattern in _REMOVED):
+        if any(fnmatchcase(name, pattern) for pattern in _REMOVED) and name not in _KEPT:
             del os.environ[name]
     warnings.filters[:] = [each for each in warnings.filters if each[0] != "error"]  # type: ignore[index]
+
+
+def refused_by_a_library(error: BaseException, trace: TracebackType | None) -> str | None:
+    """Name the variable, with its value, that a library could not read while it was imported; None for other errors.
+
+    The error quotes the name or the value, or the failing lines hold the name.
+    """
+    frames = traceback.extract_tb(trace)
+    imported = any(frame.name == "<module>" and "site-packages" in frame.filename for frame in frames)
+    for name, value in os.environ.items() if imported and isinstance(error, Exception) else ():
+        quoted = len(value) > 2 and re.search(rf"(^|[\s'\"]){re.escape(value)}($|[\s'\",;])", str(error))
+        if quoted or any(
+            re.search(rf"\b{re.escape(name)}\b", text or "") for text in (str(error), *(f.line for f in frames))
+        ):
+            return f"{name} is {value!r}"
+    return None

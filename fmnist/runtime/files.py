@@ -161,17 +161,17 @@ def cannot_read(path: Path, error: OSError) -> ValueError:
     return kind(f"{path} cannot be read: {reason(error)}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON file that holds an object, of at most `limit` bytes.
 
     Raises:
-        ValueError: one line: no regular file, larger than MAX_JSON_BYTES, no JSON, or no object; Unreadable where
+        ValueError: one line: no regular file, larger than that, no JSON, or no object; Unreadable where
             this user may not read it.
     """
     try:
         with open_regular(path) as file:
-            if (size := os.fstat(file.fileno()).st_size) > MAX_JSON_BYTES:
-                raise ValueError(f"{size:,} bytes, expected at most {MAX_JSON_BYTES:,}")
+            if (size := os.fstat(file.fileno()).st_size) > limit:
+                raise ValueError(f"{size:,} bytes, expected at most {limit:,}")
             content = json.loads(file.read())
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")

@@ -6,6 +6,7 @@ import platform
 import sys
 from collections.abc import Mapping
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from fmnist.runtime.environment import ENVIRONMENT, integer, is_true, set_defaul
 from fmnist.runtime.launcher import launcher_environment
 
 NO_FLOAT64 = ("mps",)
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # of the CPU, CUDA and its libraries
 
 
 def find_device(device: torch.device | str | None) -> torch.device:
@@ -35,6 +37,18 @@ def find_device(device: torch.device | str | None) -> torch.device:
     return place
 
 
+def open_device(device: torch.device | str | None) -> torch.device:
+    """Return a device as `find_device` does, for a program of one process; on a CPU limit the threads as a run does.
+
+    Raises:
+        ValueError: one line, for a device that is not there.
+    """
+    place = find_device(device)
+    if place.type == "cpu":
+        set_threads(None, 1)
+    return place
+
+
 def resolve_precision(precision: str) -> str:
     """Turn auto into bf16 where the GPU computes in it, else fp32."""
     if precision != "auto":
@@ -45,6 +59,17 @@ def resolve_precision(precision: str) -> str:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Return the context in which a forward computes in the given dtype, float32 or bfloat16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error of torch means that memory ran out."""
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give memory that torch holds in reserve back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def in_float64(tensor: Tensor) -> Tensor:
@@ -138,3 +163,17 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     if precision != "bf16":
         return None
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+def too_large(num_bytes: int) -> str:
+    """Say why so many bytes of images have no room where this process computes; an empty text where they have.
+
+    A tenth of what is free is left to the model; on a GPU that is little for a large one, which --dry_run shows.
+    """
+    if torch.cuda.is_available():
+        free, where = torch.cuda.mem_get_info()[0], "on the GPU"
+    else:
+        free, where = psutil.virtual_memory().available, "in memory"
+    if num_bytes <= 0.9 * free:
+        return ""
+    return f"{num_bytes / 2**30:.2f} GiB of images, {free / 2**30:.2f} GiB are free {where}"

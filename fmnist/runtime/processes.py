@@ -3,6 +3,7 @@
 The files beside this one and `data/batches.py` are the only ones that know rank or world size.
 """
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -84,6 +85,46 @@ class Processes:
         if self.control is not None:
             dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Do something on every process; where it fails on one it fails on all, with that one's words.
+
+        Raises:
+            ValueError: the first of the processes' errors.
+        """
+        failure = ""
+        try:
+            result = action()
+        except (ValueError, OSError) as error:
+            failure = str(error)
+        if said := next(filter(None, self.gather(failure)), ""):
+            raise ValueError(said)
+        return result
+
+    def agree(self, seen: Mapping[str, str], remedy: str) -> None:
+        """Compare what the processes see, before anything is done on it.
+
+        Args:
+            seen: what this process sees, under the words that say where.
+            remedy: ends the message.
+
+        Raises:
+            ValueError: on all of them, naming the first that sees something else than rank 0.
+        """
+        views = self.gather(dict(seen))
+        for rank, view in enumerate(views):
+            for name, value in view.items():
+                if value != views[0].get(name):
+                    raise ValueError(f"rank {rank} sees {value} {name}, rank 0 {views[0].get(name)}: {remedy}")
+
+    def agree_on_options(self, options: Mapping[str, object]) -> None:
+        """Compare the options that all processes of one start have to share, by their names.
+
+        Raises:
+            ValueError: as `agree`.
+        """
+        seen = {f"as {name}": json.dumps(value) for name, value in options.items()}
+        self.agree(seen, "give all processes the same options")
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Return this process's contiguous share; the shares of all processes cover every item exactly once."""

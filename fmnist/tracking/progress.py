@@ -6,10 +6,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 from tqdm import tqdm
 
 logger = logging.getLogger("fmnist")
+WORDS = {"top1": "top1", "macro_f1": "macro F1", "loss": "loss"}
 SILENCE_S = 60.0  # without a line for so long, the next logged step says where the run stands
 
 
@@ -20,7 +22,8 @@ class Progress:
         step: returns the completed optimizer updates.
         validates: says whether the validation images are evaluated after so many updates.
         total_steps, steps_per_epoch: of the run.
-        best_top1: the best validation accuracy of earlier starts, a fraction; negative where there is none.
+        best: the best validation number of earlier starts; None where there is none.
+        by: its name, see `evaluation.best`.
     """
 
     def __init__(
@@ -30,10 +33,12 @@ class Progress:
         *,
         total_steps: int,
         steps_per_epoch: int,
-        best_top1: float = -1.0,
+        best: float | None = None,
+        by: Literal["top1", "macro_f1", "loss"] = "top1",
     ) -> None:
         self.step, self.validates = step, validates
-        self.total_steps, self.steps_per_epoch, self.best_top1 = total_steps, steps_per_epoch, best_top1
+        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self.best, self.by = best, by
         self._losses: list[float] = []
         self._rate: float | None = None
         self._told_at, self._told_step = time.monotonic(), step()
@@ -70,19 +75,21 @@ class Progress:
             new_epoch = step // self.steps_per_epoch > self._told_step // self.steps_per_epoch
             silent = time.monotonic() - self._told_at > SILENCE_S
             if (new_epoch or silent) and not self.validates(step):  # else the next call writes it
-                self._say(step, None)
+                self._say(step, {})
         elif prefix == "val":
-            self._say(step, scalars.get("top1"))
+            self._say(step, scalars)
 
-    def _say(self, step: int, top1: float | None) -> None:
+    def _say(self, step: int, val: Mapping[str, float]) -> None:
         now = time.monotonic()
         epoch, epochs = step / self.steps_per_epoch, self.total_steps / self.steps_per_epoch
         parts = [f"epoch {epoch:.3g}/{epochs:.3g}", f"step {step:,}"]
         if self._losses:
             parts.append(f"train loss {sum(self._losses) / len(self._losses):.4f}")
-        if top1 is not None:
-            self.best_top1 = max(self.best_top1, top1)
-            parts.append(f"val top1 {100 * top1:.2f} % (best {100 * self.best_top1:.2f} %)")
+        if val:
+            number, better = val[self.by], min if self.by == "loss" else max
+            self.best = number if self.best is None else better(self.best, number)
+            parts += [f"val top1 {100 * val['top1']:.2f} %"] if self.by != "top1" else []
+            parts.append(f"val {WORDS[self.by]} {_shown(self.by, number)} (best {_shown(self.by, self.best)})")
         if self._rate is not None:
             parts.append(f"{self._rate:,.0f} images/s")
         if step > self._told_step:
@@ -101,6 +108,10 @@ class Progress:
             self._bar.n = self.step()
             self._bar.close()
             self._bar = None
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{value:.4f}" if name == "loss" else f"{100 * value:.2f} %"
 
 
 def has_width() -> bool:

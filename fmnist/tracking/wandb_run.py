@@ -88,7 +88,8 @@ def start_wandb(directory: Path, cfg: LogConfig, resolved: Mapping[str, Any]) ->
         mode, started = "offline", wandb.init(mode="offline", settings=settings, **options)
     started.define_metric("step")
     started.define_metric("*", step_metric="step")
-    started.define_metric("val/top1", step_metric="step", summary="max")
+    for name in ("top1", "macro_f1", "balanced_accuracy", "top5"):
+        started.define_metric(f"val/{name}", step_metric="step", summary="max")
     hint = "" if mode == "online" else f"; send it with: wandb sync {directory}/wandb/offline-run-*-{run_id}"
     asked_for = cfg.wandb != "auto" or has_api_key()  # else train.log alone says it
     logger.log(logging.INFO if asked_for else logging.DEBUG, "Weights & Biases: %s, run %s%s", mode, run_id, hint)

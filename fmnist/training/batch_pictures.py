@@ -29,15 +29,9 @@ def write_batch(path: Path, loader: Loader, augment: Augment, step: int) -> None
     """
     from fmnist.report.grid import draw_grid  # seconds of libraries, needed only here
 
-    whole = Loader(
-        loader.split,
-        global_batch_size=loader.global_batch_size,
-        micro_batch_size=loader.micro_batch_size,
-        seed=loader.seed,
-    )
     images: list[Tensor] = []
     titles: list[str] = []
-    for batch in whole.micro_batches(step - 1):
+    for batch in loader.whole().micro_batches(step - 1):
         pixels, targets = augment(batch)
         room = MAX_IMAGES - len(images)
         broken = ~pixels.isfinite().flatten(1).all(1)

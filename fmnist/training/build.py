@@ -12,10 +12,11 @@ from fmnist.checkpoint.fingerprint import WEIGHTS, digest_of_weights, fingerprin
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.config.conflicts import Length, without_effect
 from fmnist.config.same_run import recipe
-from fmnist.config.schema import Config
+from fmnist.config.schema import Config, ModelConfig
 from fmnist.data.augment import Augment
+from fmnist.data.balance import class_weights
 from fmnist.data.batches import Loader
-from fmnist.data.info import DATA_FILE
+from fmnist.data.info import DATA_FILE, DataInfo
 from fmnist.data.registry import open_source
 from fmnist.data.split import Split
 from fmnist.models.flops import flops_per_image
@@ -26,9 +27,12 @@ from fmnist.runtime.hardware import peak_flops
 from fmnist.runtime.provenance import versions
 from fmnist.tracking.progress import Progress
 from fmnist.training.clock import Clock
+from fmnist.training.micro_batch import choose_micro_batch
 from fmnist.training.non_finite import NonFiniteWatch
-from fmnist.training.resume import find_start, restore, together
+from fmnist.training.resume import continuation, find_start, restore
+from fmnist.training.start_from_run import start_from_run
 
+CACHE_REMEDY = "delete their cache, the folder FMNIST_CACHE or else ~/.cache/fmnist"
 logger = logging.getLogger("fmnist")
 
 
@@ -79,38 +83,42 @@ def build(cfg: Config, run: Run) -> Training | None:
         ValueError: data, weights, options or checkpoints that cannot be used; one line each.
     """
     # data: all three splits, so that a damaged file is found now and not after the training
-    splits = together(run, lambda: load_splits(cfg, run.device))
+    splits = run.together(lambda: load_splits(cfg, run.device))
     train_split, val_split, test_split = splits.values()
     info = replace(train_split.info, num_train=len(train_split), num_val=len(val_split), num_test=len(test_split))
     run.kept[DATA_FILE] = info.to_json()
     if cfg.exact and cfg.exact % run.world_size:
         raise ValueError(f"exact is {cfg.exact}; valid with {run.world_size} processes: a multiple of that")
+    micro = cfg.batch.global_batch_size // cfg.exact if cfg.exact else cfg.batch.micro_batch_size
     loader = Loader(
         train_split,
         global_batch_size=cfg.batch.global_batch_size,
-        micro_batch_size=cfg.batch.global_batch_size // cfg.exact if cfg.exact else cfg.batch.micro_batch_size,
+        micro_batch_size=None if micro == "auto" else micro,
         seed=cfg.seed,
         rank=run.rank,
         world_size=run.world_size,
+        sampling=cfg.data.sampling,
+        class_weights=class_weights(cfg.optim.class_weights, train_split.labels, len(train_split.class_names)),
     )
 
     # where to begin: all processes see the same directory, data and weights, which are those of the run in it
     digests = {name: split.digest for name, split in splits.items()}
-    run.fingerprint = together(run, lambda: fingerprint(digests, info.class_names, cfg.model.weights))
+    run.fingerprint = run.together(lambda: fingerprint(digests, info.class_names, cfg.model.weights))
     about = {"model": cfg.model.name, "world_size": run.world_size, "versions": versions()}
     meta = about | {"config": recipe(cfg) | run.fingerprint}
     checkpoints = Checkpoints(run.directory / "checkpoints", cfg.checkpoint.keep_last, meta)
-    finished, newest = find_start(cfg, run, checkpoints)
+    schedule = Schedule.from_config(cfg, loader.steps_per_epoch)
+    finished, newest = find_start(cfg, run, checkpoints, schedule.total_steps)
     if finished:
         return None
 
     # model, and what feeds it: pretrained weights only where no checkpoint will fill it
-    schedule = Schedule.from_config(cfg, loader.steps_per_epoch)
-    side = train_split.images.shape[-1]
-    for line in without_effect(cfg, Length(schedule.total_steps, schedule.steps_per_epoch, side, info.num_train)):
+    channels, _, side = info.shape
+    length = Length(schedule.total_steps, schedule.steps_per_epoch, side, info.num_train, channels, info.num_val)
+    for line in without_effect(cfg, length):
         logger.warning("%s", line)
     model, augment = build_network(cfg, info, run.device, load_weights=newest is None)
-    if newest is None and cfg.model.weights and digest_of_weights(cfg.model.weights) != run.fingerprint[WEIGHTS]:
+    if newest is None and cfg.model.weights and _read_digest(model, cfg.model, info) != run.fingerprint[WEIGHTS]:
         raise ValueError(f"model.weights: {cfg.model.weights} was replaced while it was read; start again")
 
     # optimizer, and the moving average of the weights
@@ -119,6 +127,13 @@ def build(cfg: Config, run: Run) -> Training | None:
 
     # resume: weights, optimizer and step of the newest checkpoint
     state = TrainState() if newest is None else restore(newest, cfg, model, ema, optimizer, run.fingerprint)
+    if newest is not None and (said := continuation(newest, cfg, schedule, state.step)):
+        logger.info("%s", said)
+    if micro == "auto":
+        state.micro_batch_size = choose_micro_batch(model, optimizer, augment, loader, state.micro_batch_size, run)
+        loader = loader.cut(state.micro_batch_size)
+    else:
+        state.micro_batch_size = None
 
     return Training(
         model=model,
@@ -138,16 +153,27 @@ def build(cfg: Config, run: Run) -> Training | None:
             schedule.validates,
             total_steps=schedule.total_steps,
             steps_per_epoch=schedule.steps_per_epoch,
-            best_top1=state.best_top1,
+            best=state.best_number(cfg.evaluation.best),
+            by=cfg.evaluation.best,
         ),
         non_finite=NonFiniteWatch(run, loader, augment, run.directory, cfg.log.every_steps),
     )
 
 
+def _read_digest(model: nn.Module, cfg: ModelConfig, info: DataInfo) -> str:
+    """Return the digest of the weights that the model begins from; another run's are read now."""
+    if cfg.starts_from_run:
+        return start_from_run(model, cfg, info.class_names)
+    return digest_of_weights(cfg.weights or "")
+
+
 def load_splits(cfg: Config, device: torch.device) -> dict[str, Split]:
     """Load train, val and test, in this order, fetched where no folder was named."""
     source = open_source(cfg.data, fetch=True)
-    return {name: Split.load(name, source, device) for name in ("train", "val", "test")}
+    splits = {name: Split.load(name, source, device) for name in ("train", "val", "test")}
+    if damaged := [name for name, digest in source.digests.items() if splits[name].digest != digest]:
+        raise ValueError(f"data.root: the decoded {damaged[0]} images of {source.location} are damaged: {CACHE_REMEDY}")
+    return splits
 
 
 def peak_images_per_second(model: nn.Module, augment: Augment, run: Run) -> float | None:

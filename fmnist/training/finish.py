@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from fmnist.checkpoint.contents import MODEL
+from fmnist.checkpoint.fingerprint import IN_SUMMARY
 from fmnist.checkpoint.tensors import load_strict, read_tensors
 from fmnist.config.schema import Config
 from fmnist.config.shipped import command
-from fmnist.data.registry import SplitName, open_source
+from fmnist.data.registry import SplitName
 from fmnist.evaluation.calibration import fit_temperature
 from fmnist.evaluation.findings import Findings, findings
-from fmnist.evaluation.numbers import calibration_error
+from fmnist.evaluation.numbers import SCORES, calibration_error
 from fmnist.evaluation.outcome import Outcome
 from fmnist.metrics import predict
 from fmnist.run import Run
@@ -34,12 +35,13 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
         "steps": state.step,
         "world_size": run.world_size,
         "seed": cfg.seed,
-        "val.top1": state.best_top1 if state.best_top1 >= 0 else None,
+        **{f"val.{name}": value for name, value in ({"top1": state.best_number("top1")} | state.best_val).items()},
         "images_per_second": training.clock.median_rate(),
         "train_seconds": round(state.train_seconds, 1),
         "device": run.device_name,
         "versions": versions(),
         "git_revision": git_revision(),
+        IN_SUMMARY: run.fingerprint,
         "status": "finished" if finished else "stopped",
     }
     if state.best_step:
@@ -50,7 +52,7 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
         summary["temperature"] = fit_on_validation(training, cfg, run)
     found = evaluate_test(training, cfg, run) if finished and cfg.evaluation.test else None
     if found is not None and found.outcome.split == "test":
-        scores = {key: found.metrics[key] for key in ("top1", "loss", "num_images")}
+        scores = {key: found.metrics[key] for key in (*SCORES, "loss", "num_images") if key in found.metrics}
         run.log("test", scores, state.step)
         summary |= {f"test.{key}": value for key, value in scores.items()}
         summary |= calibration_errors(found, summary["temperature"])
@@ -116,7 +118,7 @@ def evaluate_test(training: Training, cfg: Config, run: Run) -> Findings | None:
         logits=logits,
         class_names=split.class_names,
         info=split.info,
-        data=open_source(cfg.data).title(name),
+        data=split.title(),
         data_sha256=split.digest,
     )
     return run.on_main(findings, outcome, quick=True)

@@ -1,55 +1,24 @@
 """What a run is about to do: five lines before its first step, and with --dry_run batches, FLOPs and memory too."""
 
-from torch import nn
-from torch.optim import Optimizer
-
-from fmnist.checkpoint.tensors import expected_state
 from fmnist.config.schema import Config
-from fmnist.data.registry import open_source
 from fmnist.models.flops import flops_per_image
 from fmnist.run import Run
 from fmnist.runtime.console import counted
 from fmnist.training.build import Training
+from fmnist.training.memory import activation_bytes, memory_bytes
 
 BACKENDS = {"eager": "in plain PyTorch", "compiled": "compiled", "triton": "by the Triton kernel"}
-
-
-def memory_bytes(
-    model: nn.Module, num_images: int, image_bytes: int, optimizer: Optimizer, *, ema: bool
-) -> dict[str, int]:
-    """Return the device memory of what stays for the whole run; activations come on top.
-
-    Args:
-        model: the network, fp32.
-        num_images: of all splits on the device.
-        image_bytes: of one uint8 image.
-        optimizer: of its parameters.
-        ema: a moving average of the weights is kept.
-    """
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    moments = sum(
-        len(expected_state(optimizer, group) - {"step"}) * p.numel() * p.element_size()
-        for group in optimizer.param_groups
-        for p in group["params"]
-    )
-    label_bytes = 8
-    return {
-        "data": num_images * (image_bytes + label_bytes),
-        "weights": weights,
-        "gradients": weights,
-        "optimizer": moments,
-        "ema": weights if ema else 0,
-    }
 
 
 def opening(training: Training, cfg: Config, run: Run) -> list[str]:
     """Return five lines that say what is about to be trained: data, model, recipe, device, directory."""
     t, loader, schedule, augment = training, training.loader, training.schedule, training.augment
     parameters = sum(p.numel() for p in t.model.parameters())
-    origin = "from pretrained weights" if cfg.model.weights or cfg.model.pretrained else "from scratch"
+    origin = "from pretrained weights" if cfg.model.has_pretrained_input else "from scratch"
+    origin = f"from {cfg.model.weights}" if cfg.model.starts_from_run else origin
     epochs = schedule.epoch(schedule.total_steps)
     rows = {
-        "data": f"{open_source(cfg.data).location}: {len(loader.split):,} training, {len(t.val_split):,} validation, "
+        "data": f"{loader.split.location}: {len(loader.split):,} training, {len(t.val_split):,} validation, "
         f"{len(t.test_split):,} test images",
         "model": f"{cfg.model.name} {origin}, {parameters:,} parameters, {counted(len(augment.mean), 'input channel')}",
         "recipe": f"{epochs:.4g} epoch{'' if epochs == 1 else 's'} = {schedule.total_steps:,} steps of "
@@ -74,6 +43,8 @@ def print_plan(training: Training, cfg: Config, run: Run) -> None:
         t.optimizer,
         ema=t.ema is not None,
     )
+    pixels = max(t.augment.sizes.values())
+    activations = activation_bytes(t.model, t.augment, pixels, loader.micro_batch_size)
     rows = {
         "batch": f"{loader.global_batch_size} = {counted(loader.micro_batch_size, 'image')} x "
         f"{counted(loader.world_size, 'process', 'processes')} x "
@@ -84,7 +55,8 @@ def print_plan(training: Training, cfg: Config, run: Run) -> None:
         f"{schedule.lr(schedule.total_steps - 1):.4g} last",
         "FLOPs": f"{forward / 1e9:.4g} G an image forward, {both / 1e9:.4g} G forward and backward",
         "memory": ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in memory.items() if size)
-        + f"; {sum(memory.values()) / 2**20:.1f} MiB in all, activations apart",
+        + f"; {sum(memory.values()) / 2**20:.1f} MiB in all, and about {activations / 2**20:.1f} MiB of activations "
+        f"for {counted(loader.micro_batch_size, 'image')} of {pixels} px",
     }
     for line in [*opening(training, cfg, run), *(f"{name:<9}  {text}" for name, text in rows.items())]:
         run.on_main(print, line)

@@ -2,9 +2,9 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from timm.utils import ModelEmaV3
@@ -15,52 +15,18 @@ from fmnist.checkpoint.fingerprint import kept_fingerprint
 from fmnist.checkpoint.run_directory import has_run, is_finished, read_summary, same_recipe
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.checkpoint.tensors import load_optimizer_tensors, load_strict, read_tensors
-from fmnist.config.same_run import changes, of_all_ranks, recipe
+from fmnist.config.same_run import changes, lengthened, of_all_ranks, recipe
 from fmnist.config.schema import Config
+from fmnist.optim import Schedule
 from fmnist.run import Run
 from fmnist.runtime.console import one_line
 from fmnist.runtime.environment import ENVIRONMENT
 from fmnist.runtime.files import sha256_of
 
 logger = logging.getLogger("fmnist")
-T = TypeVar("T")
 
 
-def together(run: Run, action: Callable[[], T]) -> T:
-    """Do something on every process; where it fails on one it fails on all, with that one's words.
-
-    Raises:
-        ValueError: the first of the processes' errors.
-    """
-    failure = ""
-    try:
-        result = action()
-    except (ValueError, OSError) as error:
-        failure = str(error)
-    if said := next(filter(None, run.gather(failure)), ""):
-        raise ValueError(said)
-    return result
-
-
-def agree(run: Run, seen: Mapping[str, str], remedy: str) -> None:
-    """Compare what the processes see, before a step is made on it.
-
-    Args:
-        run: the processes.
-        seen: what this process sees, under the words that say where.
-        remedy: ends the message.
-
-    Raises:
-        ValueError: on all of them, naming the first that sees something else than rank 0.
-    """
-    views = run.gather(dict(seen))
-    for rank, view in enumerate(views):
-        for name, value in view.items():
-            if value != views[0].get(name):
-                raise ValueError(f"rank {rank} sees {value} {name}, rank 0 {views[0].get(name)}: {remedy}")
-
-
-def find_start(cfg: Config, run: Run, checkpoints: Checkpoints) -> tuple[bool, Path | None]:
+def find_start(cfg: Config, run: Run, checkpoints: Checkpoints, total_steps: int) -> tuple[bool, Path | None]:
     """Find out whether the run is finished, and else which checkpoint to resume from.
 
     With `overwrite`, a run of these very options and data that has not come to its end is one that this command began:
@@ -73,24 +39,23 @@ def find_start(cfg: Config, run: Run, checkpoints: Checkpoints) -> tuple[bool, P
         ValueError: the run is of other data or weights, its checkpoints cannot be used, or the processes see different
             directories, data or options.
     """
-    options = {f"as {name}": json.dumps(value) for name, value in of_all_ranks(cfg).items()}
-    agree(run, options, "give all processes the same options")
+    run.agree_on_options(of_all_ranks(cfg))
     made_of = {f"as {name}": _short(digest) for name, digest in run.fingerprint.items()}
-    agree(run, made_of, "all processes have to read the same data and weights")
+    run.agree(made_of, "all processes have to read the same data and weights")
     place, shared = f"in {run.directory}", "output_dir must be shared by all processes"
-    finished, again = together(run, lambda: _status(cfg, run))
+    finished, again = run.together(lambda: _status(cfg, run, total_steps))
     state = "a finished run" if finished else "nothing to go on with" if again else "an unfinished run or none"
-    agree(run, {place: state}, shared)
+    run.agree({place: state}, shared)
     if finished:
         return True, None
     if not cfg.dry_run:
         run.claim()
     if again:
         return False, None
-    newest = together(run, lambda: _newest(cfg, checkpoints))
+    newest = run.together(lambda: _newest(cfg, checkpoints))
     state = "no checkpoint" if newest is None else f"step {int(newest.name.removeprefix('step_'))}"
-    agree(run, {place: state}, shared)
-    agree(run, {f"{place} as the manifest of {state}": sha256_of(newest / MANIFEST) if newest else "none"}, shared)
+    run.agree({place: state}, shared)
+    run.agree({f"{place} as the manifest of {state}": sha256_of(newest / MANIFEST) if newest else "none"}, shared)
     if newest is not None and cfg.overwrite:
         logger.info(
             "overwrite is true, but %s holds the unfinished run that this command began: it resumes; "
@@ -100,7 +65,7 @@ def find_start(cfg: Config, run: Run, checkpoints: Checkpoints) -> tuple[bool, P
     return False, newest
 
 
-def _status(cfg: Config, run: Run) -> tuple[bool, bool]:
+def _status(cfg: Config, run: Run, total_steps: int) -> tuple[bool, bool]:
     """Say whether the run is finished, and whether it is to be begun again over what lies there."""
     directory = run.directory
     if not has_run(directory):
@@ -117,7 +82,7 @@ def _status(cfg: Config, run: Run) -> tuple[bool, bool]:
             f"{directory} holds a run that was made of something else: {'; '.join(changed)}. "
             "Give what it began with, or another --output_dir"
         )
-    return is_finished(directory, test=cfg.evaluation.test), False
+    return is_finished(directory, test=cfg.evaluation.test, total_steps=total_steps), False
 
 
 def _short(digest: str) -> str:
@@ -131,6 +96,30 @@ def _newest(cfg: Config, checkpoints: Checkpoints) -> Path | None:
         if cfg.overwrite:  # nothing to resume from, and leave to delete it
             return None
         raise
+
+
+def continuation(path: Path, cfg: Config, schedule: Schedule, step: int) -> str:
+    """Say what a longer schedule means for a run that had come to its end; empty where it is not longer.
+
+    Args:
+        path: the checkpoint that it resumes from, which knows how long the run was.
+        cfg: the run's config now.
+        schedule: of it.
+        step: of the checkpoint.
+    """
+    meta = read_meta(path)["config"]
+    length = {key: meta.get(f"schedule.{key}", getattr(cfg.schedule, key)) for key in ("epochs", "steps")}
+    before = Schedule.from_config(replace(cfg, schedule=replace(cfg.schedule, **length)), schedule.steps_per_epoch)
+    if before.total_steps == schedule.total_steps:
+        return ""
+    old, new = before.lr(before.total_steps - 1), schedule.lr(step)
+    lr = f"the learning rate stays {new:.4g}"
+    if old != new:
+        lr = (
+            f"the learning rate jumps from {old:.4g} to {new:.4g}, its value there in a run of that length; the result "
+            "is not that of one run of that length"
+        )
+    return f"a run of {before.total_steps:,} steps is continued at step {step:,} to {schedule.total_steps:,}: {lr}"
 
 
 def restore(
@@ -148,7 +137,8 @@ def restore(
     """
     state, meta = read_state(path), read_meta(path)
     # Only what both know is compared: a checkpoint from before the fingerprint goes on without one.
-    if changed := changes(meta["config"], json.loads(json.dumps(recipe(cfg))) | dict(fingerprint or {})):
+    own = json.loads(json.dumps(recipe(cfg))) | dict(fingerprint or {})
+    if changed := changes(lengthened(meta["config"], own), own):
         raise ValueError(f"{path / STATE} is of another config: {'; '.join(changed[:3])}")
     load_strict(model, read_tensors(path / MODEL), path / MODEL)
     moments = path / OPTIMIZER

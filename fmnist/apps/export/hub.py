@@ -77,7 +77,7 @@ def write_files(trained: Trained, measured: Measured, folder: Path, ours: bool) 
         }
     else:
         known = timm.get_pretrained_cfg(cfg.name)
-        licence = known.license if known is not None and (cfg.pretrained or cfg.weights) else own_licence(trained)
+        licence = known.license if known is not None and cfg.has_pretrained_input else own_licence(trained)
         notes = {"license": licence, "notes": [f"weights sha256 {trained.digest}"]}
         about = _timm_config(trained, notes) | names
     (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -111,7 +111,7 @@ def _portable_config(trained: Trained) -> str:
     """The run's config without paths or accounts of the machine it ran on."""
     cfg = trained.cfg
     # Weights from a file and from timm's hub give one structure; the file itself is not needed any more.
-    model = replace(cfg.model, pretrained=cfg.model.pretrained or bool(cfg.model.weights), weights=None)
+    model = replace(cfg.model, pretrained=cfg.model.has_pretrained_input, weights=None)
     model = replace(model, precision="auto")
     name = trained.directory.resolve().name
     cfg = replace(cfg, model=model, data=replace(cfg.data, root=None), log=type(cfg.log)(), output_dir=f"runs/{name}")

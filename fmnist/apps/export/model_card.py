@@ -74,7 +74,7 @@ def model_card(trained: Trained, measured: Measured, *, ours: bool) -> str:
     """
     metrics = measured.metrics
     known = None if ours else timm.get_pretrained_cfg(trained.cfg.model.name)
-    from_pretrained = trained.cfg.model.pretrained or bool(trained.cfg.model.weights)
+    from_pretrained = trained.cfg.model.has_pretrained_input
     weights_licence = (known.license if known else None) or "other"
     fashion, title = trained.info.is_fashion_mnist, one_line(trained.info.title)
     dataset = DATASET if fashion else re.sub(r"[^\w.-]+", "-", title)
@@ -214,6 +214,8 @@ def _training(trained: Trained, pretrained_licence: str | None) -> str:
     versions = summary.get("versions") if isinstance(summary.get("versions"), dict) else {}
     facts += [f"{escape(str(name))} {escape(str(version))}" for name, version in (versions or {}).items()]
     start = "It was trained from scratch"
+    if cfg.model.starts_from_run:
+        start = "It started from the weights of another run"
     if pretrained_licence:
         start = f"It started from timm's pretrained weights (their licence: {escape(pretrained_licence)})"
     return f"{start}: {', '.join(facts)}. `config.yaml` holds every option."

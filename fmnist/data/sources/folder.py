@@ -1,0 +1,119 @@
+"""A folder of pictures by class as tensors: decoded once, kept in a cache, and read in place from there."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fmnist.data.sources.cache import Cache
+from fmnist.data.sources.decode import Fit
+from fmnist.data.sources.fill import Decoding, check_fits, examples_of
+from fmnist.data.sources.layout import list_pictures
+from fmnist.runtime.console import one_line
+
+logger = logging.getLogger("fmnist")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """A folder of pictures by class.
+
+    Attributes:
+        images: uint8 [N, C, H, W] on the CPU, in place in the cache's file; C is 1 where every file is grey, else 3.
+        labels: int64 [N].
+        class_names: in label order.
+        files: relative to the root, in the order of the images.
+        parts: "train", and "val" and "test" where they are there: int64 positions into the above, ascending.
+        mean, std: per channel, in [0, 1], of the train part, rounded to four digits; a channel of one value has std 1.
+        copies: pairs of files in two parts whose stored pixels are the same.
+        skipped: files that could not be read, and why.
+        digests: of each part, as `Split.digest`.
+    """
+
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    files: tuple[str, ...]
+    parts: dict[str, Tensor]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    copies: tuple[tuple[str, str], ...]
+    skipped: tuple[tuple[str, str], ...]
+    digests: dict[str, str]
+
+
+def read_folder(
+    root: Path,
+    *,
+    stored_size: int | None,
+    fit: Fit,
+    bad_files: Literal["refuse", "skip"],
+    holdout: float,
+    fits: Callable[[int], str] | None = None,
+) -> Decoded:
+    """Read ROOT/CLASS/* or ROOT/{train,val,test}/CLASS/*; see `list_pictures`.
+
+    The first time decodes into the cache folder (`cache_folder`); later ones, and other processes of this machine, read
+    that, for as long as names, sizes and times of the files are the same. Nothing is written elsewhere.
+
+    Args:
+        root: the folder.
+        stored_size: see `stored_shape`.
+        fit: see `in_shape`.
+        bad_files: refuse: an error names them; skip: they are left out.
+        holdout: share of each class that goes to val, and as much to test, in [0, 0.5), where the folder has no parts;
+            see `split_by_content`.
+        fits: says of a number of bytes, of all images, why they are too many; an empty text where they fit.
+
+    Raises:
+        ValueError: a folder, files or a cache folder that cannot be used, or too many images; one line.
+    """
+    try:
+        root = Path(os.path.abspath(os.path.expanduser(root)))
+        found, left_out = list_pictures(root)
+        if left_out:
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in left_out.most_common())
+            logger.info("%s", one_line(f"{root}: ignored files that are no pictures: {kinds}", 1000))
+        options = {"stored_size": stored_size, "fit": fit, "bad_files": bad_files, "holdout": holdout}
+        cache = Cache(root, options, found)
+        kept = cache.read()  # without a lock, which a cache that somebody else made may not allow
+        if kept is None:
+            with cache.locked():
+                kept = cache.read()  # another process may have been faster
+                if kept is None:
+                    decoding = Decoding(cache, found, stored_size=stored_size, fit=fit, bad_files=bad_files)
+                    decoding.fill_cache(holdout, fits)
+                    kept = cache.read()
+        if kept is None:
+            raise ValueError(f"{cache.array} was removed while it was read")
+        decoded = _decoded(*kept)
+        check_fits(tuple(decoded.images.shape), fits)
+    except ValueError as error:
+        raise ValueError(one_line(error, 1500)) from None
+    if decoded.skipped:
+        logger.warning("%s", one_line(f"{root}: skipped {examples_of(decoded.skipped, len(found))}", 1000))
+    return decoded
+
+
+def _decoded(images: NDArray[np.uint8], facts: dict[str, Any]) -> Decoded:
+    return Decoded(
+        images=torch.from_numpy(images),
+        labels=torch.tensor(facts["labels"], dtype=torch.int64),
+        class_names=tuple(facts["class_names"]),
+        files=tuple(facts["files"]),
+        parts={name: torch.tensor(positions, dtype=torch.int64) for name, positions in facts["parts"].items()},
+        mean=tuple(facts["mean"]),
+        std=tuple(facts["std"]),
+        copies=tuple((first, second) for first, second in facts["copies"]),
+        skipped=tuple((name, reason) for name, reason in facts["skipped"]),
+        digests=facts["digests"],
+    )

@@ -1,0 +1,12 @@
+"""Ctrl-C while a program imports its first modules: this one is imported, and called, before all others."""
+
+import signal
+
+
+def end_at_interrupt() -> None:
+    """Let Ctrl-C end the process without Python's traceback, until `open_door` says it in a line.
+
+    Where it is ignored, as in a shell's background jobs, it stays ignored.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,0 +1,171 @@
+"""A finished run is continued by the same command with more epochs; whatever else differs stays refused."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small import write_small_data
+
+import fmnist
+from fmnist.apps.checkpoints import inspect
+from fmnist.checkpoint.contents import MODEL, OPTIMIZER, TrainState
+from fmnist.checkpoint.run_directory import is_finished, open_directory
+from fmnist.checkpoint.store import Checkpoints
+from fmnist.config.same_run import lengthened, recipe, run_yaml
+from fmnist.config.schema import Config, OptimConfig, ScheduleConfig
+from fmnist.optim import Schedule
+from fmnist.trained import open_trained
+from fmnist.training.resume import continuation
+
+
+def directory_of(run: Path, cfg: Config, **summary: Any) -> Path:
+    run.mkdir()
+    (run / "config.yaml").write_text(run_yaml(cfg))
+    (run / "summary.json").write_text(json.dumps(summary))
+    return run
+
+
+def options(run: Path, epochs: float = 10.0, **changes: Any) -> Config:
+    return replace(Config(output_dir=str(run)), schedule=replace(Config().schedule, epochs=epochs), **changes)
+
+
+def test_only_a_finished_run_may_be_longer_and_nothing_else_may_change(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    directory_of(run, options(run), status="finished", steps=100)
+    assert open_directory(options(run, 20)) == run
+    assert open_directory(options(run)) == run
+    for cfg, said in (
+        (options(run, 5), "schedule.epochs was 10.0, now 5.*Give another --output_dir"),
+        (options(run, 20, seed=1), r"schedule.epochs was 10.0, now 20; seed was 0, now 1\. Give another"),
+        (options(run, 10, optim=OptimConfig(lr=0.1)), "optim.lr was 0.001, now 0.1"),
+        (replace(options(run), schedule=ScheduleConfig(steps=10**6)), "schedule.steps was null, now 1000000"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            open_directory(cfg)
+    (run / "summary.json").write_text(json.dumps({"status": "stopped", "steps": 60}))
+    with pytest.raises(ValueError, match="Only a finished run is continued: finish it with the command it began with"):
+        open_directory(options(run, 20))
+    (run / "summary.json").unlink()
+    with pytest.raises(ValueError, match="Only a finished run is continued"):
+        open_directory(options(run, 20))
+
+
+def test_a_run_of_steps_is_continued_by_more_steps(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    cfg = replace(options(run), schedule=ScheduleConfig(steps=40))
+    directory_of(run, cfg, status="finished", steps=40)
+    assert open_directory(replace(cfg, schedule=ScheduleConfig(steps=80))) == run
+    with pytest.raises(ValueError, match="schedule.steps was 40, now null"):
+        open_directory(replace(cfg, schedule=ScheduleConfig()))
+
+
+def test_only_lengths_that_grow_are_taken_over() -> None:
+    before = {"schedule.epochs": 10.0, "schedule.steps": None, "seed": 0}
+    assert lengthened(before, {"schedule.epochs": 20, "schedule.steps": 5, "seed": 1}) == before | {
+        "schedule.epochs": 20
+    }
+    assert lengthened(before, {"schedule.epochs": 5.0}) == before
+    assert lengthened(before, before) == before and lengthened({}, before) == {}
+    assert lengthened({"schedule.epochs": "10"}, before) == {"schedule.epochs": "10"}
+
+
+def test_a_run_that_came_to_an_earlier_end_is_not_finished(tmp_path: Path) -> None:
+    run = directory_of(tmp_path / "run", Config(), status="finished", steps=100)
+    assert is_finished(run, test=False, total_steps=100)
+    assert not is_finished(run, test=False, total_steps=101)
+    (run / "summary.json").write_text(json.dumps({"status": "finished"}))  # a run from before it named its steps
+    assert is_finished(run, test=False, total_steps=101)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        # Of 100 steps the last has cos(pi * 99 / 100), of 200 steps that of step 100 is half-way: half of the peak.
+        (
+            ScheduleConfig(epochs=20),
+            f"jumps from {0.001 * (1 + math.cos(math.pi * 0.99)) / 2:.4g} to 0.0005, its value",
+        ),
+        (ScheduleConfig(epochs=20, name="constant"), "the learning rate stays 0.001"),
+        (ScheduleConfig(epochs=20, name="linear", min_lr=1e-4), "jumps from 0.000109 to 0.00055"),
+    ],
+)
+def test_what_becomes_of_the_learning_rate_is_said_in_one_line(
+    schedule: ScheduleConfig, said: str, tmp_path: Path
+) -> None:
+    cfg = replace(Config(), schedule=schedule)
+    meta = {"config": recipe(replace(cfg, schedule=replace(schedule, epochs=10)))}
+    path = Checkpoints(tmp_path, 1, meta).save(TrainState(step=100, best_step=100), {MODEL: {}, OPTIMIZER: {}})
+    line = continuation(path, cfg, Schedule.from_config(cfg, 10), 100)
+    assert line.startswith("a run of 100 steps is continued at step 100 to 200: ") and said in line
+    same = replace(cfg, schedule=replace(schedule, epochs=10))
+    assert continuation(path, same, Schedule.from_config(same, 10), 100) == ""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_data(tmp_path_factory.mktemp("data"))
+
+
+def go(run: Path, data: Path, epochs: float, name: str = "constant", **more: Any) -> fmnist.RunResults:
+    """Train 3 steps an epoch, validated after each epoch."""
+    return fmnist.train(
+        "configs/mlp.yaml",
+        output_dir=str(run),
+        model={"name": "mlp", "options": {"width": 16}, "precision": "fp32"},
+        data={"root": str(data), "val_size": 500},
+        batch={"global_batch_size": 500},
+        schedule={"epochs": epochs, "warmup_epochs": 0.0, "name": name},
+        evaluation={"every_steps": 3, "test": False},
+        optim={"ema_decay": 0.5},
+        checkpoint={"keep_last": 4},
+        log={"every_steps": 1, "wandb": "disabled"},
+        **more,
+    )
+
+
+@pytest.mark.thorough
+def test_with_a_constant_learning_rate_it_ends_with_the_bits_of_one_long_run(data: Path, tmp_path: Path) -> None:
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    assert go(parts, data, 1).summary["steps"] == 3
+    done = go(parts, data, 2)
+    assert (done.summary["status"], done.summary["steps"], done.summary["epochs"]) == ("finished", 6, 2.0)
+    go(whole, data, 2)
+    last = Path("checkpoints/step_00000006")
+    for name in (MODEL, OPTIMIZER):
+        assert (parts / last / name).read_bytes() == (whole / last / name).read_bytes()
+    assert [line["step"] for line in done.metrics() if line["prefix"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert "a run of 3 steps is continued at step 3 to 6: the learning rate stays" in (parts / "train.log").read_text()
+    assert open_trained(parts / "checkpoints/step_00000003")  # older checkpoints are still of this run
+    assert inspect(parts)[1] == []
+
+
+@pytest.mark.thorough
+def test_a_kill_while_it_goes_on_loses_nothing(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, unbroken = tmp_path / "run", tmp_path / "unbroken"
+    go(run, data, 1, "cosine")
+    shutil.copytree(run, unbroken)
+    go(unbroken, data, 3, "cosine")
+
+    def killed(*_: Any) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr("fmnist.training.clock.Clock.start", killed)  # config.yaml is written, no step is made
+        go(run, data, 3, "cosine")
+    assert json.loads((run / "summary.json").read_text())["status"] == "stopped"
+    assert open_trained(run).weights == run / MODEL  # nothing newer yet
+    go(run, data, 3, "cosine")
+    last = Path("checkpoints/step_00000009") / MODEL
+    assert (run / last).read_bytes() == (unbroken / last).read_bytes()
+    assert "jumps from" in capsys.readouterr().err
+    go(run, data, 3, "cosine")
+    said = capsys.readouterr().err
+    assert "is finished" in said and "more --schedule.epochs train it on" in said
+    with pytest.raises(ValueError, match="schedule.epochs was 3.0, now 2"):
+        go(run, data, 2, "cosine")
