@@ -159,7 +159,7 @@ def test_hub_folder_of_our_own_model(cnn_run: Path) -> None:
     assert "gives the run's logits" in export(cnn_run, "--to", "hub")
     folder = cnn_run / "export" / "hub"
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("README.md", "config.json", "config.yaml", "model.safetensors"),
+        *("README.md", "config.json", "config.yaml", "data.json", "model.safetensors"),
     ]
     images = load_split("test", None, VAL_SIZE)[0][:100]
     assert torch.allclose(card_logits(folder, images), open_trained(cnn_run, "cpu")(images)[0], atol=1e-5)

@@ -9,17 +9,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import train
 from other_sets import SIZES, names, untrained_on, write_npz
 from PIL import Image
 from small import command
 
+import evaluate
 import fmnist
+from fmnist.apps.doctor import check_data
+from fmnist.apps.export.__main__ import main as export_main
 from fmnist.apps.monitor.__main__ import main as monitor_main
 from fmnist.apps.monitor.batch import read_batch
 from fmnist.apps.predict.__main__ import main as predict_main
 from fmnist.apps.search.__main__ import main as search_main
 from fmnist.apps.views import read_photo, view_of
+from fmnist.checkpoint.run_directory import is_finished
+from fmnist.config.schema import DataConfig
 from fmnist.data.fashion_mnist import INFO
+from fmnist.data.photos import WORK_SIZE
+from fmnist.data.registry import open_source
+from fmnist.evaluation.retrieval import _pixels
 from fmnist.report.figures import shorten
 from fmnist.trained import open_trained
 
@@ -190,3 +199,146 @@ def test_the_monitor_reads_batches_of_the_runs_shape(colour: Path, grey: Path, t
 )
 def test_long_class_names_keep_both_ends_in_figures(name: str, shown: str) -> None:
     assert shorten(name) == shown and len(shorten(name)) <= 24
+
+
+def evaluated(run: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What evaluate.py --quick says of a run, whose files it writes."""
+    monkeypatch.setattr("sys.argv", ["evaluate.py", str(run), "--quick"])
+    return command(lambda _: evaluate.main())
+
+
+def test_without_test_images_val_is_evaluated_and_that_is_said(
+    grey: Path, colour: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said = evaluated(grey, monkeypatch)
+    assert "tiny has no test images: its validation images are used" in said and "run: val images: top1" in said
+    assert json.loads((grey / "evaluation/val/metrics.json").read_text())["num_images"] == SIZES["val"]
+    assert "has no test images" not in evaluated(colour, monkeypatch)
+    for args, words in (
+        ((grey, "--split", "test"), "tiny has no test images; run has train, val"),
+        ((grey, colour), "the runs are of different data sets (run: tiny, 5 classes, run: shapes, 40 classes)"),
+    ):
+        monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, args), "--quick", "--comparison", str(tmp_path)])
+        assert words in command(lambda _: evaluate.main(), status=2, lines=None)
+
+
+def test_precision_is_measured_on_val_where_there_is_no_test(grey: Path, tmp_path: Path) -> None:
+    said = command(search_main, "evaluate", grey)
+    assert "120 val images among 240 training images" in said
+    assert (grey / "evaluation/val/retrieval.json").is_file()
+
+
+def test_large_images_are_compared_by_small_pixels() -> None:
+    assert _pixels(torch.zeros(3, 3, 64, 64, dtype=torch.uint8)).shape == (3, 3 * 32 * 32)
+    small = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(_pixels(small).view_as(small).to(torch.uint8), small)
+
+
+@pytest.mark.parametrize("which", ["colour", "grey"])
+def test_an_export_speaks_of_its_data_set_and_opens_without_the_run(
+    which: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run: Path = request.getfixturevalue(which)
+    evaluated(run, monkeypatch)
+    split = "test" if which == "colour" else "val"
+    assert f"{SIZES[split]} {split} images" in command(export_main, run, "--to", "hub", "--output", tmp_path / "hub")
+    opened, trained = open_trained(tmp_path / "hub", "cpu"), open_trained(run, "cpu")
+    assert opened.info == trained.info and opened.class_names == tuple(names(len(trained.class_names)))
+    images = trained.split(split).images[:9]  # type: ignore[arg-type]
+    assert torch.allclose(opened(images)[0], trained(images)[0], atol=1e-5)
+    card = (tmp_path / "hub/README.md").read_text(encoding="utf-8")
+    for word in (
+        "Fashion",
+        "fashion",
+        "cloth",
+        "Shirt",
+        "light on black",
+        "60,000",
+        "28, 28",
+        "28 x 28",
+        "- mit",
+        ": mit",
+    ):
+        assert word not in card
+    title = trained.info.title
+    assert f"classifies {title} at 16 px" in card and f"Source: {title}.npz" in card and "Licence: not stated" in card
+    shape = "[N, 3, 24, 32]" if which == "colour" else "[N, 8, 8]"
+    assert f"Take uint8 {shape}, 0 to 255" in card
+    assert "240 training, 120 validation, " in card and f"one of {len(opened.class_names)} classes" in card
+    assert str(run.parent) not in "".join(path.read_text("latin-1") for path in (tmp_path / "hub").iterdir())
+    with pytest.raises(ValueError, match=r"data\.name is npz, which needs a file of arrays: --data\.root PATH"):
+        opened.split("train")
+
+
+def test_an_onnx_graph_takes_images_in_colour(colour: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert "160 test images" in command(export_main, colour, "--to", "onnx", "--output", tmp_path / "a.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    trained = open_trained(colour, "cpu")
+    images = trained.split("val").images[:3]
+    (logits, _) = session.run(None, {"images": images.numpy()})
+    assert np.allclose(logits, trained(images)[0].numpy(), atol=1e-4)
+
+
+def test_the_doctor_looks_at_the_data_set_that_is_named(colour: Path, tmp_path: Path) -> None:
+    ok, bad = (list(check_data("npz", str(path))) for path in (colour.parent / "shapes.npz", tmp_path / "none.npz"))
+    assert [line.state for line in (*ok, *bad)] == ["ok", "fail"]
+    assert "shapes, 240 training images, 40 classes" in ok[0].text and "none.npz" in bad[0].text
+
+
+def test_a_run_without_test_images_is_finished(tmp_path: Path) -> None:
+    summary = {"status": "finished", "val.top1": 0.5, "test.num_images": 0}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert is_finished(tmp_path, test=True, total_steps=1)
+    (tmp_path / "summary.json").write_text(json.dumps({"status": "finished", "val.top1": 0.5}))
+    assert not is_finished(tmp_path, test=True, total_steps=1)
+
+
+@pytest.mark.thorough
+def test_training_without_test_images_ends_with_val_and_is_finished(tmp_path: Path) -> None:
+    npz = write_npz(tmp_path / "tiny.npz", 5, (8, 8), test_images=None, test_labels=None)
+    args = ("--data.name", "npz", "--data.root", npz, "--model.name", "mlp", "--augment.size", 8)
+    args += ("--schedule.steps", 6, "--schedule.warmup_epochs", 0, "--batch.global_batch_size", 40)
+    args += ("--log.wandb", "disabled", "--output_dir", tmp_path / "run")
+    said = train(*args).stderr
+    assert "the data set has no test images: the validation images are evaluated" in said
+    assert "finished: val top1 " in said and "report and figures in evaluation/val/" in said
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["test.num_images"] == 0 and "test.top1" not in summary
+    assert (tmp_path / "run/evaluation/val/report.txt").is_file() and not (tmp_path / "run/evaluation/test").exists()
+    assert "is finished: its data set has no test images" in train(*args).stderr
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_a_training_photo_is_seen_as_it_was_stored_bit_by_bit(
+    fit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FMNIST_CACHE", str(tmp_path / "cache"))
+    sizes = [(900, 700), (64, 64), (333, 1200), (50, 20), (2000, 1500), (640, 641)]
+    for i, size in enumerate(sizes * 4):
+        folder = tmp_path / "photos" / f"class {i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        noise = pixels(max(1, size[0] // 8), max(1, size[1] // 8)).resize(size)
+        noise.rotate(i).save(folder / (f"{i}.jpg" if i % 3 else f"{i}.png"))
+    source = open_source(DataConfig(name="folder", root=str(tmp_path / "photos"), stored_size=48, fit=fit, val_size=0))  # type: ignore[arg-type]
+    seen = 0
+    for part in ("train", "val", "test"):
+        images, _, places = source.read(part)  # type: ignore[arg-type]
+        for image, place in zip(images, places.tolist(), strict=True):
+            photo = read_photo(str(tmp_path / "photos" / source.files[place]), source.info)
+            assert photo.cutout is not None and np.array_equal(photo.cutout.view, image.numpy())
+            assert photo.image is not None and max(photo.image.size) <= WORK_SIZE
+            if photo.cutout.box is not None:
+                left, top, right, bottom = photo.cutout.box
+                assert 0 <= left < right <= photo.image.width + 1 and 0 <= top < bottom <= photo.image.height + 1
+            seen += 1
+    assert seen == len(sizes) * 4
+
+
+def test_large_stored_images_are_not_made_from_smaller_ones(tmp_path: Path) -> None:
+    info = replace(INFO, name="folder", shape=(1, 800, 800))
+    stripes = Image.fromarray(np.tile(np.array([0, 0, 255, 255], np.uint8), (800, 200)))
+    stripes.save(tmp_path / "a.png")
+    photo = read_photo(str(tmp_path / "a.png"), info)
+    assert photo.cutout is not None and np.array_equal(photo.cutout.view, np.asarray(stripes))

@@ -185,7 +185,7 @@ def _as_views(picture: Picture, info: DataInfo) -> Tensor:
     if isinstance(picture, str | Path):
         return read_view(str(picture), info)[None]
     if isinstance(picture, Image.Image):
-        return torch.from_numpy(view_of(as_rgb(picture), info).view)[None]
+        return torch.from_numpy(view_of(as_rgb(picture) if info.is_fashion_mnist else picture, info).view)[None]
     if not isinstance(picture, np.ndarray | Tensor):
         raise ValueError(f"a picture is {picture!r:.100}; expected {_expected(info)}")
     kind, shape, in_colour = str(picture.dtype).removeprefix("torch."), list(picture.shape), info.shape[0] == 3

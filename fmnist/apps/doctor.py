@@ -25,7 +25,8 @@ from fmnist.runtime.launcher import is_sibling
 MIN_FREE_BYTES = 1 << 30  # a run's checkpoints at once: three of a ConvNeXt-Tiny with its optimizer
 PARSER = CommandLine(prog="fmnist doctor", description=__doc__)
 PARSER.add_argument("--output", type=Path, default=Path("runs"), metavar="FOLDER", help="where runs are written")
-PARSER.add_argument("--data.root", dest="root", help="folder with the data set, as a run would be given it")
+PARSER.add_argument("--data.name", dest="data", default="fashion_mnist", help="the data set (default: fashion_mnist)")
+PARSER.add_argument("--data.root", dest="root", help="where it lies, as a run would be given it")
 PARSER.add_device()
 PARSER.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
 
@@ -82,8 +83,21 @@ def check_all_reduce(name: str | None) -> Iterator[Line]:
         yield Line("all-reduce", "ok" if total == size == len(hosts) else "fail", found)
 
 
-def check_data(root: str | None) -> Iterator[Line]:
-    """The four files: where they are, and whether they are the published ones."""
+def check_data(name: str, root: str | None) -> Iterator[Line]:
+    """The data set's files: where they are, and of Fashion-MNIST whether they are the published ones."""
+    if name != "fashion_mnist":
+        from fmnist.config.schema import DataConfig
+        from fmnist.data.registry import open_source
+
+        try:
+            source = open_source(DataConfig(name=name, root=root, val_size=0))
+        except ValueError as error:
+            yield Line("data", "fail", one_line(error, 500))
+            return
+        info = source.info
+        counts = f"{info.num_train:,} training images, {len(info.class_names):,} classes"
+        yield Line("data", "ok", f"{source.location}: {info.title}, {counts}")
+        return
     from fmnist.data.fetch import PUBLISHED, find_file
     from fmnist.data.find import locate
     from fmnist.data.idx import read_idx
@@ -156,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         "software": (check_software, ()),
         "device": (check_device, (args.device,)),
         "all-reduce": (check_all_reduce, (args.device,)),
-        "data": (check_data, (args.root,)),
+        "data": (check_data, (args.data, args.root)),
         "weights": (check_weights, ()),
         "wandb": (check_tracking, ()),
         "slurm": (check_slurm, ()),

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from fmnist.apps.cutout import Cutout, Invert, cut_out
 from fmnist.data.info import DataInfo
-from fmnist.data.photos import on_white, open_picture, why_unreadable
+from fmnist.data.photos import as_rgb, on_white, open_picture, why_unreadable
+from fmnist.data.sources.decode import Fit, into_shape, open_for
 
-Box = tuple[int, int, int, int]
 CHUNK = 64  # pictures in memory at a time, and as many that are being read
 
 
@@ -43,7 +42,7 @@ def view_of(image: Image.Image, info: DataInfo, *, invert: Invert = "auto", crop
     """Return what a model sees of a picture: cut out for Fashion-MNIST, else brought into its images' shape.
 
     Args:
-        image: of mode RGB, or RGBA: then on white, or cut out by what is not transparent.
+        image: upright; for Fashion-MNIST of mode RGB or RGBA, see `as_rgb`, else of any mode.
         info: the model's data set.
         invert: see `cut_out`.
         crop: see `cut_out`.
@@ -53,12 +52,8 @@ def view_of(image: Image.Image, info: DataInfo, *, invert: Invert = "auto", crop
     """
     if info.is_fashion_mnist:
         return cut_out(image, invert=invert, crop=crop)
-    image, (channels, height, width) = on_white(image), info.shape
-    image = image.convert("L") if channels == 1 else image
-    fitted, box = (_padded if info.fit == "pad" else _cropped)(image, width, height)
-    pixels = np.array(fitted)  # a copy: torch wants one that can be written
-    seen = pixels if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-    return Cutout(view=seen, box=box, inverted=False)
+    pixels, box = into_shape(image, info.shape, "pad" if info.fit == "pad" else "crop")
+    return Cutout(view=pixels if len(pixels) > 1 else pixels[0], box=box, inverted=False)
 
 
 def check_cutting(info: DataInfo, *, invert: Invert, crop: bool) -> None:
@@ -70,29 +65,6 @@ def check_cutting(info: DataInfo, *, invert: Invert, crop: bool) -> None:
     if not info.is_fashion_mnist and (invert != "auto" or not crop):
         option = f"--invert {invert}" if invert != "auto" else "--no-crop"
         raise ValueError(f"{option} has no effect: pictures for {info.title} are taken as they are, not cut out")
-
-
-def _cropped(image: Image.Image, width: int, height: int) -> tuple[Image.Image, Box | None]:
-    """Cut the middle out in the shape's proportions, and resize it; Lanczos gives every pixel its share."""
-    wide = max(1, min(image.width, round(image.height * width / height)))
-    tall = max(1, min(image.height, round(image.width * height / width)))
-    left, top = (image.width - wide) // 2, (image.height - tall) // 2
-    box = (left, top, left + wide, top + tall)
-    resized = image.resize((width, height), Image.Resampling.LANCZOS, box, reducing_gap=3.0)
-    return resized, None if (wide, tall) == image.size else box
-
-
-def _padded(image: Image.Image, width: int, height: int) -> tuple[Image.Image, Box | None]:
-    """Resize the whole picture into the shape, in the middle of the mean colour of its border."""
-    scale = min(width / image.width, height / image.height)
-    wide, tall = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    image = image.resize((wide, tall), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    pixels = np.asarray(image).reshape(tall, wide, -1)
-    border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
-    colour = tuple(np.rint(border.mean(0)).astype(int).tolist())
-    canvas = Image.new(image.mode, (width, height), colour if len(colour) > 1 else colour[0])
-    canvas.paste(image, ((width - wide + 1) // 2, (height - tall + 1) // 2))
-    return canvas, None
 
 
 def read_photo(name: str, info: DataInfo, *, invert: Invert = "auto", crop: bool = True) -> Photo:
@@ -107,15 +79,21 @@ def read_photo(name: str, info: DataInfo, *, invert: Invert = "auto", crop: bool
     Returns:
         The photo; where anything about the file is wrong, one with its error.
     """
+    fit: Fit = "pad" if info.fit == "pad" else "crop"
+    read = None if info.is_fashion_mnist else lambda stream: open_for(stream, info.shape, fit)
     try:
-        image = open_picture(Path(name))
+        image = open_picture(Path(name), read)
+        shown = on_white(image if info.is_fashion_mnist else as_rgb(image))
     except Exception as error:
         return Photo(name=name, error=why_unreadable(error))
     try:
         cutout = view_of(image, info, invert=invert, crop=crop)
     except ValueError as error:
-        return Photo(name=name, image=on_white(image), error=str(error))
-    return Photo(name=name, image=on_white(image), cutout=cutout)
+        return Photo(name=name, image=shown, error=str(error))
+    if cutout.box is not None and shown.size != image.size:  # the picture that is shown is a smaller one
+        left, top, right, bottom = (round(edge * shown.width / image.width) for edge in cutout.box)
+        cutout = replace(cutout, box=(left, top, right, bottom))
+    return Photo(name=name, image=shown, cutout=cutout)
 
 
 def read_photos(

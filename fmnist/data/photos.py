@@ -6,7 +6,7 @@ import glob
 import os
 import warnings
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -98,14 +98,15 @@ def is_ours(path: str) -> bool:
     return table is not None and suffix in (".png", table) and os.path.isfile(stem + table)
 
 
-def open_picture(path: Path) -> Image.Image:
+def open_picture(path: Path, read: Callable[[BinaryIO], Image.Image] | None = None) -> Image.Image:
     """Decode a picture, upright as its EXIF says, at most WORK_SIZE on a side; of an animation, its first.
 
     Args:
         path: a file of one of FORMATS, whatever its name says.
+        read: decodes the open file in another way, to another size.
 
     Returns:
-        An image of mode RGB or, with transparency, RGBA.
+        An image of mode RGB or, with transparency, RGBA; or what `read` returns.
 
     Raises:
         ValueError: an empty or huge file, or no regular one.
@@ -115,7 +116,7 @@ def open_picture(path: Path) -> Image.Image:
         raise ValueError("no such file" if not path.exists() else "a folder" if path.is_dir() else "not a regular file")
     check_size(path.stat().st_size)
     with path.open("rb") as stream:
-        return as_rgb(decode(open_header(stream), 2 * WORK_SIZE))
+        return read(stream) if read else as_rgb(decode(open_header(stream), 2 * WORK_SIZE))
 
 
 def check_size(size: int) -> None:

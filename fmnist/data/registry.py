@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fmnist.config.first_look import NEEDS_ROOT
 from fmnist.config.schema import DataConfig
 from fmnist.data.fashion_mnist import INFO, load_indexed, name_of, stratified_split
 from fmnist.data.find import locate
@@ -57,6 +58,8 @@ def open_source(cfg: DataConfig, *, fetch: bool = False) -> Source:
     """
     if cfg.name not in SOURCES:
         raise ValueError(f"data.name is {cfg.name!r:.80}; valid: {', '.join(SOURCES)}")
+    if cfg.name in NEEDS_ROOT and cfg.root is None:  # as in what is exported, which names no place of a machine
+        raise ValueError(f"data.name is {cfg.name}, which needs {NEEDS_ROOT[cfg.name]}: --data.root PATH")
     source = SOURCES[cfg.name](cfg, fetch)
     if cfg.limit is None:
         return source

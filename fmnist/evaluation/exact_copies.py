@@ -31,8 +31,8 @@ class ExactCopies:
         contradicting: whether that one is of another class.
     """
 
-    split: str
-    other: str
+    split: SplitName
+    other: SplitName
     num_images: int
     indices: Sequence[int]
     partners: Sequence[int]

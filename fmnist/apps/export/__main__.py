@@ -1,8 +1,8 @@
-"""Write a trained run for other programs, checked against the run on real test images.
+"""Write a trained run for other programs, checked against the run on real test images (or validation images).
 
 fmnist export runs/cnn --to onnx    runs/cnn/export/model.onnx: uint8 pictures in, logits and probabilities out; resize
                                     and normalisation are in the graph
-fmnist export runs/cnn --to hub     runs/cnn/export/hub: config.json, weights, model card; for a timm model,
+fmnist export runs/cnn --to hub     runs/cnn/export/hub: config.json, weights, data.json, model card; for a timm model,
                                     timm.create_model("local-dir:FOLDER", pretrained=True) opens it
 
 The run is opened in float32 on the CPU, whatever it was trained on.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmnist.data.registry import SplitName
 from fmnist.runtime.files import read_json
 from fmnist.trained import Trained, open_trained
 
@@ -21,13 +22,15 @@ class Expected:
 
     Attributes:
         trained: the run in float32 on the CPU.
-        images: uint8 [NUM_IMAGES, H, W], the first test images.
+        images: uint8 [NUM_IMAGES, H, W] or [NUM_IMAGES, 3, H, W], the first of the split.
         logits: float32 [NUM_IMAGES, num_classes], without flip averaging.
+        split: test; val, or else train, where the data set has no such images.
     """
 
     trained: Trained
     images: Tensor
     logits: Tensor
+    split: SplitName = "test"
 
 
 def open_expected(path: Path, root: str | None = None, batch_size: int | None = None) -> Expected:
@@ -39,26 +42,29 @@ def open_expected(path: Path, root: str | None = None, batch_size: int | None = 
         batch_size: images of one forward; None takes the run's.
 
     Raises:
-        ValueError: one line, for a path that is neither, weights that do not fit, or test images that cannot be had.
+        ValueError: one line, for a path that is neither, weights that do not fit, or images that cannot be had.
     """
     # However it was trained, what is written is float32 in torch's usual memory format.
     trained = open_trained(path, "cpu", batch_size, precision="fp32", channels_last=False, compile=False)
-    images = trained.split("test", root).images
-    logits, _ = trained(images[:NUM_IMAGES])
-    return Expected(trained=trained, images=images[:NUM_IMAGES], logits=logits)
+    split = trained.splits[-1]
+    images = trained.split(split, root).images[:NUM_IMAGES]
+    logits, _ = trained(images)
+    return Expected(trained=trained, images=images, logits=logits, split=split)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """An evaluation on the test images that is known to be of these weights.
+    """An evaluation on the test images, or those in their place, that is known to be of these weights.
 
     Attributes:
         metrics: what metrics.json holds.
         flip: each image was averaged with its mirror.
+        split: see `Expected`.
     """
 
     metrics: dict[str, Any]
     flip: bool
+    split: SplitName = "test"
 
 
 def read_measured(expected: Expected) -> Measured:
@@ -68,10 +74,10 @@ def read_measured(expected: Expected) -> Measured:
         expected: the run and its answers.
 
     Raises:
-        ValueError: one line: there is no evaluation of the test images, or it is of other weights.
+        ValueError: one line: there is no evaluation of those images, or it is of other weights.
     """
     trained = expected.trained
-    folder = trained.folder("evaluation", "test")
+    folder = trained.folder("evaluation", expected.split)
     again = f"run: fmnist evaluate {trained.weights.parent}"
     if missing := [folder / name for name in ("metrics.json", "predictions.csv") if not (folder / name).exists()]:
         raise ValueError(f"a model card states measured figures, and there is no {missing[0]}; {again}")
@@ -89,7 +95,7 @@ def read_measured(expected: Expected) -> Measured:
     distance_flipped = (written - averaged).abs().mean()
     if not min(distance, distance_flipped) < SAME_PROBABILITIES:
         raise ValueError(f"{folder} was evaluated with other weights; {again}")
-    return Measured(metrics=metrics, flip=bool(distance_flipped < distance))
+    return Measured(metrics=metrics, flip=bool(distance_flipped < distance), split=expected.split)
 
 
 def _check_metrics(metrics: dict[str, Any]) -> None:

@@ -12,9 +12,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fmnist.apps.export.expected import Expected, Measured, read_measured
-from fmnist.apps.export.model_card import model_card
+from fmnist.apps.export.model_card import model_card, own_licence
 from fmnist.checkpoint.tensors import apart
 from fmnist.config.schema import to_yaml
+from fmnist.data.augment import with_channels
+from fmnist.data.info import DATA_FILE
 from fmnist.runtime.files import temporary_folder, write_atomic
 from fmnist.trained import Trained, open_trained
 
@@ -30,6 +32,7 @@ FILES = {
     "config.json": b'"label_names"',
     "model.safetensors": b'"made_by":"fmnist"',
     "config.yaml": b"global_batch_size:",
+    DATA_FILE: b'"class_names"',
     "README.md": b"\n- fmnist\n",
 }
 
@@ -53,11 +56,12 @@ def write_hub(expected: Expected, folder: Path) -> str:
         for file in FILES:
             write_atomic(folder / file, (part / file).read_bytes())
     opener = f'open_trained(Path("{folder}"))' if ours else f'timm.create_model("local-dir:{folder}", pretrained=True)'
-    return f"{folder}: {opener} gives the run's logits within {difference:.1e} on {len(expected.images):,} test images"
+    seen = f"{len(expected.images):,} {expected.split} images"
+    return f"{folder}: {opener} gives the run's logits within {difference:.1e} on {seen}"
 
 
 def write_files(trained: Trained, measured: Measured, folder: Path, ours: bool) -> None:
-    """Write the four files."""
+    """Write the files."""
     cfg, augment, size = trained.cfg.model, trained.augment, trained.size
     names = {"num_classes": len(trained.class_names), "label_names": list(trained.class_names)}
     weights = save(apart(trained.model.state_dict()), metadata={"format": "pt", "made_by": "fmnist"})
@@ -73,11 +77,12 @@ def write_files(trained: Trained, measured: Measured, folder: Path, ours: bool) 
         }
     else:
         known = timm.get_pretrained_cfg(cfg.name)
-        licence = known.license if known is not None and cfg.has_pretrained_input else "mit"
+        licence = known.license if known is not None and cfg.has_pretrained_input else own_licence(trained)
         notes = {"license": licence, "notes": [f"weights sha256 {trained.digest}"]}
         about = _timm_config(trained, notes) | names
     (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     (folder / "config.yaml").write_text(_portable_config(trained), encoding="utf-8")
+    (folder / DATA_FILE).write_text(json.dumps(trained.info.to_json(), indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card(trained, measured, ours=ours), encoding="utf-8")
 
 
@@ -146,6 +151,6 @@ def _timm_logits(folder: Path, expected: Expected) -> Tensor:
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     cfg = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
     mean, std = (torch.tensor(cfg[key])[:, None, None] for key in ("mean", "std"))
-    grey = expected.images[:, None].float() / 255
-    grey = F.interpolate(grey, tuple(cfg["input_size"][1:]), mode="bilinear", align_corners=False)
-    return torch.cat([model(part) for part in ((grey - mean) / std).split(250)])
+    scaled = with_channels(expected.images).float() / 255
+    scaled = F.interpolate(scaled, tuple(cfg["input_size"][1:]), mode="bilinear", align_corners=False)
+    return torch.cat([model(part) for part in ((scaled - mean) / std).split(250)])

@@ -8,6 +8,7 @@ import timm
 from huggingface_hub import EvalResult, ModelCardData
 
 from fmnist.apps.export.expected import Measured
+from fmnist.data.info import DataInfo
 from fmnist.runtime.console import MAX_ERROR, one_line
 from fmnist.trained import Trained
 
@@ -35,6 +36,11 @@ that shows none of them. Shirts, T-shirts, pullovers and coats are confused most
 from the same shop and studio as the training images, and some nearly repeat one of them. Confidences are those of the
 softmax, not calibrated beyond the stated ECE."""
 
+OTHER_USE = """\
+It is meant for pictures like those of {title}, in their form: {form}. The figures above do not hold for others, and
+nothing is known of how it does on them. It names one of {num_classes:,} classes for any picture, also for one that
+shows none of them. Confidences are those of the softmax, not calibrated beyond the stated ECE."""
+
 OWN_SNIPPET = """\
 timm does not know this model: `timm.create_model` refuses the folder as an unknown model. The project that trained it
 opens it like a run (`fmnist evaluate FOLDER` works too):
@@ -48,7 +54,7 @@ trained = open_trained(Path("FOLDER"))  # FOLDER: where this README.md is
 
 
 def logits(images):
-    \"\"\"Take uint8 [N, 28, 28], light on black, as Fashion-MNIST.\"\"\"
+    \"\"\"Take IMAGES.\"\"\"
     return trained(images)[0]
 ```"""
 
@@ -70,48 +76,85 @@ def model_card(trained: Trained, measured: Measured, *, ours: bool) -> str:
     known = None if ours else timm.get_pretrained_cfg(trained.cfg.model.name)
     from_pretrained = trained.cfg.model.has_pretrained_input
     weights_licence = (known.license if known else None) or "other"
+    fashion, title = trained.info.is_fashion_mnist, one_line(trained.info.title)
+    dataset = DATASET if fashion else re.sub(r"[^\w.-]+", "-", title)
     head = ModelCardData(
         library_name="fmnist" if ours else "timm",
-        license=weights_licence if from_pretrained else "mit",
+        license=weights_licence if from_pretrained else own_licence(trained),
         pipeline_tag=TASK,
-        tags=[TASK, "fashion-mnist", "fmnist"],
-        datasets=[DATASET],
+        tags=[TASK, *["fashion-mnist"] * fashion, "fmnist"],
+        datasets=[DATASET] if fashion else None,  # names on the hub: others are on nobody's list
         metrics=["accuracy"],
         model_name=trained.name,
-        eval_results=[EvalResult(TASK, DATASET, "Fashion-MNIST", "accuracy", metrics["top1"], dataset_split="test")],
+        eval_results=[EvalResult(TASK, dataset, title, "accuracy", metrics["top1"], dataset_split=measured.split)],
     )
     num_parameters = sum(parameter.numel() for parameter in trained.model.parameters())
     parts = [
         f"---\n{head.to_yaml()}\n---",
         f"# {escape(trained.name)}",
-        f"{escape(trained.cfg.model.name)}, {num_parameters:,} parameters, classifies Fashion-MNIST at "
+        f"{escape(trained.cfg.model.name)}, {num_parameters:,} parameters, classifies {escape(title)} at "
         f"{trained.size} px.",
         "## Measured",
         _headline(trained, measured),
         _class_table(metrics),
         "## Use",
-        OWN_SNIPPET if ours else _timm_snippet(trained),
+        OWN_SNIPPET.replace("IMAGES", _images(trained.info)) if ours else _timm_snippet(trained),
         _stem(trained, ours=ours, from_pretrained=from_pretrained),
         "## Training",
         _training(trained, weights_licence if from_pretrained else None),
         "## Intended use and limits",
-        USE,
+        USE if fashion else _other_use(trained.info),
         "## Data",
-        FASHION_MNIST,
+        FASHION_MNIST if fashion else _data(trained.info),
     ]
     return "\n\n".join(parts)
+
+
+def own_licence(trained: Trained) -> str:
+    """Return the licence of weights that began from none: that of the data's makers decides, where they are known."""
+    return "mit" if trained.info.is_fashion_mnist else "other"
+
+
+def _images(info: DataInfo) -> str:
+    """Say what the model takes."""
+    shape = ", ".join(["N", *map(str, info.image_shape)])
+    return f"uint8 [{shape}], " + ("light on black, as Fashion-MNIST" if info.is_fashion_mnist else "0 to 255")
+
+
+def _form(info: DataInfo) -> str:
+    channels, height, width = info.shape
+    return f"{'grey' if channels == 1 else 'in colour'}, {height} x {width} pixels"
+
+
+def _other_use(info: DataInfo) -> str:
+    fitted = ", the whole padded to that shape" if info.fit == "pad" else ", the middle cut out in that shape"
+    form = _form(info) + fitted
+    return OTHER_USE.format(title=escape(info.title), form=form, num_classes=len(info.class_names))
+
+
+def _data(info: DataInfo) -> str:
+    counts = {"training": info.num_train, "validation": info.num_val, "test": info.num_test or 0}
+    images = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    return (
+        f"{escape(info.title)}: {images} images, {_form(info)}, "
+        f"in {len(info.class_names):,} classes. Source: {escape(info.source or 'not stated')}. Licence: "
+        f"{escape(info.licence or 'not stated')}.\n"
+    )
 
 
 def _headline(trained: Trained, measured: Measured) -> str:
     metrics = measured.metrics
     low, high = (100 * bound for bound in metrics["top1_interval"])
     averaging = ", each image averaged with its mirror (the code below does not)" if measured.flip else ""
-    chosen = "The best epoch was chosen on validation images held out of the 60,000; this is one run."
-    if trained.cfg.data.val_size == 0:
+    held_out = "validation images" + " held out of the 60,000" * trained.info.is_fashion_mnist
+    chosen = (
+        f"The best epoch was chosen on {held_out if measured.split != 'val' else 'these very images'}; this is one run."
+    )
+    if not trained.info.num_val:
         chosen = "There were no validation images: these are the weights of the last step. This is one run."
     return (
-        f"On {metrics['num_images']:,} test images{averaging}: accuracy **{100 * metrics['top1']:.2f} %** (95 % "
-        f"interval {low:.2f} to {high:.2f}), loss {metrics['loss']:.4f}, expected calibration error "
+        f"On {metrics['num_images']:,} {measured.split} images{averaging}: accuracy **{100 * metrics['top1']:.2f} %** "
+        f"(95 % interval {low:.2f} to {high:.2f}), loss {metrics['loss']:.4f}, expected calibration error "
         f"{metrics['ece']:.4f} (15 bins). {chosen}"
     )
 
@@ -126,6 +169,7 @@ def _class_table(metrics: dict[str, Any]) -> str:
 
 def _timm_snippet(trained: Trained) -> str:
     size, mean, std = trained.size, trained.augment.mean, trained.augment.std
+    kind, images = ("grey", "images[:, None]") if trained.info.shape[0] == 1 else ("colour", "images")
     return f"""\
 ```python
 import timm
@@ -138,14 +182,17 @@ mean, std = (torch.tensor(values)[:, None, None] for values in ({list(mean)}, {l
 
 @torch.no_grad()
 def logits(images: torch.Tensor) -> torch.Tensor:
-    \"\"\"Take uint8 [N, 28, 28], light on black, as Fashion-MNIST.\"\"\"
-    grey = F.interpolate(images[:, None].float() / 255, ({size}, {size}), mode="bilinear", align_corners=False)
-    return model((grey - mean) / std)
+    \"\"\"Take {_images(trained.info)}.\"\"\"
+    {kind} = F.interpolate({images}.float() / 255, ({size}, {size}), mode="bilinear", align_corners=False)
+    return model(({kind} - mean) / std)
 ```"""
 
 
 def _stem(trained: Trained, *, ours: bool, from_pretrained: bool) -> str:
     mean = trained.augment.mean
+    if trained.info.shape[0] == 3:
+        start = "its stem began as that of the pretrained weights" if from_pretrained else "trained so from the start"
+        return f"The model reads three colour channels, each normalised with its own statistics; {start}."
     if ours or not from_pretrained:
         return "The model reads one grey channel (`in_chans=1`); it was trained so from the start."
     if len(mean) > 1:

@@ -28,6 +28,7 @@ GREY = ("1", "L", "La", "LA", "I", "F")  # and I;16, ...
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap width and height
 
 Shape = tuple[int, int, int]  # channels, height, width
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 Fit = Literal["crop", "pad"]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -130,61 +131,81 @@ def read_picture(path: Path, version: tuple[int, int, int], shape: Shape, fit: F
 
 
 def in_shape(stream: BinaryIO, shape: Shape, fit: Fit) -> NDArray[np.uint8]:
-    """Decode a picture upright, on white where it is transparent, and bring it into a shape.
-
-    A picture of that size is not resampled. Otherwise Lanczos with its kernel widened to the scale, so that every pixel
-    has its share (a JPEG is decoded at no less than twice the size asked for).
-
-    Args:
-        stream: the file.
-        shape: see `stored_shape`.
-        fit: crop: the shorter side takes the shape's, and the middle of the longer one is kept. pad: the longer side
-            does, and the picture stands in the middle of the mean colour of its border.
-
-    Returns:
-        uint8 [C, H, W].
+    """Decode a picture of a data set and bring it into a shape, uint8 [C, H, W]; see `open_for` and `into_shape`.
 
     Raises:
         Exception: see `decode`; ValueError where the picture has not the size that its header says.
     """
-    channels, height, width = shape
+    image, (_, height, width) = open_for(stream, shape, fit), shape
+    if height != width and image.size != (width, height):
+        raise ValueError(f"{image.width} x {image.height} pixels, unlike its header")
+    return into_shape(image, shape, fit)[0]
+
+
+def open_for(stream: BinaryIO, shape: Shape, fit: Fit) -> Image.Image:
+    """Decode a picture upright, a JPEG at no less than twice the size that a shape asks for.
+
+    Raises:
+        Exception: see `decode`.
+    """
+    _, height, width = shape
     image = open_header(stream)
     if height == width != min(image.size):
         shorter = height if fit == "crop" else -(-height * min(image.size) // max(image.size))
-        image = decode(image, 2 * max(1, shorter))
-    else:
-        image = decode(image, None)
+        return decode(image, 2 * max(1, shorter))
+    return decode(image, None)
+
+
+def into_shape(image: Image.Image, shape: Shape, fit: Fit) -> tuple[NDArray[np.uint8], Box | None]:
+    """Bring a picture into a shape, on white where it is transparent.
+
+    One of that size is not resampled. Otherwise Lanczos with its kernel widened to the scale, so that every pixel has
+    its share.
+
+    Args:
+        image: of any mode, upright.
+        shape: channels, height, width.
+        fit: crop: the middle is kept, as much as has the shape's proportions. pad: all is, and the picture stands in
+            the middle of the mean colour of its border.
+
+    Returns:
+        uint8 [C, H, W], and the box that was kept, in pixels of the picture; None for all of it.
+    """
+    channels, height, width = shape
     if image.mode != "L" or image.has_transparency_data or channels == 3:
         image = on_white(to_rgb(image))
         image = image.convert("L") if channels == 1 else image
-    if image.size != (width, height):
-        if height != width:
-            raise ValueError(f"{image.width} x {image.height} pixels, unlike its header")
-        image = _cropped(image, height) if fit == "crop" else _padded(image, height)
-    pixels = np.asarray(image)
-    return np.ascontiguousarray(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))
+    box = None
+    if image.size != (width, height) and fit == "crop":
+        image, box = _cropped(image, width, height)
+    elif image.size != (width, height):
+        image = _padded(image, width, height)
+    pixels = np.array(image)
+    return np.ascontiguousarray(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)), box
 
 
-def _cropped(image: Image.Image, size: int) -> Image.Image:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    if side == size:
-        return image.crop(box)
+def _cropped(image: Image.Image, width: int, height: int) -> tuple[Image.Image, Box | None]:
+    wide = max(1, min(image.width, round(image.height * width / height)))
+    tall = max(1, min(image.height, round(image.width * height / width)))
+    left, top = (image.width - wide) // 2, (image.height - tall) // 2
+    box = (left, top, left + wide, top + tall)
+    kept = None if (wide, tall) == image.size else box
+    if (wide, tall) == (width, height):
+        return image.crop(box), kept
     # Only the box is resampled: a strip of 1 x 5000 pixels would have 256 x 1,280,000.
-    return image.resize((size, size), Image.Resampling.LANCZOS, box, reducing_gap=3.0)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box, reducing_gap=3.0), kept
 
 
-def _padded(image: Image.Image, size: int) -> Image.Image:
-    scale = size / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    pixels = np.asarray(image).reshape(height, width, -1)
+def _padded(image: Image.Image, width: int, height: int) -> Image.Image:
+    scale = min(width / image.width, height / image.height)
+    wide, tall = (max(1, round(side * scale)) for side in image.size)
+    if (wide, tall) != image.size:
+        image = image.resize((wide, tall), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    pixels = np.asarray(image).reshape(tall, wide, -1)
     border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
     colour = tuple(np.rint(border.mean(0)).astype(int).tolist())
-    canvas = Image.new(image.mode, (size, size), colour if len(colour) > 1 else colour[0])
-    canvas.paste(image, ((size - width + 1) // 2, (size - height + 1) // 2))  # an odd row is above, as in `fit`
+    canvas = Image.new(image.mode, (width, height), colour if len(colour) > 1 else colour[0])
+    canvas.paste(image, ((width - wide + 1) // 2, (height - tall + 1) // 2))  # an odd row is above, as in `fit`
     return canvas
 
 
