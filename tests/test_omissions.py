@@ -126,6 +126,7 @@ REFUSED_CASES = {
     "augment.cutmix_alpha": {"augment__cutmix_alpha": 1.0, "augment__mix_probability": 0.0},
     "augment.flip_in_turn": {"augment__flip_in_turn": True, "augment__flip": 0.0},
     "optim.beta2": {"optim__beta2": 0.9, "optim__name": "sgd"},
+    "data.fold": {"data__fold": 1},
     "schedule.min_lr": {"schedule__min_lr": 1e-4, "schedule__name": "constant"},
 }
 SAID_CASES = {
@@ -138,6 +139,7 @@ SAID_CASES = {
     "augment.shift": {"augment__shift": 0.01},
     "schedule.warmup_epochs": {"schedule__warmup_epochs": 0.04},
     "optim.head_only_epochs": {"optim__head_only_epochs": 0.04},
+    "data.val_size": {"data__val_size": 1000, "data__folds": 5, "data__fold": 0},
     "log.project": {"log__project": "team", "log__wandb": "disabled"},
     "model.channels_last": {"model__channels_last": True, "model__name": "mlp"},
 }

@@ -144,7 +144,7 @@ def near_copies_of(name: Literal["test", "val"], data: DataConfig, device: torch
 
 
 @torch.inference_mode()
-def find_pairs(images: Tensor, threshold: float = NEAR_COPY) -> tuple[Tensor, Tensor]:
+def find_pairs(images: Tensor, threshold: float = SIMILAR) -> tuple[Tensor, Tensor]:
     """Find all pairs of images that correlate above a threshold, as `find_near_copies` does between two sets.
 
     Args:

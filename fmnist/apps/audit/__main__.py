@@ -1,7 +1,7 @@
 """Rank the training images of finished runs by how likely their labels are wrong.
 
-fmnist audit runs/cnn                                  one run: what it learnt least willingly
-fmnist audit runs/cnn_fold0 ... runs/cnn_fold4         folds, trained with --data.folds 5 --data.fold 0 ... 4: better
+fmnist audit runs/cnn                                  one run, on the images that it was trained on
+fmnist audit runs/cnn_fold0 ... runs/cnn_fold4         folds, trained with --data.folds 5 --data.fold 0 ... 4
 fmnist train --data.corrections runs/cnn/audit/audit.csv     train on the labels as decided
 
 RUN/audit/audit.html shows the first suspects, near copies and the noise of each class; audit.csv ranks all images.

@@ -39,7 +39,7 @@ def audit(paths: Sequence[Path], args: argparse.Namespace) -> str:
     corrections = first.cfg.data.corrections
     files = (None if corrections is None else Path(os.path.expanduser(corrections)), table)
     decided = earlier_decisions(files, pool, force=args.force)
-    suspects = rank_labels(pool.probabilities, pool.labels, held_out=pool.held_out)
+    suspects = rank_labels(pool.probabilities, pool.labels)
     rows = rank_rows(pool, suspects, decided)
     write_atomic(table, table_bytes(rows, pool))  # first: it is there also where a page fails
     copies = find_copies(pool, first.device)
@@ -48,7 +48,7 @@ def audit(paths: Sequence[Path], args: argparse.Namespace) -> str:
     kept = f"; {counted(len(decided), 'decision')} kept" if decided else ""
     return (
         f"{counted(len(rows), 'training image')} ranked, from {origin}; "
-        f"{counted(len(copies.pairs), 'pair')} of near copies{kept}\n"
+        f"{counted(len(copies.pairs), 'pair')} of similar images{kept}\n"
         f"written to {output}: {PAGE_NAME}, {CSV_NAME}\n"
         f"after deciding: {command('train')} --data.corrections {table}"
     )

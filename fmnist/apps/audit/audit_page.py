@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fmnist.apps.audit.pool import Pool
 from fmnist.apps.audit.table import HEADER, Row, table_bytes
-from fmnist.evaluation.near_copies import NEAR_COPY, find_pairs
+from fmnist.evaluation.near_copies import NEAR_COPY, SIMILAR, find_pairs
 from fmnist.evaluation.neighbours import Neighbours
 from fmnist.evaluation.suspects import confident_joint
 from fmnist.report.page import render
@@ -30,7 +30,7 @@ CONFLICTS_SHOWN, COPIES_SHOWN, PAIRS_SHOWN = 90, 18, 12
 
 @dataclass(frozen=True, kw_only=True)
 class Copies:
-    """Near copies among training and test images, most alike first.
+    """Similar images among training and test images, most alike first.
 
     Attributes:
         pairs: of positions: those of the pool, then those of the test images.
@@ -45,7 +45,7 @@ def find_copies(pool: Pool, device: torch.device) -> Copies:
     """Search all pairs of training and test images; of test images that have another size, none."""
     test = pool.test.images
     images = torch.cat((pool.images, test)) if test.shape[1:] == pool.images.shape[1:] else pool.images
-    pairs, correlations = find_pairs(images.to(device))
+    pairs, correlations = find_pairs(images.to(device), SIMILAR)
     return Copies(pairs=[(a, b) for a, b in pairs.tolist()], correlations=correlations.tolist())
 
 
@@ -175,15 +175,18 @@ def _copies(pool: Pool, copies: Copies) -> dict[str, Any]:
 
     alike = [(*found, value) for found, value in zip(copies.pairs, copies.correlations, strict=True)]
     conflicts = [item for item in alike if labels[item[0]] != labels[item[1]]]
-    agreeing = [item for item in alike if labels[item[0]] == labels[item[1]]]
+    near = [item[:2] for item in alike if item[2] > NEAR_COPY]
+    agreeing = [item for item in alike[:COPIES_SHOWN] if labels[item[0]] == labels[item[1]]]
     more = f", the first {CONFLICTS_SHOWN} of {len(conflicts):,}" if len(conflicts) > CONFLICTS_SHOWN else ""
     return {
-        "threshold": NEAR_COPY,
+        "near_copy": NEAR_COPY,
+        "similar": SIMILAR,
         "num_pairs": len(alike),
+        "num_near": len(near),
         "num_conflicts": len(conflicts),
-        "pair_counts": Counter(map(where, copies.pairs)).most_common(),
+        "pair_counts": Counter(map(where, near)).most_common(),
         "pair_groups": [
-            (f"Other labels{more}", [pair(*item) for item in conflicts[:CONFLICTS_SHOWN]]),
-            (f"Same label, the {COPIES_SHOWN} most alike", [pair(*item) for item in agreeing[:COPIES_SHOWN]]),
+            (f"Similar, with different labels{more}", [pair(*item) for item in conflicts[:CONFLICTS_SHOWN]]),
+            ("The most alike of one label", [pair(*item) for item in agreeing]),
         ],
     }

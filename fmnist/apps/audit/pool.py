@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from fmnist.config.schema import DataConfig
+from fmnist.data.folds import fold_of
 from fmnist.data.registry import open_source
 from fmnist.data.split import Split
-from fmnist.evaluation.features import features_of
+from fmnist.evaluation.features import compute_features, features_of
+from fmnist.evaluation.suspects import LOWEST
 from fmnist.runtime.console import counted
 from fmnist.trained import Trained
 
@@ -29,7 +31,7 @@ class Pool:
         labels: int64 [N].
         splits: train or val, as the first run divides them; train for all that are dealt to folds.
         indices: N positions in the data set's own file.
-        probabilities: float64 [N, num_classes], the mean over runs of logarithms, as probabilities.
+        probabilities: float64 [N, num_classes]; of several runs the geometric mean.
         known: bool [N], images that a run gives probabilities for.
         held_out: no run was trained on the images that it gives probabilities for.
         features: float16 [N, D], penultimate ones of the first run.
@@ -65,52 +67,35 @@ class Pool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _View:
-    """The images of train and val as one run divides them, sorted as the data set has them."""
+class _Given:
+    """The images of train and val with their labels as given, sorted as the data set has them."""
 
     images: Tensor
     labels: Tensor
     keys: Tensor
     in_val: Tensor
-    order: Tensor  # of train and val, one behind the other
-    parts: tuple[Tensor, Tensor]  # images of train and of val
     test: Split
     own_val: bool
     title: str
 
 
-def _view(data: DataConfig) -> _View:
+def _read(data: DataConfig) -> _Given:
     source = open_source(replace(data, corrections=None))
     train, val, test = (Split.load(name, source) for name in ("train", "val", "test"))
     assert train.published is not None and val.published is not None
+    own_val = source.own_val and data.folds is None  # whose place the folds take
     in_val = torch.arange(len(train) + len(val)) >= len(train)
-    keys = torch.cat((train.published, val.published)) + OTHER_FILE * (in_val & source.own_val)
+    keys = torch.cat((train.published, val.published)) + OTHER_FILE * (in_val & own_val)
     order = keys.argsort()
-    images = torch.cat((train.images, val.images)) if len(val) else train.images
-    return _View(
-        images=images[order],
+    return _Given(
+        images=torch.cat((train.images, val.images))[order],
         labels=torch.cat((train.labels, val.labels))[order],
         keys=keys[order],
         in_val=in_val[order],
-        order=order,
-        parts=(train.images, val.images),
         test=test,
-        own_val=source.own_val and data.folds is None,
+        own_val=own_val,
         title=train.title(),
     )
-
-
-def check_folds(runs: Sequence[Trained]) -> bool:
-    """Say whether the runs are folds, each predicting what it held out.
-
-    Raises:
-        ValueError: some are and others are not, or they were dealt otherwise; one line.
-    """
-    counts = {trained.cfg.data.folds for trained in runs}
-    if len(counts) > 1:
-        said = ", ".join(f"{trained.name}: {trained.cfg.data.folds or 'none'}" for trained in runs)
-        raise ValueError(f"the runs have different data.folds ({said}); valid: the folds of one deal, or no folds")
-    return counts != {None}
 
 
 def gather(runs: Sequence[Trained], root: str | None) -> Pool:
@@ -123,63 +108,82 @@ def gather(runs: Sequence[Trained], root: str | None) -> Pool:
     Raises:
         ValueError: data that cannot be read, or runs that do not belong together; one line.
     """
-    folds, first = check_folds(runs), runs[0]
-    view = _view(first.data(root))
-    total = torch.zeros(len(view.labels), len(first.class_names), dtype=torch.float64)
-    counts = torch.zeros(len(view.labels), dtype=torch.int64)
+    first, folds = runs[0], _same_folds(runs)
+    given = _read(first.data(root))
+    total = torch.zeros(len(given.labels), len(first.class_names), dtype=torch.float64)
+    counts = torch.zeros(len(given.labels), dtype=torch.int64)
     features = torch.zeros(0)
     for trained in runs:
-        mine = view if trained is first else _view(trained.data(root))
-        _check_same(first, trained, view, mine)
-        names = ("train", "val") if trained is first or not folds else ("val",)
-        found = {
-            name: features_of(trained, name, images)
-            for name, images in zip(("train", "val"), mine.parts, strict=True)
-            if name in names and len(images)
-        }
-        if trained is first:
-            features = torch.cat([part.features for part in found.values()])[view.order]
-        used = mine.in_val if folds else torch.ones_like(mine.in_val)
-        logits = torch.cat([part.logits for name, part in found.items() if name == "val" or not folds])
-        # in val alone the order is that of `mine`; in both it has to be sorted
-        logits = logits if folds else logits[mine.order]
-        total[used] += trained.probabilities(logits).clamp(min=1e-30).log()
-        counts[used] += 1
+        in_val = _division(trained, first, given, root)
+        for name, mask in (("train", ~in_val), ("val", in_val)):
+            if not mask.any() or (folds and name == "train" and trained is not first):
+                continue
+            found = features_of(trained, name, given.images[mask])
+            if trained is first:
+                features = (
+                    found.features.new_zeros(len(mask), found.features.shape[1]) if not len(features) else features
+                )
+                features[mask] = found.features
+            if name == "val" or not folds:
+                total[mask] += _probabilities(trained, found.logits, given.images[mask]).log()
+                counts[mask] += 1
     known = counts > 0
     if not known.all():
-        logger.warning(
-            "%s of %s training images are in no fold that was given: they are not ranked",
-            f"{int((~known).sum()):,}",
-            f"{len(known):,}",
-        )
+        absent = counted(int((~known).sum()), "training image")
+        logger.warning("%s of %s in no fold that was given: not ranked", absent, f"{len(known):,}")
     return Pool(
-        images=view.images,
-        labels=view.labels,
-        splits=["val" if held and not folds else "train" for held in view.in_val.tolist()],
-        indices=(view.keys % OTHER_FILE).tolist(),
+        images=given.images,
+        labels=given.labels,
+        splits=["val" if held and not folds else "train" for held in given.in_val.tolist()],
+        indices=(given.keys % OTHER_FILE).tolist(),
         probabilities=(total / counts.clamp(min=1)[:, None]).softmax(dim=1),
         known=known,
         held_out=folds,
         features=features,
-        test=view.test,
-        own_val=view.own_val,
-        title=view.title,
+        test=given.test,
+        own_val=given.own_val,
+        title=given.title,
         class_names=first.class_names,
     )
 
 
-def _check_same(first: Trained, other: Trained, view: _View, mine: _View) -> None:
-    if first.class_names != other.class_names or not (
-        torch.equal(view.keys, mine.keys)
-        and torch.equal(view.labels, mine.labels)
-        and (view is mine or torch.equal(view.images, mine.images))
-    ):
-        raise ValueError(f"{first.name} and {other.name} were trained on different data sets")
-    folds = first.cfg.data.folds
-    if folds is None and not torch.equal(view.in_val, mine.in_val):
+def _probabilities(trained: Trained, logits: Tensor, images: Tensor) -> Tensor:
+    """Average with the mirror images, where the run was trained on them: that finds a little more."""
+    found = trained.probabilities(logits)
+    if trained.cfg.augment.flip:
+        found = (found + trained.probabilities(compute_features(trained, images.flip(-1)).logits)) / 2
+    return found.clamp(min=LOWEST)
+
+
+def _same_folds(runs: Sequence[Trained]) -> bool:
+    """Say whether the runs are folds, each judging what it held out."""
+    counts = {trained.cfg.data.folds for trained in runs}
+    if len(counts) > 1:
+        said = ", ".join(f"{trained.name}: {trained.cfg.data.folds or 'none'}" for trained in runs)
         raise ValueError(
-            f"{first.name} and {other.name} hold out other validation images; valid: the same data.val_size"
+            f"the runs have different data.folds ({said}); valid: folds of one deal, or runs without folds"
         )
+    return counts != {None}
+
+
+def _division(trained: Trained, first: Trained, given: _Given, root: str | None) -> Tensor:
+    """Return which of the images a run held out, bool [N], after making sure that they are its images."""
+    mine, theirs = (replace(run.data(root), corrections=None, fold=None) for run in (trained, first))
+    if mine == theirs and mine.folds is not None:
+        in_val = fold_of(given.labels, mine.folds).eq(trained.cfg.data.fold or 0)
+    elif mine == theirs:
+        in_val = given.in_val
+    else:
+        other = _read(trained.data(root))
+        if not all(torch.equal(getattr(given, name), getattr(other, name)) for name in ("keys", "labels", "images")):
+            raise ValueError(f"{first.name} and {trained.name} were trained on different data sets")
+        in_val = other.in_val
+    if mine.folds is None and not torch.equal(in_val, given.in_val):
+        raise ValueError(f"{first.name} and {trained.name} held out different images; valid: the same data.val_size")
+    held = Split(images=given.images[in_val], labels=given.labels[in_val], info=trained.info)
+    if trained.images_sha256("val") not in (None, held.digest):
+        raise ValueError(f"{trained.name} was trained on other images or labels than those that are there now")
+    return in_val
 
 
 def describe(runs: Sequence[Trained], pool: Pool) -> str:
@@ -189,4 +193,4 @@ def describe(runs: Sequence[Trained], pool: Pool) -> str:
         given = counted(len({trained.cfg.data.fold for trained in runs}), "fold")
         return f"{given} of {runs[0].cfg.data.folds} ({names}), each judging the images that it was not trained on"
     models = "one run" if len(runs) == 1 else f"{len(runs)} runs, averaged"
-    return f"{models} ({names}), which learnt these very labels: folds find more"
+    return f"{models} ({names}), trained on these very labels"
