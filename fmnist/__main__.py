@@ -12,6 +12,7 @@ COMMANDS = {
     "search": ("fmnist.apps.search.__main__", "find the images that look most like a picture"),
     "monitor": ("fmnist.apps.monitor.__main__", "test a batch of pictures for drift; the exit status says the result"),
     "export": ("fmnist.apps.export.__main__", "write a run as an ONNX graph or as a folder for a model hub"),
+    "audit": ("fmnist.apps.audit.__main__", "rank the training images by how likely their labels are wrong"),
     "checkpoint": ("fmnist.apps.checkpoints", "verify the checkpoints of runs"),
     "data": ("fmnist.apps.data.__main__", "look at a data set: counts, copies, and sheets of its images"),
     "duplicates": ("fmnist.apps.duplicates", "list the test images that copy a training image"),

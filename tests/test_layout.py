@@ -63,7 +63,7 @@ HOMES: dict[str, set[str]] = {
 LIGHT = (
     *("config", "runtime/arguments.py", "runtime/console.py", "runtime/files.py", "runtime/launcher.py"),
     *("runtime/provenance.py", "evaluation/options.py", "__init__.py", "__main__.py"),
-    *(f"apps/{name}/__main__.py" for name in ("data", "export", "monitor", "predict", "search")),
+    *(f"apps/{name}/__main__.py" for name in ("audit", "data", "export", "monitor", "predict", "search")),
     *(f"apps/{name}.py" for name in ("checkpoints", "doctor", "duplicates", "launch")),
 )
 

@@ -132,6 +132,7 @@ REFUSED_CASES = {
     "data.fit": {"data__fit": "pad"},
     "data.holdout": {"data__holdout": 0.2},
     "data.bad_files": {"data__bad_files": "skip"},
+    "data.fold": {"data__fold": 1},
     "schedule.min_lr": {"schedule__min_lr": 1e-4, "schedule__name": "constant"},
 }
 SAID_CASES = {
@@ -146,6 +147,7 @@ SAID_CASES = {
     "augment.hue": {"augment__hue": 0.1},
     "schedule.warmup_epochs": {"schedule__warmup_epochs": 0.04},
     "optim.head_only_epochs": {"optim__head_only_epochs": 0.04},
+    "data.val_size": {"data__val_size": 1000, "data__folds": 5, "data__fold": 0},
     "log.project": {"log__project": "team", "log__wandb": "disabled"},
     "model.channels_last": {"model__channels_last": True, "model__name": "mlp"},
 }

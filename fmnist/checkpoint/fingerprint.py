@@ -15,25 +15,28 @@ from fmnist.runtime.files import cannot_read, read_json, sha256_of, write_atomic
 
 FINGERPRINT, IN_SUMMARY = "fingerprint.json", "fingerprint"
 CLASSES = "class names in data.root"
-WEIGHTS = "model.weights"
+WEIGHTS, CORRECTIONS = "model.weights", "data.corrections"
 IMAGES = {"train": "training images in data.root", "val": "validation images in data.root",
           "test": "test images in data.root"}  # fmt: skip
 
 
-def fingerprint(images: Mapping[str, str], class_names: Sequence[str], weights: str | None) -> dict[str, str]:
+def fingerprint(
+    images: Mapping[str, str], class_names: Sequence[str], weights: str | None, corrections: str = "none"
+) -> dict[str, str]:
     """Return the digests of what a run is made of, each under the name that a message gives it.
 
     Args:
         images: digests of train, val and test.
         class_names: in label order.
         weights: `model.weights`; None where the run begins from none, or from timm's own.
+        corrections: digest of what `data.corrections` changes.
 
     Raises:
         ValueError: there is no such file of weights.
     """
     found = {IMAGES[name]: digest for name, digest in images.items()}
     found[CLASSES] = sha256(json.dumps(list(class_names)).encode()).hexdigest()
-    return found | {WEIGHTS: "none" if weights is None else digest_of_weights(weights)}
+    return found | {CORRECTIONS: corrections, WEIGHTS: "none" if weights is None else digest_of_weights(weights)}
 
 
 def digest_of_weights(weights: str) -> str:

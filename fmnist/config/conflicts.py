@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fmnist.config.same_run import yaml_value
 from fmnist.config.schema import Config, check_values, flatten
 
 NUM_TRAIN, IMAGE_SIDE = 55_000, 28  # of the published training images, without 5,000 for validation
@@ -48,6 +49,7 @@ REFUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         (name, lambda cfg: cfg.data.name != "folder", "data.name is not folder")
         for name in ("data.stored_size", "data.fit", "data.holdout", "data.bad_files")
     ),
+    ("data.fold", lambda cfg: cfg.data.folds is None, "data.folds is null"),
     ("schedule.min_lr", lambda cfg: cfg.schedule.name == "constant", "schedule.name is constant"),
 )
 # What has none, or another, in a run of this length, as a short trial of a recipe is: said when the run begins.
@@ -103,6 +105,11 @@ SAID: tuple[tuple[str, Callable[[Config, Length], bool], str], ...] = (
         lambda cfg, run: not run.steps(cfg.optim.head_only_epochs),
         "has no effect: it is less than half a step",
     ),
+    (
+        "data.val_size",
+        lambda cfg, run: cfg.data.folds is not None,
+        "has no effect: data.folds holds a fold out in place of it",
+    ),
     ("log.project", lambda cfg, run: cfg.log.wandb == "disabled", "has no effect: log.wandb is disabled"),
     ("model.channels_last", lambda cfg, run: cfg.model.name == "mlp", "has no effect: the MLP has no convolution"),
 )
@@ -133,6 +140,9 @@ def validate(cfg: Config) -> None:
             "data.sampling balanced with optim.class_weights balanced would count small classes twice over; valid: "
             "one of the two, or your own weights"
         )
+    if cfg.data.folds is not None and not 0 <= (-1 if cfg.data.fold is None else cfg.data.fold) < cfg.data.folds:
+        fold = yaml_value(cfg.data.fold)
+        raise ValueError(f"data.fold is {fold}; valid with data.folds {cfg.data.folds}: 0 to {cfg.data.folds - 1}")
     if cfg.overwrite and cfg.resume != "never":
         raise ValueError("overwrite is true but resume is auto: give --resume never to start again")
 

@@ -30,6 +30,9 @@ def look(cfg: Config) -> None:
             raise ValueError(f"data.root is {path}, expected {NEEDS_ROOT[data]}: found {found}")
         title = "Fashion-MNIST" if data == "fashion_mnist" else data
         raise ValueError(f"data.root: no {title} in {path}: found {found}; leave data.root out and train.py fetches it")
+    corrections = cfg.data.corrections
+    if corrections is not None and not begun and not os.path.isfile(os.path.expanduser(corrections)):
+        raise ValueError(f"data.corrections: there is no file {corrections}")
     if weights is not None and not begun:
         if not os.path.exists(weights):
             raise ValueError(f"model.weights: there is no file {weights}")

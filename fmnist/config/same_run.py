@@ -16,7 +16,8 @@ MAY_CHANGE = (
     "output_dir",
     "timeout_s",
     "threads",
-    "data.root",  # what it holds is compared by its bytes: checkpoint/fingerprint.py
+    "data.root",  # what they hold is compared: checkpoint/fingerprint.py
+    "data.corrections",
     "model.weights",
     "log.",
     "checkpoint.",
@@ -33,7 +34,7 @@ MAY_CHANGE_ROUNDING = (
 
 
 # All that may differ between the processes of one start: where each finds the same thing, and its share of the machine.
-MAY_DIFFER_BETWEEN_RANKS = ("output_dir", "data.root", "model.weights", "threads")
+MAY_DIFFER_BETWEEN_RANKS = ("output_dir", "data.root", "data.corrections", "model.weights", "threads")
 
 
 def of_all_ranks(cfg: Config) -> dict[str, Any]:

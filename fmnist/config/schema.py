@@ -50,6 +50,14 @@ class DataConfig:
     Validation and test images stay whole. null: all."""
     sampling: Literal["uniform", "balanced"] = "uniform"
     """Order of an epoch; uniform: each image once; balanced: all classes equally often, small ones repeated."""
+    folds: int | None = option(None, valid=(2, 1000))
+    """Deal all training images, those of val_size too, to this many folds, each class evenly and always in the same
+    way; null: no folds."""
+    fold: int | None = option(None, valid=(0, 999))
+    """The fold that is held out for validation, 0 to folds - 1; a run of each gives `fmnist audit` predictions of every
+    image by a model that was not trained on it."""
+    corrections: str | None = None
+    """CSV file of `fmnist audit`, whose decisions to relabel and drop change the training images; null: none."""
 
 
 @dataclass(frozen=True, kw_only=True)

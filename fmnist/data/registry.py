@@ -4,15 +4,17 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fmnist.config.first_look import NEEDS_ROOT
 from fmnist.config.schema import DataConfig
+from fmnist.data.corrections import Corrections, read_corrections
 from fmnist.data.fashion_mnist import INFO, load_indexed, name_of, stratified_split
 from fmnist.data.find import locate
+from fmnist.data.folds import hold_fold_out
 from fmnist.data.info import DataInfo
 from fmnist.data.sources.arrays import TORCHVISION, Parts, read_npz, read_torchvision
 from fmnist.data.sources.folder import read_folder
@@ -36,6 +38,8 @@ class Source:
             there is no such split.
         files: of a folder: the file of each image, by its position.
         digests: of splits that were read from a cache: what `Split.digest` has to be.
+        own_val: its validation images lie in a file of their own, with positions of their own.
+        corrections: decisions about its labels, which `Split.load` applies; `read` gives them as they are.
     """
 
     info: DataInfo
@@ -44,6 +48,8 @@ class Source:
     read: Callable[[SplitName], Part]
     files: tuple[str, ...] = ()
     digests: Mapping[str, str] = field(default_factory=dict)
+    own_val: bool = False
+    corrections: Corrections | None = None
 
 
 def open_source(cfg: DataConfig, *, fetch: bool = False) -> Source:
@@ -60,15 +66,28 @@ def open_source(cfg: DataConfig, *, fetch: bool = False) -> Source:
         raise ValueError(f"data.name is {cfg.name!r:.80}; valid: {', '.join(SOURCES)}")
     if cfg.name in NEEDS_ROOT and cfg.root is None:  # as in what is exported, which names no place of a machine
         raise ValueError(f"data.name is {cfg.name}, which needs {NEEDS_ROOT[cfg.name]}: --data.root PATH")
-    source = SOURCES[cfg.name](cfg, fetch)
-    if cfg.limit is None:
-        return source
+    source = SOURCES[cfg.name](cfg if cfg.folds is None else replace(cfg, val_size=0), fetch)
+    if cfg.folds is not None:
+        read = hold_fold_out(source.read, cfg.folds, cfg.fold or 0, own_val=source.own_val)
+        source = replace(source, read=read, digests={})  # no part of it is one that was kept with its digest
+    if cfg.corrections is not None:
+        parts = {name: source.read(name)[1:] for name in get_args(SplitName)}
+        try:
+            found = read_corrections(cfg.corrections, source.info.class_names, parts, own_val=source.own_val)
+        except ValueError as error:
+            raise ValueError(f"data.corrections: {error}") from None
+        source = replace(source, corrections=found, digests={})
+    return source if cfg.limit is None else _limited(source, cfg.limit)
+
+
+def _limited(source: Source, limit: int | float) -> Source:
+    """Leave a part of the training images; those for validation and test stay whole."""
 
     def read(name: SplitName) -> Part:
         images, labels, published = source.read(name)
         if name != "train":
             return images, labels, published
-        part = subset(labels, cfg.limit)
+        part = subset(labels, limit)
         return images[part], labels[part], published[part]
 
     digests = {name: digest for name, digest in source.digests.items() if name != "train"}
@@ -118,7 +137,13 @@ def _arrays(cfg: DataConfig, read: tuple[DataInfo, Parts]) -> Source:
         at = places.get(name, torch.zeros(0, dtype=torch.int64))
         return images[at], labels[at], at
 
-    return Source(info=info, location=cfg.root or info.source, title=lambda name: info.title, read=read_split)
+    return Source(
+        info=info,
+        location=cfg.root or info.source,
+        title=lambda name: info.title,
+        read=read_split,
+        own_val="val" in parts,
+    )
 
 
 def _folder(cfg: DataConfig) -> Source:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fmnist.config.schema import DataConfig
+from fmnist.data.corrections import DROPPED
 from fmnist.data.fashion_mnist import INFO
 from fmnist.data.info import DataInfo
 from fmnist.data.registry import Source, SplitName, open_source
@@ -27,6 +28,9 @@ class Split:
         published: int64 [N] on the CPU, the images' positions in the data set's own file; None: they have none.
         files: of a folder of pictures: the file of each published position.
         location: where it lies, for people.
+        corrected: of val and test, whose labels stay as given: int64 [N] labels after `data.corrections`, -1 for an
+            image that they drop; None where they change none. The training images' labels are corrected themselves.
+        corrections_sha256: tells these corrections from others.
         title: makes the name of the data set for people, who may have put other files in its place.
     """
 
@@ -36,6 +40,8 @@ class Split:
     published: Tensor | None = None
     files: tuple[str, ...] = ()
     location: str = ""
+    corrected: Tensor | None = None
+    corrections_sha256: str = "none"
     title: Callable[[], str] = lambda: INFO.title
 
     @property
@@ -79,6 +85,10 @@ class Split:
         if isinstance(source, DataConfig):
             source = open_source(source)
         images, labels, published = source.read(name)
+        corrected = None if source.corrections is None else source.corrections.apply(name, labels, published)
+        if name == "train" and corrected is not None:
+            kept = corrected != DROPPED
+            images, labels, published, corrected = images[kept], corrected[kept], published[kept], None
         height, width = images.shape[-2:]
         info = replace(source.info, shape=(source.info.shape[0], height, width))
         return cls(
@@ -88,5 +98,7 @@ class Split:
             published=published,
             files=source.files,
             location=source.location,
+            corrected=corrected,
+            corrections_sha256="none" if source.corrections is None else source.corrections.sha256,
             title=functools.partial(source.title, name),
         )

@@ -17,6 +17,7 @@ NEAR_COPY, SIMILAR = 0.99, 0.98  # correlations above which an image counts as a
 BASIS_SIZE = 96
 CHUNK = 2048  # training images of one matrix product: 10,000 x 2,048 float32 are 82 MB
 MARGIN = 1e-4  # of the float32 bound, whose rounding is near 1e-6
+PAIR_SIDE, MAX_PAIRS = 48, 200_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,3 +141,54 @@ def near_copies_of(name: Literal["test", "val"], data: DataConfig, device: torch
     logger.info("%s images: searching near copies of training images", name)
     split, training = load_pair(name, data)
     return find_near_copies(split.images.to(device), training.images.to(device))
+
+
+@torch.inference_mode()
+def find_pairs(images: Tensor, threshold: float = SIMILAR) -> tuple[Tensor, Tensor]:
+    """Find all pairs of images that correlate above a threshold, as `find_near_copies` does between two sets.
+
+    Args:
+        images: uint8 [N, H, W] or [N, C, H, W] on the device; larger ones are compared at PAIR_SIDE pixels.
+        threshold: Pearson correlation, below 1.
+
+    Returns:
+        int64 [P, 2] positions, the smaller one first, and float64 [P] correlations, highest first; on the CPU, at most
+        about MAX_PAIRS.
+    """
+    small = torch.cat([_shrunk(part) for part in images.split(CHUNK)]) if len(images) else images
+    unit = _centred(small)
+    basis = _principal_basis(unit, min(BASIS_SIZE, unit.shape[1]))
+    bounds = _with_rest(unit, basis)
+    found, count = [torch.zeros(0, 2, dtype=torch.int64)], 0
+    for first in range(0, len(unit), CHUNK):
+        for second in range(first, len(unit), CHUNK):
+            bound = bounds[first : first + CHUNK] @ bounds[second : second + CHUNK].T
+            row, column = torch.nonzero(bound > threshold - MARGIN, as_tuple=True)
+            left, right = row + first, column + second
+            left, right = left[right > left], right[right > left]
+            for part in range(0, len(left), 16 * CHUNK):  # many where images are much alike
+                near = slice(part, part + 16 * CHUNK)
+                alike = (unit[left[near]] * unit[right[near]]).sum(dim=1) > threshold - MARGIN
+                found.append(torch.stack((left[near][alike], right[near][alike]), dim=1).cpu())
+                count += len(found[-1])
+            if count > MAX_PAIRS:
+                logger.warning("more than %s pairs of near copies: the search ends at image %s", MAX_PAIRS, first)
+                break
+        else:
+            continue
+        break
+    pairs = torch.cat(found)
+    exact = _exact(small.cpu()[pairs[:, 0]], small.cpu()[pairs[:, 1]])
+    order = exact.argsort(descending=True, stable=True)
+    order = order[exact[order] > threshold]
+    return pairs[order], exact[order]
+
+
+def _shrunk(images: Tensor) -> Tensor:
+    """Return images of at most PAIR_SIDE pixels per side, averaged over areas."""
+    side = max(images.shape[-2:])
+    if side <= PAIR_SIDE:
+        return images
+    size = [max(1, round(length * PAIR_SIDE / side)) for length in images.shape[-2:]]
+    channels = images[:, None] if images.ndim == 3 else images
+    return torch.nn.functional.interpolate(channels.float(), size, mode="area").round().byte()

@@ -140,16 +140,17 @@ def context(findings: Findings) -> dict[str, Any]:
     }
 
 
-def render(values: dict[str, Any]) -> str:
-    """Fill the template; every value is escaped."""
+def render(values: dict[str, Any], template: str = "report.html") -> str:
+    """Fill a template; every value is escaped."""
     loader = PackageLoader("fmnist.report", "templates")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["percent"] = lambda value, digits=2: "-" if value is None else f"{100 * value:.{digits}f}"
+    environment.filters["chance"] = lambda value: f"{100 * value:.2g}" if value < 0.1 else f"{100 * value:.0f}"
     environment.filters["comma"] = lambda value: f"{value:,.0f}"
     environment.filters["ms"] = lambda value: f"{value:.3g}" if value < 100 else f"{value:,.0f}"
-    return environment.get_template("report.html").render(values)
+    return environment.get_template(template).render(values)
 
 
 def write_html(findings: Findings, path: Path) -> None:

@@ -23,7 +23,7 @@ try:
 except ImportError:  # Windows has no flock: leftovers there go by their age
     fcntl = None  # type: ignore[assignment]
 
-MAX_JSON_BYTES = 1 << 26
+MAX_JSON_BYTES = MAX_CSV_BYTES = 1 << 26
 CHUNK_BYTES = 1 << 20  # read at once from a file or server whose length is not known
 LEFTOVER_AGE_S = 3600.0  # without flock, a temporary file this old is taken for one that nobody writes any more
 # A spreadsheet runs a cell that begins with one of these.
@@ -206,14 +206,54 @@ def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     for row in rows:
-        writer.writerow([_safe(cell) if isinstance(cell, str) else cell for cell in row])
+        writer.writerow([csv_cell(cell) if isinstance(cell, str) else cell for cell in row])
     return text.getvalue().encode(errors="backslashreplace")
 
 
-def _safe(cell: str) -> str:
+def csv_cell(cell: str) -> str:
+    """Return a text as `csv_bytes` writes it."""
     if cell.startswith(FORMULA) and not _is_number(cell):
         cell = f"'{cell}"
     return "".join(c if c >= " " and c != "\x7f" else repr(c)[1:-1] for c in cell)
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Read a CSV file with a header, as we or a spreadsheet wrote it: commas or semicolons, a byte order mark.
+
+    Args:
+        path: the file, UTF-8.
+        columns: that it has to have, in any order; others are passed on too.
+
+    Yields:
+        Each row that is not empty: its line, and its cells by column.
+
+    Raises:
+        ValueError: one line: it cannot be read, is larger than MAX_CSV_BYTES, no text, lacks a column, or a row does
+            not fit the header.
+    """
+    try:
+        with open_regular(path) as file:
+            content = read_at_most(file, MAX_CSV_BYTES)
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise cannot_read(path, error) from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no CSV file in UTF-8") from None
+    if len(content) > MAX_CSV_BYTES:
+        raise ValueError(f"{path} is larger than {MAX_CSV_BYTES:,} bytes")
+    first = text.partition("\n")[0]
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=";" if first.count(";") > first.count(",") else ",")
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        if missing := [name for name in columns if header.count(name) != 1]:
+            raise ValueError(f"{path} has no column {missing[0]}; expected {', '.join(columns)}")
+        for cells in reader:
+            if len(cells) != len(header) and any(cells):
+                raise ValueError(f"{path} line {reader.line_num}: {len(cells)} cells, expected {len(header)}")
+            if any(cells):
+                yield reader.line_num, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path} line {reader.line_num}: {error}") from None
 
 
 def _is_number(cell: str) -> bool:

@@ -162,7 +162,7 @@ def check_outputs(marks: Mapping[Path, bytes], *, force: bool = False) -> None:
                 raise ValueError(f"--output: {path} is a file of the run in {run}; give another place")
             if path.name == CONFIG and first != "export":
                 raise ValueError(f"--output: {path} lies in the run {run}; valid inside a run: {run / 'export'}")
-            if first in ("evaluation", "export", "search"):
+            if first in ("evaluation", "export", "search", "audit"):
                 continue  # what lies there, commands made
         if path.is_dir() and not path.is_symlink():
             raise ValueError(f"--output: {path} is a folder; a file is written there")

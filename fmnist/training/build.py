@@ -103,7 +103,8 @@ def build(cfg: Config, run: Run) -> Training | None:
 
     # where to begin: all processes see the same directory, data and weights, which are those of the run in it
     digests = {name: split.digest for name, split in splits.items()}
-    run.fingerprint = run.together(lambda: fingerprint(digests, info.class_names, cfg.model.weights))
+    corrections = train_split.corrections_sha256
+    run.fingerprint = run.together(lambda: fingerprint(digests, info.class_names, cfg.model.weights, corrections))
     about = {"model": cfg.model.name, "world_size": run.world_size, "versions": versions()}
     meta = about | {"config": recipe(cfg) | run.fingerprint}
     checkpoints = Checkpoints(run.directory / "checkpoints", cfg.checkpoint.keep_last, meta)

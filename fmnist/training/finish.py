@@ -5,18 +5,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fmnist.checkpoint.contents import MODEL
 from fmnist.checkpoint.fingerprint import IN_SUMMARY
 from fmnist.checkpoint.tensors import load_strict, read_tensors
 from fmnist.config.schema import Config
 from fmnist.config.shipped import command
+from fmnist.data.corrections import DROPPED
 from fmnist.data.registry import SplitName
+from fmnist.data.split import Split
 from fmnist.evaluation.calibration import fit_temperature
 from fmnist.evaluation.findings import Findings, findings
 from fmnist.evaluation.numbers import SCORES, calibration_error
 from fmnist.evaluation.outcome import Outcome
 from fmnist.metrics import predict
 from fmnist.run import Run
+from fmnist.runtime.console import counted
 from fmnist.runtime.provenance import git_revision, versions
 from fmnist.tracking.metrics_file import METRICS_FILE
 from fmnist.training.build import Training
@@ -50,12 +55,16 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
     if finished:
         use_best_weights(training, run)
         summary["temperature"] = fit_on_validation(training, cfg, run)
+        if (split := training.val_split).corrected is not None:
+            logits = predict(training.model, split, training.augment, cfg.evaluation, run)
+            summary |= scores_corrected("val", logits, split)
     found = evaluate_test(training, cfg, run) if finished and cfg.evaluation.test else None
     if found is not None and found.outcome.split == "test":
         scores = {key: found.metrics[key] for key in (*SCORES, "loss", "num_images") if key in found.metrics}
         run.log("test", scores, state.step)
         summary |= {f"test.{key}": value for key, value in scores.items()}
         summary |= calibration_errors(found, summary["temperature"])
+        summary |= scores_corrected("test", found.outcome.logits, training.test_split)
     elif finished and not len(training.test_split):
         summary["test.num_images"] = 0
     run.finish(summary)
@@ -83,6 +92,22 @@ def fit_on_validation(training: Training, cfg: Config, run: Run) -> float | None
         return None
     logits = predict(training.model, split, training.augment, replace(cfg.evaluation, tta="none"), run)
     return run.on_main(fit_temperature, logits.cpu(), split.labels.cpu())
+
+
+def scores_corrected(name: str, logits: Tensor, split: Split) -> dict[str, float]:
+    """Return accuracy on the labels after `data.corrections`, without the images they drop; empty where all stay.
+
+    Everything else is counted on the labels as given, so that it compares with other runs.
+    """
+    labels, given = split.corrected, split.labels.cpu()
+    if labels is None or not (labels != DROPPED).any():
+        return {}
+    right, kept = logits.cpu().argmax(-1) == labels, labels != DROPPED
+    top1, changed = float(right[kept].double().mean()), int((labels != given).sum())
+    as_given = float((logits.cpu().argmax(-1) == given).double().mean())
+    said = f"{100 * as_given:.2f} % as given, {100 * top1:.2f} % after data.corrections"
+    logger.info("%s top1 %s (%s changed or dropped)", name, said, counted(changed, "label"))
+    return {f"{name}.top1_corrected": top1, f"{name}.num_corrected": changed}
 
 
 def calibration_errors(found: Findings, temperature: float | None) -> dict[str, float]:

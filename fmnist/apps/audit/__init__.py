@@ -1,0 +1,1 @@
+"""Rank training images by how likely their labels are wrong: `fmnist audit`."""
