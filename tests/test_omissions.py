@@ -173,7 +173,7 @@ def test_a_setting_without_effect_in_a_short_run_is_said(name: str) -> None:
     (line,) = without_effect(cfg, Length(10, 10))
     assert line.startswith(name) and ("has no effect" in line or "longer than the run" in line)
     # ... and nothing in a run in which it has one.
-    if name not in ("augment.shift", "log.project", "model.channels_last"):
+    if name not in ("augment.shift", "data.val_size", "log.project", "model.channels_last"):
         assert without_effect(cfg, Length(4000, 100, channels=3)) == []
 
 

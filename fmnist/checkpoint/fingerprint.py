@@ -83,5 +83,5 @@ def _of_newest_checkpoint(directory: Path) -> dict[str, str]:
 def _digests(found: object) -> dict[str, str]:
     """Return what is a digest: checkpoints from before the fingerprint may hold a path under the same name."""
     known = found if isinstance(found, dict) else {}
-    names = (*IMAGES.values(), CLASSES, WEIGHTS)
+    names = (*IMAGES.values(), CLASSES, CORRECTIONS, WEIGHTS)
     return {name: known[name] for name in names if re.fullmatch("none|[0-9a-f]{64}", str(known.get(name)))}
