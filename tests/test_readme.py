@@ -41,7 +41,8 @@ def test_it_is_a_door_and_no_manual() -> None:
 
 
 def test_the_data_path_in_your_own_loop_runs() -> None:
-    block = re.search(r"```python\n(import fmnist\.data\n.*?)```", README, re.S)
+    page = (ROOT / "docs" / "data.md").read_text()
+    block = re.search(r"```python\n(import fmnist\.data\n.*?)```", page, re.S)
     assert block is not None
     seen: list[torch.Tensor] = []
 
