@@ -52,9 +52,9 @@ def write_npz(path: Path, num_classes: int, shape: tuple[int, ...], **changes: A
 
 
 def untrained_on(npz: Path, folder: Path, size: int = 16) -> Path:
-    """Make a run directory of a small CNN as it was drawn, moved off its first symmetric state."""
+    """Make a run directory of a small CNN as it was drawn, moved off its first symmetric state; npz may be a folder."""
     model = ModelConfig(name="cnn", options={"widths": [8, 16, 32]})
-    data = DataConfig(name="npz", root=str(npz), val_size=0)
+    data = DataConfig(name="folder" if npz.is_dir() else "npz", root=str(npz), val_size=0)
     cfg = Config(
         data=data, batch=BatchConfig(global_batch_size=32), model=model, augment=AugmentConfig(size=size),
         output_dir=str(folder),

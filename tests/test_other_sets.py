@@ -17,6 +17,7 @@ from small import command
 import evaluate
 import fmnist
 from fmnist.apps.doctor import check_data
+from fmnist.apps.duplicates import main as duplicates_main
 from fmnist.apps.export.__main__ import main as export_main
 from fmnist.apps.monitor.__main__ import main as monitor_main
 from fmnist.apps.monitor.batch import read_batch
@@ -342,3 +343,40 @@ def test_large_stored_images_are_not_made_from_smaller_ones(tmp_path: Path) -> N
     stripes.save(tmp_path / "a.png")
     photo = read_photo(str(tmp_path / "a.png"), info)
     assert photo.cutout is not None and np.array_equal(photo.cutout.view, np.asarray(stripes))
+
+
+def test_two_classes_are_enough_for_the_defaults(tmp_path: Path) -> None:
+    labels = np.arange(40) % 2
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8)
+    np.savez(
+        tmp_path / "two.npz", train_images=images, train_labels=labels, val_images=images, val_labels=labels,
+        test_images=images[:6], test_labels=labels[:6],
+    )  # fmt: skip
+    run = untrained_on(tmp_path / "two.npz", tmp_path / "run", size=8)
+    pixels(20, 30).save(tmp_path / "a.png")
+    command(predict_main, run, tmp_path / "a.png", "--output", tmp_path / "out")
+    (row,) = csv.DictReader((tmp_path / "out/predictions.csv").open(newline=""))
+    assert {row["top1"], row["top2"]} == {"0", "1"} and "top3" not in row
+    assert len(fmnist.open_run(run, "cpu").predict(tmp_path / "a.png")[0]) == 2
+    assert "valid range: 1 to 2" in command(predict_main, run, tmp_path / "a.png", "--top", 3, status=2)
+
+
+def test_images_of_a_folder_are_named_by_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FMNIST_CACHE", str(tmp_path / "cache"))
+    for part, count in (("train", 12), ("val", 6), ("test", 4)):
+        for i in range(count):
+            folder = tmp_path / "photos" / part / f"kind {i % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.random.default_rng(i).integers(0, 256, (10, 10, 3), np.uint8)).save(folder / f"{i}.png")
+    run = untrained_on(tmp_path / "photos", tmp_path / "run", size=10)
+    evaluated(run, monkeypatch)
+    rows = list(csv.DictReader((run / "evaluation/test/predictions.csv").open(newline="")))
+    assert sorted(row["file"] for row in rows) == [f"test/kind {i % 2}/{i}.png" for i in (0, 2, 1, 3)]
+    assert all(row["file"].split("/")[1] == f"kind {int(row['label'])}" for row in rows)
+    assert "logits within" in command(export_main, run, "--to", "hub", "--output", tmp_path / "hub")
+    command(search_main, "query", run, tmp_path / "photos/train/kind 0/0.png", "--k", 1, "--output", tmp_path / "out")
+    (row,) = csv.DictReader((tmp_path / "out/search.csv").open(newline=""))
+    assert row["file"] == "train/kind 0/0.png" and row["class"] == "kind 0"
+    said = command(duplicates_main, run)  # each number has one picture, in all of its parts
+    assert "test,test/kind 0/0.png,kind 0,train,train/kind 0/0.png,kind 0" in said
+    assert "4 of 4 test images in train; 4 of 4 test images in val" in said

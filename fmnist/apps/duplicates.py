@@ -4,7 +4,7 @@ DATA is a run, or a data set: a name that data.name takes, a .npz file, a folder
 Fashion-MNIST, near copies of training images: index, label, train_index, train_label, correlation; Pearson's
 correlation over pixels, exact, between each image of a split and every training image. For all others, and with
 --exact, copies that are the same pixel for pixel: split, index, label, other_split, other_index, other_label. An index
-is the position in the data set's own file.
+is the position in the data set's own file, or of a folder of pictures the file.
 """
 
 from __future__ import annotations
@@ -104,9 +104,9 @@ def copies(data: DataConfig, args: argparse.Namespace) -> Table:
     source = open_source(data)
     splits: dict[SplitName, Split] = {name: Split.load(name, source) for name in ("train", "val", "test")}
 
-    def image(name: SplitName, place: int) -> tuple[str, int, str]:
+    def image(name: SplitName, place: int) -> tuple[str, str | int, str]:
         split = splits[name]
-        return name, split.position(place), split.class_names[split.labels[place]]
+        return name, split.file(place) or split.position(place), split.class_names[split.labels[place]]
 
     found = [pair for pair in exact_copies(splits) if args.split in (None, pair.split)]
     rows = [

@@ -61,6 +61,10 @@ class Split:
         """Return where an image stands in the data set's own file."""
         return index if self.published is None else int(self.published[index])
 
+    def file(self, index: int) -> str:
+        """Return the file of an image in a folder of pictures; empty where images have none."""
+        return self.files[self.position(index)] if self.files else ""
+
     @cached_property
     def digest(self) -> str:
         """The sha256 of images and labels, with their types and shapes: what a run was trained and judged on."""

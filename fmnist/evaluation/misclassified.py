@@ -20,6 +20,7 @@ class Misclassified:
     Attributes:
         index: its position in the data set's own file.
         position: that in the split.
+        file: of a folder of pictures; empty for others.
         label, prediction: class names.
         confidence: probability of the prediction.
         p_label: probability of the label.
@@ -31,6 +32,7 @@ class Misclassified:
     prediction: str
     confidence: float
     p_label: float
+    file: str = ""
 
     def row(self, outcome: Outcome) -> dict[str, Any]:
         """Return a row of an error table, with the picture."""
@@ -41,7 +43,7 @@ class Misclassified:
             "prediction": self.prediction,
             "confidence": self.confidence,
             "p_label": self.p_label,
-        }
+        } | ({"file": self.file} if self.file else {})
 
 
 def channels_last(image: Tensor) -> NDArray[np.uint8]:
@@ -69,6 +71,7 @@ def confident_errors(outcome: Outcome, limit: int | None = None) -> list[Misclas
             prediction=outcome.class_names[predictions[position]],
             confidence=float(confidence[position]),
             p_label=float(probabilities[position, outcome.labels[position]]),
+            file=outcome.files[position] if outcome.files else "",
         )
         for position in wrong.tolist()
     ]

@@ -70,6 +70,7 @@ class Outcome:
         trained: the run; none for an ensemble.
         members: names of an ensemble's models.
         published: int64 [N], the images' positions in the data set's own file; none: those in the split.
+        files: of a folder of pictures: the file of each image; empty for others.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Outcome:
     trained: Trained | None = None
     members: tuple[str, ...] = ()
     published: Tensor | None = None
+    files: tuple[str, ...] = ()
 
     @property
     def indices(self) -> list[int]:
@@ -171,6 +173,7 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
         data_sha256=split.digest,
         trained=trained,
         published=split.published,
+        files=tuple(map(split.file, range(len(split)))) if split.files else (),
     )
     return compute.on_main(lambda: outcome)
 

@@ -161,17 +161,21 @@ def _notes(metrics: Mapping[str, Any]) -> str:
 
 
 def predictions_csv(findings: Findings) -> bytes:
-    """Return one line per image: index, label, prediction, confidence, and the probability of each class."""
+    """Return one line per image: index, label, prediction, confidence, and the probability of each class.
+
+    Of a folder of pictures also the file, in the last column.
+    """
     outcome = findings.outcome
     predictions = outcome.logits.argmax(dim=1).tolist()
     probabilities = outcome.logits.double().softmax(dim=1).float().tolist()
-    rows = []
+    rows: list[list[object]] = []
     for index, label, prediction, row in zip(
         outcome.indices, outcome.labels.tolist(), predictions, probabilities, strict=True
     ):
         cells = [f"{p:.9g}" for p in row]  # nine digits give a float32 back unchanged
-        rows.append([index, label, prediction, cells[prediction], *cells])
+        rows.append([index, label, prediction, cells[prediction], *cells, *outcome.files[len(rows) :][:1]])
     header = ["index", "label", "prediction", "confidence", *(f"p_{name}" for name in outcome.class_names)]
+    header += ["file"] if outcome.files else []
     return csv_bytes(header, rows)
 
 

@@ -85,7 +85,10 @@ def read_measured(expected: Expected) -> Measured:
         metrics = read_json(folder / "metrics.json")
         _check_metrics(metrics)
         with (folder / "predictions.csv").open(newline="") as file:
-            rows = [row[4:] for row, _ in zip(csv.reader(file), range(1 + len(expected.images)), strict=False)][1:]
+            probabilities = slice(4, 4 + len(trained.class_names))
+            rows = [
+                row[probabilities] for row, _ in zip(csv.reader(file), range(1 + len(expected.images)), strict=False)
+            ][1:]
         written = torch.tensor([[float(cell) for cell in row] for row in rows])
         distance = (written - expected.logits.softmax(-1)).abs().mean()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError):

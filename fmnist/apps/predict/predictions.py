@@ -48,6 +48,8 @@ def predict(found: Sequence[tuple[str, str]], args: argparse.Namespace, left_out
         ValueError: one line, for a run that cannot be used or a --top above its number of classes.
     """
     trained = open_trained(args.run, args.device, args.batch_size)
+    if args.top is None:
+        args.top = min(3, len(trained.class_names))
     if args.top > len(trained.class_names):
         raise ValueError(f"--top is {args.top}; valid range: 1 to {len(trained.class_names)}, the classes")
     check_cutting(trained.info, invert=args.invert, crop=args.crop)

@@ -1,5 +1,6 @@
 """The images to search in, with their features: a split of the data set, or the pictures in a folder."""
 
+import itertools
 import json
 import logging
 from collections import Counter
@@ -38,6 +39,7 @@ class Catalogue:
         class_names: in label order.
         run: name of the run whose weights made the features.
         source: the split, `all`, or the folder.
+        files: of a data set that is a folder of pictures: N times the file; empty for others.
     """
 
     features: Tensor
@@ -48,20 +50,22 @@ class Catalogue:
     class_names: tuple[str, ...]
     run: str
     source: str
+    files: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
 
 
-def read_split(trained: Trained, split: Split, root: str | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Read a split as the run divides the images; with the positions in the data set's file.
+def read_split(trained: Trained, split: Split, root: str | None) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
+    """Read a split as the run divides the images; with positions in the data set's file, or of a folder also the files.
 
     Raises:
-        ValueError: the data cannot be had, or the run kept no validation images.
+        ValueError: the data cannot be had, or there are no such images.
     """
     found = trained.split(split, root)
     assert found.published is not None
-    return found.images, found.labels, found.published
+    files = tuple(map(found.file, range(len(found)))) if found.files else ()
+    return found.images, found.labels, found.published, files
 
 
 def split_catalogue(trained: Trained, source: Split | Literal["all"], root: str | None = None) -> Catalogue:
@@ -78,8 +82,9 @@ def split_catalogue(trained: Trained, source: Split | Literal["all"], root: str 
     splits: tuple[Split, ...] = (source,) if source != "all" else trained.splits
     loaded = {split: read_split(trained, split, root) for split in splits}
     found = [features_of(trained, split, images) for split, (images, *_) in loaded.items()]
-    images, labels, indices = (torch.cat(tensors) for tensors in zip(*loaded.values(), strict=True))
-    splits_of = [split for split, (_, part, _) in loaded.items() for _ in range(len(part))]
+    *columns, files = zip(*loaded.values(), strict=True)
+    images, labels, indices = (torch.cat(tensors) for tensors in columns)
+    splits_of = [split for split, (_, part, *_) in loaded.items() for _ in range(len(part))]
     return Catalogue(
         features=torch.cat([part.features for part in found]),
         labels=labels,
@@ -89,6 +94,7 @@ def split_catalogue(trained: Trained, source: Split | Literal["all"], root: str 
         class_names=trained.class_names,
         run=trained.name,
         source=source,
+        files=tuple(itertools.chain(*files)),
     )
 
 

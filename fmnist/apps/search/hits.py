@@ -37,8 +37,13 @@ class Hit:
     similarities: Tensor
 
 
+def columns_of(catalogue: Catalogue) -> tuple[str, ...]:
+    """Return the columns of search.csv: a file for each image only where the data set is a folder of pictures."""
+    return (*COLUMN_NAMES, "file") if catalogue.files else COLUMN_NAMES
+
+
 def hits_rows(hits: Sequence[Hit], catalogue: Catalogue, errors: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return one row per query and image found, then one per query that could not be read, with COLUMN_NAMES."""
+    """Return one row per query and image found, then one per query that could not be read; see `columns_of`."""
     rows: list[tuple[Any, ...]] = []
     for hit in hits:
         for rank, (position, similarity) in enumerate(
@@ -47,9 +52,10 @@ def hits_rows(hits: Sequence[Hit], catalogue: Catalogue, errors: Mapping[str, st
             label = int(catalogue.labels[position])
             known = "" if label == UNKNOWN else catalogue.class_names[label]
             predicted = catalogue.class_names[int(catalogue.predictions[position])]
-            rows.append((hit.query, rank, catalogue.names[position], known, predicted, round(similarity, 6), ""))
-    rows += [(query, *[""] * 5, error) for query, error in errors.items()]
-    return [dict(zip(COLUMN_NAMES, row, strict=True)) for row in rows]
+            file = catalogue.files[position : position + 1]
+            rows.append((hit.query, rank, catalogue.names[position], known, predicted, round(similarity, 6), "", *file))
+    rows += [(query, *[""] * 5, error, *[""] * bool(catalogue.files)) for query, error in errors.items()]
+    return [dict(zip(columns_of(catalogue), row, strict=True)) for row in rows]
 
 
 @by_default_style

@@ -18,7 +18,7 @@ from fmnist.apps.search.catalogue import (
     save_catalogue,
     split_catalogue,
 )
-from fmnist.apps.search.hits import COLUMN_NAMES, Hit, hits_rows, plot_hits
+from fmnist.apps.search.hits import Hit, columns_of, hits_rows, plot_hits
 from fmnist.apps.search.names import QUERY, SOURCES
 from fmnist.apps.views import count_kinds, read_photos
 from fmnist.evaluation.neighbours import Neighbours
@@ -41,7 +41,7 @@ def query(args: argparse.Namespace) -> int:
     hits, milliseconds = _nearest(queries, trained, catalogue, args.k) if queries else ([], 0.0)
     rows = hits_rows(hits, catalogue, errors)
     # First: it is there also where a sheet fails.
-    write_atomic(output / "search.csv", csv_bytes(COLUMN_NAMES, [list(row.values()) for row in rows]))
+    write_atomic(output / "search.csv", csv_bytes(columns_of(catalogue), [list(row.values()) for row in rows]))
     if shown := hits[: args.sheet]:
         plot_hits(shown, catalogue, output / "search.png")
     if args.json:
@@ -67,7 +67,7 @@ def _read_queries(
     errors: dict[str, str] = {}
     for name, _ in named:
         if match := QUERY.fullmatch(name):
-            images, labels, indices = split_of(match[1])
+            images, labels, indices, _ = split_of(match[1])
             position = int((indices == int(match[2])).long().argmax())
             if int(indices[position]) != int(match[2]):
                 raise ValueError(f"{name}: {match[1]} has {_range(indices)}")
