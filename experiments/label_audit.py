@@ -10,6 +10,8 @@ and on the true ones.
 """
 
 import argparse
+import datetime
+import json
 import shutil
 import struct
 from pathlib import Path
@@ -19,10 +21,17 @@ import torch
 from torch import Tensor
 
 from fmnist.apps.api import RunResults, train
-from fmnist.data.fashion_mnist import load
+from fmnist.apps.audit.audit import rank_labels
+from fmnist.apps.audit.pool import Pool, gather
+from fmnist.apps.audit.table import HEADER, Suspects
+from fmnist.data.fashion_mnist import CLASS_NAMES, load
 from fmnist.data.find import locate
 from fmnist.runtime.console import log_to_console, one_line_errors
+from fmnist.runtime.files import csv_bytes, write_atomic
+from fmnist.runtime.provenance import git_revision, versions
+from fmnist.trained import open_trained
 
+RESULT = Path(__file__).parent / "results" / "label_audit.json"
 SHARE, FOLDS, EPOCHS, DECIDED = 0.02, 5, 10, 2400
 # The class that the CNN takes images of each class for most often, by its validation images.
 LIKELY = torch.tensor([6, 3, 4, 6, 2, 7, 0, 9, 6, 7])
@@ -88,6 +97,88 @@ def noisy_runs(folder: Path, seed: int, config: str = "mlp", epochs: int = EPOCH
     return single, folds
 
 
+def audited_run(folder: Path, seed: int) -> RunResults:
+    """Train on the planted labels after an oracle looked at the first suspects of the folds."""
+    true = load("train")[1]
+    single, folds = noisy_runs(folder, seed)
+    suspects, pool = ranked(folds)
+    rows = [
+        (
+            *(rank, "train", position, CLASS_NAMES[pool.labels[position]], CLASS_NAMES[true[position]], ""),
+            "keep" if pool.labels[position] == true[position] else "relabel",
+        )
+        for rank, position in enumerate(suspects.order[:DECIDED].tolist(), 1)
+    ]
+    file = folder / f"oracle{seed}.csv"
+    write_atomic(file, csv_bytes(HEADER, rows))
+    directory = single.with_name(single.name.replace("noisy", "audited"))
+    return run(directory, folder / f"noisy{seed}", seed, "mlp", EPOCHS, corrections=str(file))
+
+
+def ranked(directories: list[Path]) -> tuple[Suspects, Pool]:
+    """Rank as `fmnist audit` does."""
+    pool = gather([open_trained(directory) for directory in directories], None)
+    return rank_labels(pool.probabilities, pool.labels), pool
+
+
+def found(order: Tensor, kind: Tensor) -> dict[str, float]:
+    """Return the share of each half among the first suspects, and the average precision of both together."""
+    hits = (kind[order] > 0).double()
+    precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
+    shares = {
+        f"{name}_in_first_{count}": float((kind[order[:count]] == half).sum() / (kind == half).sum())
+        for half, name in ((1, "random"), (2, "likely"))
+        for count in (1200, 2400)
+    }
+    return shares | {"average_precision": float((precision * hits).sum() / hits.sum())}
+
+
+def orders(pool: Pool, suspects: Suspects) -> dict[str, Tensor]:
+    """Return the ranking in use, and others on the same probabilities."""
+    own = suspects.own
+    threshold = torch.zeros(10, dtype=own.dtype).index_add(0, pool.labels, own) / pool.labels.bincount()
+    return {
+        "log-ratio (in use)": suspects.order,
+        "own probability": own.argsort(stable=True),
+        "log-ratio, corrected by class": rank_labels(pool.probabilities / threshold, pool.labels).order,
+    }
+
+
+def measure(folder: Path, seeds: list[int]) -> dict[str, Any]:
+    """Measure rankings and accuracies; runs that are missing are trained."""
+    rankings: dict[str, dict[str, list[dict[str, float]]]] = {}
+    accuracy: dict[str, list[float]] = {"noisy": [], "audited": [], "clean": []}
+    for seed in seeds:
+        kind = plant(load("train")[1], seed)[1]
+        single, folds = noisy_runs(folder, seed)
+        for name, directories in (("one MLP run", [single]), ("five MLP folds", folds)):
+            suspects, pool = ranked(directories)
+            for ranking, order in orders(pool, suspects).items():
+                rankings.setdefault(name, {}).setdefault(ranking, []).append(found(order, kind))
+        for name in accuracy:
+            accuracy[name].append(RunResults(folder / f"mlp_{name}{seed}").summary["test.top1"])
+    means = {
+        name: {
+            ranking: {key: sum(one[key] for one in each) / len(each) for key in each[0]} for ranking, each in of.items()
+        }
+        for name, of in rankings.items()
+    }
+    return {
+        "name": "label_audit",
+        "command": f"python -m experiments.label_audit measure FOLDER --seeds {' '.join(map(str, seeds))}",
+        "date": datetime.date.today().isoformat(),
+        "hardware": "2-core CPU, shared with other work; one thread a run",
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "planted": {"share": SHARE, "images": 60_000, "random": 600, "likely": 600},
+        "seeds": seeds,
+        "means": means,
+        "by_seed": rankings,
+        "test_top1": accuracy,
+        "decided": DECIDED,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("train", "measure"))
@@ -98,7 +189,11 @@ def main() -> None:
     with one_line_errors("experiments/label_audit.py"):
         for seed in args.seeds:
             run(args.folder / f"mlp_clean{seed}", None, seed, "mlp", EPOCHS)
-            noisy_runs(args.folder, seed)
+            audited_run(args.folder, seed)
+        if args.command == "measure":
+            result = json.dumps(measure(args.folder, args.seeds), indent=2) + "\n"
+            write_atomic(RESULT, result)
+            print(result)
 
 
 if __name__ == "__main__":
