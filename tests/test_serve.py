@@ -16,7 +16,7 @@ from conftest import ROOT, environment
 from pictures import learned_run
 from PIL import Image, ImageDraw
 
-from experiments import calibration
+from experiments import calibration_rates
 from fmnist.apps.export.expected import open_expected
 from fmnist.apps.export.onnx import write_onnx
 from fmnist.apps.views import view_of
@@ -85,15 +85,15 @@ def test_the_calibration_error_of_the_table_is_that_of_the_report() -> None:
     probabilities = torch.rand(1000, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(1)
     labels = torch.arange(1000) % 10
     confidence, classes = probabilities.max(dim=1)
-    by_hand = calibration.error_of(confidence.numpy(), (classes == labels).numpy())
+    by_hand = calibration_rates.error_of(confidence.numpy(), (classes == labels).numpy())
     assert by_hand == pytest.approx(calibration_error(probabilities, labels), abs=1e-12)
-    assert calibration.error_of(np.array([0.9, 0.9, 0.5, 1.0]), np.array([True, False, True, True])) == pytest.approx(
-        (2 * 0.4 + 0.5 + 0) / 4
-    )
+    assert calibration_rates.error_of(
+        np.array([0.9, 0.9, 0.5, 1.0]), np.array([True, False, True, True])
+    ) == pytest.approx((2 * 0.4 + 0.5 + 0) / 4)
 
 
 @pytest.mark.thorough
 def test_predict_and_the_graph_have_one_calibration_error(served: tuple[Trained, str]) -> None:
-    (_, *by_predict), (_, *by_graph) = calibration.rows(str(served[0].directory), 200)
+    (_, *by_predict), (_, *by_graph) = calibration_rates.rows(str(served[0].directory), 200)
     assert by_predict == pytest.approx(by_graph, abs=1e-3)
     assert 0 < by_predict[1] != by_predict[0]
