@@ -31,6 +31,7 @@ from fmnist.trained import Trained, open_trained
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 EXPECTED = "paths, PIL pictures, or uint8 arrays or tensors [N, H, W] or [H, W], 0 to 255"
+DEFAULT_TOP = 3
 IN_COLOUR = "[N, 3, H, W], [3, H, W], [N, H, W, 3] or [H, W, 3]"
 
 
@@ -64,7 +65,7 @@ class RunResults:
         return sorted(lines, key=lambda line: int(line["step"]))
 
     def predict(
-        self, images: Picture | Sequence[Picture], top: int | None = None, *, calibrate: bool = True
+        self, images: Picture | Sequence[Picture], top: int = DEFAULT_TOP, *, calibrate: bool = True
     ) -> list[list[tuple[str, float]]]:
         """Predict pictures.
 
@@ -73,7 +74,7 @@ class RunResults:
                 as `fmnist predict` does; or uint8 arrays or tensors, [N, H, W] or [H, W] (in colour [N, 3, H, W],
                 [3, H, W], [N, H, W, 3] or [H, W, 3]), 0 to 255, taken as they are. They may be mixed, and of several
                 sizes.
-            top: classes per picture, 1 to num_classes; None: 3, or all of fewer.
+            top: classes per picture, 1 to num_classes; by default 3, or both of two.
             calibrate: scale confidences by the temperature that the run fitted on its validation images.
 
         Returns:
@@ -83,7 +84,7 @@ class RunResults:
             ValueError: a picture that cannot be read or is empty; another type or shape; one line.
         """
         names = self.trained.class_names
-        top = min(3, len(names)) if top is None else top
+        top = len(names) if top == DEFAULT_TOP > len(names) else top
         if isinstance(top, bool) or not isinstance(top, int | np.integer) or not 1 <= top <= len(names):
             raise ValueError(f"top is {top!r}; valid: a whole number from 1 to {len(names)}")
         one = isinstance(images, Picture)

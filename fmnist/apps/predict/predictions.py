@@ -48,8 +48,7 @@ def predict(found: Sequence[tuple[str, str]], args: argparse.Namespace, left_out
         ValueError: one line, for a run that cannot be used or a --top above its number of classes.
     """
     trained = open_trained(args.run, args.device, args.batch_size)
-    if args.top is None:
-        args.top = min(3, len(trained.class_names))
+    args.top = num_top(args, trained)
     if args.top > len(trained.class_names):
         raise ValueError(f"--top is {args.top}; valid range: 1 to {len(trained.class_names)}, the classes")
     check_cutting(trained.info, invert=args.invert, crop=args.crop)
@@ -70,13 +69,18 @@ def predict(found: Sequence[tuple[str, str]], args: argparse.Namespace, left_out
     return 0 if counts["predicted"] else 1
 
 
+def num_top(args: argparse.Namespace, trained: Trained) -> int:
+    """Return how many classes are given: three, or all of fewer, where --top says nothing."""
+    return int(args.top or min(3, len(trained.class_names)))
+
+
 def predict_pictures(
     trained: Trained, reference: NoveltyReference, found: Iterable[tuple[str, str]], args: argparse.Namespace
 ) -> Iterator[Prediction]:
     """Predict pictures in the order found."""
     for photos in read_photos(found, trained.info, invert=args.invert, crop=args.crop):
         logits, features = trained(stack_views(photos, trained.info))
-        values, labels = trained.probabilities(logits, calibrate=args.calibrate).topk(args.top)
+        values, labels = trained.probabilities(logits, calibrate=args.calibrate).topk(num_top(args, trained))
         scores = reference.score(features)
         rows = zip(values.tolist(), labels.tolist(), scores.tolist(), strict=True)
         for photo in photos:
