@@ -51,9 +51,11 @@ def write_npz(path: Path, num_classes: int, shape: tuple[int, ...], **changes: A
     return path
 
 
-def untrained_on(npz: Path, folder: Path, size: int = 16) -> Path:
-    """Make a run directory of a small CNN as it was drawn, moved off its first symmetric state; npz may be a folder."""
-    model = ModelConfig(name="cnn", options={"widths": [8, 16, 32]})
+SMALL_CNN = ModelConfig(name="cnn", options={"widths": [8, 16, 32]})
+
+
+def untrained_on(npz: Path, folder: Path, size: int = 16, model: ModelConfig = SMALL_CNN) -> Path:
+    """Make a run directory of a small model as drawn, moved off its first symmetric state; npz: or a folder."""
     data = DataConfig(name="folder" if npz.is_dir() else "npz", root=str(npz), val_size=0)
     cfg = Config(
         data=data, batch=BatchConfig(global_batch_size=32), model=model, augment=AugmentConfig(size=size),

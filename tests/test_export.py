@@ -13,8 +13,10 @@ import onnxruntime
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import yaml
 from conftest import ROOT
+from other_sets import untrained_on, write_npz
 from small import VAL_SIZE, command, untrained, write_small_data
 
 from fmnist.apps.export.__main__ import main as export_main
@@ -22,8 +24,11 @@ from fmnist.apps.export.expected import Expected, open_expected
 from fmnist.apps.export.hub import write_hub
 from fmnist.apps.export.model_card import escape
 from fmnist.apps.export.onnx import check, write_onnx
+from fmnist.apps.export.preprocess import means
 from fmnist.config.schema import ModelConfig
+from fmnist.data.augment import with_channels
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
+from fmnist.data.pyramid import shrink
 from fmnist.evaluation.findings import findings
 from fmnist.evaluation.outcome import Outcome
 from fmnist.report.write import write_evaluation
@@ -50,7 +55,8 @@ def cnn_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluated(run: Path, flip: bool = False) -> Path:
     """Give a run directory the evaluation on the test images that evaluate.py would."""
     trained = open_trained(run, "cpu")
-    images, labels = load_split("test", None, VAL_SIZE)
+    split = trained.split("test")
+    images, labels = split.images, split.labels
     logits, _ = trained(images)
     if flip:
         logits = ((logits.softmax(-1) + trained(images.flip(-1))[0].softmax(-1)) / 2).clamp(min=1e-30).log()
@@ -63,7 +69,7 @@ def evaluated(run: Path, flip: bool = False) -> Path:
         images=images,
         labels=labels,
         logits=logits,
-        class_names=CLASS_NAMES,
+        class_names=trained.class_names,
     )
     write_evaluation(findings(outcome, quick=True))
     return run
@@ -206,6 +212,41 @@ def test_timm_opens_the_hub_folder(model: ModelConfig, size: int, num_channels: 
     assert (card_logits(tmp_path / "hub", images) - logits).abs().max() < limit
     # The folder is a run too, as config.yaml says.
     assert torch.equal(open_trained(tmp_path / "hub", "cpu")(images)[0], logits)
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(16, 16), (31, 20), (37, 50), (9, 300)], ids=str)
+def test_the_cards_means_are_the_pyramids(shape: tuple[int, int], level: int) -> None:
+    images = torch.randint(0, 256, (3, 2, *shape), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    images[0] &= 1  # zeros and ones: many means lie halfway
+    assert torch.equal(means(images, level), shrink(images, level).float())
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("colour", [False, True], ids=["grey", "colour"])
+@pytest.mark.parametrize(("shape", "size", "level"), [((64, 64), 32, 1), ((64, 64), 16, 2), ((50, 74), 24, 1)], ids=str)
+def test_a_hub_folder_of_a_run_that_shrinks_its_images(
+    colour: bool, shape: tuple[int, int], size: int, level: int, tmp_path: Path
+) -> None:
+    npz = write_npz(tmp_path / "images.npz", 5, (*shape, 3) if colour else shape)
+    run = untrained_on(
+        npz, tmp_path / "run", size, ModelConfig(name="convnext_atto", options=TINY_CONVNEXT | {"patch_size": 1})
+    )
+    expected = open_expected(evaluated(run))
+    write_hub(expected, tmp_path / "hub")
+    card = (tmp_path / "hub/README.md").read_text()
+    assert f", {level}) / 255" in card and "def means" in card
+    remarks = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).pretrained_cfg["notes"]
+    assert any(f"averaged over {2**level} x {2**level} pixels" in remark for remark in remarks)
+    limit = 1e-5 * max(1.0, float(expected.logits.abs().max()) / 10)
+    assert (card_logits(tmp_path / "hub", expected.images) - expected.logits).abs().max() < limit
+    # what a plain resize gives is something else: the check would have refused the folder
+    augment = expected.trained.augment
+    mean, std = (torch.tensor(values)[:, None, None] for values in (augment.mean, augment.std))
+    plain = F.interpolate(with_channels(expected.images).float() / 255, (size, size), mode="bilinear")
+    assert (expected.trained.model((plain - mean) / std) - expected.logits).abs().max() > 10 * limit
+    if (size, level) == (16, 2):
+        assert "the largest difference" in write_onnx(expected, tmp_path / "model.onnx")
 
 
 def test_a_card_needs_figures_of_these_weights(cnn_run: Path, tmp_path: Path) -> None:

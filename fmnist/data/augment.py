@@ -21,7 +21,7 @@ from fmnist.data.augment_torch import (
 from fmnist.data.batches import MicroBatch
 from fmnist.data.colour import changes_colours, grey_of
 from fmnist.data.fashion_mnist import MEAN
-from fmnist.data.pyramid import at_level, build_pyramid, level_of, shrink
+from fmnist.data.pyramid import at_level, build_pyramid, bytes_to, level_of, shrink
 from fmnist.data.whole_pixels import check_whole_pixels
 from fmnist.runtime.environment import ENVIRONMENT
 
@@ -123,10 +123,18 @@ class Augment:
     def pyramid(self, images: Tensor) -> Tensor | None:
         """Return what `at_level` reads for a split's images; none where no sample of any epoch shrinks by 2."""
         if self._pyramid is None or self._pyramid[0] is not images:
-            shape = _source_shape(images)
-            highest = max(levels_read(self.cfg, shape, size)[-1] for size in self.sizes.values())
+            highest = self._highest_level(images)
             self._pyramid = images, build_pyramid(with_channels(images), highest) if highest else None
         return self._pyramid[1]
+
+    def pyramid_bytes(self, images: Tensor) -> int:
+        """Return the bytes that the pyramid of a split's images takes on the device; it is not built for that."""
+        shape = tuple(with_channels(images).shape[1:])
+        return len(images) * bytes_to(self._highest_level(images), shape)
+
+    def _highest_level(self, images: Tensor) -> int:
+        shape = _source_shape(images)
+        return max(levels_read(self.cfg, shape, size)[-1] for size in self.sizes.values())
 
     def evaluation(self, images: Tensor, size: int) -> Tensor:
         """Resize without augmentation; uint8 [B, H, W] or [B, C, H, W] to self.dtype [B, C, size, size].

@@ -1,12 +1,9 @@
 """Classes of different size: weights of the loss, and an epoch's order that draws all classes equally often."""
 
-import logging
 from typing import Literal
 
 import torch
 from torch import Tensor
-
-logger = logging.getLogger("fmnist")
 
 
 def class_weights(wish: Literal["none", "balanced"] | list[float], labels: Tensor, num_classes: int) -> Tensor | None:
@@ -38,7 +35,6 @@ def class_weights(wish: Literal["none", "balanced"] | list[float], labels: Tenso
             )
         weights = torch.tensor(wish, dtype=torch.float64, device=labels.device)
     if bool((weights == weights[0]).all()):
-        logger.warning("optim.class_weights has no effect: all classes weigh the same")
         return None
     return weights.float()
 

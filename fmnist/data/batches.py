@@ -128,7 +128,8 @@ class Loader:
         self.steps_per_epoch = len(split) // global_batch_size
         self._members = class_members(split.labels) if sampling == "balanced" else []
         if len({len(member) for member in self._members}) == 1:  # then the order and its bits are the uniform ones
-            logger.warning("data.sampling balanced has no effect: all classes have as many images")
+            if rank == 0:
+                logger.warning("data.sampling balanced has no effect: all classes have as many images")
             sampling = "uniform"
         self.sampling, self.class_weights = sampling, class_weights
         self._tables: tuple[int, Tensor, Tensor] | None = None

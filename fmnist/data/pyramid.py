@@ -87,8 +87,7 @@ def build_pyramid(images: Tensor, highest: int) -> Tensor:
         images: uint8 [N, C, H, W].
         highest: from 1.
     """
-    whole = torch.cat([shrink(images[:1], level).flatten(1) for level in range(1, highest + 1)], dim=1)
-    pyramid = whole.new_empty(len(images), whole.shape[1])
+    pyramid = images.new_empty(len(images), bytes_to(highest, images.shape[1:]))
     step = max(1, CHUNK // images[0].numel())
     for first in range(0, len(images), step):
         part = images[first : first + step]
@@ -97,11 +96,16 @@ def build_pyramid(images: Tensor, highest: int) -> Tensor:
     return pyramid
 
 
+def bytes_to(level: int, image_shape: tuple[int, ...]) -> int:
+    """Return the bytes that the levels 1 to `level` of an image [C, H, W] take."""
+    channels, height, width = image_shape
+    return sum(channels * (height >> k) * (width >> k) for k in range(1, level + 1))
+
+
 def at_level(images: Tensor, pyramid: Tensor | None, level: int) -> Tensor:
     """Return a level of all images, a view: uint8 [N, C, H >> level, W >> level]."""
     if pyramid is None or level == 0:
         return images
     channels, height, width = images.shape[1:]
-    sizes = [channels * (height >> k) * (width >> k) for k in range(1, level + 1)]
-    part = pyramid[:, sum(sizes[:-1]) : sum(sizes)]
+    part = pyramid[:, bytes_to(level - 1, images.shape[1:]) : bytes_to(level, images.shape[1:])]
     return part.unflatten(1, (channels, height >> level, width >> level))

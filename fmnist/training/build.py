@@ -116,8 +116,11 @@ def build(cfg: Config, run: Run) -> Training | None:
     # model, and what feeds it: pretrained weights only where no checkpoint will fill it
     channels, _, side = info.shape
     length = Length(schedule.total_steps, schedule.steps_per_epoch, side, info.num_train, channels, info.num_val)
-    for line in without_effect(cfg, length):
-        logger.warning("%s", line)
+    idle = without_effect(cfg, length)
+    if cfg.optim.class_weights != "none" and loader.class_weights is None:
+        idle.append("optim.class_weights has no effect: all classes weigh the same")
+    for line in idle:
+        run.on_main(logger.warning, "%s", line)
     model, augment = build_network(cfg, info, run.device, load_weights=newest is None)
     if newest is None and cfg.model.weights and _read_digest(model, cfg.model, info) != run.fingerprint[WEIGHTS]:
         raise ValueError(f"model.weights: {cfg.model.weights} was replaced while it was read; start again")

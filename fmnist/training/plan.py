@@ -42,7 +42,7 @@ def print_plan(training: Training, cfg: Config, run: Run) -> None:
         loader.split.images[0].numel(),
         t.optimizer,
         ema=t.ema is not None,
-    )
+    ) | {"pyramid": t.augment.pyramid_bytes(loader.split.images)}
     pixels = max(t.augment.sizes.values())
     activations = activation_bytes(t.model, t.augment, pixels, loader.micro_batch_size)
     rows = {

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fmnist.apps.export.expected import Expected, Measured, read_measured
 from fmnist.apps.export.model_card import model_card, own_licence
+from fmnist.apps.export.preprocess import level_read, means
 from fmnist.checkpoint.tensors import apart
 from fmnist.config.schema import to_yaml
 from fmnist.data.augment import with_channels
@@ -78,7 +79,10 @@ def write_files(trained: Trained, measured: Measured, folder: Path, ours: bool) 
     else:
         known = timm.get_pretrained_cfg(cfg.name)
         licence = known.license if known is not None and cfg.has_pretrained_input else own_licence(trained)
-        notes = {"license": licence, "notes": [f"weights sha256 {trained.digest}"]}
+        remarks = [f"weights sha256 {trained.digest}"]
+        if level := level_read(trained.info.shape, size):
+            remarks.append(f"images are averaged over {2**level} x {2**level} pixels, then resized: see README.md")
+        notes = {"license": licence, "notes": remarks}
         about = _timm_config(trained, notes) | names
     (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     (folder / "config.yaml").write_text(_portable_config(trained), encoding="utf-8")
@@ -151,6 +155,10 @@ def _timm_logits(folder: Path, expected: Expected) -> Tensor:
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     cfg = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
     mean, std = (torch.tensor(cfg[key])[:, None, None] for key in ("mean", "std"))
-    scaled = with_channels(expected.images).float() / 255
-    scaled = F.interpolate(scaled, tuple(cfg["input_size"][1:]), mode="bilinear", align_corners=False)
-    return torch.cat([model(part) for part in ((scaled - mean) / std).split(250)])
+    _, *size = cfg["input_size"]
+    level, logits = level_read(expected.images.shape, min(size)), []
+    for part in with_channels(expected.images).split(250):
+        pixels = means(part, level) if level else part.float()
+        scaled = F.interpolate(pixels / 255, tuple(size), mode="bilinear", align_corners=False)
+        logits.append(model((scaled - mean) / std))
+    return torch.cat(logits)

@@ -1,6 +1,7 @@
 """The README.md of a hub folder: the model, its measured figures, its use, its limits."""
 
 import html
+import inspect
 import re
 from typing import Any
 
@@ -8,6 +9,7 @@ import timm
 from huggingface_hub import EvalResult, ModelCardData
 
 from fmnist.apps.export.expected import Measured
+from fmnist.apps.export.preprocess import level_read, means
 from fmnist.data.info import DataInfo
 from fmnist.runtime.console import MAX_ERROR, one_line
 from fmnist.trained import Trained
@@ -170,6 +172,9 @@ def _class_table(metrics: dict[str, Any]) -> str:
 def _timm_snippet(trained: Trained) -> str:
     size, mean, std = trained.size, trained.augment.mean, trained.augment.std
     kind, images = ("grey", "images[:, None]") if trained.info.shape[0] == 1 else ("colour", "images")
+    level, definition, pixels = level_read(trained.info.shape, size), "", f"{images}.float()"
+    if level:  # as the run's own evaluation: without it, fine patterns turn into coarse ones
+        definition, pixels = f"\n\n{inspect.getsource(means)}", f"means({images}, {level})"
     return f"""\
 ```python
 import timm
@@ -178,12 +183,12 @@ import torch.nn.functional as F
 
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # FOLDER: where this README.md is
 mean, std = (torch.tensor(values)[:, None, None] for values in ({list(mean)}, {list(std)}))
-
+{definition}
 
 @torch.no_grad()
 def logits(images: torch.Tensor) -> torch.Tensor:
     \"\"\"Take {_images(trained.info)}.\"\"\"
-    {kind} = F.interpolate({images}.float() / 255, ({size}, {size}), mode="bilinear", align_corners=False)
+    {kind} = F.interpolate({pixels} / 255, ({size}, {size}), mode="bilinear", align_corners=False)
     return model(({kind} - mean) / std)
 ```"""
 
