@@ -126,6 +126,10 @@ REFUSED_CASES = {
     "augment.cutmix_alpha": {"augment__cutmix_alpha": 1.0, "augment__mix_probability": 0.0},
     "augment.flip_in_turn": {"augment__flip_in_turn": True, "augment__flip": 0.0},
     "optim.beta2": {"optim__beta2": 0.9, "optim__name": "sgd"},
+    "data.stored_size": {"data__stored_size": 64},
+    "data.fit": {"data__fit": "pad"},
+    "data.holdout": {"data__holdout": 0.2},
+    "data.bad_files": {"data__bad_files": "skip"},
     "data.fold": {"data__fold": 1},
     "schedule.min_lr": {"schedule__min_lr": 1e-4, "schedule__name": "constant"},
 }
@@ -165,7 +169,7 @@ def test_a_setting_without_effect_in_a_short_run_is_said(name: str) -> None:
     (line,) = without_effect(cfg, Length(10, 10))
     assert line.startswith(name) and ("has no effect" in line or "longer than the run" in line)
     # ... and nothing in a run in which it has one.
-    if name not in ("augment.shift", "log.project", "model.channels_last"):
+    if name not in ("augment.shift", "data.val_size", "log.project", "model.channels_last"):
         assert without_effect(cfg, Length(4000, 100)) == []
 
 
