@@ -146,7 +146,14 @@ def test_decisions_survive_the_next_audit_and_foreign_files_stay(run: Path, tmp_
     write(output / "audit.csv", rows)
     said = command(audit_main, run, "--output", output, status=2)
     assert (
-        "audit.csv line 3: decision is 'remove'" in said and "its decisions would be lost: mend it, or --force" in said
+        "audit.csv line 3: decision is 'remove'" in said
+        and "decisions would be lost: mend it, move it, or --force" in said
+    )
+    rows[1] |= {"decision": "drop", "split": "test"}  # no image that is ranked
+    write(output / "audit.csv", rows)
+    said = command(audit_main, run, "--output", output, status=2)
+    assert (
+        f"audit.csv line 3: test:{rows[1]['index']}, so labelled, is not ranked here; decisions would be lost" in said
     )
     (output / "audit.csv").write_text("my notes")
     said = command(audit_main, run, "--output", output, status=2)
