@@ -3,10 +3,10 @@
     python -m experiments.label_audit train  FOLDER --seeds 0 1 2    # the runs, one after another; again: resumes
     python -m experiments.label_audit measure FOLDER --seeds 0 1 2   # experiments/results/label_audit.json
 
-2 % of the 60,000 training labels are changed, half of them to a random other class, half to the class most confused
-with the true one (the likely half). Trained on them: the MLP, once on 55,000 images and once a fold of five; then,
-since somebody looked at the first 2,400 suspects of the folds (here the true labels decide), on the corrected labels,
-and on the true ones.
+2 % of the 60,000 training labels are changed, half of them to a random other class, half to one that is often
+confused with the true one (the likely half). Trained on them: the MLP, once on 55,000 images and once a fold of five;
+then, since somebody looked at the first 2,400 suspects of the folds (here the true labels decide), on the corrected
+labels, and on the true ones.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from fmnist.trained import open_trained
 
 RESULT = Path(__file__).parent / "results" / "label_audit.json"
 SHARE, FOLDS, EPOCHS, DECIDED = 0.02, 5, 10, 2400
-# The class that the CNN takes images of each class for most often, by its validation images.
+# A class that each is often taken for: by an MLP's validation images the most frequent one, but for Dress and Bag.
 LIKELY = torch.tensor([6, 3, 4, 6, 2, 7, 0, 9, 6, 7])
 
 

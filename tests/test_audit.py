@@ -85,6 +85,7 @@ def test_planted_errors_come_first_from_one_run(run: Path, planted: Path) -> Non
     assert sum(int(row["index"]) in PLANTED for row in rows[:100]) >= 35
 
 
+@pytest.mark.thorough
 def test_folds_judge_what_they_held_out(folds: list[Path], planted: Path, tmp_path: Path) -> None:
     said = command(audit_main, *folds, "--output", tmp_path / "all", "--suspects", 5)
     rows = rows_of(tmp_path / "all")
@@ -106,6 +107,7 @@ def test_folds_judge_what_they_held_out(folds: list[Path], planted: Path, tmp_pa
     assert "1,000 training images of 2,000 in no fold that was given: not ranked" in said
 
 
+@pytest.mark.thorough
 def test_runs_that_do_not_belong_together_are_refused(
     run: Path, folds: list[Path], planted: Path, tmp_path: Path
 ) -> None:
@@ -144,7 +146,14 @@ def test_decisions_survive_the_next_audit_and_foreign_files_stay(run: Path, tmp_
     write(output / "audit.csv", rows)
     said = command(audit_main, run, "--output", output, status=2)
     assert (
-        "audit.csv line 3: decision is 'remove'" in said and "its decisions would be lost: mend it, or --force" in said
+        "audit.csv line 3: decision is 'remove'" in said
+        and "decisions would be lost: mend it, move it, or --force" in said
+    )
+    rows[1] |= {"decision": "drop", "split": "test"}  # no image that is ranked
+    write(output / "audit.csv", rows)
+    said = command(audit_main, run, "--output", output, status=2)
+    assert (
+        f"audit.csv line 3: test:{rows[1]['index']}, so labelled, is not ranked here; decisions would be lost" in said
     )
     (output / "audit.csv").write_text("my notes")
     said = command(audit_main, run, "--output", output, status=2)
@@ -163,9 +172,11 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def test_ranks_by_hand() -> None:
-    probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.02, 0.49, 0.49], [0.0, 1.0, 0.0]]).double()
+    probabilities = torch.tensor(
+        [[0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.02, 0.50, 0.48], [0.0, 1.0, 0.0]], dtype=torch.float64
+    )
     found = rank_labels(probabilities, torch.tensor([0, 0, 0, 0]))
-    # 0.5 / 0.3, 0.1 / 0.8, 0.02 / 0.49 and 0: the last is the most suspect
+    # 0.5 / 0.3, 0.1 / 0.8, 0.02 / 0.50 and 0: the last is the most suspect
     assert found.order.tolist() == [3, 2, 1, 0]
     assert found.suggested.tolist() == [1, 1, 1, 1] and found.own.tolist() == [0.5, 0.1, 0.02, 0.0]
 

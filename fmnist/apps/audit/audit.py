@@ -36,9 +36,9 @@ def audit(paths: Sequence[Path], args: argparse.Namespace) -> str:
     table, page = output / CSV_NAME, output / PAGE_NAME
     check_outputs({table: ",".join(HEADER).encode(), page: b'content="fmnist audit"'}, force=args.force)
     pool = gather(runs, args.root)
-    corrections = first.cfg.data.corrections
-    files = (None if corrections is None else Path(os.path.expanduser(corrections)), table)
-    decided = earlier_decisions(files, pool, force=args.force)
+    file = first.cfg.data.corrections
+    corrections = None if file is None else Path(os.path.expanduser(file))
+    decided = earlier_decisions(table, corrections, pool, force=args.force)
     suspects = rank_labels(pool.probabilities, pool.labels)
     rows = rank_rows(pool, suspects, decided)
     write_atomic(table, table_bytes(rows, pool))  # first: it is there also where a page fails

@@ -42,40 +42,40 @@ class Row:
     decision: str
 
 
-def earlier_decisions(paths: Iterable[Path | None], pool: Pool, *, force: bool = False) -> dict[int, Decision]:
-    """Read what was decided before about the images of the pool; a later file goes before an earlier one.
+def earlier_decisions(table: Path, corrections: Path | None, pool: Pool, *, force: bool = False) -> dict[int, Decision]:
+    """Read what was decided before about the images of the pool.
 
     Args:
-        paths: files of decisions; one that is not there is passed over.
+        table: the file that will be replaced: no decision in it may be lost.
+        corrections: what the run was trained with; table overrides it. Either may be absent.
         pool: the images.
-        force: pass over one that cannot be read, too.
+        force: leave out what cannot be kept.
 
     Returns:
         Decisions by position in the pool.
 
     Raises:
-        ValueError: a file is not one of decisions about this data set; one line.
+        ValueError: a file cannot be read, or table decides on an image that is not ranked; one line.
     """
-    places = {
-        pool.key(split, index): at for at, (split, index) in enumerate(zip(pool.splits, pool.indices, strict=True))
-    }
+    images = enumerate(zip(pool.splits, pool.indices, pool.known.tolist(), strict=True))
+    places = {pool.key(split, index): position for position, (split, index, known) in images if known}
     found: dict[int, Decision] = {}
-    for path in paths:
+    for path in (corrections, table):
         if path is None or not os.path.lexists(path):
             continue
         try:
-            decisions = [row for row in read_decisions(path, pool.class_names) if row.decision]
+            for row in read_decisions(path, pool.class_names):
+                position = places.get(pool.key(row.split, row.index))
+                if row.decision and position is not None and int(pool.labels[position]) == row.label:
+                    found[position] = row
+                elif row.decision and path is table:
+                    raise ValueError(
+                        f"{path} line {row.line}: {row.split}:{row.index}, so labelled, is not ranked here"
+                    )
         except ValueError as error:
             if not force:
-                raise ValueError(f"{error}; its decisions would be lost: mend it, or --force") from None
-            logger.warning("%s: its decisions are left out", error)
-            continue
-        for row in decisions:
-            position = places.get(pool.key(row.split, row.index))
-            if position is not None and int(pool.labels[position]) == row.label:
-                found[position] = row
-            else:
-                logger.warning("%s line %d: no such image here: the decision is left out", path, row.line)
+                raise ValueError(f"{error}; decisions would be lost: mend it, move it, or --force") from None
+            logger.warning("%s: left out", error)
     return found
 
 
