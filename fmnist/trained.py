@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fmnist.checkpoint.contents import MODEL, read_meta, read_state, verify, weights_to_use
-from fmnist.checkpoint.fingerprint import IMAGES, kept_fingerprint
+from fmnist.checkpoint.fingerprint import IMAGES, about_data, kept_fingerprint
 from fmnist.checkpoint.run_directory import SUMMARY, read_summary
 from fmnist.checkpoint.store import newer_than_weights
 from fmnist.checkpoint.tensors import load_strict, non_finite, read_tensors_and_digest
@@ -21,7 +21,7 @@ from fmnist.config.same_run import changes, lengthened, recipe
 from fmnist.config.schema import Config, DataConfig
 from fmnist.data.augment import Augment
 from fmnist.data.fashion_mnist import published as fashion_mnist
-from fmnist.data.info import DataInfo, read_info
+from fmnist.data.info import DATA_FILE, DataInfo, read_info
 from fmnist.data.registry import SplitName
 from fmnist.data.split import Split
 from fmnist.models.head import feature_width, logits_and_features
@@ -294,6 +294,12 @@ def _open(
         own = json.loads(json.dumps(recipe(cfg))) | kept
         if changed := changes(lengthened(read_meta(checkpoint)["config"], own), own):
             raise ValueError(f"{checkpoint} is of another run: {one_line('; '.join(changed[:3]))}")
+    info = read_info(directory, fashion_mnist(cfg.data.val_size))
+    if changed := changes(kept, about_data(info.class_names, (*info.mean, *info.std))):
+        what = " and ".join(line.partition(" in ")[0] for line in changed)
+        raise ValueError(
+            f"{directory / DATA_FILE} does not hold the {what} that the run was trained with: it was changed"
+        )
     cfg = replace(cfg, model=replace(cfg.model, **model))
     if batch_size is not None:
         cfg = replace(cfg, evaluation=replace(cfg.evaluation, batch_size=batch_size))
@@ -303,7 +309,7 @@ def _open(
         checkpoint=checkpoint.name if checkpoint is not None else "",
         weights=weights,
         cfg=cfg,
-        info=read_info(directory, fashion_mnist(cfg.data.val_size)),
+        info=info,
         summary=summary,
         device=device,
         sha256=sha256 if isinstance(sha256, str) else "",

@@ -3,12 +3,15 @@
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from other_sets import untrained_on, write_npz
 from scipy.io import savemat
 
+from fmnist.checkpoint.fingerprint import STATISTICS, fingerprint, keep_fingerprint
 from fmnist.config.schema import Config, DataConfig, ModelConfig
 from fmnist.data.fashion_mnist import INFO, published
 from fmnist.data.info import DATA_FILE, DataInfo, read_info
@@ -16,6 +19,7 @@ from fmnist.data.registry import SOURCES, open_source
 from fmnist.data.sources.arrays import statistics
 from fmnist.data.split import Split
 from fmnist.network import build_network
+from fmnist.trained import open_trained
 
 GREY = np.random.default_rng(0).integers(0, 256, (20, 9, 12), np.uint8)
 COLOUR = np.random.default_rng(1).integers(0, 256, (20, 9, 12, 3), np.uint8)
@@ -164,6 +168,45 @@ def test_a_run_keeps_what_is_to_know_of_its_data_set(tmp_path: Path) -> None:
     assert read_info(tmp_path, INFO) == info
     model, augment = build_network(Config(model=ModelConfig(name="cnn")), info, torch.device("cpu"), load_weights=True)
     assert augment.mean == info.mean and model(torch.zeros(2, 3, 28, 28)).shape == (2, 3)
+
+
+def test_a_run_knows_the_mean_of_images_that_its_limit_leaves_out(tmp_path: Path) -> None:
+    """They are no part of the digests of its own images, but decide what the model sees of these."""
+    found = []
+    for changed in (False, True):
+        images = GREY.copy()
+        cfg = DataConfig(name="npz", root=npz(tmp_path, train_images=images, train_labels=LABELS), val_size=0, limit=8)
+        left = sorted(set(range(20)) - set(open_source(cfg).read("train")[2].tolist()))
+        if changed:
+            images[left] = 255
+            npz(tmp_path, train_images=images, train_labels=LABELS)
+        split = Split.load("train", cfg)
+        info = split.info
+        found.append(fingerprint({"train": split.digest}, info.class_names, (*info.mean, *info.std), None))
+    assert [name for name in found[0] if found[0][name] != found[1][name]] == [STATISTICS]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mean": [0.3]}, "mean and std"),
+        ({"class_names": list("abcdefghij")}, "class names"),
+        ({"class_names": list("abcdefghij"), "std": [0.1]}, "class names and mean and std"),
+        (None, "class names and mean and std"),
+    ],
+)
+def test_another_data_json_than_the_runs_is_refused(change: dict[str, Any] | None, words: str, tmp_path: Path) -> None:
+    set_of_five = write_npz(tmp_path / "five.npz", 5, (9, 12))
+    run = untrained_on(set_of_five, tmp_path / "run")
+    info = read_info(run, INFO)
+    keep_fingerprint(fingerprint({}, info.class_names, (*info.mean, *info.std), None), run)
+    assert open_trained(run, "cpu").info == info
+    if change is None:  # else it would pass for a run of Fashion-MNIST from before there was such a file
+        (run / DATA_FILE).unlink()
+    else:
+        (run / DATA_FILE).write_text(json.dumps(info.to_json() | change))
+    with pytest.raises(ValueError, match=f"data.json does not hold the {words} that the run was trained with"):
+        open_trained(run, "cpu")
 
 
 def test_a_run_from_before_other_data_sets_is_of_fashion_mnist(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from small import command
 from fmnist.apps.monitor.__main__ import main as monitor_main
 from fmnist.apps.monitor.batch import read_batch
 from fmnist.config.parse import parse_config
-from fmnist.data.fashion_mnist import CLASS_NAMES
+from fmnist.data.fashion_mnist import CLASS_NAMES, INFO
 from fmnist.evaluation.findings import findings
 from fmnist.evaluation.outcome import Outcome
 from fmnist.report.write import write_evaluation
@@ -237,7 +237,7 @@ def test_an_archive_under_an_arrays_name_is_measured_before_it_is_unpacked(
     assert (tmp_path / "x.npy").stat().st_size < 100_000
     monkeypatch.setattr("fmnist.apps.monitor.batch.MAX_FILE_BYTES", 1_000_000)
     with pytest.raises(ValueError, match="31,360,[0-9]+ bytes, expected at most 1,000,000"):
-        next(read_batch(tmp_path / "x.npy", Counter()))
+        next(read_batch(tmp_path / "x.npy", INFO, Counter()))
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "batch"), MemoryError(), KeyError("x")])

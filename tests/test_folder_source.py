@@ -26,7 +26,9 @@ from safetensors.torch import load_file
 
 import fmnist
 from fmnist.checkpoint.fingerprint import CLASSES, IMAGES, kept_fingerprint
+from fmnist.config.schema import DataConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load
+from fmnist.data.registry import open_source
 from fmnist.data.sources import decode, facts, fill
 from fmnist.data.sources.cache import Cache, cache_folder
 from fmnist.data.sources.facts import split_by_content
@@ -860,6 +862,50 @@ def test_a_damaged_cache_is_made_again(
     decoding.clear()
     read(root)
     assert not decoding and sorted(path.suffix for path in cache.iterdir()) == [".json", ".lock", ".npy"]
+
+
+@pytest.mark.parametrize("parts", [("",), ("train",), ("train", "test"), ("train", "val", "test")])
+@pytest.mark.parametrize("options", [{}, {"limit": 6}, {"folds": 2, "fold": 0}])
+def test_damaged_pixels_are_refused_however_they_are_divided(
+    tmp_path: Path, cache: Path, parts: tuple[str, ...], options: dict[str, Any]
+) -> None:
+    for part in parts:
+        two_classes(tmp_path / "root" / part, 8)
+    cfg = DataConfig(name="folder", root=str(tmp_path / "root"), val_size=4, **options)
+    source = open_source(cfg)
+    whole = {name: source.read(name) for name in ("train", "val", "test")}  # type: ignore[arg-type]
+    assert len(whole["val"][1]) == {("",): 2, ("train",): 4, ("train", "test"): 4}.get(parts, 16) or cfg.folds
+    (array,) = cache.glob("*.npy")
+    content = bytearray(array.read_bytes())
+    for at in range(128, len(content), 3 * 12 * 12):  # a bit of each image, behind the header
+        content[at] ^= 1
+    array.write_bytes(content)
+    damaged = open_source(cfg)
+    for name in ("train", "val"):
+        with pytest.raises(
+            ValueError, match=r"data.root: the decoded \w+ images of \S+ are damaged: delete their cache"
+        ):
+            damaged.read(name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("parts", "unused"),
+    [
+        (("",), ["val_size 3"]),
+        (("train",), ["holdout 0.2"]),
+        (("train", "test"), ["holdout 0.2"]),
+        (("train", "val"), ["val_size 3", "holdout 0.2"]),
+    ],
+)
+def test_options_that_a_folder_has_no_use_for_are_said(
+    tmp_path: Path, parts: tuple[str, ...], unused: list[str]
+) -> None:
+    for part in parts:
+        two_classes(tmp_path / "root" / part)
+    given = DataConfig(name="folder", root=str(tmp_path / "root"), val_size=3, holdout=0.2)
+    said = open_source(given).without_effect(given)
+    assert [line.partition(" has no effect: ")[0] for line in said] == [f"data.{name}" for name in unused]
+    assert open_source(given).without_effect(DataConfig(name="folder")) == []
 
 
 def test_a_cache_that_may_not_be_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

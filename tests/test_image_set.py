@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import environment
@@ -62,6 +64,18 @@ def test_unshuffled_batches_are_every_image_once_as_it_is(train: ImageSet) -> No
         labels = torch.cat([part[step][1] for step in range(len(parts[0])) for part in parts])
         assert torch.equal(labels, train.labels)
         assert torch.allclose(images, (train.images[:, None] / 255 - MEAN) / STD, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 7, 9])
+def test_images_smaller_than_any_model_takes_are_enlarged(side: int, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (20, side, side), np.uint8)
+    np.savez(tmp_path / "small.npz", train_images=images, train_labels=np.arange(20) % 2)
+    small = fmnist.data.load("npz", root=str(tmp_path / "small.npz"), device="cpu")
+    for options in ({"crop": 0.5, "flip": 0.5}, {"shuffle": False}):
+        batch, labels = next(small.batches(10, **options))
+        assert batch.shape == (10, 1, max(side, 8), max(side, 8)) and batch.isfinite().all() and len(labels) == 10
+    with pytest.raises(ValueError, match="split 'test' is empty: small has no test images"):
+        fmnist.data.load("npz", "test", root=str(tmp_path / "small.npz"), device="cpu")
 
 
 def test_mixed_targets_are_soft(train: ImageSet) -> None:

@@ -405,7 +405,6 @@ def test_a_planted_pickle_is_not_executed(legacy, tensors, tmp_path):
 
 def test_files_that_are_no_weights(tmp_path):
     assert "model.weights: there is no file" in error_of("resnet18", weights=str(tmp_path / "none.pt"))
-    assert "is none of" in error_of("resnet18", weights=__file__)
     torch.save([1, 2], tmp_path / "list.pt")
     assert "is not a state_dict" in error_of("resnet18", weights=str(tmp_path / "list.pt"))
 

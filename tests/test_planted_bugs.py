@@ -117,7 +117,7 @@ BUGS = (
     ),
     Bug(
         name="label smoothing is dropped",
-        function="fmnist.step.train_step",
+        function="fmnist.step.mean_loss",
         old=", label_smoothing=cfg.label_smoothing)",
         new=")",
         test="test_step.py",

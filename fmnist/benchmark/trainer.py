@@ -49,6 +49,6 @@ class Trainer:
             batches.append(pipeline.next())
             return batches[-1]
 
-        # of a micro-batch the step itself reads only the seed; `augment` it only calls
-        self.train([cast(MicroBatch, SimpleNamespace(seed=0))], cast(Augment, deliver))
+        # of a micro-batch the step itself reads only these; `augment` it only calls
+        self.train([cast(MicroBatch, SimpleNamespace(seed=0, class_weights=None))], cast(Augment, deliver))
         return sum(len(labels) for _, labels in batches)

@@ -14,20 +14,25 @@ from fmnist.checkpoint.start_weights import find_start_weights
 from fmnist.runtime.files import cannot_read, read_json, sha256_of, write_atomic
 
 FINGERPRINT, IN_SUMMARY = "fingerprint.json", "fingerprint"
-CLASSES = "class names in data.root"
+CLASSES, STATISTICS = "class names in data.root", "mean and std in data.root"
 WEIGHTS, CORRECTIONS = "model.weights", "data.corrections"
 IMAGES = {"train": "training images in data.root", "val": "validation images in data.root",
           "test": "test images in data.root"}  # fmt: skip
 
 
 def fingerprint(
-    images: Mapping[str, str], class_names: Sequence[str], weights: str | None, corrections: str = "none"
+    images: Mapping[str, str],
+    class_names: Sequence[str],
+    statistics: Sequence[float],
+    weights: str | None,
+    corrections: str = "none",
 ) -> dict[str, str]:
     """Return the digests of what a run is made of, each under the name that a message gives it.
 
     Args:
         images: digests of train, val and test.
         class_names: in label order.
+        statistics: mean and std, which are those of all training images, also where `data.limit` leaves some out.
         weights: `model.weights`; None where the run begins from none, or from timm's own.
         corrections: digest of what `data.corrections` changes.
 
@@ -35,8 +40,14 @@ def fingerprint(
         ValueError: there is no such file of weights.
     """
     found = {IMAGES[name]: digest for name, digest in images.items()}
-    found[CLASSES] = sha256(json.dumps(list(class_names)).encode()).hexdigest()
+    found |= about_data(class_names, statistics)
     return found | {CORRECTIONS: corrections, WEIGHTS: "none" if weights is None else digest_of_weights(weights)}
+
+
+def about_data(class_names: Sequence[str], statistics: Sequence[float]) -> dict[str, str]:
+    """Return the digests of what data.json says and a model depends on; see `fingerprint`."""
+    told = {CLASSES: class_names, STATISTICS: statistics}
+    return {name: sha256(json.dumps(list(values)).encode()).hexdigest() for name, values in told.items()}
 
 
 def digest_of_weights(weights: str) -> str:
@@ -83,5 +94,5 @@ def _of_newest_checkpoint(directory: Path) -> dict[str, str]:
 def _digests(found: object) -> dict[str, str]:
     """Return what is a digest: checkpoints from before the fingerprint may hold a path under the same name."""
     known = found if isinstance(found, dict) else {}
-    names = (*IMAGES.values(), CLASSES, CORRECTIONS, WEIGHTS)
+    names = (*IMAGES.values(), CLASSES, STATISTICS, CORRECTIONS, WEIGHTS)
     return {name: known[name] for name in names if re.fullmatch("none|[0-9a-f]{64}", str(known.get(name)))}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmnist.config.schema import AugmentConfig, Config, DataConfig, check_values, convert
+from fmnist.config.schema import OPTIONS, AugmentConfig, Config, DataConfig, check_values, convert
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader
 from fmnist.data.registry import SplitName, open_source
@@ -51,6 +51,8 @@ def load(
     loaded = ImageSet.load(split, open_source(cfg, fetch=True), find_device(device))
     if split == "val" and not len(loaded):
         raise ValueError("split 'val' is empty with val_size 0; valid: 1 and more, the same for train and val")
+    if not len(loaded):
+        raise ValueError(f"split {split!r} is empty: {loaded.info.title} has no {split} images")
     return loaded
 
 
@@ -87,8 +89,8 @@ class ImageSet(Split):
             mean, std: the images are normalized with these, one number or one per channel, in units of [0, 1]; None:
                 those of the data set.
             dtype, channels_last: of the images.
-            augment: size (pixels per side; default: as stored), flip, rotation, shift, scale, erase, mixup_alpha and
-                the other options of the section `augment`; what is not named is off.
+            augment: size (pixels per side; default: as stored, within 8 to 1024), flip, rotation, shift, scale, erase,
+                mixup_alpha and the other options of the section `augment`; what is not named is off.
 
         Returns:
             An iterator over images, dtype [B, C, size, size], and targets: int64 [B], or float32 [B, num_classes] with
@@ -116,7 +118,8 @@ class ImageSet(Split):
         if not dtype.is_floating_point or not all(map(math.isfinite, means)) or not all(0 < s < math.inf for s in stds):
             raise ValueError(f"mean {mean}, std {std}, dtype {dtype}; valid: finite, std above 0, a dtype of floats")
         typed = {name: convert(f"augment.{name}", value) for name, value in augment.items()}
-        cfg = AugmentConfig(**{"size": self.images.shape[-1], "flip": 0.0} | typed)
+        low, high = OPTIONS["augment.size"].metadata["valid"]  # a side as stored may lie outside
+        cfg = AugmentConfig(**{"size": min(max(self.images.shape[-1], low), high), "flip": 0.0} | typed)
         check_values(Config(augment=cfg))
         maker = Augment(
             cfg,

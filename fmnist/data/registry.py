@@ -17,12 +17,13 @@ from fmnist.data.find import locate
 from fmnist.data.folds import hold_fold_out
 from fmnist.data.info import DataInfo
 from fmnist.data.sources.arrays import TORCHVISION, Parts, read_npz, read_torchvision
-from fmnist.data.sources.folder import read_folder
+from fmnist.data.sources.folder import check_part, read_folder
 from fmnist.data.subset import subset
 from fmnist.runtime.console import one_line
 from fmnist.runtime.hardware import too_large
 
 SplitName = Literal["train", "val", "test"]
+OWN_VAL = "the data set has validation images of its own"
 Part = tuple[Tensor, Tensor, Tensor]  # images uint8 [N, H, W] or [N, C, H, W], labels int64 [N], published int64 [N]
 
 
@@ -37,7 +38,7 @@ class Source:
         read: images, labels, and the images' positions in the data set's own file; all on the CPU, and none where
             there is no such split.
         files: of a folder: the file of each image, by its position.
-        digests: of splits that were read from a cache: what `Split.digest` has to be.
+        unused: options of the section `data` that this data set has no use for, and why.
         own_val: its validation images lie in a file of their own, with positions of their own.
         corrections: decisions about its labels, which `Split.load` applies; `read` gives them as they are.
     """
@@ -47,9 +48,14 @@ class Source:
     title: Callable[[SplitName], str]
     read: Callable[[SplitName], Part]
     files: tuple[str, ...] = ()
-    digests: Mapping[str, str] = field(default_factory=dict)
+    unused: Mapping[str, str] = field(default_factory=dict)
     own_val: bool = False
     corrections: Corrections | None = None
+
+    def without_effect(self, cfg: DataConfig) -> list[str]:
+        """Say, one line each, which options that were given this data set has no use for."""
+        given = {name: getattr(cfg, name) for name in self.unused if getattr(cfg, name) != getattr(DataConfig(), name)}
+        return [f"data.{name} {value} has no effect: {self.unused[name]}" for name, value in given.items()]
 
 
 def open_source(cfg: DataConfig, *, fetch: bool = False) -> Source:
@@ -69,14 +75,14 @@ def open_source(cfg: DataConfig, *, fetch: bool = False) -> Source:
     source = SOURCES[cfg.name](cfg if cfg.folds is None else replace(cfg, val_size=0), fetch)
     if cfg.folds is not None:
         read = hold_fold_out(source.read, cfg.folds, cfg.fold or 0, own_val=source.own_val)
-        source = replace(source, read=read, digests={})  # no part of it is one that was kept with its digest
+        source = replace(source, read=read, unused={})
     if cfg.corrections is not None:
         parts = {name: source.read(name)[1:] for name in get_args(SplitName)}
         try:
             found = read_corrections(cfg.corrections, source.info.class_names, parts, own_val=source.own_val)
         except ValueError as error:
             raise ValueError(f"data.corrections: {error}") from None
-        source = replace(source, corrections=found, digests={})
+        source = replace(source, corrections=found)
     return source if cfg.limit is None else _limited(source, cfg.limit)
 
 
@@ -90,8 +96,7 @@ def _limited(source: Source, limit: int | float) -> Source:
         part = subset(labels, limit)
         return images[part], labels[part], published[part]
 
-    digests = {name: digest for name, digest in source.digests.items() if name != "train"}
-    return replace(source, read=read, digests=digests)
+    return replace(source, read=read)
 
 
 def _fashion_mnist(cfg: DataConfig, fetch: bool) -> Source:
@@ -142,6 +147,7 @@ def _arrays(cfg: DataConfig, read: tuple[DataInfo, Parts]) -> Source:
         location=cfg.root or info.source,
         title=lambda name: info.title,
         read=read_split,
+        unused={"val_size": OWN_VAL} if "val" in parts else {},
         own_val="val" in parts,
     )
 
@@ -156,8 +162,11 @@ def _folder(cfg: DataConfig) -> Source:
         holdout=cfg.holdout,
         fits=too_large,
     )
-    places = dict(found.parts)
-    if "val" not in places and "test" in places:  # ROOT/train and ROOT/test, as data sets are published
+    places, unused = dict(found.parts), {"val_size": OWN_VAL, "holdout": "the folder has parts of its own"}
+    if not found.has_parts:
+        unused = {"val_size": "a folder without parts holds out data.holdout of each class"}
+    elif "val" not in places:  # ROOT/train and perhaps ROOT/test, as data sets are published
+        del unused["val_size"]
         train = places["train"]
         left, held = hold_out(found.labels[train], cfg.val_size, len(found.class_names))
         places |= {"train": train[left], "val": train[held]}
@@ -166,6 +175,8 @@ def _folder(cfg: DataConfig) -> Source:
 
     def read_split(name: SplitName) -> Part:
         at = places.get(name, torch.zeros(0, dtype=torch.int64))
+        if len(at):
+            check_part(found, name if name in found.parts else "train", root)
         return images[at], found.labels[at], at
 
     info = DataInfo(
@@ -179,14 +190,13 @@ def _folder(cfg: DataConfig) -> Source:
         source=one_line(root.resolve().name, 80),
         fit=cfg.fit,
     )
-    digests = {name: digest for name, digest in found.digests.items() if places[name] is found.parts[name]}
     return Source(
         info=info,
         location=str(root),
         title=lambda name: info.title,
         read=read_split,
         files=found.files,
-        digests=digests,
+        unused=unused,
     )
 
 

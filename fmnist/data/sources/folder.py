@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from fmnist.data.sources.fill import Decoding, check_fits, examples_of
 from fmnist.data.sources.layout import list_pictures
 from fmnist.runtime.console import one_line
 
+CACHE_REMEDY = "delete their cache, the folder FMNIST_CACHE or else ~/.cache/fmnist"
 logger = logging.getLogger("fmnist")
 
 
@@ -37,6 +39,8 @@ class Decoded:
         copies: pairs of files in two parts whose stored pixels are the same.
         skipped: files that could not be read, and why.
         digests: of each part, as `Split.digest`.
+        has_parts: they are folders of its own; else `holdout` made them.
+        checked: parts that were compared with their digest.
     """
 
     images: Tensor
@@ -49,6 +53,8 @@ class Decoded:
     copies: tuple[tuple[str, str], ...]
     skipped: tuple[tuple[str, str], ...]
     digests: dict[str, str]
+    has_parts: bool
+    checked: set[str] = field(default_factory=set)
 
 
 def read_folder(
@@ -95,7 +101,7 @@ def read_folder(
                     kept = cache.read()
         if kept is None:
             raise ValueError(f"{cache.array} was removed while it was read")
-        decoded = _decoded(*kept)
+        decoded = _decoded(*kept, has_parts=bool(found[0].part))
         check_fits(tuple(decoded.images.shape), fits)
     except ValueError as error:
         raise ValueError(one_line(error, 1500)) from None
@@ -104,7 +110,26 @@ def read_folder(
     return decoded
 
 
-def _decoded(images: NDArray[np.uint8], facts: dict[str, Any]) -> Decoded:
+def check_part(decoded: Decoded, name: str, root: Path) -> None:
+    """Compare the pixels of a part with their digest, the first time: a disk may have damaged the cache since.
+
+    Raises:
+        ValueError: they differ; one line.
+    """
+    if name in decoded.checked:
+        return
+    at, (channels, *side) = decoded.parts[name], decoded.images.shape[1:]
+    found = hashlib.sha256(f"torch.uint8 {[len(at), *([channels] * (channels > 1)), *side]} ".encode())
+    for part in at.split(1024):
+        found.update(decoded.images[part].numpy().data)
+    found.update(f"torch.int64 {[len(at)]} ".encode())
+    found.update(decoded.labels[at].numpy().data)
+    if found.hexdigest() != decoded.digests[name]:
+        raise ValueError(f"data.root: the decoded {name} images of {one_line(str(root))} are damaged: {CACHE_REMEDY}")
+    decoded.checked.add(name)
+
+
+def _decoded(images: NDArray[np.uint8], facts: dict[str, Any], *, has_parts: bool) -> Decoded:
     return Decoded(
         images=torch.from_numpy(images),
         labels=torch.tensor(facts["labels"], dtype=torch.int64),
@@ -116,4 +141,5 @@ def _decoded(images: NDArray[np.uint8], facts: dict[str, Any]) -> Decoded:
         copies=tuple((first, second) for first, second in facts["copies"]),
         skipped=tuple((name, reason) for name, reason in facts["skipped"]),
         digests=facts["digests"],
+        has_parts=has_parts,
     )
