@@ -91,6 +91,57 @@ def test_a_bad_npz_file_is_one_line(arrays: dict[str, np.ndarray], words: str, t
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (np.array("abcd"), "4 different names"),
+        (np.array([list("ab"), list("cd")]), "4 different names"),
+        (np.array([1.0, 2.0, 3.0, 4.0]), "4 different names"),
+        (np.array([b"a", b"b", b"c", b"\xff"]), "4 different names"),
+        (np.array(["a\n", "b", "c", "d"]), r"holds 'a\\n'"),
+        (np.array(["\x1b[31m", "b", "c", "d"]), r"holds '\\x1b"),
+        (np.array(["\ud800", "b", "c", "d"]), r"holds '\\ud800'"),
+        (np.array(["", "b", "c", "d"]), "holds ''"),
+        (np.array([b"a", "\u00c4".encode(), b"c", b"d"]), None),
+        (np.array([7, 8, 9, 10]), None),
+    ],
+)
+def test_class_names_are_printable_texts_or_one_line(given: np.ndarray, words: str | None, tmp_path: Path) -> None:
+    root = npz(tmp_path, train_images=GREY, train_labels=LABELS, class_names=given)
+    cfg = DataConfig(name="npz", root=root, val_size=0)
+    if words is None:
+        names = open_source(cfg).info.class_names
+        assert names == (("7", "8", "9", "10") if given.dtype.kind == "i" else ("a", "\u00c4", "c", "d"))
+    else:
+        with pytest.raises(ValueError, match=words):
+            open_source(cfg)
+
+
+def test_nothing_of_an_npz_is_left_out_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="fmnist")
+    train = {"train_images": GREY, "train_labels": LABELS}
+    cfg = DataConfig(name="npz", root=npz(tmp_path, **train, test_labels=LABELS), val_size=4)
+    with pytest.raises(ValueError, match="has test_labels, but no test_images"):
+        open_source(cfg)
+    npz(tmp_path, **train, val_images=GREY[:0], val_labels=LABELS[:0], tset_images=GREY)
+    source = open_source(cfg)  # an empty array holds no images of its own: val_size is taken from train
+    assert [len(source.read(name)[1]) for name in ("train", "val", "test")] == [16, 4, 0]  # type: ignore[arg-type]
+    assert source.without_effect(cfg) == [] and "ignored arrays: tset_images" in caplog.text
+    npz(tmp_path, **train, val_images=GREY, val_labels=LABELS)
+    assert open_source(cfg).without_effect(cfg) == [
+        "data.val_size 4 has no effect: the data set has validation images of its own"
+    ]
+
+
+def test_a_colour_that_is_the_same_everywhere_has_std_1(tmp_path: Path) -> None:
+    images = COLOUR.copy()
+    images[..., 1] = 51
+    info = open_source(
+        DataConfig(name="npz", root=npz(tmp_path, train_images=images, train_labels=LABELS), val_size=0)
+    ).info
+    assert info.mean[1] == 0.2 and info.std[1] == 1.0 and 0.2 < info.std[0] < 0.4  # 51 / 255; uniform: 0.29
+
+
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut short"])
 def test_a_file_that_is_no_npz_is_one_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "set.npz").write_bytes(content)

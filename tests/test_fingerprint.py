@@ -23,7 +23,7 @@ import fmnist
 from fmnist.apps.checkpoints import main as checkpoint_main
 from fmnist.apps.export.expected import open_expected
 from fmnist.checkpoint.contents import EMA, MANIFEST, MODEL, OPTIMIZER, STATE, verify
-from fmnist.checkpoint.fingerprint import CLASSES, CORRECTIONS, IMAGES, WEIGHTS, kept_fingerprint
+from fmnist.checkpoint.fingerprint import CLASSES, CORRECTIONS, IMAGES, STATISTICS, WEIGHTS, kept_fingerprint
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.config.same_run import of_all_ranks
 from fmnist.config.schema import Config, DataConfig
@@ -167,7 +167,7 @@ def test_a_path_that_an_old_checkpoint_holds_is_no_digest_of_weights(killed: Pat
     state = json.loads((newest(killed) / STATE).read_text())
     state["meta"]["config"][WEIGHTS] = "weights/first.safetensors"
     (newest(killed) / STATE).write_text(json.dumps(state))
-    assert set(kept_fingerprint(killed)) == {*IMAGES.values(), CLASSES, CORRECTIONS}
+    assert set(kept_fingerprint(killed)) == {*IMAGES.values(), CLASSES, STATISTICS, CORRECTIONS}
 
 
 def test_a_run_from_before_the_fingerprint_goes_on_and_is_pinned_from_there(killed: Path, data: Path) -> None:

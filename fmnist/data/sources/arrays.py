@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
 import zipfile
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fmnist.data.info import DataInfo
 from fmnist.runtime.console import one_line
 from fmnist.runtime.files import cannot_read
 
+logger = logging.getLogger("fmnist")
 # Under train, val, test: images uint8 [N, H, W] or [N, 3, H, W], and labels int64 [N].
 Parts = dict[str, tuple[Tensor, Tensor]]
 
@@ -94,7 +96,13 @@ def read_npz(path: str) -> tuple[DataInfo, Parts]:
         raise cannot_read(Path(path), error) from None
     except (ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise ValueError(f"data.root: {path} is no .npz file of plain arrays: {one_line(error, 200)}") from None
+    expected = [f"{part}_{kind}" for part in ("train", "val", "test") for kind in ("images", "labels")]
+    if unread := [one_line(name, 40) for name in arrays if name not in (*expected, "class_names")]:
+        logger.info("%s: ignored arrays: %s", path, ", ".join(unread[:10]))
     parts = {part: _checked(arrays, part, path) for part in ("train", "val", "test") if f"{part}_images" in arrays}
+    if alone := [part for part in ("val", "test") if f"{part}_labels" in arrays and part not in parts]:
+        raise ValueError(f"data.root: {path} has {alone[0]}_labels, but no {alone[0]}_images")
+    parts = {part: found for part, found in parts.items() if part == "train" or len(found[1])}
     if not parts.get("train"):
         raise ValueError(
             f"data.root: {path} holds {', '.join(arrays) or 'nothing'}; expected train_images, train_labels"
@@ -102,11 +110,22 @@ def read_npz(path: str) -> tuple[DataInfo, Parts]:
     shapes = {part: tuple(images.shape[1:]) for part, (images, _) in parts.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"data.root: {path} holds images of different shapes: {shapes}")
-    num_classes = max(int(labels.max()) for _, labels in parts.values() if len(labels)) + 1
-    names = tuple(map(str, arrays["class_names"])) if "class_names" in arrays else tuple(map(str, range(num_classes)))
-    if len(names) < num_classes or len(set(names)) < len(names):
-        raise ValueError(f"data.root: {path}: class_names needs {num_classes} different names")
+    num_classes = max((int(labels.max()) for _, labels in parts.values() if len(labels)), default=-1) + 1
+    names = _class_names(arrays.get("class_names", np.arange(num_classes)), num_classes, path)
     return describe(parts, "npz", Path(path).stem, names, source=Path(path).name), parts
+
+
+def _class_names(found: np.ndarray, num_classes: int, path: str) -> tuple[str, ...]:
+    with suppress(UnicodeDecodeError):
+        found = np.char.decode(found, "utf-8") if found.dtype.kind == "S" else found
+    names = tuple(map(str, found)) if found.ndim == 1 and found.dtype.kind in "Uiu" else ()
+    if len(names) < num_classes or len(set(names)) < len(names):
+        raise ValueError(
+            f"data.root: {path}: class_names needs {num_classes} different names, as texts [{num_classes}]"
+        )
+    if bad := [name for name in names if not name.isprintable() or not name.strip()]:
+        raise ValueError(f"data.root: {path}: class_names holds {ascii(bad[0]):.80}; expected printable texts")
+    return names
 
 
 def _checked(arrays: Mapping[str, np.ndarray], part: str, path: str) -> tuple[Tensor, Tensor]:
@@ -167,7 +186,7 @@ def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
         images: uint8 [N, H, W] or [N, C, H, W].
 
     Raises:
-        ValueError: a channel is the same everywhere.
+        ValueError: all channels are the same everywhere; a single one has std 1.
     """
     channels = images.unbind(1) if images.ndim == 4 else [images]
     values = np.arange(256, dtype=np.int64)
@@ -176,8 +195,9 @@ def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
         counts = sum(np.bincount(part.numpy().ravel(), minlength=256) for part in channel.split(4096))
         total, first, second = (int((counts * power).sum()) for power in (values**0, values, values**2))
         variance = (total * second - first**2) / total**2
-        if variance <= 0:
-            raise ValueError("all training images are one and the same colour")
         means.append(round(first / total / 255, 4))
-        stds.append(max(round(variance**0.5 / 255, 4), 0.0001))
+        stds.append(max(round(variance**0.5 / 255, 4), 0.0001) if variance else 0.0)
+    if not any(stds):
+        raise ValueError("all training images are one and the same colour")
+    stds = [std or 1.0 for std in stds]  # of a channel that says nothing, as an empty one
     return tuple(means), tuple(stds)
