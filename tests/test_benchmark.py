@@ -18,9 +18,10 @@ from fmnist import step
 from fmnist.benchmark import __main__ as entry
 from fmnist.benchmark import trainer as trainer_module
 from fmnist.benchmark.command_line import LOADERS, parse
-from fmnist.benchmark.gate import CASES, check, expected
+from fmnist.benchmark.gate import CASES, check, expected, transform_error
 from fmnist.benchmark.libraries import PIPELINES, V2
 from fmnist.benchmark.output import add_ratios, draw, render_table, scaled
+from fmnist.benchmark.photographs import photographs
 from fmnist.benchmark.pipelines import Augmenting, Fixed, Pipeline, Setting
 from fmnist.benchmark.timing import ByteCounter, bytes_per_image, race, round_up, summarize
 from fmnist.benchmark.trainer import Trainer
@@ -112,6 +113,68 @@ def test_the_gate_allows_bfloat16_its_rounding_and_no_more(train_images: Split) 
     # 8 significant bits: half a step is 2^-7 at normalised values from 2 on; times std 0.353 that is 0.703/255.
     assert finding["passed"]
     assert 0.1 < finding["largest_error"] <= 0.72
+
+
+# --- photographs --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def in_colour() -> Setting:
+    split = photographs(torch.device("cpu"))
+    return Setting(split=split, size=224, batch_size=8, dtype=torch.float32, workers=2)
+
+
+def test_photographs_are_the_same_ones_for_ever_and_differ(in_colour: Setting) -> None:
+    images, info = in_colour.split.images, in_colour.split.info
+    assert images.shape == (512, 3, 256, 256) and len(images[:, 0, ::64, ::64].flatten(1).unique(dim=0)) == 512
+    assert torch.equal(photographs(torch.device("cpu")).images, images)
+    assert info.mean == pytest.approx((images.double() / 255).mean((0, 2, 3)).tolist(), abs=6e-5)
+    assert info.std == pytest.approx((images.double() / 255).std((0, 2, 3)).tolist(), abs=6e-5)
+
+
+COLOUR_LOADERS = ["torchvision-pil-2", "torchvision-v2-batch", "torchvision-v2-image", "kornia", "ours-compiled"]
+
+
+@pytest.mark.parametrize(
+    "name", ["ours-eager", *(pytest.param(name, marks=pytest.mark.thorough) for name in COLOUR_LOADERS)]
+)
+def test_the_gate_passes_photographs_that_are_right(name: str, in_colour: Setting) -> None:
+    if name == "kornia":
+        pytest.importorskip("kornia")  # of requirements-benchmark.txt
+    finding = check(build(name, in_colour))
+    assert finding["passed"] and finding["chain"] == "one warp", finding
+    # torch reads beyond the crop at the outermost ring where it enlarges: (222 / 224)^2 = 0.982
+    assert finding["pixels_compared"] == pytest.approx(0.982, abs=0.001)
+    # PIL rounds the rows, then the columns it reads, and cuts what it recolours: 1.2 x 1 + 1
+    assert finding["largest_error"] <= (2.3 if "pil" in name else 0.05)
+
+
+@pytest.mark.parametrize("name", ["crop", "flip", "brightness", "contrast", "saturation"])
+def test_the_gate_refuses_photographs_without_one_change(name: str, in_colour: Setting) -> None:
+    class Without(V2):
+        def apply_fixed(self, indices: Tensor, fixed: Fixed) -> Tensor:
+            left_out = {"crop": (20, 32, 199, 180)}.get(name, getattr(Fixed(), name))  # one pixel less
+            return super().apply_fixed(indices, Fixed(**vars(fixed) | {name: left_out}))
+
+    excess, error, _ = transform_error(Without("torchvision-v2-batch", in_colour))
+    assert excess > 0 and error > 2 / 255
+
+
+def test_a_row_of_photographs_costs_its_own_bytes(in_colour: Setting) -> None:
+    # three channels of 256 x 256 bytes read and of 224 x 224 float32 written, 29 float32 parameters, an index
+    assert bytes_per_image(build("ours-compiled", in_colour)) == 3 * (256 * 256 + 4 * 224 * 224) + 4 * 29 + 8
+
+
+@pytest.mark.thorough
+def test_a_run_in_colour_writes_its_table(tmp_path: Path) -> None:
+    loaders = ["synthetic", "ours-eager", "torchvision-pil-2", "torchvision-pil-2-resize-first", "torchvision-v2-batch"]
+    quick = ["--batch", 8, "--rounds", 1, "--seconds", 0.01]
+    done = benchmark("colour", "--loaders", *loaders, *quick, "--output", tmp_path / "colour")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (raced,) = json.loads((tmp_path / "colour.json").read_text())["tables"]
+    assert raced["title"] == "colour photographs, loaders alone, 256 to 224 px, batch 8"
+    assert [row["name"] for row in raced["rows"]] == ["ours-eager", "torchvision-pil-2", "torchvision-v2-batch"]
+    assert raced["ratio_to"] == "torchvision-pil-2" and min(row["ratio"] for row in raced["rows"]) > 0
 
 
 class TurnedTheOtherWay(V2):

@@ -1,4 +1,4 @@
-"""Entry: fmnist benchmark {data,train,all,plot} [options]; --help explains them."""
+"""Entry: fmnist benchmark {data,train,all,colour,plot} [options]; --help explains them."""
 
 import sys
 

@@ -35,6 +35,7 @@ Race the data path against torchvision's and kornia's on this machine.
   data   the loaders alone: images/s delivered to the device
   train  the optimizer step of train.py fed by each loader; the synthetic batch is 1.00
   all    both
+  colour the loaders alone on photographs, 256 to 224 px: random resized crop, flip, colour jitter
   plot   draw the chart of a JSON file again: plot FILE.json
 
 Each loader must first pass a correctness gate: with given parameters its images lie within 2/255 of a float64 warp, and
@@ -52,14 +53,14 @@ examples:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line; an option that was not given and whose default depends on the device stays None."""
-    usage = f"{PROGRAM} {{data,train,all,plot}} [options]"
+    usage = f"{PROGRAM} {{data,train,all,colour,plot}} [options]"
     parser = CommandLine(prog=PROGRAM, usage=usage, description=DESCRIPTION)
 
     def add(flag: str, text: str, **kwargs: Any) -> None:
         values = [" ".join(map(str, v)) if isinstance(v, list) else v for v in DEFAULTS.get(flag.strip("-"), ())]
         parser.add_argument(flag, help=text + (f" (CPU: {values[0]}; GPU: {values[1]})" if values else ""), **kwargs)
 
-    add("mode", "what to race", choices=("data", "train", "all", "plot"))
+    add("mode", "what to race", choices=("data", "train", "all", "colour", "plot"))
     add("file", "with plot: the JSON file", nargs="?", type=existing)
     add("--loaders", "default: all", nargs="+", choices=LOADERS, default=list(LOADERS), metavar="NAME")
     add("--sizes", "pixels, for data (default: 28 224)", nargs="+", type=int, default=[28, 224], metavar="PX")

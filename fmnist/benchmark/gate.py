@@ -2,7 +2,8 @@
 
 With given parameters each transform must lie within 2/255 of a float64 warp, wherever no pixel outside the image is
 read: there conventions differ (zeros, edge pixels, a fade). Libraries that interpolate twice are compared with the
-float64 form of their own chain, which the JSON names. bfloat16 output is allowed its own rounding on top.
+float64 form of their own chain, which the JSON names. bfloat16 output is allowed its own rounding on top, PIL
+that of colours, which it cuts to whole values after each change.
 """
 
 from typing import Any
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from scipy.ndimage import map_coordinates
 
 from fmnist.benchmark.pipelines import Augmenting, Chain, Fixed, Pipeline
-from fmnist.data.fashion_mnist import MEAN, STD
+from fmnist.data.colour import LUMA, grey_of
+from fmnist.data.fashion_mnist import MEAN
 
 TOLERANCE = 2 / 255
 NUM_IMAGES, NUM_BATCHES = 16, 3
@@ -28,6 +30,15 @@ CASES = (
     Fixed(shift_x=2, shift_y=-1),
     Fixed(flip=True, angle=-4.0, shift_x=-1, shift_y=2),
     Fixed(flip=True, angle=9.0, shift_x=1, shift_y=1, box=(0.25, 0.5, 0.75, 0.75)),
+)
+# Photographs, by colour: crops of no more pixels than the output, since libraries differ in how they shrink.
+SHOWN = (20, 32, 200, 180)
+COLOUR_CASES = (
+    Fixed(crop=SHOWN),
+    Fixed(crop=SHOWN, flip=True),
+    *(Fixed(crop=SHOWN, brightness=factor) for factor in (0.85, 1.2)),
+    *(Fixed(crop=SHOWN, contrast=factor) for factor in (0.85, 1.2)),
+    *(Fixed(crop=SHOWN, saturation=factor) for factor in (0.85, 1.2)),
 )
 
 
@@ -52,15 +63,18 @@ def transform_error(pipeline: Augmenting) -> tuple[float, float, float]:
     indices = torch.arange(NUM_IMAGES, device=setting.device)
     source = setting.split.images[:NUM_IMAGES].cpu().numpy()
     excess, largest, shares = -1.0, 0.0, []
-    for fixed in CASES:
+    mean, std = (np.array(part)[:, None, None] for part in (setting.split.info.mean, setting.split.info.std))
+    grey = grey_of(setting.split.info.mean) if pipeline.contrast_about == "the data set's grey" else None
+    for fixed in CASES if setting.channels == 1 else COLOUR_CASES:
         right, known = expected(source, fixed, setting.size, pipeline.chain)
+        right = recoloured(right.reshape(len(source), -1, setting.size, setting.size), fixed, grey)
         images = pipeline.apply_fixed(indices, fixed.enlarged(pipeline.enlargement))
-        normalized = images.double().cpu().numpy()[:, 0]
+        normalized = images.double().cpu().numpy()
         if normalized.shape != right.shape or not np.isfinite(normalized).all():
             return float("inf"), float("inf"), 0.0
-        error = np.abs(normalized * STD + MEAN - right)[:, known]
-        rounding = np.abs(normalized)[:, known] * STD * torch.finfo(setting.dtype).eps / 2
-        excess = max(excess, float((error - rounding).max()) - TOLERANCE)
+        error = np.abs(normalized * std + mean - right)[..., known]
+        rounding = np.abs(normalized * std)[..., known] * torch.finfo(setting.dtype).eps / 2
+        excess = max(excess, float((error - rounding).max()) - pipeline.own_rounding - TOLERANCE)
         largest = max(largest, float(error.max()))
         shares.append(float(known.mean()))
     return excess, largest, float(np.mean(shares))
@@ -76,25 +90,27 @@ def order_fault(pipeline: Pipeline) -> str:
         pipeline.stop()
     indices = [loader.micro_batches(step)[0].indices for step in range(NUM_BATCHES)]
     for (images, labels), wanted in zip(batches, indices, strict=True):
-        shape = (len(wanted), 1, setting.size, setting.size)
+        shape = (len(wanted), setting.channels, setting.size, setting.size)
         if tuple(images.shape) != shape or images.dtype != setting.dtype or images.device != setting.device:
             return f"delivers {tuple(images.shape)} {images.dtype} on {images.device}, not {shape} {setting.dtype}"
         if not torch.equal(labels, setting.split.labels[wanted]):
             return "delivers labels in another order than asked for"
     brightness = torch.cat([images.double().mean((1, 2, 3)) for images, _ in batches])
-    source = torch.cat([setting.split.images[wanted].double().mean((-2, -1)) for wanted in indices])
+    source = torch.cat([setting.split.images[wanted].double().flatten(1).mean(1) for wanted in indices])
     if float(torch.corrcoef(torch.stack((brightness, source)))[0, 1]) < MIN_CORRELATION:
         return "delivers images that do not belong to their labels"
     return ""
 
 
 def expected(images: NDArray[np.uint8], fixed: Fixed, size: int, chain: Chain) -> tuple[Array, NDArray[np.bool_]]:
-    """Augment square images, uint8 [B, H, W], exactly.
+    """Augment square images, uint8 [B, H, W] or [B, C, H, W], exactly, but for their colours.
 
     Returns:
-        float64 [B, size, size] in [0, 1]; and bool [size, size], True where every pixel read lies inside the source.
+        float64 [B, size, size], or [B * C, size, size], in [0, 1]; and bool [size, size], True where every pixel read
+        lies inside what is shown of the source.
     """
-    side = images.shape[1]
+    side = images.shape[-1]
+    images = images.reshape(-1, side, side)
     warps: dict[Chain, list[tuple[Fixed, int, int]]] = {
         "one warp": [(fixed, side, size)],
         "warp, then resize": [(fixed, side, side), (RESIZE, side, size)],
@@ -103,8 +119,10 @@ def expected(images: NDArray[np.uint8], fixed: Fixed, size: int, chain: Chain) -
     result, inside = images.astype(np.float64) / 255, np.ones((1, side, side))
     for step, source, target in warps[chain]:
         y, x = _source_places(step, source, target)
-        last = source - 1 + 1e-9
-        within = (x >= -1e-9) & (x <= last) & (y >= -1e-9) & (y <= last)
+        left, top, width, height = step.crop or (0, 0, source, source)
+        within = (np.abs(x - left - (width - 1) / 2) <= (width - 1) / 2 + 1e-9) & (
+            np.abs(y - top - (height - 1) / 2) <= (height - 1) / 2 + 1e-9
+        )
         within |= step is RESIZE  # a resize continues the edges: it has no outside
         result, inside = _bilinear(result, y, x), _bilinear(inside, y, x) * within
     known = inside[0] > 1 - 1e-9
@@ -115,12 +133,23 @@ def expected(images: NDArray[np.uint8], fixed: Fixed, size: int, chain: Chain) -
 
 def _source_places(fixed: Fixed, side: int, size: int) -> tuple[Array, Array]:
     """Return y and x [size, size]: where each output pixel lies among the source's pixel indices."""
-    centre = (np.arange(size) + 0.5) * side / size - side / 2  # source pixels from the image's centre
-    y, x = np.meshgrid(centre - fixed.shift_y, centre - fixed.shift_x, indexing="ij")
+    left, top, width, height = fixed.crop or (0, 0, side, side)
+    centre = (np.arange(size) + 0.5) / size - 0.5  # from the middle of what is shown
+    y, x = np.meshgrid(centre * height - fixed.shift_y, centre * width - fixed.shift_x, indexing="ij")
     # y points down: this turn undoes a counter-clockwise one
     cos, sin = np.cos(np.radians(fixed.angle)), np.sin(np.radians(fixed.angle))
     x, y = cos * x - sin * y, sin * x + cos * y
-    return y + (side - 1) / 2, (-x if fixed.flip else x) + (side - 1) / 2
+    return y + top + (height - 1) / 2, (-x if fixed.flip else x) + left + (width - 1) / 2
+
+
+def recoloured(images: Array, fixed: Fixed, grey: float | None) -> Array:
+    """Change the colours of images [B, C, S, S]; contrast is about this grey, or where None, each image's own."""
+    images = (images * fixed.brightness).clip(0, 1)
+    luma = np.array(LUMA)[:, None, None] if images.shape[1] == 3 else np.ones((1, 1, 1))
+    middle = (images * luma).sum(1, keepdims=True).mean((2, 3), keepdims=True) if grey is None else grey
+    images = ((images - middle) * fixed.contrast + middle).clip(0, 1)
+    own = (images * luma).sum(1, keepdims=True)
+    return ((images - own) * fixed.saturation + own).clip(0, 1)
 
 
 def _bilinear(images: Array, y: Array, x: Array) -> Array:

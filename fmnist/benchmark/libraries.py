@@ -15,8 +15,11 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from fmnist.benchmark.pipelines import (
+    CROP,
+    CROP_ASPECT,
     ERASE,
     FLIP,
+    JITTER,
     ROTATION,
     SHIFT,
     Augmenting,
@@ -26,20 +29,31 @@ from fmnist.benchmark.pipelines import (
     Setting,
     Synthetic,
 )
+from fmnist.data.augment import with_channels
 from fmnist.data.augment_table import ERASE_AREAS, ERASE_ASPECTS
-from fmnist.data.fashion_mnist import MEAN, STD
 from fmnist.data.split import Split
 
 
 def torchvision_transforms(library: Any, setting: Setting, to_tensor: list[Any], resize_first: bool = False) -> Any:
     """Return the race's augmentation from a library: torchvision.transforms or torchvision.transforms.v2."""
     bilinear = library.InterpolationMode.BILINEAR
+    normalize = library.Normalize(setting.split.info.mean, setting.split.info.std)
+    if setting.channels == 3:
+        area, ratio, size = (CROP, 1.0), (1 / CROP_ASPECT, CROP_ASPECT), (setting.size, setting.size)
+        crop = library.RandomResizedCrop(size, area, ratio, interpolation=bilinear)
+        colours = library.ColorJitter(JITTER, JITTER, JITTER)
+        return library.Compose([crop, library.RandomHorizontalFlip(p=FLIP), colours, *to_tensor, normalize])
     resize = [library.Resize((setting.size, setting.size), interpolation=bilinear)]
     affine = library.RandomAffine(degrees=ROTATION, translate=(SHIFT, SHIFT), interpolation=bilinear)
     warp = [library.RandomHorizontalFlip(p=FLIP), affine]
     erase = library.RandomErasing(p=ERASE, scale=ERASE_AREAS, ratio=ERASE_ASPECTS)  # its value 0 is the mean by now
     order = resize + warp if resize_first else warp + resize
-    return library.Compose([*order, *to_tensor, library.Normalize((MEAN,), (STD,)), erase])
+    return library.Compose([*order, *to_tensor, normalize, erase])
+
+
+def colour_factors(fixed: Fixed) -> dict[str, Any]:
+    """Return the factors by the names that both libraries give them."""
+    return {f"{name}_factor": getattr(fixed, name) for name in ("brightness", "contrast", "saturation")}
 
 
 def fix_torchvision(transform: Any, fixed: Fixed, size: int) -> Any:
@@ -47,7 +61,10 @@ def fix_torchvision(transform: Any, fixed: Fixed, size: int) -> Any:
     transform = copy.deepcopy(transform)
     x0, y0, x1, y1 = fixed.box_pixels(size)
     shift = (fixed.shift_x, fixed.shift_y)
+    left, top, width, height = fixed.crop or (0, 0, size, size)
     drawn: dict[str, dict[str, Any]] = {
+        "RandomResizedCrop": {"top": top, "left": left, "height": height, "width": width},
+        "ColorJitter": {"fn_idx": torch.arange(3)} | colour_factors(fixed) | {"hue_factor": None},
         # torchvision turns clockwise
         "RandomAffine": {"angle": -fixed.angle, "translate": shift, "scale": 1.0, "shear": (0.0, 0.0)},
         "RandomErasing": {"i": y0, "j": x0, "h": y1 - y0, "w": x1 - x0, "v": torch.zeros(1, 1, 1)},
@@ -71,11 +88,13 @@ class PilLoader(Augmenting):
         if workers is None and setting.workers <= 2:
             raise ValueError(f"{setting.workers} cores: the same as 2 workers")
         self.multiple = workers or setting.workers
+        self.own_rounding = 1 / 255 if setting.channels == 3 else 0.0
         self.transform = torchvision_transforms(transforms, setting, [transforms.ToTensor()], resize_first)
         # on the host, the order too: reading an index from the device would wait for the model
         split = Split(images=setting.split.images.cpu(), labels=setting.split.labels.cpu())
         self._order, self._batches = replace(setting, split=split).loader(), cast(Any, None)
-        self._images, self._labels = split.images.numpy(), split.labels.tolist()
+        pixels = split.images if setting.channels == 1 else split.images.movedim(1, -1).contiguous()
+        self._images, self._labels = pixels.numpy(), split.labels.tolist()
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Return what torchvision.datasets.FashionMNIST does: the DataLoader takes this loader for its data set."""
@@ -105,8 +124,8 @@ class OnDevice(Augmenting):
     transform: Any
 
     def apply(self, indices: Tensor, transform: Callable[[Tensor], Tensor]) -> Tensor:
-        """Transform samples: [B, 1, S, S]."""
-        images = self.setting.split.images[indices][:, None].float() / 255
+        """Transform samples: [B, C, S, S]."""
+        images = with_channels(self.setting.split.images[indices]).float() / 255
         return transform(images).to(self.setting.dtype)
 
     def start(self) -> None:
@@ -140,21 +159,34 @@ class Kornia(OnDevice):
         super().__init__(name, setting, resize_first=resize_first)
         import kornia.augmentation as K  # late: it may not be installed
 
+        size, info = (setting.size, setting.size), setting.split.info
+        normalize = K.Normalize(torch.tensor(info.mean), torch.tensor(info.std))
+        if setting.channels == 3:
+            area, ratio = (CROP, 1.0), (1 / CROP_ASPECT, CROP_ASPECT)
+            crop = K.RandomResizedCrop(size, area, ratio, align_corners=False)
+            steps = [crop, K.RandomHorizontalFlip(p=FLIP), K.ColorJitter(JITTER, JITTER, JITTER, p=1.0), normalize]
+            self.transform = K.AugmentationSequential(*steps, data_keys=["input"]).to(setting.device)
+            return
         # its default, align_corners=True, is another geometry
-        resize: list[Any] = [K.Resize((setting.size, setting.size), align_corners=False)]
+        resize: list[Any] = [K.Resize(size, align_corners=False)]
         warp: list[Any] = [K.RandomHorizontalFlip(p=FLIP), K.RandomAffine(ROTATION, translate=(SHIFT, SHIFT), p=1.0)]
         self.transform = K.AugmentationSequential(
             *(resize + warp if resize_first else warp + resize),
-            K.Normalize(torch.tensor([MEAN]), torch.tensor([STD])),
+            normalize,
             K.RandomErasing(scale=ERASE_AREAS, ratio=ERASE_ASPECTS, p=ERASE),
             data_keys=["input"],
         ).to(setting.device)
 
     def apply_fixed(self, indices: Tensor, fixed: Fixed) -> Tensor:
-        parameters = self.transform.forward_parameters((len(indices), 1, *self.setting.split.images.shape[1:]))
+        parameters = self.transform.forward_parameters(with_channels(self.setting.split.images[indices]).shape)
         x0, y0, x1, y1 = fixed.box_pixels(self.setting.size)
         shift, box = torch.tensor([fixed.shift_x, fixed.shift_y]), {"xs": x0, "ys": y0, "widths": x1 - x0}
+        left, top, width, height = fixed.crop or (0, 0, 1, 1)
+        right, bottom = left + width - 1, top + height - 1
+        corners = torch.tensor([[left, top], [right, top], [right, bottom], [left, bottom]])
         values: dict[str, dict[str, Any]] = {
+            "RandomResizedCrop": {"src": corners},
+            "ColorJitter": colour_factors(fixed) | {"hue_factor": 0.0},
             "RandomHorizontalFlip": {"batch_prob": fixed.flip},
             "RandomAffine": {"angle": -fixed.angle, "translations": shift},  # clockwise, like torchvision
             "RandomErasing": {"batch_prob": fixed.box is not None, "heights": y1 - y0, **box},

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,11 +12,12 @@ from fmnist.config.schema import AugmentConfig
 from fmnist.data import augment_table as table
 from fmnist.data.augment import Augment
 from fmnist.data.batches import NUM_UNIFORMS, Loader, MicroBatch
-from fmnist.data.fashion_mnist import MEAN, NUM_CLASSES, STD
+from fmnist.data.fashion_mnist import NUM_CLASSES
 from fmnist.data.split import Split
 
 Chain = Literal["one warp", "warp, then resize", "resize, then warp"]
 FLIP, ROTATION, SHIFT, ERASE = 0.5, 10.0, 0.1, 0.25  # probability, degrees, fraction of the side, probability
+CROP, CROP_ASPECT, JITTER = 0.35, 4 / 3, 0.2  # of photographs: least share of the area, ratio, largest change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,10 @@ class Fixed:
     shift_x: int = 0  # whole source pixels, to the right
     shift_y: int = 0  # and down
     box: tuple[float, float, float, float] | None = None  # to erase: x0, y0, x1, y1 as fractions of the side
+    crop: tuple[int, int, int, int] | None = None  # shown alone, before the flip: x0, y0, width, height, source pixels
+    brightness: float = 1.0  # factors of the colours
+    contrast: float = 1.0
+    saturation: float = 1.0
 
     def box_pixels(self, size: int) -> tuple[int, int, int, int]:
         """Return the box in whole output pixels, all zero if there is none."""
@@ -58,6 +63,11 @@ class Setting:
         return self.split.labels.device
 
     @property
+    def channels(self) -> int:
+        """1, or 3 where photographs are raced: those are cropped and recoloured, not turned, shifted and erased."""
+        return len(self.split.info.mean)
+
+    @property
     def stored_size(self) -> int:
         """Pixels per side of the stored images."""
         return self.split.images.shape[-1]
@@ -86,19 +96,23 @@ class Pipeline(ABC):
 
     @abstractmethod
     def next(self) -> tuple[Tensor, Tensor]:
-        """Return the next batch: images [B, 1, S, S] in the setting's dtype, labels int64 [B], on the device."""
+        """Return the next batch: images [B, C, S, S] in the setting's dtype, labels int64 [B], on the device."""
 
 
 class Augmenting(Pipeline):
     """A loader that makes images from the split, as the gate checks; with `resize_first` it warps the resized image."""
 
     chain: Chain = "warp, then resize"
+    own_rounding = 0.0  # beyond the tolerance, in [0, 1] units
+    contrast_about: Literal["its own grey", "the data set's grey"] = "its own grey"
 
     def __init__(self, name: str, setting: Setting, *, resize_first: bool = False) -> None:
         super().__init__(name, setting)
         self.enlargement = 1.0
         if resize_first:
             self.chain, self.enlargement = "resize, then warp", setting.size / setting.stored_size
+        if setting.channels == 3:  # the crop is the one warp there
+            self.chain = "one warp"
         if resize_first and setting.size == setting.stored_size:
             raise ValueError("nothing to resize at this size")
 
@@ -128,14 +142,20 @@ class Ours(Augmenting):
     """The project's data path: the split as one uint8 tensor on the device, everything else done there."""
 
     chain = "one warp"
+    contrast_about = "the data set's grey"
 
     def __init__(self, name: str, setting: Setting, *, backend: Literal["triton", "compiled", "eager"]) -> None:
         super().__init__(name, setting)
         if backend == "triton" and setting.device.type == "cpu":
             raise ValueError("the Triton kernel needs a GPU")
-        cfg = AugmentConfig(size=setting.size, flip=FLIP, rotation=ROTATION, shift=SHIFT, erase=ERASE, backend=backend)
-        dtype, device = setting.dtype, setting.device
-        self._augment = Augment(cfg, num_classes=NUM_CLASSES, mean=(MEAN,), std=(STD,), dtype=dtype, device=device)
+        options: dict[str, Any] = {"rotation": ROTATION, "shift": SHIFT, "erase": ERASE}
+        if setting.channels == 3:
+            options = {"crop": CROP, "crop_aspect": CROP_ASPECT}
+            options |= dict.fromkeys(("brightness", "contrast", "saturation"), JITTER)
+        cfg = AugmentConfig(size=setting.size, flip=FLIP, backend=backend, **options)
+        mean, std = setting.split.info.mean, setting.split.info.std
+        kinds: dict[str, Any] = {"mean": mean, "std": std, "fill": mean, "dtype": setting.dtype}
+        self._augment = Augment(cfg, num_classes=NUM_CLASSES, device=setting.device, **kinds)
         self._loader = setting.loader()
         self.bytes_rule = "operations" if backend == "eager" else "formula"
 
@@ -167,4 +187,12 @@ def fixed_uniforms(fixed: Fixed, side: int) -> list[float]:
     row[table.ERASE_AREA] = (width * height - least) / (most - least)
     row[table.ERASE_ASPECT] = (math.log(width / height) - low) / (high - low)
     row[table.ERASE_X], row[table.ERASE_Y] = x0 / (1 - width), y0 / (1 - height)
+    if fixed.crop:
+        left, top, across, down = (edge / side for edge in fixed.crop)
+        row[table.CROP_AREA] = (across * down - CROP) / (1 - CROP)
+        row[table.CROP_X], row[table.CROP_Y] = left / (1 - across), top / (1 - down)
+        limit = min(-math.log(across * down), math.log(CROP_ASPECT))
+        row[table.CROP_ASPECT] = (math.log(across / down) / limit + 1) / 2
+    colours = fixed.brightness, fixed.contrast, fixed.saturation
+    row[table.BRIGHTNESS : table.HUE] = [((factor - 1) / JITTER + 1) / 2 for factor in colours]
     return row

@@ -16,6 +16,7 @@ from fmnist.benchmark.command_line import DEFAULTS, LOADERS, PROGRAM
 from fmnist.benchmark.gate import check
 from fmnist.benchmark.libraries import PIPELINES
 from fmnist.benchmark.output import add_ratios, describe, draw, gpu_clocks, render_table, scaled
+from fmnist.benchmark.photographs import PHOTO_OUTPUT, photographs
 from fmnist.benchmark.pipelines import Augmenting, Pipeline, Setting
 from fmnist.benchmark.timing import bytes_per_image, measure_ceilings, race, summarize
 from fmnist.benchmark.trainer import Trainer
@@ -34,7 +35,8 @@ class Suite:
         defaults = {key: values[on_gpu] for key, values in DEFAULTS.items() if getattr(options, key) is None}
         self.options, self.compute = argparse.Namespace(**vars(options) | defaults), compute
         self.baseline = read_json(options.baseline) if options.baseline else None
-        self.split = Split.load("train", DataConfig(), compute.device)
+        colour = options.mode == "colour"
+        self.split = photographs(compute.device) if colour else Split.load("train", DataConfig(), compute.device)
         self.dtype = torch.bfloat16 if compute.precision == "bf16" else torch.float32
         self.copy_rate, self.flops_rate = measure_ceilings(compute.device, self.dtype)
         ceilings = {"copy_bytes_per_second": self.copy_rate, "matmul_flops_per_second": self.flops_rate}
@@ -77,6 +79,11 @@ class Suite:
         workers = available_cores() // compute.gather(platform.node()).count(platform.node())
         shared = partial(Setting, split=self.split, dtype=self.dtype, workers=workers)
         setting = partial(shared, rank=compute.rank, world_size=compute.world_size)
+        if options.mode == "colour":
+            names = [name for name in options.loaders if name != "synthetic" and "resize-first" not in name]
+            title = f"colour photographs, loaders alone, {stored} to {PHOTO_OUTPUT} px, batch {options.batch}"
+            yield title, names, setting(size=PHOTO_OUTPUT, batch_size=options.batch), None
+            return
         if options.mode != "train":
             loaders = [name for name in options.loaders if name != "synthetic"]
             ours = [name for name in loaders if name.startswith("ours")]

@@ -129,8 +129,8 @@ def bytes_per_image(pipeline: Pipeline) -> float | None:
     if pipeline.bytes_rule == "none":
         return None
     if pipeline.bytes_rule == "formula":
-        written = setting.size**2 * setting.dtype.itemsize
-        return float(setting.stored_size**2 + TABLE_BYTES + INDEX_BYTES + written)
+        pixels = setting.stored_size**2 + setting.size**2 * setting.dtype.itemsize
+        return float(setting.channels * pixels + (TABLE_BYTES if setting.channels == 1 else 116) + INDEX_BYTES)
     pipeline.start()
     pipeline.next()  # what is made once per epoch belongs to no batch
     with ByteCounter(setting.device) as counter:
