@@ -84,7 +84,8 @@ def read_queue(path: Path) -> list[Entry]:
 
 def resolved(entry: Entry, seed: int) -> dict[str, Any]:
     """Return the options that decide a run's result and differ from the defaults, as JSON reads them back."""
-    options, defaults = recipe(parse_config(entry.arguments(seed, Path("runs")), prog=entry.name)), flatten(Config())
+    cfg = parse_config(entry.arguments(seed, Path("runs")), prog=entry.name, to_run=False)
+    options, defaults = recipe(cfg), flatten(Config())
     return json.loads(json.dumps({key: value for key, value in options.items() if value != defaults[key]}))
 
 

@@ -31,12 +31,13 @@ The defaults below are those of {files}.
 """
 
 
-def parse_config(argv: list[str] | None = None, prog: str | None = None) -> Config:
+def parse_config(argv: list[str] | None = None, prog: str | None = None, *, to_run: bool = True) -> Config:
     """Read the command line into a Config; without --config, configs/cnn.yaml comes first.
 
     Args:
         argv: arguments without the program's name; None takes sys.argv.
         prog: program name in messages.
+        to_run: what the options name has to be there.
 
     Raises:
         SystemExit: status 2 and one line on stderr for a mistake; 0 after --help and --print_config.
@@ -59,7 +60,7 @@ def parse_config(argv: list[str] | None = None, prog: str | None = None) -> Conf
         if options["output_dir"] is None:
             options["output_dir"] = f"runs/{Path(files[-1]).stem}"
         validate(cfg := unflatten(options))
-        if not args.print_config:
+        if to_run and not args.print_config:
             look(cfg)
     except (argparse.ArgumentError, ValueError) as error:
         sys.stderr.write(f"{parser.prog}: error: {' '.join(str(error).split())}\n")
