@@ -6,6 +6,7 @@ nothing else of ours; each stands in the table below all that it may import, so 
 
 import ast
 import functools
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -188,3 +189,9 @@ def test_the_loop_and_the_step_stay_short_enough_to_read(path: str, name: str, l
     first = function.body[1]  # after the docstring
     lines = (ROOT / path).read_text().splitlines()[first.lineno - 1 : function.end_lineno]
     assert len([line for line in lines if line.strip()]) <= limit
+
+
+def test_the_wheel_lists_every_package() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    there = {".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("fmnist/**/__init__.py")}
+    assert {name for name in listed if not name.startswith("fmnist.shipped")} == there
