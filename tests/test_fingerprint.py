@@ -509,7 +509,7 @@ def test_processes_that_evaluate_may_spell_a_path_in_two_ways_and_have_to_read_t
     changed = other_labels(data, tmp_path / "other", "t10k")
     wrong: tuple[tuple[object, str], ...] = (
         (["--data.root", changed], r"rank 1 sees sha256 \w+ as test images, rank 0 sha256 \w+: all processes have to"),
-        (["--split", "val"], 'rank 1 sees "val" as --split, rank 0 "test": give all processes the same options'),
+        (["--split", "val"], 'rank 1 sees "val" as --split, rank 0 null: give all processes the same options'),
     )
     for own, line in wrong:
         ended = on_two_machines(two, *command, own=(["--data.root", data], ["--data.root", data, *own]))  # type: ignore[misc,assignment]
