@@ -216,6 +216,8 @@ def test_ctrl_c_at_any_moment_of_the_start_is_one_line(tmp_path: Path) -> None:
             _, said = started.communicate(timeout=120)
             if started.returncode == -signal.SIGINT:  # the doctor may have been done
                 ended += 1
-                assert said.splitlines()[-1:] == [f"{name}: interrupted"], (seconds, said)
+                # ... or said all it had to say: then it ends without a word
+                said_nothing = [[]] if name == "fmnist doctor" else []
+                assert said.splitlines()[-1:] in ([f"{name}: interrupted"], *said_nothing), (seconds, said)
                 assert "Traceback" not in said
     assert ended >= 8

@@ -20,6 +20,7 @@ from experiments import calibration_rates
 from fmnist.apps.export.expected import open_expected
 from fmnist.apps.export.onnx import write_onnx
 from fmnist.apps.views import view_of
+from fmnist.data.photos import as_rgb
 from fmnist.evaluation.numbers import calibration_error
 from fmnist.trained import Trained
 
@@ -62,7 +63,8 @@ def test_the_pages_program_answers_as_the_run_does(served: tuple[Trained, str]) 
         file = io.BytesIO()
         shirt.save(file, kind)
         status, said = ask(address, file.getvalue())
-        logits, _ = trained(view_of(Image.open(file))[None])
+        seen = view_of(as_rgb(Image.open(file)), trained.info).view
+        logits, _ = trained(torch.from_numpy(seen)[None])
         (expected,) = trained.probabilities(logits).tolist()
         assert status == 200 and trained.temperature != 1
         assert list(said["probabilities"]) == list(trained.class_names)
