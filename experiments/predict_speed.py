@@ -13,12 +13,12 @@ The photographs are test images, enlarged to most of 480 px, coloured, on plain 
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from PIL import Image
 from fmnist.config.parse import load_config
 from fmnist.data.fashion_mnist import load
 from fmnist.runtime.files import write_atomic
+from fmnist.runtime.provenance import git_revision, processor, versions
 
 SIDE, BATCH_SIZE = 480, 64
 OUTPUT = Path(__file__).parent / "results" / "predict_speed.json"
@@ -110,7 +111,11 @@ def race(run: Path, numbers: tuple[int, int], repeats: int) -> None:
     few, many = numbers
     result: dict[str, object] = {
         "model": f"{cfg.model.name}, {size} px, batch {BATCH_SIZE}",
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "command": "python -m experiments.predict_speed race RUN",
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": {"device": "CPU", "processor": processor(), "cpu_cores": os.cpu_count()},
+        "versions": versions(),
+        "git_revision": git_revision(),
         "load": os.getloadavg()[1],  # of five minutes: a quiet machine has that of the race alone
         "seconds": seconds,
         "cpu_seconds": cpu,
