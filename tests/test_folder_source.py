@@ -215,15 +215,6 @@ def test_parts_that_are_there_are_taken(tmp_path: Path) -> None:
         "val": [7, 8],
         "test": [*range(9, 13)],
     }
-    # The pictures of val and test are also in train.
-    assert set(decoded.copies) == {
-        ("train/cat/000.png", "val/cat/000.png"),
-        ("train/dog/000.png", "val/dog/000.png"),
-        ("train/cat/000.png", "test/cat/000.png"),
-        ("train/dog/000.png", "test/dog/000.png"),
-        ("train/cat/001.png", "test/cat/001.png"),
-        ("train/dog/001.png", "test/dog/001.png"),
-    }
     shutil.rmtree(tmp_path / "root" / "val")
     assert set(read(tmp_path / "root").parts) == {"train", "test"}
     shutil.rmtree(tmp_path / "root" / "test")
@@ -320,18 +311,6 @@ def test_copies_stay_together_where_that_can_be() -> None:
     # Ten files of one content cannot be kept apart: they still have a val and a test.
     parts = split_by_content([0] * 10, ["a"] * 10, 0.1)
     assert [len(parts[name]) for name in ("train", "val", "test")] == [8, 1, 1]
-
-
-def test_copies_with_other_bytes_are_told(tmp_path: Path) -> None:
-    two_classes(tmp_path / "root" / "train")
-    save(tmp_path / "root" / "test" / "dog" / "again.bmp", Image.open(tmp_path / "root/train/cat/002.png"))
-    save(
-        tmp_path / "root" / "val" / "dog" / "again.webp", Image.open(tmp_path / "root/train/cat/002.png"), lossless=True
-    )
-    assert read(tmp_path / "root").copies == (
-        ("train/cat/002.png", "val/dog/again.webp"),
-        ("train/cat/002.png", "test/dog/again.bmp"),
-    )
 
 
 # Pixels
@@ -797,7 +776,7 @@ def test_a_folder_is_decoded_once(tmp_path: Path, decoding: list[Path]) -> None:
     assert len(decoding) == 8
     second = read(root)
     assert len(decoding) == 8 and torch.equal(first.images, second.images)
-    for name in ("labels", "class_names", "files", "mean", "std", "copies", "skipped", "digests"):
+    for name in ("labels", "class_names", "files", "mean", "std", "skipped", "digests"):
         one, other = getattr(first, name), getattr(second, name)
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
     assert all(torch.equal(second.parts[part], at) for part, at in first.parts.items())

@@ -8,6 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from fmnist.data.fashion_mnist import INFO, NUM_CLASSES
+from fmnist.data.sources.arrays import statistics
 from fmnist.data.split import Split
 
 PHOTO_OUTPUT, STORED, NUM_PHOTOS = 224, 256, 512  # pixels, pixels, images: 100 MB
@@ -24,13 +25,6 @@ def photographs(device: torch.device) -> Split:
         piece = Image.fromarray(photo[top : top + side, left : left + side])
         pieces.append(np.asarray(piece.resize((STORED, STORED), Image.Resampling.BICUBIC)))
     images = torch.from_numpy(np.stack(pieces)).movedim(-1, 1).contiguous()
-    mean, std = ((part.round(decimals=4)).tolist() for part in _statistics(images))
-    info = replace(INFO, shape=(3, STORED, STORED), mean=tuple(mean), std=tuple(std))
+    mean, std = statistics(images)
+    info = replace(INFO, shape=(3, STORED, STORED), mean=mean, std=std)
     return Split(images=images.to(device), labels=torch.arange(NUM_PHOTOS, device=device) % NUM_CLASSES, info=info)
-
-
-def _statistics(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    counts = torch.stack([torch.bincount(part.flatten(), minlength=256) for part in images.unbind(1)]).double()
-    values, shares = torch.arange(256) / 255, counts / counts.sum(1, keepdim=True)
-    mean = (shares * values).sum(1)
-    return mean, ((shares * values**2).sum(1) - mean**2).sqrt()

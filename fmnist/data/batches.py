@@ -4,7 +4,6 @@ Order and augmentation parameters are pure functions of (seed, epoch, sample): t
 device and process count sees the same ones, and moved once per epoch. Any batch of any step can be made again alone.
 """
 
-import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +13,6 @@ from torch import Tensor
 from fmnist.data.balance import balanced_order, class_members
 from fmnist.data.split import Split
 
-logger = logging.getLogger("fmnist")
 # Random numbers of one sample and epoch; augment_table.py says what each decides. The first FIRST_UNIFORMS are drawn
 # together; each that is added later has a key of its own, so that it moves no draw of an older run.
 FIRST_UNIFORMS = 15  # never changed
@@ -128,8 +126,6 @@ class Loader:
         self.steps_per_epoch = len(split) // global_batch_size
         self._members = class_members(split.labels) if sampling == "balanced" else []
         if len({len(member) for member in self._members}) == 1:  # then the order and its bits are the uniform ones
-            if rank == 0:
-                logger.warning("data.sampling balanced has no effect: all classes have as many images")
             sampling = "uniform"
         self.sampling, self.class_weights = sampling, class_weights
         self._tables: tuple[int, Tensor, Tensor] | None = None

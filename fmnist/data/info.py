@@ -1,5 +1,6 @@
 """What commands after training have to know of a data set: kept beside the run, so that they need no images."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -60,6 +61,16 @@ class DataInfo:
     def to_json(self) -> dict[str, Any]:
         """Return what `read_info` reads back from a file of JSON."""
         return asdict(self)
+
+
+def mean_and_std(count: int, total: int, squares: int) -> tuple[float, float]:
+    """Return mean and standard deviation in [0, 1], to four digits, of pixels from 0 to 255; of one value 1.
+
+    Args:
+        count, total, squares: of the pixels: how many, their sum, the sum of their squares; exact.
+    """
+    std = round(math.sqrt(count * squares - total * total) / count / 255, 4)
+    return round(total / count / 255, 4), std or 1.0
 
 
 def read_info(directory: Path, default: DataInfo) -> DataInfo:

@@ -121,6 +121,8 @@ def build(cfg: Config, run: Run) -> Training | None:
     idle = without_effect(cfg, length)
     if cfg.optim.class_weights != "none" and loader.class_weights is None:
         idle.append("optim.class_weights has no effect: all classes weigh the same")
+    if cfg.data.sampling != loader.sampling:
+        idle.append("data.sampling balanced has no effect: all classes have as many images")
     for line in idle:
         run.on_main(logger.warning, "%s", line)
     model, augment = build_network(cfg, info, run.device, load_weights=newest is None)

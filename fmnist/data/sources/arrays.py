@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from fmnist.data.info import DataInfo
+from fmnist.data.info import DataInfo, mean_and_std
 from fmnist.runtime.console import one_line
 from fmnist.runtime.files import cannot_read
 
@@ -189,15 +189,12 @@ def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
         ValueError: all channels are the same everywhere; a single one has std 1.
     """
     channels = images.unbind(1) if images.ndim == 4 else [images]
-    values = np.arange(256, dtype=np.int64)
-    means, stds = [], []
+    values, found, varies = np.arange(256, dtype=np.int64), [], False
     for channel in channels:
         counts = sum(np.bincount(part.numpy().ravel(), minlength=256) for part in channel.split(4096))
-        total, first, second = (int((counts * power).sum()) for power in (values**0, values, values**2))
-        variance = (total * second - first**2) / total**2
-        means.append(round(first / total / 255, 4))
-        stds.append(max(round(variance**0.5 / 255, 4), 0.0001) if variance else 0.0)
-    if not any(stds):
+        varies |= int(np.count_nonzero(counts)) > 1
+        found.append(mean_and_std(*(int((counts * values**power).sum()) for power in (0, 1, 2))))
+    if not varies:
         raise ValueError("all training images are one and the same colour")
-    stds = [std or 1.0 for std in stds]  # of a channel that says nothing, as an empty one
-    return tuple(means), tuple(stds)
+    means, stds = zip(*found, strict=True)
+    return means, stds

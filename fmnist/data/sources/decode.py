@@ -48,13 +48,11 @@ class Picture(NamedTuple):
     Attributes:
         pixels: uint8 [C, H, W].
         content: sha256 of the file.
-        digest: sha256 of the pixels.
         sums: sum, and sum of squares, of each channel.
     """
 
     pixels: NDArray[np.uint8]
     content: str
-    digest: str
     sums: tuple[tuple[int, int], ...]
 
 
@@ -127,7 +125,7 @@ def read_picture(path: Path, version: tuple[int, int, int], shape: Shape, fit: F
     totals = flat.sum(1, dtype=np.int64).tolist()
     squares = np.square(flat, dtype=np.uint32).sum(1, dtype=np.int64).tolist()
     sums = tuple(zip(totals, squares, strict=True))
-    return Picture(pixels, hashlib.sha256(data).hexdigest(), hashlib.sha256(pixels.data).hexdigest(), sums)
+    return Picture(pixels, hashlib.sha256(data).hexdigest(), sums)
 
 
 def in_shape(stream: BinaryIO, shape: Shape, fit: Fit) -> NDArray[np.uint8]:

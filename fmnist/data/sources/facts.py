@@ -1,17 +1,18 @@
-"""What is known of a folder's decoded pictures: classes, parts, mean and deviation, copies, digests."""
+"""What is known of a folder's decoded pictures: classes, parts, mean and deviation, digests."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from math import prod, sqrt
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fmnist.data.info import mean_and_std
 from fmnist.data.sources.decode import Shape
 from fmnist.data.sources.layout import PARTS, Found
 
@@ -23,7 +24,6 @@ class Kept(NamedTuple):
 
     file: Found
     content: str
-    digest: str
     sums: tuple[tuple[int, int], ...]
 
 
@@ -44,7 +44,9 @@ def facts_of(path: Path, kept: list[Kept], shape: Shape, holdout: float) -> dict
     else:
         parts = split_by_content(labels, [item.content for item in kept], holdout)
     parts = {name: positions for name, positions in parts.items() if positions}
-    mean, std = _mean_and_std([kept[at].sums for at in parts["train"]], shape[1] * shape[2])
+    of_channels = zip(*(kept[at].sums for at in parts["train"]), strict=True)
+    pixels = len(parts["train"]) * shape[1] * shape[2]
+    mean, std = zip(*(mean_and_std(pixels, *map(sum, zip(*sums, strict=True))) for sums in of_channels), strict=True)
     return {
         "shape": [len(kept), *shape],
         "class_names": class_names,
@@ -53,7 +55,6 @@ def facts_of(path: Path, kept: list[Kept], shape: Shape, holdout: float) -> dict
         "parts": parts,
         "mean": mean,
         "std": std,
-        "copies": _copies(kept, parts),
         "digests": _digests(path, labels, parts, shape),
     }
 
@@ -97,29 +98,6 @@ def _take(groups: list[list[int]], share: int) -> list[int]:
         if len(taken) == share:
             break
     return taken
-
-
-def _mean_and_std(sums: Sequence[tuple[tuple[int, int], ...]], pixels: int) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation per channel, from the sums and sums of squares of each image."""
-    mean, std, count = [], [], len(sums) * pixels
-    for channel in zip(*sums, strict=True):
-        total, squares = (sum(values) for values in zip(*channel, strict=True))
-        mean.append(round(total / count / 255, 4))
-        std.append(round(sqrt(count * squares - total * total) / count / 255, 4) or 1.0)
-    return mean, std
-
-
-def _copies(kept: Sequence[Kept], parts: dict[str, list[int]]) -> list[tuple[str, str]]:
-    """Pair each file with the first of an earlier part that has the same pixels."""
-    first: dict[str, tuple[str, str]] = {}
-    pairs = []
-    for part in PARTS:
-        for at in parts.get(part, []):
-            item = kept[at]
-            where, name = first.setdefault(item.digest, (part, item.file.name))
-            if where != part:
-                pairs.append((name, item.file.name))
-    return pairs
 
 
 def _digests(path: Path, labels: Sequence[int], parts: dict[str, list[int]], shape: Shape) -> dict[str, str]:

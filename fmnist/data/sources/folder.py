@@ -36,7 +36,6 @@ class Decoded:
         files: relative to the root, in the order of the images.
         parts: "train", and "val" and "test" where they are there: int64 positions into the above, ascending.
         mean, std: per channel, in [0, 1], of the train part, rounded to four digits; a channel of one value has std 1.
-        copies: pairs of files in two parts whose stored pixels are the same.
         skipped: files that could not be read, and why.
         digests: of each part, as `Split.digest`.
         has_parts: they are folders of its own; else `holdout` made them.
@@ -50,7 +49,6 @@ class Decoded:
     parts: dict[str, Tensor]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    copies: tuple[tuple[str, str], ...]
     skipped: tuple[tuple[str, str], ...]
     digests: dict[str, str]
     has_parts: bool
@@ -138,7 +136,6 @@ def _decoded(images: NDArray[np.uint8], facts: dict[str, Any], *, has_parts: boo
         parts={name: torch.tensor(positions, dtype=torch.int64) for name, positions in facts["parts"].items()},
         mean=tuple(facts["mean"]),
         std=tuple(facts["std"]),
-        copies=tuple((first, second) for first, second in facts["copies"]),
         skipped=tuple((name, reason) for name, reason in facts["skipped"]),
         digests=facts["digests"],
         has_parts=has_parts,
