@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -15,11 +16,15 @@ from conftest import ROOT, environment
 from small import NUM_TEST, command, untrained, write_small_data
 
 from fmnist.__main__ import COMMANDS
+from fmnist.apps import doctor
 from fmnist.apps.doctor import Line
 from fmnist.apps.doctor import main as doctor_main
 from fmnist.apps.launch import main as launch_main
+from fmnist.benchmark import command_line as benchmark_options
 from fmnist.config.schema import ModelConfig
 from fmnist.config.shipped import find_recipe, shipped
+from fmnist.evaluation import options as evaluation_options
+from fmnist.runtime.launcher import check_alone
 
 HEAVY = ("torch", "scipy", "matplotlib", "sklearn", "timm", "accelerate", "wandb")
 SECONDS = 1.0  # of processor time, so that a busy machine does not count
@@ -101,6 +106,70 @@ def test_a_mistake_is_one_line_before_torch(args: tuple[object, ...], message: s
     status, said, seconds = ask(*(tmp_path if arg == "RUN" else arg for arg in args))
     assert status == 2 and seconds < SECONDS
     assert message in said and said.count("\n") == 0
+
+
+ONE_PROCESS: dict[str, tuple[str, ...]] = {
+    "predict": ("RUN", "RUN"),
+    "search": ("query", "RUN", "RUN"),
+    "monitor": ("RUN", "RUN"),
+    "export": ("RUN", "--to", "hub"),
+    "audit": ("RUN",),
+    "checkpoint": ("RUN",),
+    "data": ("fashion_mnist",),
+    "duplicates": (),
+}
+
+
+def test_every_command_shares_its_work_among_processes_or_runs_in_one() -> None:
+    files, joined = ("train", "evaluate", "launch"), ("doctor", "benchmark")  # launch reads and prints only
+    assert {*ONE_PROCESS, *files, *joined} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+@pytest.mark.parametrize("name", ONE_PROCESS)
+def test_a_command_of_one_process_refuses_to_be_one_of_several(
+    name: str, variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    monkeypatch.setenv(variable, "2")
+    monkeypatch.setenv("RANK", "1")
+    main = importlib.import_module(COMMANDS[name][0]).main
+    with pytest.raises(SystemExit) as end:
+        main([str(tmp_path) if arg == "RUN" else arg for arg in ONE_PROCESS[name]])
+    said = capsys.readouterr()
+    assert end.value.code == 2 and said.out == "" and said.err.count("\n") == 1
+    message = (
+        rf"^fmnist {name}[ a-z]*: error: {variable} is 2, and this command runs in one process: .* unset {variable}$"
+    )
+    assert re.match(message, said.err)
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    assert [each.name for each in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("environ", [{}, {"WORLD_SIZE": "1", "RANK": "3"}, {"WORLD_SIZE": "x"}, {"PMI_SIZE": ""}])
+def test_one_process_is_alone_whatever_else_is_left_over(environ: dict[str, str]) -> None:
+    check_alone(environ)
+
+
+def test_commands_that_share_their_work_may_be_one_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "config.yaml").write_text("")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path)])
+    assert evaluation_options.parse_args().paths == [tmp_path]
+    assert benchmark_options.parse(["data"]).mode == "data"
+    assert doctor.PARSER.parse_args([]).json is False
+
+
+@pytest.mark.thorough
+def test_two_processes_of_a_launcher_are_refused_in_one_line(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "fmnist", "data", "fashion_mnist", "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=200)
+    ours = [line for line in done.stderr.splitlines() if line.startswith("fmnist data: ")]
+    assert done.returncode == 1 and len(ours) == 1 and ours[0].startswith("fmnist data: error: WORLD_SIZE is 2, and ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_launch_prints_the_run_directory(small_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from fmnist.runtime.console import one_line_errors
 from fmnist.runtime.environment import (
     ENVIRONMENT,
     VARIABLES,
+    check_allocators,
     hidden,
     integer,
     is_true,
@@ -590,11 +591,28 @@ def test_a_value_that_a_library_cannot_read_is_named(
 
 
 @pytest.mark.thorough
-def test_the_whole_program_with_logs_that_torch_does_not_know(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["TORCH_LOGS", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_whole_program_with_a_value_that_torch_cannot_read(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), "--output_dir", str(tmp_path / "run")]
-    done = subprocess.run(command, env=environment() | {"TORCH_LOGS": "nonsense"}, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment() | {name: "nonsense"}, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("train.py: error: TORCH_LOGS is 'nonsense': ")
+    assert re.match(f"train.py: error: {name} is 'nonsense'[:;] ", done.stderr)
+
+
+# torch 2.14 ends by SIGABRT at each of the first row when it is imported, and begins with each of the second.
+BAD_SETTINGS = ["nonsense", ",", "a:", ":1", "a:1,b", "a:1 b:2", "a:1:2", "a:[1:2", "[a:1]", "a=1", "a:,b:1"]
+SETTINGS = ["", " ", "expandable_segments:True", " a : 1 ,", "a:-1,b:0.5", "a:[256:1,512:2,>:8],backend:native"]
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_settings_of_the_allocators_that_would_abort_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in BAD_SETTINGS:
+        monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=f"^{name} is {re.escape(repr(value))}; valid: NAME:VALUE,"):
+            check_allocators()
+    for value in SETTINGS:
+        monkeypatch.setenv(name, value)
+        check_allocators()
 
 
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])

@@ -23,7 +23,7 @@ from fmnist.runtime.environment import ENVIRONMENT
 from fmnist.runtime.launcher import is_sibling
 
 MIN_FREE_BYTES = 1 << 30  # a run's checkpoints at once: three of a ConvNeXt-Tiny with its optimizer
-PARSER = CommandLine(prog="fmnist doctor", description=__doc__)
+PARSER = CommandLine(prog="fmnist doctor", description=__doc__, joined=True)
 PARSER.add_argument("--output", type=Path, default=Path("runs"), metavar="FOLDER", help="where runs are written")
 PARSER.add_argument("--data.name", dest="data", default="fashion_mnist", help="the data set (default: fashion_mnist)")
 PARSER.add_argument("--data.root", dest="root", help="where it lies, as a run would be given it")

@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
 
     log_to_console()
     with one_line_errors(PROGRAM):
-        path = options.file or options.output.with_name(f"{options.output.name}.json")
+        path = options.file or options.output.with_name(f"{options.output.name}.json")  # a stem may hold dots
         chart = path.with_suffix(".png")
         marks = {chart: b""} if options.file else {path: b'"name": "benchmark"', chart: b""}
         check_outputs(marks, force=options.force)
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         with Compute(keep_memory=options.allocator == "kept") as compute:
             own = ("file", "baseline", "output", "force")  # only the main process reads and writes them
             compute.agree_on_options({k: v for k, v in vars(options).items() if k not in own})
-            return Suite(options, argv, compute).run()
+            return Suite(options, argv, path, compute).run()
 
 
 if __name__ == "__main__":

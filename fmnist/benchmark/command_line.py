@@ -54,7 +54,7 @@ examples:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line; an option that was not given and whose default depends on the device stays None."""
     usage = f"{PROGRAM} {{data,train,all,colour,plot}} [options]"
-    parser = CommandLine(prog=PROGRAM, usage=usage, description=DESCRIPTION)
+    parser = CommandLine(prog=PROGRAM, usage=usage, description=DESCRIPTION, joined=True)
 
     def add(flag: str, text: str, **kwargs: Any) -> None:
         values = [" ".join(map(str, v)) if isinstance(v, list) else v for v in DEFAULTS.get(flag.strip("-"), ())]

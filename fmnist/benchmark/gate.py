@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.ndimage import map_coordinates
 
-from fmnist.benchmark.pipelines import Augmenting, Chain, Fixed, Pipeline
+from fmnist.benchmark.pipelines import Chain, Fixed, Pipeline
 from fmnist.data.colour import LUMA, grey_of
 from fmnist.data.fashion_mnist import MEAN
 
@@ -42,7 +42,7 @@ COLOUR_CASES = (
 )
 
 
-def check(pipeline: Augmenting) -> dict[str, Any]:
+def check(pipeline: Pipeline) -> dict[str, Any]:
     """Check a loader's transform with given parameters, then its first batches.
 
     Returns:
@@ -57,7 +57,7 @@ def check(pipeline: Augmenting) -> dict[str, Any]:
     return finding | {"labels_in_order": not fault, "reason": reason}
 
 
-def transform_error(pipeline: Augmenting) -> tuple[float, float, float]:
+def transform_error(pipeline: Pipeline) -> tuple[float, float, float]:
     """Return by how much the error exceeds the tolerance (<= 0 passes), the error, and the share compared."""
     setting = pipeline.setting
     indices = torch.arange(NUM_IMAGES, device=setting.device)
@@ -110,36 +110,37 @@ def expected(images: NDArray[np.uint8], fixed: Fixed, size: int, chain: Chain) -
         lies inside what is shown of the source.
     """
     side = images.shape[-1]
-    images = images.reshape(-1, side, side)
-    warps: dict[Chain, list[tuple[Fixed, int, int]]] = {
-        "one warp": [(fixed, side, size)],
-        "warp, then resize": [(fixed, side, side), (RESIZE, side, size)],
-        "resize, then warp": [(RESIZE, side, size), (fixed.enlarged(size / side), size, size)],
+    warps: dict[Chain, list[tuple[Fixed, int]]] = {
+        "one warp": [(fixed, size)],
+        "warp, then resize": [(fixed, side), (RESIZE, size)],
+        "resize, then warp": [(RESIZE, size), (fixed.enlarged(size / side), size)],
     }
-    result, inside = images.astype(np.float64) / 255, np.ones((1, side, side))
-    for step, source, target in warps[chain]:
-        y, x = _source_places(step, source, target)
-        left, top, width, height = step.crop or (0, 0, source, source)
-        within = (np.abs(x - left - (width - 1) / 2) <= (width - 1) / 2 + 1e-9) & (
-            np.abs(y - top - (height - 1) / 2) <= (height - 1) / 2 + 1e-9
-        )
-        within |= step is RESIZE  # a resize continues the edges: it has no outside
-        result, inside = _bilinear(result, y, x), _bilinear(inside, y, x) * within
+    result, inside = images.reshape(-1, side, side) / 255, np.ones((1, side, side))
+    for step, target in warps[chain]:
+        result, inside = _warped(result, inside, step, target)
     known = inside[0] > 1 - 1e-9
     x0, y0, x1, y1 = fixed.box_pixels(size)
     result[:, y0:y1, x0:x1], known[y0:y1, x0:x1] = MEAN, True
     return result, known
 
 
-def _source_places(fixed: Fixed, side: int, size: int) -> tuple[Array, Array]:
-    """Return y and x [size, size]: where each output pixel lies among the source's pixel indices."""
-    left, top, width, height = fixed.crop or (0, 0, side, side)
+def _warped(images: Array, inside: Array, fixed: Fixed, size: int) -> tuple[Array, Array]:
+    """Return images [B, S, S] and the share [1, S, S] of each pixel read that is theirs, at another size."""
+    left, top, width, height = fixed.crop or (0, 0, images.shape[-1], images.shape[-1])
     centre = (np.arange(size) + 0.5) / size - 0.5  # from the middle of what is shown
     y, x = np.meshgrid(centre * height - fixed.shift_y, centre * width - fixed.shift_x, indexing="ij")
     # y points down: this turn undoes a counter-clockwise one
     cos, sin = np.cos(np.radians(fixed.angle)), np.sin(np.radians(fixed.angle))
     x, y = cos * x - sin * y, sin * x + cos * y
-    return y + top + (height - 1) / 2, (-x if fixed.flip else x) + left + (width - 1) / 2
+    x = -x if fixed.flip else x
+    within = (np.abs(x) <= (width - 1) / 2 + 1e-9) & (np.abs(y) <= (height - 1) / 2 + 1e-9)
+    within |= fixed is RESIZE  # a resize continues the edges: it has no outside
+    places = y + top + (height - 1) / 2, x + left + (width - 1) / 2
+    images, inside = (
+        np.stack([map_coordinates(image, places, order=1, mode="nearest") for image in part])
+        for part in (images, inside)
+    )
+    return images, inside * within
 
 
 def recoloured(images: Array, fixed: Fixed, grey: float | None) -> Array:
@@ -150,7 +151,3 @@ def recoloured(images: Array, fixed: Fixed, grey: float | None) -> Array:
     images = ((images - middle) * fixed.contrast + middle).clip(0, 1)
     own = (images * luma).sum(1, keepdims=True)
     return ((images - own) * fixed.saturation + own).clip(0, 1)
-
-
-def _bilinear(images: Array, y: Array, x: Array) -> Array:
-    return np.stack([map_coordinates(image, (y, x), order=1, mode="nearest") for image in images])

@@ -14,46 +14,15 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from fmnist.benchmark.pipelines import (
-    CROP,
-    CROP_ASPECT,
-    ERASE,
-    FLIP,
-    JITTER,
-    ROTATION,
-    SHIFT,
-    Augmenting,
-    Fixed,
-    Ours,
-    Pipeline,
-    Setting,
-    Synthetic,
-)
+from fmnist.benchmark.pipelines import Fixed, Ours, Pipeline, Setting, Synthetic, library_steps
 from fmnist.data.augment import with_channels
-from fmnist.data.augment_table import ERASE_AREAS, ERASE_ASPECTS
 from fmnist.data.split import Split
 
 
-def torchvision_transforms(library: Any, setting: Setting, to_tensor: list[Any], resize_first: bool = False) -> Any:
+def torchvision_transforms(library: Any, setting: Setting, *to_tensor: Any, resize_first: bool = False) -> Any:
     """Return the race's augmentation from a library: torchvision.transforms or torchvision.transforms.v2."""
-    bilinear = library.InterpolationMode.BILINEAR
-    normalize = library.Normalize(setting.split.info.mean, setting.split.info.std)
-    if setting.channels == 3:
-        area, ratio, size = (CROP, 1.0), (1 / CROP_ASPECT, CROP_ASPECT), (setting.size, setting.size)
-        crop = library.RandomResizedCrop(size, area, ratio, interpolation=bilinear)
-        colours = library.ColorJitter(JITTER, JITTER, JITTER)
-        return library.Compose([crop, library.RandomHorizontalFlip(p=FLIP), colours, *to_tensor, normalize])
-    resize = [library.Resize((setting.size, setting.size), interpolation=bilinear)]
-    affine = library.RandomAffine(degrees=ROTATION, translate=(SHIFT, SHIFT), interpolation=bilinear)
-    warp = [library.RandomHorizontalFlip(p=FLIP), affine]
-    erase = library.RandomErasing(p=ERASE, scale=ERASE_AREAS, ratio=ERASE_ASPECTS)  # its value 0 is the mean by now
-    order = resize + warp if resize_first else warp + resize
-    return library.Compose([*order, *to_tensor, normalize, erase])
-
-
-def colour_factors(fixed: Fixed) -> dict[str, Any]:
-    """Return the factors by the names that both libraries give them."""
-    return {f"{name}_factor": getattr(fixed, name) for name in ("brightness", "contrast", "saturation")}
+    bilinear = {"interpolation": library.InterpolationMode.BILINEAR}
+    return library.Compose(library_steps(library, setting, bilinear, resize_first, list(to_tensor)))
 
 
 def fix_torchvision(transform: Any, fixed: Fixed, size: int) -> Any:
@@ -64,7 +33,7 @@ def fix_torchvision(transform: Any, fixed: Fixed, size: int) -> Any:
     left, top, width, height = fixed.crop or (0, 0, size, size)
     drawn: dict[str, dict[str, Any]] = {
         "RandomResizedCrop": {"top": top, "left": left, "height": height, "width": width},
-        "ColorJitter": {"fn_idx": torch.arange(3)} | colour_factors(fixed) | {"hue_factor": None},
+        "ColorJitter": {"fn_idx": torch.arange(3)} | fixed.factors() | {"hue_factor": None},
         # torchvision turns clockwise
         "RandomAffine": {"angle": -fixed.angle, "translate": shift, "scale": 1.0, "shear": (0.0, 0.0)},
         "RandomErasing": {"i": y0, "j": x0, "h": y1 - y0, "w": x1 - x0, "v": torch.zeros(1, 1, 1)},
@@ -78,7 +47,7 @@ def fix_torchvision(transform: Any, fixed: Fixed, size: int) -> Any:
     return transform
 
 
-class PilLoader(Augmenting):
+class PilLoader(Pipeline):
     """torchvision's DataLoader over PIL images; its workers live for one round, so none works in another's."""
 
     bytes_rule = "none"  # its work is the host's
@@ -89,10 +58,10 @@ class PilLoader(Augmenting):
             raise ValueError(f"{setting.workers} cores: the same as 2 workers")
         self.multiple = workers or setting.workers
         self.own_rounding = 1 / 255 if setting.channels == 3 else 0.0
-        self.transform = torchvision_transforms(transforms, setting, [transforms.ToTensor()], resize_first)
+        self.transform = torchvision_transforms(transforms, setting, transforms.ToTensor(), resize_first=resize_first)
         # on the host, the order too: reading an index from the device would wait for the model
         split = Split(images=setting.split.images.cpu(), labels=setting.split.labels.cpu())
-        self._order, self._batches = replace(setting, split=split).loader(), cast(Any, None)
+        self.order, self._batches = replace(setting, split=split).loader(), cast(Any, None)
         pixels = split.images if setting.channels == 1 else split.images.movedim(1, -1).contiguous()
         self._images, self._labels = pixels.numpy(), split.labels.tolist()
 
@@ -101,7 +70,7 @@ class PilLoader(Augmenting):
         return self.transform(Image.fromarray(self._images[index])), self._labels[index]
 
     def start(self) -> None:
-        order = (self._order.micro_batches(step)[0].indices.tolist() for step in itertools.count())  # never ends
+        order = (self.order.micro_batches(step)[0].indices.tolist() for step in itertools.count())  # never ends
         pinned, workers = self.setting.device.type != "cpu", self.multiple
         self._batches = iter(DataLoader(cast(Any, self), batch_sampler=order, num_workers=workers, pin_memory=pinned))
 
@@ -118,7 +87,7 @@ class PilLoader(Augmenting):
         return torch.stack(images).to(self.setting.device, self.setting.dtype)
 
 
-class OnDevice(Augmenting):
+class OnDevice(Pipeline):
     """Gathers its batch from the same uint8 tensor on the device as ours, then calls another library on it."""
 
     transform: Any
@@ -128,12 +97,8 @@ class OnDevice(Augmenting):
         images = with_channels(self.setting.split.images[indices]).float() / 255
         return transform(images).to(self.setting.dtype)
 
-    def start(self) -> None:
-        self.position, self._loader = 0, self.setting.loader()
-
     def next(self) -> tuple[Tensor, Tensor]:
-        indices = self._loader.micro_batches(self.position)[0].indices
-        self.position += 1
+        indices = self.micro_batch().indices
         return self.apply(indices, self.transform), self.setting.split.labels[indices]
 
 
@@ -142,7 +107,7 @@ class V2(OnDevice):
 
     def __init__(self, name: str, setting: Setting, *, per_image: bool = False) -> None:
         super().__init__(name, setting)
-        self.per_image, self.transform = per_image, torchvision_transforms(v2, setting, [])
+        self.per_image, self.transform = per_image, torchvision_transforms(v2, setting)
 
     def apply(self, indices: Tensor, transform: Callable[[Tensor], Tensor]) -> Tensor:
         each = (lambda images: torch.stack([transform(image) for image in images])) if self.per_image else transform
@@ -159,23 +124,9 @@ class Kornia(OnDevice):
         super().__init__(name, setting, resize_first=resize_first)
         import kornia.augmentation as K  # late: it may not be installed
 
-        size, info = (setting.size, setting.size), setting.split.info
-        normalize = K.Normalize(torch.tensor(info.mean), torch.tensor(info.std))
-        if setting.channels == 3:
-            area, ratio = (CROP, 1.0), (1 / CROP_ASPECT, CROP_ASPECT)
-            crop = K.RandomResizedCrop(size, area, ratio, align_corners=False)
-            steps = [crop, K.RandomHorizontalFlip(p=FLIP), K.ColorJitter(JITTER, JITTER, JITTER, p=1.0), normalize]
-            self.transform = K.AugmentationSequential(*steps, data_keys=["input"]).to(setting.device)
-            return
-        # its default, align_corners=True, is another geometry
-        resize: list[Any] = [K.Resize(size, align_corners=False)]
-        warp: list[Any] = [K.RandomHorizontalFlip(p=FLIP), K.RandomAffine(ROTATION, translate=(SHIFT, SHIFT), p=1.0)]
-        self.transform = K.AugmentationSequential(
-            *(resize + warp if resize_first else warp + resize),
-            normalize,
-            K.RandomErasing(scale=ERASE_AREAS, ratio=ERASE_ASPECTS, p=ERASE),
-            data_keys=["input"],
-        ).to(setting.device)
+        # align_corners=True, its default, is another geometry
+        steps = library_steps(K, setting, {"align_corners": False}, resize_first, [], p=1.0)
+        self.transform = K.AugmentationSequential(*steps, data_keys=["input"]).to(setting.device)
 
     def apply_fixed(self, indices: Tensor, fixed: Fixed) -> Tensor:
         parameters = self.transform.forward_parameters(with_channels(self.setting.split.images[indices]).shape)
@@ -186,7 +137,7 @@ class Kornia(OnDevice):
         corners = torch.tensor([[left, top], [right, top], [right, bottom], [left, bottom]])
         values: dict[str, dict[str, Any]] = {
             "RandomResizedCrop": {"src": corners},
-            "ColorJitter": colour_factors(fixed) | {"hue_factor": 0.0},
+            "ColorJitter": fixed.factors() | {"hue_factor": 0.0},
             "RandomHorizontalFlip": {"batch_prob": fixed.flip},
             "RandomAffine": {"angle": -fixed.angle, "translations": shift},  # clockwise, like torchvision
             "RandomErasing": {"batch_prob": fixed.box is not None, "heights": y1 - y0, **box},

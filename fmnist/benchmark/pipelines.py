@@ -18,6 +18,7 @@ from fmnist.data.split import Split
 Chain = Literal["one warp", "warp, then resize", "resize, then warp"]
 FLIP, ROTATION, SHIFT, ERASE = 0.5, 10.0, 0.1, 0.25  # probability, degrees, fraction of the side, probability
 CROP, CROP_ASPECT, JITTER = 0.35, 4 / 3, 0.2  # of photographs: least share of the area, ratio, largest change
+COLOURS = ("brightness", "contrast", "saturation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,10 @@ class Fixed:
         """Return the box in whole output pixels, all zero if there is none."""
         x0, y0, x1, y1 = (round(edge * size) for edge in self.box or (0, 0, 0, 0))
         return x0, y0, x1, y1
+
+    def factors(self) -> dict[str, float]:
+        """Return the colours' factors by the names that torchvision and kornia give them."""
+        return {f"{name}_factor": getattr(self, name) for name in COLOURS}
 
     def enlarged(self, factor: float) -> "Fixed":
         """Return the same augmentation for an image resized by this factor."""
@@ -67,11 +72,6 @@ class Setting:
         """1, or 3 where photographs are raced: those are cropped and recoloured, not turned, shifted and erased."""
         return len(self.split.info.mean)
 
-    @property
-    def stored_size(self) -> int:
-        """Pixels per side of the stored images."""
-        return self.split.images.shape[-1]
-
     def loader(self) -> Loader:
         """Return the order that all loaders follow."""
         batch = self.batch_size * self.world_size
@@ -79,13 +79,23 @@ class Setting:
 
 
 class Pipeline(ABC):
-    """A loader in the race, a key of PIPELINES."""
+    """A loader in the race, a key of PIPELINES; with `resize_first` it warps the resized image."""
 
     multiple: int = 1  # timed steps are a multiple of this: worker processes deliver in bursts
     bytes_rule: Literal["formula", "operations", "none"] = "operations"  # how the bytes per image are known
+    chain: Chain = "warp, then resize"
+    own_rounding = 0.0  # beyond the gate's tolerance, in [0, 1] units
+    contrast_about: Literal["its own grey", "the data set's grey"] = "its own grey"
 
-    def __init__(self, name: str, setting: Setting) -> None:
-        self.name, self.setting, self.position = name, setting, 0
+    def __init__(self, name: str, setting: Setting, *, resize_first: bool = False) -> None:
+        self.name, self.setting, self.enlargement = name, setting, 1.0
+        if resize_first:
+            self.chain, self.enlargement = "resize, then warp", setting.size / setting.split.images.shape[-1]
+            if self.enlargement == 1:
+                raise ValueError("nothing to resize at this size")
+        if setting.channels == 3:  # the crop is the one warp there
+            self.chain = "one warp"
+        self.position, self.order = 0, setting.loader()
 
     def start(self) -> None:
         """Begin at the first batch; called before every round."""
@@ -94,31 +104,19 @@ class Pipeline(ABC):
     def stop(self) -> None:  # noqa: B027 nothing to do for most
         """Leave nothing at work in the background: another loader is timed next."""
 
+    def micro_batch(self) -> MicroBatch:
+        """Return the samples of the next batch."""
+        step = self.position % self.order.steps_per_epoch if self.setting.repeat_epoch else self.position
+        self.position += 1
+        return self.order.micro_batches(step)[0]
+
     @abstractmethod
     def next(self) -> tuple[Tensor, Tensor]:
         """Return the next batch: images [B, C, S, S] in the setting's dtype, labels int64 [B], on the device."""
 
-
-class Augmenting(Pipeline):
-    """A loader that makes images from the split, as the gate checks; with `resize_first` it warps the resized image."""
-
-    chain: Chain = "warp, then resize"
-    own_rounding = 0.0  # beyond the tolerance, in [0, 1] units
-    contrast_about: Literal["its own grey", "the data set's grey"] = "its own grey"
-
-    def __init__(self, name: str, setting: Setting, *, resize_first: bool = False) -> None:
-        super().__init__(name, setting)
-        self.enlargement = 1.0
-        if resize_first:
-            self.chain, self.enlargement = "resize, then warp", setting.size / setting.stored_size
-        if setting.channels == 3:  # the crop is the one warp there
-            self.chain = "one warp"
-        if resize_first and setting.size == setting.stored_size:
-            raise ValueError("nothing to resize at this size")
-
-    @abstractmethod
     def apply_fixed(self, indices: Tensor, fixed: Fixed) -> Tensor:
         """Push samples (int64 [B]) through the same transform with given parameters, in pixels of the warped image."""
+        raise NotImplementedError(f"{self.name} makes no images from the split")
 
 
 class Synthetic(Pipeline):
@@ -138,7 +136,7 @@ class Synthetic(Pipeline):
         return self.batch
 
 
-class Ours(Augmenting):
+class Ours(Pipeline):
     """The project's data path: the split as one uint8 tensor on the device, everything else done there."""
 
     chain = "one warp"
@@ -150,33 +148,28 @@ class Ours(Augmenting):
             raise ValueError("the Triton kernel needs a GPU")
         options: dict[str, Any] = {"rotation": ROTATION, "shift": SHIFT, "erase": ERASE}
         if setting.channels == 3:
-            options = {"crop": CROP, "crop_aspect": CROP_ASPECT}
-            options |= dict.fromkeys(("brightness", "contrast", "saturation"), JITTER)
+            options = {"crop": CROP, "crop_aspect": CROP_ASPECT} | dict.fromkeys(COLOURS, JITTER)
         cfg = AugmentConfig(size=setting.size, flip=FLIP, backend=backend, **options)
         mean, std = setting.split.info.mean, setting.split.info.std
-        kinds: dict[str, Any] = {"mean": mean, "std": std, "fill": mean, "dtype": setting.dtype}
-        self._augment = Augment(cfg, num_classes=NUM_CLASSES, device=setting.device, **kinds)
-        self._loader = setting.loader()
+        kinds: dict[str, Any] = {"dtype": setting.dtype, "device": setting.device}
+        self._augment = Augment(cfg, num_classes=NUM_CLASSES, mean=mean, std=std, fill=mean, **kinds)
         self.bytes_rule = "operations" if backend == "eager" else "formula"
 
     def next(self) -> tuple[Tensor, Tensor]:
-        step = self.position % self._loader.steps_per_epoch if self.setting.repeat_epoch else self.position
-        self.position += 1
-        return self._augment(self._loader.micro_batches(step)[0])
+        return self._augment(self.micro_batch())
 
     def apply_fixed(self, indices: Tensor, fixed: Fixed) -> Tensor:
         split, count, batch = self.setting.split, len(indices), self.setting.batch_size
         # A whole batch, so that the gate checks the very code, compiled for its shape, that is timed.
         indices = indices.repeat(math.ceil(batch / count))[: max(count, batch)]
-        uniforms = torch.tensor([fixed_uniforms(fixed, self.setting.stored_size)]).repeat(len(split), 1)
-        parts = {"indices": indices, "partners": indices, "uniforms": uniforms.to(self.setting.device)}
-        whole = MicroBatch(split=split, epoch=0, key=(0, 0, 0), **parts)
+        uniforms = fixed_uniforms(fixed, split.images.shape[-1]).repeat(len(split), 1).to(self.setting.device)
+        whole = MicroBatch(split=split, indices=indices, partners=indices, uniforms=uniforms, epoch=0, key=(0, 0, 0))
         return self._augment(whole)[0][:count]
 
 
-def fixed_uniforms(fixed: Fixed, side: int) -> list[float]:
-    """Return the row of uniforms from which our augmentation makes just these parameters."""
-    row = [0.5] * NUM_UNIFORMS
+def fixed_uniforms(fixed: Fixed, side: int) -> Tensor:
+    """Return the uniforms [NUM_UNIFORMS] from which our augmentation makes just these parameters."""
+    row = torch.full((NUM_UNIFORMS,), 0.5)
     row[table.ANGLE] = (fixed.angle / ROTATION + 1) / 2
     row[table.SHIFT_X], row[table.SHIFT_Y] = ((x / side / SHIFT + 1) / 2 for x in (fixed.shift_x, fixed.shift_y))
     row[table.FLIP], row[table.ERASE] = 0.99 * (not fixed.flip), 0.99 * (fixed.box is None)  # 0.99: above the limits
@@ -193,6 +186,22 @@ def fixed_uniforms(fixed: Fixed, side: int) -> list[float]:
         row[table.CROP_X], row[table.CROP_Y] = left / (1 - across), top / (1 - down)
         limit = min(-math.log(across * down), math.log(CROP_ASPECT))
         row[table.CROP_ASPECT] = (math.log(across / down) / limit + 1) / 2
-    colours = fixed.brightness, fixed.contrast, fixed.saturation
-    row[table.BRIGHTNESS : table.HUE] = [((factor - 1) / JITTER + 1) / 2 for factor in colours]
+    row[table.BRIGHTNESS : table.HUE] = (torch.tensor([*fixed.factors().values()]) - 1) / JITTER / 2 + 0.5
     return row
+
+
+def library_steps(
+    library: Any, setting: Setting, resampling: dict[str, Any], resize_first: bool, to_tensor: list[Any], **always: Any
+) -> list[Any]:
+    """Return the race's augmentation in the words that torchvision.transforms, its v2 and kornia have in common."""
+    size, info = (setting.size, setting.size), setting.split.info
+    flip, normalize = library.RandomHorizontalFlip(p=FLIP), library.Normalize(info.mean, info.std)
+    if setting.channels == 3:
+        crop = library.RandomResizedCrop(size, (CROP, 1.0), (1 / CROP_ASPECT, CROP_ASPECT), **resampling)
+        return [crop, flip, library.ColorJitter(JITTER, JITTER, JITTER), *to_tensor, normalize]
+    resize = library.Resize(size, **resampling)
+    affine = library.RandomAffine(ROTATION, translate=(SHIFT, SHIFT), **resampling, **always)
+    # its value 0 is the mean by then
+    erase = library.RandomErasing(p=ERASE, scale=table.ERASE_AREAS, ratio=table.ERASE_ASPECTS)
+    warp = [resize, flip, affine] if resize_first else [flip, affine, resize]
+    return [*warp, *to_tensor, normalize, erase]

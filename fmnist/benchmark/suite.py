@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from fmnist.benchmark.gate import check
 from fmnist.benchmark.libraries import PIPELINES
 from fmnist.benchmark.output import add_ratios, describe, draw, gpu_clocks, render_table, scaled
 from fmnist.benchmark.photographs import PHOTO_OUTPUT, photographs
-from fmnist.benchmark.pipelines import Augmenting, Pipeline, Setting
+from fmnist.benchmark.pipelines import Pipeline, Setting
 from fmnist.benchmark.timing import bytes_per_image, measure_ceilings, race, summarize
 from fmnist.benchmark.trainer import Trainer
 from fmnist.config.schema import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig
@@ -28,12 +29,12 @@ from fmnist.runtime.hardware import available_cores
 
 
 class Suite:
-    """Runs the races that the options name; each table is printed and saved once it is complete."""
+    """Runs the races that the options name; each table is printed and saved at `path` once it is complete."""
 
-    def __init__(self, options: argparse.Namespace, argv: Sequence[str], compute: Compute) -> None:
+    def __init__(self, options: argparse.Namespace, argv: Sequence[str], path: Path, compute: Compute) -> None:
         on_gpu = compute.device.type != "cpu"
         defaults = {key: values[on_gpu] for key, values in DEFAULTS.items() if getattr(options, key) is None}
-        self.options, self.compute = argparse.Namespace(**vars(options) | defaults), compute
+        self.options, self.path, self.compute = argparse.Namespace(**vars(options) | defaults), path, compute
         self.baseline = read_json(options.baseline) if options.baseline else None
         colour = options.mode == "colour"
         self.split = photographs(compute.device) if colour else Split.load("train", DataConfig(), compute.device)
@@ -59,9 +60,9 @@ class Suite:
                 self.skip(title, "not enough device memory")
         refused = sorted({finding["name"] for finding in self.result["gate"] if not finding["passed"]})
         if self.result["tables"]:
-            chart = self.options.output.with_name(f"{self.options.output.name}.png")  # a stem may hold dots
+            chart = self.path.with_suffix(".png")
             self.compute.on_main(draw, self.result, chart)
-            self.say(f"\nwrote {self.options.output}.json and {chart}")
+            self.say(f"\nwrote {self.path} and {chart}")
         elif not refused:
             raise ValueError(f"nothing to race: none of {', '.join(self.options.loaders)} runs here")
         if refused:
@@ -79,21 +80,20 @@ class Suite:
         workers = available_cores() // compute.gather(platform.node()).count(platform.node())
         shared = partial(Setting, split=self.split, dtype=self.dtype, workers=workers)
         setting = partial(shared, rank=compute.rank, world_size=compute.world_size)
-        if options.mode == "colour":
-            names = [name for name in options.loaders if name != "synthetic" and "resize-first" not in name]
-            title = f"colour photographs, loaders alone, {stored} to {PHOTO_OUTPUT} px, batch {options.batch}"
-            yield title, names, setting(size=PHOTO_OUTPUT, batch_size=options.batch), None
-            return
         if options.mode != "train":
+            colour = "colour photographs, " * (options.mode == "colour")
             loaders = [name for name in options.loaders if name != "synthetic"]
+            if colour:  # its crop resizes
+                loaders = [name for name in loaders if "resize-first" not in name]
             ours = [name for name in loaders if name.startswith("ours")]
             races = [(loaders, options.batch, False)]
-            races += [(ours, options.large_batch, repeat) for repeat in (False, True) if options.large_batch]
-            for (names, batch, repeat), size in itertools.product(races, options.sizes):
-                title = f"loaders alone, {f'{stored} to ' * (size != stored)}{size} px, batch {batch}"
+            if options.large_batch and not colour:
+                races += [(ours, options.large_batch, repeat) for repeat in (False, True)]
+            for (names, batch, repeat), size in itertools.product(races, [PHOTO_OUTPUT] if colour else options.sizes):
+                title = f"{colour}loaders alone, {f'{stored} to ' * (size != stored)}{size} px, batch {batch}"
                 title += ", one epoch repeated" * repeat
                 yield title, names, setting(size=size, batch_size=batch, repeat_epoch=repeat), None
-        if options.mode != "data":
+        if options.mode in ("train", "all"):
             ours = ["ours-compiled" if compute.device.type == "cpu" else "ours-triton"]
             names, optim = ["synthetic", *ours] if options.scaling else options.loaders, OptimConfig(lr=1e-4)
             for model, variant in itertools.product(options.models, options.variants):
@@ -113,7 +113,7 @@ class Suite:
             except (ValueError, ImportError) as missing:
                 self.skip(name, str(missing))
                 continue
-            if isinstance(pipeline, Augmenting):
+            if name != "synthetic":
                 finding = check(pipeline)
                 if not all(self.compute.gather(finding["passed"])):
                     finding |= {"passed": False, "reason": finding["reason"] or "refused on another process"}
@@ -160,5 +160,4 @@ class Suite:
         self.result["tables"].append(table)
         self.result["hardware"]["clocks_after"] = gpu_clocks()
         self.say(render_table(table))
-        path = options.output.with_name(f"{options.output.name}.json")
-        self.compute.on_main(write_atomic, path, json.dumps(self.result, indent=2) + "\n")
+        self.compute.on_main(write_atomic, self.path, json.dumps(self.result, indent=2) + "\n")

@@ -27,8 +27,7 @@ def seconds_of(action: Callable[[], object], device: torch.device) -> tuple[floa
     if device.type == "cpu":
         begun = time.perf_counter()
         action()
-        wall = time.perf_counter() - begun
-        return wall, wall
+        return (wall := time.perf_counter() - begun), wall
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(device)
     begun = time.perf_counter()
@@ -129,7 +128,7 @@ def bytes_per_image(pipeline: Pipeline) -> float | None:
     if pipeline.bytes_rule == "none":
         return None
     if pipeline.bytes_rule == "formula":
-        pixels = setting.stored_size**2 + setting.size**2 * setting.dtype.itemsize
+        pixels = setting.split.images.shape[-1] ** 2 + setting.size**2 * setting.dtype.itemsize
         return float(setting.channels * pixels + (TABLE_BYTES if setting.channels == 1 else 116) + INDEX_BYTES)
     pipeline.start()
     pipeline.next()  # what is made once per epoch belongs to no batch

@@ -27,8 +27,7 @@ models    --model.name mlp, cnn, hybrid, or any timm classifier, e.g. resnet18, 
 examples  accelerate launch train.py --config configs/mlp.yaml --optim.lr 0.002 --output_dir runs/mlp_lr2
           accelerate launch train.py --model.name resnet18 --augment '{{size: 32, flip: 0}}' --dry_run
 
-The defaults below are those of {files}.
-"""
+The defaults below are those of {files}."""
 
 
 def parse_config(argv: list[str] | None = None, prog: str | None = None, *, to_run: bool = True) -> Config:
@@ -47,7 +46,7 @@ def parse_config(argv: list[str] | None = None, prog: str | None = None, *, to_r
     try:
         args, unknown = parser.parse_known_args(argv)
         if unknown:
-            raise ValueError(_unknown(unknown[0].partition("=")[0], file=unknown[0].endswith((".yaml", ".yml"))))
+            raise ValueError(_unknown(unknown[0].partition("=")[0]))
         files = args.config or [str(DEFAULT_CONFIG)]
         for file in files:
             with _origin(f"--config {file}"):
@@ -117,9 +116,9 @@ def _flag_value(name: str, text: str) -> Any:
         return strict_yaml.load(text if text.strip() else "''")  # a script's empty variable is not null
 
 
-def _unknown(name: str, *, file: bool = False) -> str:
+def _unknown(name: str) -> str:
     """Say that there is no such option, and which was meant: the same field elsewhere, else the most similar name."""
-    if file and not name.startswith("-"):
+    if name.endswith((".yaml", ".yml")) and not name.startswith("-"):
         return f"{name!r:.100} is no option (did you mean --config {name:.100}?)"
     names, meant = [*OPTIONS, *SECTIONS], name.lstrip("-")
     elsewhere = [known for known in names if "." in known and known.partition(".")[2] == meant.rpartition(".")[2]]

@@ -53,20 +53,19 @@ def load(text: str) -> Any:
     try:  # syntax alone: nothing is constructed from a tag
         values = yaml.NodeEvent, yaml.CollectionEndEvent  # not the marks of streams and documents
         events = (event for event in yaml.parse(text, Loader=yaml.BaseLoader) if isinstance(event, values))
-        first = next(events, None)
-        value = None if first is None else _read(first, events, 0)
-        if next(events, None) is not None:
+        documents = [_read(first, events, 0) for first in events]  # _read takes the events that belong to its first
+        if len(documents) > 1:
             raise ValueError("there is another document after the first")
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else str(error)
         raise ValueError(" ".join(problem.split())) from error
-    return value
+    return documents[0] if documents else None
 
 
 def _read(event: Any, events: Iterator[Any], depth: int) -> Any:
     line = f"line {event.start_mark.line + 1}"
-    if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+    if event.anchor is not None:
         raise ValueError(f"{line}: anchors and aliases are not accepted")
     if event.tag is not None:
         raise ValueError(f"{line}: tag {event.tag!r} is not accepted")
@@ -90,8 +89,6 @@ def _read(event: Any, events: Iterator[Any], depth: int) -> Any:
 
 
 def _scalar(text: str) -> Any:
-    if text in WORDS:
-        return WORDS[text]
     if not NUMBER.match(text):
-        return text
+        return WORDS.get(text, text)
     return int(text) if text.lstrip("+-").isdecimal() else float(re.sub(r"\.(?=inf|nan)", "", text))

@@ -25,9 +25,8 @@ COMPARISON = {"comparison.txt": b"McNemar's exact p", "comparison.json": b'"seed
 
 def parse_args() -> argparse.Namespace:
     """Read the command line; a mistake ends the program with one line and status 2."""
-    parser = CommandLine(
-        prog="evaluate.py", description=(__doc__ or "").replace("python evaluate.py", command("evaluate"))
-    )
+    description = (__doc__ or "").replace("python evaluate.py", command("evaluate"))
+    parser = CommandLine(prog="evaluate.py", description=description, joined=True)
     parser.add_argument(
         "paths", nargs="+", type=run_path, metavar="RUN", help="run directories, or checkpoints in them"
     )

@@ -15,16 +15,23 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fmnist.runtime.console import one_line
+from fmnist.runtime.launcher import check_alone, is_sibling
 
 MAX_NUMBER = 2**62  # no tensor has more
 
 
 class CommandLine(argparse.ArgumentParser):
-    """argparse with options in full only, and one line on stderr (status 2) for a mistake."""
+    """argparse with options in full only, and one line on stderr (status 2) for a mistake.
 
-    def __init__(self, **kwargs: Any) -> None:
+    Args:
+        joined: the command may run in several processes, which share its work; all others run in one.
+        kwargs: of argparse.
+    """
+
+    def __init__(self, *, joined: bool = False, **kwargs: Any) -> None:
         kwargs = {"formatter_class": argparse.RawDescriptionHelpFormatter} | kwargs
         super().__init__(allow_abbrev=False, **kwargs)
+        self._joined = joined
 
     def add_run(self, *, device: bool = True) -> None:
         """Add RUN, and what every command that runs a model takes."""
@@ -53,12 +60,19 @@ class CommandLine(argparse.ArgumentParser):
             name = arg.partition("=")[0]
             if name.startswith("--") and name not in self._option_string_actions:
                 self.error(f"unknown option {name}{nearest(name, self._option_string_actions)}")
-        return super().parse_known_args(args, namespace)
+        parsed = super().parse_known_args(args, namespace)
+        if not self._joined:
+            try:
+                check_alone()
+            except ValueError as error:
+                self.error(str(error))
+        return parsed
 
     def error(self, message: str) -> NoReturn:
-        """End with one line on stderr and status 2."""
+        """End with one line on stderr, of one process of a launcher, and status 2."""
         line = re.sub(r"^argument ([^:]+): ", r"\1: ", one_line(message, 2000))
-        sys.stderr.write(f"{self.prog}: error: {line}\n")
+        if not is_sibling():
+            sys.stderr.write(f"{self.prog}: error: {line}\n")
         raise SystemExit(2)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from fmnist.runtime.environment import ENVIRONMENT, refused_by_a_library, remove_effects
+from fmnist.runtime.environment import ENVIRONMENT, check_allocators, refused_by_a_library, remove_effects
 from fmnist.runtime.launcher import is_sibling
 
 logger = logging.getLogger("fmnist")
@@ -199,6 +199,8 @@ def open_door(program: str) -> None:
     sys.excepthook = report
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a job in the background ignores it
         signal.signal(signal.SIGINT, end)
+    with same_arguments(), one_line_errors(program):
+        check_allocators()
 
 
 @contextmanager

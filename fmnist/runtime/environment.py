@@ -67,6 +67,8 @@ VARIABLES = tuple(
         ("GLOO_SOCKET_IFNAME", "obeyed", "network interface of several processes; one that is absent is refused"),
         ("NCCL_SOCKET_IFNAME", "obeyed", "likewise, on GPUs"),
         ("CUDA_VISIBLE_DEVICES", "obeyed", "GPUs that torch sees; empty: none, so the CPU computes"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "obeyed", "torch's memory on a GPU; what is no NAME:VALUE,NAME:VALUE is refused"),
+        ("PYTORCH_ALLOC_CONF", "obeyed", "likewise"),
         ("CUBLAS_WORKSPACE_CONFIG", "obeyed", "with `exact`, :4096:8 unless set"),
         ("TRITON_INTERPRET", "obeyed", "1: Triton kernels run interpreted on the CPU; for tests"),
         ("NVIDIA_TF32_OVERRIDE", "no effect", "removed at the start; it would change the arithmetic"),
@@ -106,6 +108,9 @@ VARIABLES = tuple(
 # Read by a library when it is imported, or by C code: taken away before.
 _REMOVED = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TIMM_*", "TQDM_*")
 _KEPT = ("TQDM_DISABLE",)
+# Settings of torch's allocators: it ends the process by SIGABRT, while it is imported, at any other form.
+_SETTING = r"\s*[^\s,:[\]]+\s*:\s*([^\s,:[\]]+|\[[^[\]]*\])\s*"
+_SETTINGS = re.compile(rf"\s*|{_SETTING}(,{_SETTING})*,?\s*")
 _TRUE, _FALSE = ("1", "true", "yes", "y", "on", "t"), ("", "0", "false", "no", "n", "off", "f")
 
 
@@ -184,6 +189,17 @@ def remove_effects() -> None:
         if any(fnmatchcase(name, pattern) for pattern in _REMOVED) and name not in _KEPT:
             del os.environ[name]
     warnings.filters[:] = [each for each in warnings.filters if each[0] != "error"]  # type: ignore[index]
+
+
+def check_allocators() -> None:
+    """Check, before torch is imported, what would end the process there without a Python error.
+
+    Raises:
+        ValueError: one line that names the variable.
+    """
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        if not _SETTINGS.fullmatch(ENVIRONMENT.get(name, "")):
+            raise ValueError(f"{name} is {ENVIRONMENT[name]!r}; valid: NAME:VALUE,..., e.g. expandable_segments:True")
 
 
 def refused_by_a_library(error: BaseException, trace: TracebackType | None) -> str | None:

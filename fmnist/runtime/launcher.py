@@ -64,12 +64,12 @@ def check_world_size(world_size: int, environ: Mapping[str, str] = ENVIRONMENT) 
         ValueError: one line with both numbers.
     """
     if world_size == 1:
-        for name in ("WORLD_SIZE", *STARTED):
-            if (started := environ.get(name, "")).isdigit() and int(started) > 1:
-                raise ValueError(
-                    f"{started} processes were started ({name}={started}), but each runs alone: start them with "
-                    f"torchrun, as slurm/train.sbatch does; for {started} separate runs, unset {name} in each"
-                )
+        name, started = _started(environ)
+        if started > 1:
+            raise ValueError(
+                f"{started} processes were started ({name}={started}), but each runs alone: start them with "
+                f"torchrun, as slurm/train.sbatch does; for {started} separate runs, unset {name} in each"
+            )
         own = launcher_environment() or {}
         if own and "TORCHELASTIC_RUN_ID" not in environ and "MASTER_ADDR" in environ and "MASTER_ADDR" not in own:
             raise ValueError(
@@ -81,6 +81,28 @@ def check_world_size(world_size: int, environ: Mapping[str, str] = ENVIRONMENT) 
             f"started: {world_size} process{'' if world_size == 1 else 'es'}, and {EXPECTED_WORLD_SIZE} is {expected}: "
             "the launcher did not start what the job asked for"
         )
+
+
+def check_alone(environ: Mapping[str, str] = ENVIRONMENT) -> None:
+    """Refuse to be one of several processes, which would do the same work and write over each other's files.
+
+    Raises:
+        ValueError: one line with what says so.
+    """
+    name, started = _started(environ)
+    if started > 1:
+        raise ValueError(
+            f"{name} is {started}, and this command runs in one process: start it once, without torchrun, srun or "
+            f"mpirun; where the variable is left over, or to run it {started} times apart, unset {name}"
+        )
+
+
+def _started(environ: Mapping[str, str]) -> tuple[str, int]:
+    """Return the variable that says that several processes were started, and their number; 1 where none does."""
+    for name in ("WORLD_SIZE", *STARTED):
+        if (number := environ.get(name, "")).isdecimal() and int(number) > 1:
+            return name, int(number)
+    return "", 1
 
 
 def launcher_environment() -> dict[str, str] | None:
