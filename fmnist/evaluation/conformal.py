@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -60,6 +61,7 @@ def prediction_sets(probabilities: Tensor, thresholds: Tensor) -> Tensor:
     return sets.scatter(1, probabilities.argmax(dim=1, keepdim=True), value=True)
 
 
+@functools.cache  # classes often have as many images as others
 def expected_coverage(num_validation: int, num_images: int, coverage: float, chance: float) -> tuple[float, float]:
     """Return where a class's coverage on other images falls by chance, thresholds being made of so few images.
 
