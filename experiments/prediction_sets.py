@@ -43,6 +43,28 @@ def chosen(rule: str, confidence: torch.Tensor, correct: torch.Tensor, max_error
     return float(ranked[places[-1]]) if len(places) else None
 
 
+def other_sets(run: Path) -> dict[str, dict[str, float]]:
+    """Return size and worst coverage of sets at 95 %: one threshold for all classes; the adaptive score, by class."""
+    trained = open_trained(run)
+    known, others = (trained.split(name) for name in ("val", "test"))
+    chances = [trained.probabilities(trained(split.images)[0]) for split in (known, others)]
+    every = torch.cat([chances[0].gather(1, known.labels[:, None]), torch.zeros(len(known.labels), 1)], dim=1)
+    one = trust.class_thresholds(every, torch.zeros_like(known.labels), 0.95)[0]
+    # of all classes, from the likeliest down to this one, the probability that is left
+    left = []
+    for part in chances:
+        ranked, order = part.sort(descending=True)
+        left.append(torch.zeros_like(part).scatter(1, order, 1 - ranked.cumsum(1)))
+    adaptive = trust.class_thresholds(left[0], known.labels, 0.95)
+    found = {}
+    for name, scores, thresholds in (("one threshold", chances[1], one), ("adaptive score", left[1], adaptive)):
+        sets = (scores >= thresholds).scatter(1, chances[1].argmax(1, keepdim=True), value=True)
+        hit = sets.gather(1, others.labels[:, None])[:, 0].double()
+        worst = min(float(hit[others.labels == label].mean()) for label in others.labels.unique())
+        found[name] = {"worst_coverage": worst, "mean_size": float(sets.sum(1).double().mean())}
+    return found
+
+
 def splits(run: Path) -> dict[str, dict[str, dict[str, float]]]:
     """Return, by rule and allowed errors, in which share of the splits more were found, and the share automatic."""
     trained, parts = open_trained(run), []
@@ -74,7 +96,8 @@ def measure(runs: list[Path]) -> dict[str, Any]:
     of_runs = {}
     for run in runs:
         metrics = read_json(run / "evaluation" / "test" / "metrics.json")
-        of_runs[run.name] = {"top1": metrics["top1"], **metrics["trust"], "splits": splits(run)}
+        of_runs[run.name] = {"top1": metrics["top1"], **metrics["trust"], "other_sets_95": other_sets(run)}
+        of_runs[run.name]["splits"] = splits(run)
     return {
         "name": "prediction_sets",
         "command": f"python -m experiments.prediction_sets measure {' '.join(f'runs/{run.name}' for run in runs)}",
