@@ -16,6 +16,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from experiments import prediction_sets
 from fmnist.runtime.files import read_json, write_atomic
 from fmnist.runtime.provenance import git_revision, processor, versions
 
@@ -155,6 +156,11 @@ def updated_pages() -> dict[Path, str]:
         "docs/benchmark.md": {
             "loaders": benchmark_table("data", "loaders alone", "ratio"),
             "training": benchmark_table("train", "training", "to synthetic"),
+        },
+        "docs/trust.md": {
+            "sets": prediction_sets.sets_table(),
+            "classes": prediction_sets.classes_table(),
+            "automation": prediction_sets.automation_table(),
         },
     }
     pages = {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fmnist.evaluation.calibration import calibrate
 from fmnist.evaluation.exact_copies import ExactCopies
@@ -14,7 +15,9 @@ from fmnist.evaluation.lookalikes import Lookalike, lookalikes
 from fmnist.evaluation.misclassified import Misclassified, confident_errors, confused_pairs
 from fmnist.evaluation.near_copies import NearCopies
 from fmnist.evaluation.numbers import ReliabilityBins, accuracy, reliability_bins, subset_accuracies, summarize
+from fmnist.evaluation.occlusion import explain_errors
 from fmnist.evaluation.outcome import Outcome
+from fmnist.evaluation.risk_coverage import RiskCoverage, risk_coverage, trust
 
 NUM_SHOWN = 24  # of the most confident errors, on the page
 
@@ -31,6 +34,9 @@ class Findings:
         errors: all misclassified images, the most confident first.
         pairs: classes taken for each other, the most confused first; see `confused_pairs`.
         nearest: for the first of the errors, the training images most like it; empty where they are not at hand.
+        maps: occlusion maps of the first of the errors, float32 [H, W]; see `occlusion_map`.
+        map_seconds: that one of them took.
+        risk: errors among its most confident answers; None where quick.
         complete: accuracy on subsets and calibration are among the metrics, as report.html shows them.
     """
 
@@ -41,6 +47,9 @@ class Findings:
     errors: list[Misclassified]
     pairs: list[tuple[int, int, int, int]]
     nearest: list[list[Lookalike]]
+    maps: list[Tensor]
+    map_seconds: float
+    risk: RiskCoverage | None
     complete: bool
 
 
@@ -61,30 +70,36 @@ def findings(
         retrieval: precision of its features' neighbours; None where it was not measured.
         exact: the images that stand in two splits of its data set.
         root: where the training images lie; None takes the run's place.
-        quick: leave out accuracy on subsets, calibration and the training images most like its errors.
+        quick: leave out accuracy on subsets, calibration, what can be automated, and what explains its errors.
 
     Raises:
         ValueError: logits that are not finite.
     """
     metrics = summarize(outcome.logits, outcome.labels, outcome.class_names)
     metrics["data"] = {"name": outcome.data, "sha256": outcome.data_sha256}
-    scaled_bins = None
+    scaled_bins = risk = None
     if not quick:
-        calibration = None
+        calibration, temperature = None, 1.0
         if outcome.validation is not None:
             same_images = outcome.split == "val"
             calibration = calibrate(outcome.logits, outcome.labels, outcome.validation, same_images=same_images)
             scaled = (outcome.logits.double() / calibration.temperature).softmax(dim=1)
             scaled_bins = reliability_bins(scaled, outcome.labels)
+            # as `predict` has it, so that its thresholds are those of the report
+            temperature = outcome.trained.temperature if outcome.trained else calibration.temperature
+        confidence, predictions = (outcome.logits.double() / temperature).softmax(dim=1).max(dim=1)
+        risk = risk_coverage(confidence, predictions == outcome.labels)
         metrics |= {
             "subsets": subset_accuracies(outcome.by_tta, outcome.labels, copies) | _without_copies(outcome, exact),
             "calibration": calibration and calibration.as_dict(),
+            "trust": trust(outcome, temperature),
             "cost": outcome.cost and outcome.cost.as_dict(),
             "retrieval": retrieval,
             "duplicates": [pair.as_dict() for pair in exact],
         }
     errors = confident_errors(outcome)
     shown = [] if quick else [error.position for error in errors[:NUM_SHOWN]]
+    maps, map_seconds = explain_errors(outcome, shown)
     return Findings(
         outcome=outcome,
         metrics=metrics,
@@ -93,6 +108,9 @@ def findings(
         errors=errors,
         pairs=confused_pairs(metrics["confusion_matrix"]),
         nearest=lookalikes(outcome, shown, root),
+        maps=maps,
+        map_seconds=map_seconds,
+        risk=risk,
         complete=not quick,
     )
 

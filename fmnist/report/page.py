@@ -17,7 +17,8 @@ from fmnist.evaluation.misclassified import Misclassified, worst_by_f1
 from fmnist.evaluation.outcome import Outcome
 from fmnist.report.curves import loss_note
 from fmnist.report.figures import MOST_CLASSES, OTHERS, shorten, shown_classes
-from fmnist.report.page_figures import data_uri, learning_curves, picture, reliability
+from fmnist.report.overlay import LEGEND, overlay
+from fmnist.report.page_figures import data_uri, learning_curves, picture, reliability, risk_against_coverage
 from fmnist.runtime.files import write_atomic
 from fmnist.tracking.metrics_file import METRICS_FILE
 
@@ -45,6 +46,16 @@ def _shown(outcome: Outcome, error: Misclassified) -> dict[str, Any]:
     image = outcome.images[error.position]
     height, width = image.shape[-2:]
     return {"error": error, "uri": picture(image), "width": width, "height": height}
+
+
+def _maps(findings: Findings) -> list[tuple[str, float] | None]:
+    """Return, for each error on the page, the URI of its map and the largest drop; None where none was made."""
+    outcome, shown = findings.outcome, findings.errors[:NUM_SHOWN]
+    made = [
+        (picture(overlay(outcome.images[error.position], drops)), float(drops.max()))
+        for error, drops in zip(shown, findings.maps, strict=False)
+    ]
+    return [*made, *[None] * (len(shown) - len(made))]
 
 
 def _matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> list[dict[str, Any]]:
@@ -128,9 +139,13 @@ def context(findings: Findings) -> dict[str, Any]:
         "copies": copies_line(metrics["duplicates"]) if metrics["duplicates"] else "",
         "pairs": _pairs(findings),
         "errors": [
-            _shown(outcome, error) | {"nearest": [(each, picture(each.image)) for each in near]}
-            for error, near in zip(shown, findings.nearest or [[]] * len(shown), strict=True)
+            _shown(outcome, error) | {"nearest": [(each, picture(each.image)) for each in near], "why": why}
+            for error, near, why in zip(shown, findings.nearest or [[]] * len(shown), _maps(findings), strict=True)
         ],
+        "num_maps": len(findings.maps),
+        "map_ms": 1000 * findings.map_seconds,
+        "legend": LEGEND,
+        "risk": risk_against_coverage(findings.risk) if findings.risk else None,
         "before": reliability(findings.bins),
         "after": reliability(findings.scaled_bins) if findings.scaled_bins else None,
         "retrieval": metrics["retrieval"],

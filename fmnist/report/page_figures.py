@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fmnist.evaluation.misclassified import channels_last
 from fmnist.evaluation.numbers import NUM_BINS, ReliabilityBins
+from fmnist.evaluation.risk_coverage import RiskCoverage
 from fmnist.report.curves import draw_loss, draw_top1, series
-from fmnist.report.figures import BLUE, ORANGE, Axes, Figure, by_default_style
+from fmnist.report.figures import BLUE, ORANGE, Axes, Figure, PercentFormatter, by_default_style
 from fmnist.tracking.metrics_file import read_metrics
 
 INK, MUTED, RULE = "#1f2933", "#52606d", "#d9dee4"
@@ -103,4 +104,18 @@ def reliability(bins: ReliabilityBins) -> str:
     axes.plot([0, 1], [0, 1], color=INK, linestyle=(0, (4, 3)), linewidth=1)
     axes.plot(bins.confidence, bins.top1, "o", color=ORANGE, markersize=4)
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
+    return _svg(figure, axes)
+
+
+@by_default_style
+def risk_against_coverage(curve: RiskCoverage) -> str:
+    """Draw the share of errors against the share of images answered, with its interval; return the figure's URI."""
+    figure, axes = _panel()
+    axes.fill_between(curve.coverage, curve.low, curve.high, color=BLUE, alpha=0.18, linewidth=0)
+    axes.plot(curve.coverage, curve.risk, color=BLUE, linewidth=1.8)
+    # The interval of the first few answers reaches far up; the curve is what is looked for.
+    axes.set(xlim=(0, 1), ylim=(0, max(0.005, 1.3 * float(curve.high[len(curve.high) // 10 :].max()))))
+    axes.set(xlabel="images answered", ylabel="errors among them")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1))
     return _svg(figure, axes)

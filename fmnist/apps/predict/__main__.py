@@ -40,6 +40,23 @@ PARSER.add_argument(
     default=True,
     help="scale confidences by the temperature that the run fitted on its validation images",
 )
+PARSER.add_argument(
+    "--coverage",
+    type=number(0.01, 0.9999, float),
+    help="a column `set`: the classes that may be right, so that the true one is there in this share of the pictures "
+    "of each class, 0.95 say, if they are like the run's validation images",
+)
+PARSER.add_argument(
+    "--max_error",
+    type=number(0.0001, 0.5, float),
+    help="a column `decision`: automatic, or person where more than this share of the automatic answers, 0.01 say, "
+    "would be wrong, judged on the run's validation images",
+)
+PARSER.add_argument(
+    "--explain",
+    action="store_true",
+    help="on the sheet, what each answer rests on: how far its probability drops where a part is covered",
+)
 PARSER.add_argument("--sheet", type=number(0, 1000), default=120, help="pictures on the sheet; 0: no sheet")
 PARSER.add_argument("--json", action="store_true", help="print the counts as JSON, for scripts")
 
@@ -47,6 +64,8 @@ PARSER.add_argument("--json", action="store_true", help="print the counts as JSO
 def main(argv: list[str] | None = None) -> int:
     """Predict the pictures; return 0, or 1 where none of them could be read."""
     args = PARSER.parse_args(argv)
+    if args.explain and not args.sheet:
+        PARSER.error("--explain draws on the sheet, and --sheet 0 leaves that out")
     log_to_console()
     with one_line_errors(PARSER.prog):
         from fmnist.data.photos import find_pictures

@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from fmnist.report.overlay import overlay
 
 SIDE, MARGIN, LINE = 112, 10, 16  # pixels; 112 is 4 times 28
 ORANGE, GREY, BLACK, BLUE = "#B84A00", "#666666", "#111111", "#0072B2"
@@ -23,6 +27,7 @@ class Cell:
         image: the photo, RGB; None where there is none to show.
         box: left, top, right, bottom of the part that the model sees, in the photo's pixels.
         view: uint8 [H, W] or [3, H, W], what the model sees; None where there is none.
+        drops: float32 [H, W], an occlusion map that is drawn as a third picture; None where there is none.
         lines: (text, colour), below the pictures.
     """
 
@@ -30,6 +35,7 @@ class Cell:
     box: tuple[int, int, int, int] | None
     view: NDArray[np.uint8] | None
     lines: Sequence[tuple[str, str]]
+    drops: Tensor | None = None
 
 
 def draw_sheet(cells: Sequence[Cell], title: str, columns: int = 5) -> bytes:
@@ -50,10 +56,12 @@ def draw_sheet(cells: Sequence[Cell], title: str, columns: int = 5) -> bytes:
     bold = ImageFont.truetype(font_folder() / "DejaVuSans-Bold.ttf", 15)
     columns = min(columns, len(cells))
     num_lines = max(len(cell.lines) for cell in cells)
-    width, height = 2 * SIDE + 4 + 2 * MARGIN, SIDE + num_lines * LINE + 2 * MARGIN
+    pictures = 3 if any(cell.drops is not None for cell in cells) else 2
+    wide = pictures * (SIDE + 4) - 4
+    width, height = wide + 2 * MARGIN, SIDE + num_lines * LINE + 2 * MARGIN
     head = 2 * MARGIN + 18
     rows = -(-len(cells) // columns)
-    sheet = Image.new("RGB", (max(columns * width, 420), head + rows * height), "white")
+    sheet = Image.new("RGB", (max(columns * width, 420 if pictures == 2 else 960), head + rows * height), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN), _shorten(title, bold, sheet.width - 2 * MARGIN), BLACK, bold)
     for position, cell in enumerate(cells):
@@ -61,7 +69,7 @@ def draw_sheet(cells: Sequence[Cell], title: str, columns: int = 5) -> bytes:
         _draw_photo(sheet, draw, cell, left, top)
         for number, (text, colour) in enumerate(cell.lines):
             y = top + SIDE + 4 + number * LINE
-            draw.text((left, y), _shorten(text, font, 2 * SIDE + 4), colour, font)
+            draw.text((left, y), _shorten(text, font, wide), colour, font)
     buffer, about = io.BytesIO(), PngInfo()
     about.add_text("Software", "fmnist")  # how the next sheet knows that it may replace this one
     sheet.save(buffer, "PNG", optimize=True, pnginfo=about)
@@ -84,12 +92,18 @@ def _draw_photo(sheet: Image.Image, draw: ImageDraw.ImageDraw, cell: Cell, left:
         draw.line((left, top, left + SIDE - 1, top + SIDE - 1), "#C0C0C0")
         draw.line((left, top + SIDE - 1, left + SIDE - 1, top), "#C0C0C0")
     if cell.view is not None:
-        view = Image.fromarray(cell.view if cell.view.ndim == 2 else np.ascontiguousarray(cell.view.transpose(1, 2, 0)))
-        scale = SIDE / max(view.size)
-        width, height = (max(1, round(side * scale)) for side in view.size)
-        # small ones with their pixels to be seen
-        view = view.resize((width, height), Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
-        sheet.paste(view.convert("RGB"), (left + SIDE + 4 + (SIDE - width) // 2, top + (SIDE - height) // 2))
+        _draw_view(sheet, cell.view, left + SIDE + 4, top)
+    if cell.view is not None and cell.drops is not None:
+        _draw_view(sheet, overlay(torch.from_numpy(cell.view), cell.drops).numpy(), left + 2 * (SIDE + 4), top)
+
+
+def _draw_view(sheet: Image.Image, pixels: NDArray[np.uint8], left: int, top: int) -> None:
+    view = Image.fromarray(pixels if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    scale = SIDE / max(view.size)
+    width, height = (max(1, round(side * scale)) for side in view.size)
+    # small ones with their pixels to be seen
+    view = view.resize((width, height), Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
+    sheet.paste(view.convert("RGB"), (left + (SIDE - width) // 2, top + (SIDE - height) // 2))
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

@@ -6,11 +6,16 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
 
 from fmnist.apps.novelty import NoveltyReference, open_reference
 from fmnist.apps.predict.photo_sheet import BLACK, GREY, ORANGE, Cell, draw_sheet
+from fmnist.apps.predict.trust import Trust, open_trust
 from fmnist.apps.views import Photo, check_cutting, count_kinds, read_photos, stack_views
+from fmnist.evaluation.occlusion import occlusion_map
 from fmnist.runtime.console import keep_at_interrupt, one_line
 from fmnist.runtime.files import csv_bytes, write_atomic
 from fmnist.trained import Trained, open_trained
@@ -28,12 +33,16 @@ class Prediction:
         top: (class name, probability), the likeliest first; empty where there is an error.
         score: distance from the training images, see `NoveltyReference.score`; 0 where there is an error.
         unfamiliar: whether the score is above the calibrated threshold.
+        trust: cells of the columns that `Trust` adds.
+        drops: float32 [H, W], see `occlusion_map`; None where nothing is explained.
     """
 
     photo: Photo
     top: tuple[tuple[str, float], ...] = ()
     score: float = 0.0
     unfamiliar: bool = False
+    trust: tuple[str, ...] = ()
+    drops: Tensor | None = None
 
 
 def predict(found: Sequence[tuple[str, str]], args: argparse.Namespace, left_out: Counter[str]) -> int:
@@ -52,17 +61,24 @@ def predict(found: Sequence[tuple[str, str]], args: argparse.Namespace, left_out
     if args.top > len(trained.class_names):
         raise ValueError(f"--top is {args.top}; valid range: 1 to {len(trained.class_names)}, the classes")
     check_cutting(trained.info, invert=args.invert, crop=args.crop)
+    trust = open_trust(trained, args)  # first: it may find the features that the reference draws from
     reference = open_reference(trained, args.root)
-    items = predict_pictures(trained, reference, found, args)
-    counts = write_predictions(items, args, f"{trained.name}: each photo and what the model sees")
+    items, title = predict_pictures(trained, reference, found, args, trust), "each photo and what the model sees"
+    if args.explain:
+        from fmnist.report.overlay import LEGEND
+
+        items, title = explained(items, trained, args), f"{title}; {LEGEND}"
+    counts = write_predictions(items, args, f"{trained.name}: {title}", trust.columns)
     if args.json:
-        print(json.dumps({**counts, "left_out": left_out, "output": str(args.output)}))
+        print(json.dumps({**counts, **trust.counts(), "left_out": left_out, "output": str(args.output)}))
     else:
         errors = f"{counts['errors']:,} error{'s' * (counts['errors'] != 1)}"
         flags = f"{counts['unfamiliar']:,} flagged as unfamiliar"
         flags += f", {counts['uncropped']:,} used uncropped" if trained.info.is_fashion_mnist else ""
         beside = f"; left out: {count_kinds(left_out)}" if left_out else ""
         print(f"{counts['predicted']:,} predicted: {flags}; {errors}{beside}")
+        for line in trust.lines():
+            print(line)
         if args.calibrate and trained.temperature != 1:
             print(f"confidences are calibrated, at temperature {trained.temperature:.3f}; --no-calibrate leaves it out")
         print(f"written to {args.output}")
@@ -75,27 +91,45 @@ def num_top(args: argparse.Namespace, trained: Trained) -> int:
 
 
 def predict_pictures(
-    trained: Trained, reference: NoveltyReference, found: Iterable[tuple[str, str]], args: argparse.Namespace
+    trained: Trained,
+    reference: NoveltyReference,
+    found: Iterable[tuple[str, str]],
+    args: argparse.Namespace,
+    trust: Trust | None = None,
 ) -> Iterator[Prediction]:
     """Predict pictures in the order found."""
+    trust = trust or Trust(class_names=trained.class_names)
     for photos in read_photos(found, trained.info, invert=args.invert, crop=args.crop):
         logits, features = trained(stack_views(photos, trained.info))
-        values, labels = trained.probabilities(logits, calibrate=args.calibrate).topk(num_top(args, trained))
+        chances = trained.probabilities(logits, calibrate=args.calibrate)
+        values, labels = chances.topk(num_top(args, trained))
         scores = reference.score(features)
-        rows = zip(values.tolist(), labels.tolist(), scores.tolist(), strict=True)
+        rows = zip(values.tolist(), labels.tolist(), scores.tolist(), chances, strict=True)
         for photo in photos:
             if photo.cutout is None:
-                yield Prediction(photo=photo)
+                yield Prediction(photo=photo, trust=trust.unread)
                 continue
-            probabilities, classes, score = next(rows)
+            probabilities, classes, score, all_classes = next(rows)
             top = tuple((trained.class_names[i], p) for p, i in zip(probabilities, classes, strict=True))
-            yield Prediction(photo=photo, top=top, score=score, unfamiliar=score > reference.threshold)
+            unfamiliar = score > reference.threshold
+            cells = trust.cells(all_classes, unfamiliar=unfamiliar)
+            yield Prediction(photo=photo, top=top, score=score, unfamiliar=unfamiliar, trust=cells)
 
 
-def header(num_top: int) -> list[str]:
-    """Name the columns of predictions.csv."""
+def explained(items: Iterable[Prediction], trained: Trained, args: argparse.Namespace) -> Iterator[Prediction]:
+    """Add the occlusion map of the likeliest class to those pictures that the sheet shows."""
+    for number, item in enumerate(items):
+        drops = None
+        if number < args.sheet and item.photo.cutout is not None:
+            view, label = torch.from_numpy(item.photo.cutout.view), trained.class_names.index(item.top[0][0])
+            drops = occlusion_map(trained, view, label, calibrate=args.calibrate)
+        yield replace(item, drops=drops)
+
+
+def header(num_top: int, more: Sequence[str] = ()) -> list[str]:
+    """Name the columns of predictions.csv; `more` are those of `Trust`."""
     places = [name for place in range(1, num_top + 1) for name in (f"top{place}", f"p{place}")]
-    return ["file", "prediction", "confidence", *places, "unfamiliar", "score", "cropped", "error"]
+    return ["file", "prediction", "confidence", *places, "unfamiliar", "score", "cropped", *more, "error"]
 
 
 def row(item: Prediction, num_top: int) -> list[str]:
@@ -104,11 +138,11 @@ def row(item: Prediction, num_top: int) -> list[str]:
     # A spreadsheet runs a cell that starts like a formula; "./" before a relative path names the same file.
     name = os.path.join(".", name) if name[:1] in ("=", "+", "-", "@", "\t", "\r") else name
     if not item.top or item.photo.cutout is None:
-        return [name, *[""] * (2 + 2 * num_top), "", "", "", item.photo.error]
+        return [name, *[""] * (2 + 2 * num_top), "", "", "", *item.trust, item.photo.error]
     best = [item.top[0], *item.top]
     cells = [cell for label, probability in best for cell in (label, f"{probability:.6f}")]
     cropped = "yes" if item.photo.cutout.box else "no"
-    return [name, *cells, "yes" if item.unfamiliar else "no", f"{item.score:.6f}", cropped, ""]
+    return [name, *cells, "yes" if item.unfamiliar else "no", f"{item.score:.6f}", cropped, *item.trust, ""]
 
 
 def sheet_cell(item: Prediction) -> Cell:
@@ -119,10 +153,14 @@ def sheet_cell(item: Prediction) -> Cell:
     shares = [f"{label} {100 * probability:.0f} %" for label, probability in item.top[:2]]
     lines += [(shares[0], BLACK), (", ".join(["then " + share for share in shares[1:]]), GREY)]
     lines += [(f"unfamiliar ({item.score:.2f})", ORANGE)] if item.unfamiliar else []
-    return Cell(image=item.photo.image, box=item.photo.cutout.box, view=item.photo.cutout.view, lines=lines)
+    cutout, drops = item.photo.cutout, item.drops
+    lines += [(f"covered: down by {100 * float(drops.max()):.0f} points", GREY)] if drops is not None else []
+    return Cell(image=item.photo.image, box=cutout.box, view=cutout.view, drops=drops, lines=lines)
 
 
-def write_predictions(items: Iterable[Prediction], args: argparse.Namespace, title: str) -> Counter[str]:
+def write_predictions(
+    items: Iterable[Prediction], args: argparse.Namespace, title: str, columns: Sequence[str] = ()
+) -> Counter[str]:
     """Write predictions.csv, then predictions.png; each appears whole or not at all.
 
     Returns:
@@ -146,7 +184,7 @@ def write_predictions(items: Iterable[Prediction], args: argparse.Namespace, tit
                 shown.append(item)
     path = args.output / "predictions.csv"
     if rows or not interrupted:
-        write_atomic(path, csv_bytes(header(args.top), rows))
+        write_atomic(path, csv_bytes(header(args.top, columns), rows))
     if interrupted:
         raise KeyboardInterrupt(f"{path} holds the {len(rows):,} pictures that are done" if rows else "")
     if shown:

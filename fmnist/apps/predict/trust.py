@@ -1,0 +1,145 @@
+"""Which classes may be right, and which answers need no person: columns of predictions.csv."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fmnist.evaluation.conformal import class_thresholds, least_images, prediction_sets
+from fmnist.evaluation.features import features_of
+from fmnist.evaluation.risk_coverage import confidence_threshold, least_answers
+from fmnist.runtime.console import MAX_ERROR, counted, one_line
+from fmnist.trained import Trained
+
+NAMED = 3  # classes with too few validation images that are named
+BETWEEN = " | "  # the classes of a set
+PERSON, AUTOMATIC = "person", "automatic"
+
+
+@dataclass(kw_only=True)
+class Trust:
+    """Thresholds from validation images, and what they gave so far.
+
+    Attributes:
+        class_names: in the order of the logits.
+        coverage, thresholds: of the prediction sets, float64 [C]; None where no sets are asked for.
+        max_error: of the automatic answers; None where no decision is asked for.
+        confidence: from which on an answer is automatic; None where none is.
+        num_images: of validation.
+        automatic_val: the share of them that is automatic.
+        sizes, automatic, pictures: summed over the pictures decided so far.
+    """
+
+    class_names: tuple[str, ...]
+    coverage: float | None = None
+    thresholds: Tensor = field(default_factory=lambda: torch.zeros(0))
+    in_every_set: tuple[str, ...] = ()
+    max_error: float | None = None
+    confidence: float | None = None
+    num_images: int = 0
+    automatic_val: float = 0.0
+    sizes: int = 0
+    automatic: int = 0
+    pictures: int = 0
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns asked for."""
+        return ["set"] * (self.coverage is not None) + ["decision"] * (self.max_error is not None)
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """The cells of a picture that could not be read."""
+        return ("",) * (self.coverage is not None) + (PERSON,) * (self.max_error is not None)
+
+    def cells(self, probabilities: Tensor, *, unfamiliar: bool) -> tuple[str, ...]:
+        """Return the cells of one picture.
+
+        Args:
+            probabilities: float64 [C].
+            unfamiliar: it is unlike the validation images, which then vouch for nothing: a person decides.
+        """
+        cells = []
+        self.pictures += 1
+        if self.coverage is not None:
+            chosen = prediction_sets(probabilities[None], self.thresholds)[0]
+            order = probabilities.argsort(descending=True, stable=True).tolist()
+            cells.append(BETWEEN.join(self.class_names[label] for label in order if chosen[label]))
+            self.sizes += int(chosen.sum())
+        if self.max_error is not None:
+            alone = self.confidence is not None and float(probabilities.max()) >= self.confidence and not unfamiliar
+            cells.append(AUTOMATIC if alone else PERSON)
+            self.automatic += alone
+        return tuple(cells)
+
+    def lines(self) -> list[str]:
+        """Return what is said at the end."""
+        lines = []
+        if self.coverage is not None:
+            asked = f"{100 * self.coverage:g} %"
+            lines.append(f"{asked} sets: {self.sizes / max(1, self.pictures):.2f} classes a picture")
+            if few := self.in_every_set:
+                names = ", ".join(one_line(name, MAX_ERROR) for name in few[:NAMED])
+                names += f" and {len(few) - NAMED:,} more" if len(few) > NAMED else ""
+                least = f"fewer than {counted(least_images(self.coverage), 'validation image')}"
+                lines.append(f"{names}: {least}, too few for {asked}: in every set")
+        if self.max_error is not None:
+            asked = f"at most {100 * self.max_error:g} % errors"
+            images = counted(self.num_images, "validation image")
+            if self.confidence is None:
+                needed = least_answers(self.max_error)
+                why = f"; it takes {needed:,} right ones" if self.num_images < needed else ""
+                lines.append(f"{asked}: none of {images} automatic{why}; every picture is for a person")
+            else:
+                share = f"{100 * self.automatic_val:.0f} % of {images} automatic"
+                lines.append(f"{asked}: {share}, from confidence {self.confidence:.4f} on")
+                others = self.pictures - self.automatic
+                lines.append(f"{self.automatic:,} automatic, {others:,} for a person, with all that are unfamiliar")
+        return lines
+
+    def counts(self) -> dict[str, float | int | None]:
+        """Return the same for scripts."""
+        found: dict[str, float | int | None] = {}
+        if self.coverage is not None:
+            found["mean_set_size"] = self.sizes / max(1, self.pictures)
+        if self.max_error is not None:
+            found |= {"automatic": self.automatic, "automatic_from": self.confidence}
+        return found
+
+
+def open_trust(trained: Trained, args: argparse.Namespace) -> Trust:
+    """Take the thresholds that --coverage and --max_error ask for from the run's validation images.
+
+    Args:
+        trained: the run.
+        args: `coverage` and `max_error`, None where not asked for; `calibrate` and `root`.
+
+    Raises:
+        ValueError: the run has no validation images, or they are not there.
+    """
+    if args.coverage is None and args.max_error is None:
+        return Trust(class_names=trained.class_names)
+    option = "--coverage" if args.coverage is not None else "--max_error"
+    if not trained.info.num_val:
+        raise ValueError(f"{option} takes its thresholds from validation images, and {trained.name} has none")
+    split = trained.split("val", args.root)
+    if trained.images_sha256("val") not in (None, split.digest):
+        raise ValueError(f"{option}: {split.location} holds other validation images than {trained.name} was made with")
+    logits = features_of(trained, "val", split.images).logits
+    probabilities, labels = trained.probabilities(logits, calibrate=args.calibrate), split.labels
+    trust = Trust(class_names=trained.class_names, num_images=len(labels))
+    if args.coverage is not None:
+        trust.coverage, trust.thresholds = args.coverage, class_thresholds(probabilities, labels, args.coverage)
+        known, least = labels.bincount(minlength=len(trained.class_names)).tolist(), least_images(args.coverage)
+        pairs = zip(trained.class_names, known, strict=True)
+        trust.in_every_set = tuple(name for name, count in pairs if count < least)
+    if args.max_error is not None:
+        trust.max_error = args.max_error
+        confidence, predictions = probabilities.max(dim=1)
+        trust.confidence = confidence_threshold(confidence, predictions == labels, args.max_error)
+        if trust.confidence is not None:
+            trust.automatic_val = float((confidence >= trust.confidence).double().mean())
+    return trust
