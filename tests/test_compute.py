@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from fmnist.runtime.background import Background, join_all
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.gradients import AllReduce, ShardSum
 from fmnist.runtime.hardware import autocast, peak_flops
@@ -115,7 +117,57 @@ def test_mfu_is_the_rate_over_what_the_peak_would_allow(monkeypatch: pytest.Monk
     for _ in range(4):
         clock.tick()
     # 4 steps of 100 images in 2 s: 200 images/s of 500.
-    assert clock.read() == {"images_per_second": 200.0, "step_time_s": 0.5, "mfu": pytest.approx(0.4)}
+    whole = {"save_seconds": 0.0, "images_per_second_overall": 200.0, "share_outside_steps": 0.0}
+    assert clock.read() == {"images_per_second": 200.0, "step_time_s": 0.5, "mfu": pytest.approx(0.4)} | whole
+
+
+def test_the_clock_tells_what_validations_and_saves_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    # made 0, started 1, paused 3, saved 4 to 5, on again at 6, read at 8; after the loop saved 9 to 11
+    now = iter([0.0, 1.0, 3.0, 4.0, 5.0, 6.0, 8.0, 9.0, 11.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    clock = Clock(100, total_seconds=50.0)
+    assert set(clock.summary().values()) == {None}
+    clock.start()
+    for _ in range(4):
+        clock.tick()
+    with clock.paused(), clock.saving():
+        pass
+    # 4 steps of 100 images in 2 + 2 s of training, 7 s in all
+    assert clock.read() == pytest.approx(
+        {"images_per_second": 100.0, "step_time_s": 1.0, "save_seconds": 1.0}
+        | {"images_per_second_overall": 400 / 7, "share_outside_steps": 3 / 7}
+    )
+    with clock.saving():
+        pass
+    assert clock.summary() == pytest.approx(
+        {"images_per_second": 100.0, "save_seconds": 3.0}
+        | {"images_per_second_overall": 40.0, "share_outside_steps": 0.6}
+    )
+    assert clock.total_seconds == 54.0
+
+
+def test_work_beside_the_steps_that_fails_asks_for_a_stop_and_is_raised_where_it_is_waited_for() -> None:
+    vote, held, done = StopVote(None, max_minutes=None, timeout_s=1), threading.Event(), []
+    background = Background(vote.give_up)
+
+    def work(fail: bool) -> None:
+        held.wait(30)
+        done.append(fail)
+        if fail:
+            raise OSError("the disk is full")
+
+    background.wait()  # nothing is under way
+    background.start(work, False)
+    assert not done and not vote()  # it goes on beside
+    held.set()
+    background.wait()
+    background.start(work, True)
+    join_all(30)
+    assert done == [False, True] and vote() and vote.reason == ""  # what failed is said by who waits
+    background.join()
+    with pytest.raises(OSError, match="the disk is full"):
+        background.wait()
+    background.wait()
 
 
 def test_autocast_is_of_the_dtype_that_the_images_have() -> None:

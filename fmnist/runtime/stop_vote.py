@@ -17,7 +17,7 @@ logger = logging.getLogger("fmnist")
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
-TIME_LIMIT = 1000  # a vote for max_minutes; one for a signal is its number
+TIME_LIMIT, FAILURE = 1000, 2000  # votes for max_minutes and by `give_up`; one for a signal is its number
 
 
 class StopVote:
@@ -42,7 +42,7 @@ class StopVote:
         self.control, self.max_minutes = control, max_minutes
         self.timeout_s, self.heartbeat = timeout_s, heartbeat
         self.reason = ""
-        self._started, self._signal = time.monotonic(), 0
+        self._started, self._signal, self._failure = time.monotonic(), 0, 0
         self._cast: tuple[Tensor, Any] | None = None
         self._handlers: dict[int, Any] = {}
 
@@ -69,11 +69,15 @@ class StopVote:
             signal.signal(number, handler)
         self._handlers = {}
 
+    def give_up(self) -> None:
+        """Ask for a stop because something failed beside the steps, from any thread; what did is said elsewhere."""
+        self._failure = FAILURE
+
     def __call__(self) -> bool:
         """Say whether to stop now; called by all processes after every step."""
         minutes = (time.monotonic() - self._started) / 60
         late = self.max_minutes is not None and minutes >= self.max_minutes
-        mine = self._signal or (TIME_LIMIT if late else 0)
+        mine = self._failure or self._signal or (TIME_LIMIT if late else 0)
         if self.control is None:
             return self._decide(mine)
         if self._cast is None and self.heartbeat is not None:  # the first step is done, with all its compiling
@@ -93,7 +97,7 @@ class StopVote:
         return self._decide(int(vote))
 
     def _decide(self, vote: int) -> bool:
-        if vote and not self.reason:
+        if vote and vote != FAILURE and not self.reason:
             self.reason = "max_minutes" if vote == TIME_LIMIT else signal.Signals(vote).name
             logger.info("%s: saving a checkpoint, then stopping", self.reason)
         return bool(vote)
