@@ -6,6 +6,7 @@ import signal
 import threading
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +95,47 @@ def test_a_job_with_gpus_that_torch_cannot_see_is_refused(
     environ = {"ACCELERATE_USE_CPU": on_cpu} | ({"SLURM_GPUS_ON_NODE": given} if given else {})
     with pytest.raises(ValueError, match="^torch sees no GPU, and this job has 2 ") if refused else nullcontext():
         check_gpus(found, environ)
+
+
+@pytest.mark.parametrize(("step_s", "voted"), [(0.01, [1, 2, 12, 22]), (0.5, list(range(1, 26)))])
+def test_quick_steps_vote_every_ten_and_long_ones_each_time(
+    step_s: float, voted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    votes: list[int] = []
+    now, call = 0.0, 0
+
+    def all_reduce(vote: torch.Tensor, *_: object, **__: object) -> SimpleNamespace:
+        votes.append(call)
+        if other == call:  # another process was asked to stop
+            vote[0] = signal.SIGUSR1
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr("fmnist.runtime.stop_vote.dist.all_reduce", all_reduce)
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    for other in (0, voted[3]):
+        votes.clear()
+        vote, answers, call = StopVote(object(), max_minutes=None, timeout_s=1), [], 0
+        for _ in range(25):
+            now, call = now + step_s, call + 1
+            answers.append(vote())
+        assert votes == voted
+        assert [number for number, answer in enumerate(answers, 1) if answer] == ([voted[3] + 1] if other else [])
+
+
+def test_a_step_that_may_compile_is_waited_for_and_the_limit_shrinks_when_all_have_done_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heartbeat, joined = SimpleNamespace(limit_s=600.0), []
+    monkeypatch.setattr("fmnist.runtime.stop_vote.dist.all_reduce", lambda *_, **__: SimpleNamespace(wait=int))
+    monkeypatch.setattr("fmnist.runtime.stop_vote.dist.barrier", lambda **_: joined.append(heartbeat.limit_s))
+    vote = StopVote(object(), max_minutes=None, timeout_s=45, heartbeat=heartbeat)
+    vote.expect_compiling([-3, 4, 5, 8])
+    limits = []  # of the steps, from the second
+    for _ in range(9):
+        vote()
+        limits.append(heartbeat.limit_s)
+    assert limits == [45, 45, 600, 600, 45, 45, 600, 45, 45]
+    assert joined == [600, 600, 600]  # before it shrinks, each time
 
 
 def test_the_time_limit_asks_for_a_stop() -> None:
