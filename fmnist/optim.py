@@ -11,6 +11,7 @@ from torch import nn
 from fmnist.config.conflicts import Length, warmup_steps
 from fmnist.config.schema import Config, OptimConfig
 from fmnist.models.head import head_parameters
+from fmnist.runtime.adamw import FusedAdamW
 from fmnist.runtime.muon import Muon, suits_muon
 
 
@@ -142,7 +143,7 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer
         return Muon(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
     if cfg.name == "sgd":
         return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.beta1, nesterov=cfg.beta1 > 0, fused=True)
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
+    return FusedAdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> float:

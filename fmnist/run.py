@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from filelock import BaseFileLock
@@ -12,6 +13,7 @@ from fmnist.checkpoint.fingerprint import keep_fingerprint
 from fmnist.checkpoint.run_directory import SUMMARY, has_run, lock_directory, read_summary
 from fmnist.config.same_run import run_yaml
 from fmnist.config.schema import Config, flatten
+from fmnist.runtime.background import Background
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.console import log_to_file, stop_logging_to
 from fmnist.runtime.files import write_atomic
@@ -34,6 +36,7 @@ class Run(Compute):
         fingerprint: of data and weights, see checkpoint/fingerprint.py; `build` fills it in.
         kept: further files of JSON that the run keeps, by name; likewise.
         should_stop: say, after a step, whether a signal or the time limit asks for a stop; all processes answer alike.
+        writing: the checkpoint that is being written beside the steps; where that fails, a stop is asked for.
 
     Args:
         cfg: every option.
@@ -48,6 +51,7 @@ class Run(Compute):
         self.should_stop = StopVote(
             self.control, max_minutes=cfg.max_minutes, timeout_s=cfg.timeout_s, heartbeat=self.heartbeat
         )
+        self.writing = Background(self.should_stop.give_up)
         self.tracker: NullTracker = NullTracker()
         self.steps_per_epoch = 1
         self._lock: BaseFileLock | None = None
@@ -118,6 +122,10 @@ class Run(Compute):
         if summary["status"] == "stopped":
             write_atomic(self.directory / "REQUEUE", "continue with the same command\n")
         self.tracker.finish(summary)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.writing.join()  # before the lock goes, and after an error too
+        super().__exit__(kind, error, at)
 
     def close(self) -> None:
         """Put the signal handlers back, let go of the directory, and close the trackers and what `Compute` opened."""

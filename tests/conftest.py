@@ -19,6 +19,7 @@ from fmnist.data.fashion_mnist import load_split
 from fmnist.data.fetch import DEBIAN_FOLDER, PUBLISHED, find_file
 from fmnist.data.find import locate
 from fmnist.data.split import Split
+from fmnist.tracking.metrics_file import PERF_KEYS
 from fmnist.tracking.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,9 +147,8 @@ def train(
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics.jsonl, without what depends on the clock."""
-    timed = ("images_per_second", "step_time_s")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+    return [{k: v for k, v in line.items() if k not in PERF_KEYS} for line in lines]
 
 
 torch.set_num_threads(2)

@@ -17,9 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
-
-import fmnist.checkpoint.store
 
 
 class Killed(BaseException):
@@ -95,7 +92,7 @@ def installed(disk: Disk) -> Iterator[Disk]:
     """Put the disk between Python and the file system."""
     with pytest.MonkeyPatch.context() as patch:
         real_os_open = os.open
-        real_open, real_fsync, real_save = io.open, os.fsync, safetensors.torch.save_file
+        real_open, real_fsync = io.open, os.fsync
 
         def open_(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
             path = disk.below(file)
@@ -115,12 +112,6 @@ def installed(disk: Disk) -> Iterator[Disk]:
             if path is not None:
                 disk.event("fsync", path)
             real_fsync(descriptor)
-
-        def save_file(tensors: Any, target: Path) -> None:
-            data = safetensors.torch.save(tensors)
-            disk.event("create", Path(target))
-            disk.event("write", Path(target), data, lambda: os_write(target, data[: len(data) // 2]))
-            real_save(tensors, target)
 
         def one_path(name: str) -> None:
             real = getattr(os, name)
@@ -151,15 +142,7 @@ def installed(disk: Disk) -> Iterator[Disk]:
         patch.setattr(builtins, "open", open_)
         patch.setattr(os, "open", os_open)
         patch.setattr(os, "fsync", fsync)
-        patch.setattr(fmnist.checkpoint.store, "save_file", save_file)
         yield disk
-
-
-def os_write(path: Path, data: bytes) -> None:
-    """Write past the patched functions."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.write(descriptor, data)
-    os.close(descriptor)
 
 
 _audited: list[tuple[str, Any]] | None = None

@@ -24,6 +24,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fmnist.tracking.metrics_file import PERF_KEYS
+
 ROOT = Path(__file__).resolve().parent.parent
 TIME_LIMIT_S = 120
 NUM_IMAGES = {"train": 230, "val": 150, "test": 10}  # 230 images in batches of 32: 7 steps an epoch, 6 images dropped
@@ -36,6 +38,8 @@ MOMENTS = (
     "evaluation",  # within the evaluation, where one is due at this step
     "end",  # after the last save: nothing exported yet
     "exported",  # the weights to use are written, the summary is not
+    "copied",  # the checkpoint of this step is copied and the next steps are under way; nothing of it is on the disk
+    "written",  # likewise, and it is on the disk, all but its name
 )
 
 
@@ -69,8 +73,9 @@ class Forks:
             directory: the run directory; a run in it goes on.
             config: sections and options that differ from the defaults.
             processes: how many.
-            job: `strike`, a step and a moment of MOMENTS, at which `rank` (0) sends itself `signal` (SIGKILL); and
-                `record`, a file name to which the batches' hashes are appended.
+            job: `strike`, a step and a moment of MOMENTS, at which `rank` (0) sends itself `signal` (SIGKILL);
+                `record`, a file name to which the batches' hashes are appended; and `slow_disk`, the seconds that a
+                save waits before it writes, and again before its checkpoint gets its name.
 
         Returns:
             each process's status as of subprocess: 0, or minus the number of the signal that ended it.
@@ -108,11 +113,9 @@ def digest(run: Path) -> dict[str, Any]:
         state = json.loads(path.read_text())
         left[str(path.relative_to(run))] = {k: state[k] for k in ("step", "best_top1", "best_step")}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    left["metrics.jsonl"] = [
-        {k: v for k, v in line.items() if k not in ("images_per_second", "step_time_s")} for line in lines
-    ]
+    left["metrics.jsonl"] = [{k: v for k, v in line.items() if k not in PERF_KEYS} for line in lines]
     summary = json.loads((run / "summary.json").read_text())
-    not_compared = ("images_per_second", "train_seconds", "world_size", "git_revision")
+    not_compared = (*PERF_KEYS, "train_seconds", "world_size", "git_revision")
     left["summary.json"] = {k: v for k, v in summary.items() if k not in not_compared}
     return left
 
@@ -222,6 +225,8 @@ def train_here(job: dict[str, Any], rank: int) -> None:
     cfg = Config(**options, output_dir=job["directory"])
     validate(cfg)
     fmnist.training.finish.evaluate_test = lambda *args: None
+    if "slow_disk" in job:
+        slow_down(job["slow_disk"])
     if "strike" in job and job.get("rank", 0) == rank:
         set_trap(*job["strike"], job.get("signal", signal.SIGKILL))
     if "record" in job:
@@ -232,6 +237,7 @@ def train_here(job: dict[str, Any], rank: int) -> None:
 def set_trap(step: int, moment: str, number: int) -> None:
     """Have this process send itself a signal at one step and moment."""
     import train as entry
+    from fmnist.checkpoint.store import Checkpoints
     from fmnist.data.augment import Augment
     from fmnist.run import Run
     from fmnist.runtime.stop_vote import StopVote
@@ -245,6 +251,7 @@ def set_trap(step: int, moment: str, number: int) -> None:
 
     real_step, real_augment, real_stop = entry.train_step, Augment.__call__, StopVote.__call__
     real_validate, real_lr, real_end, real_finish = entry.validate, entry.set_lr, entry.finish, Run.finish
+    real_write, real_named = Checkpoints._write, Checkpoints._publish
 
     def set_lr(optimizer: Any, schedule: Any, done: int) -> float:
         strike("saved")  # of the step before
@@ -280,8 +287,39 @@ def set_trap(step: int, moment: str, number: int) -> None:
         strike("exported")
         real_finish(self, summary)
 
+    def write(self: Any, part: Path, saved: Any, groups: Any) -> None:
+        strike_save("copied", saved)
+        real_write(self, part, saved, groups)
+
+    def publish(self: Any, part: Path, saved: Any) -> None:
+        strike_save("written", saved)
+        real_named(self, part, saved)
+
+    def strike_save(now: str, saved: Any) -> None:
+        if (now, saved.step) == (moment, step):
+            time.sleep(0.1)  # the next step begins
+            os.kill(os.getpid(), number)
+
     entry.train_step, entry.validate, entry.set_lr, entry.finish = train_step, validate, set_lr, end
+    Checkpoints._write, Checkpoints._publish = write, publish
     Augment.__call__, StopVote.__call__, Run.finish = augment, should_stop, finish
+
+
+def slow_down(seconds: float) -> None:
+    """Let every save wait before it writes, and before its checkpoint gets its name."""
+    from fmnist.checkpoint.store import Checkpoints
+
+    def slowly(name: str) -> None:
+        real = getattr(Checkpoints, name)
+
+        def call(self: Any, *args: Any) -> None:
+            time.sleep(seconds)
+            real(self, *args)
+
+        setattr(Checkpoints, name, call)
+
+    slowly("_write")
+    slowly("_publish")
 
 
 def record_batches(path: Path) -> None:

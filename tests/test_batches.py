@@ -1,5 +1,7 @@
 """Order, slices and keys of batches: pure functions of (seed, epoch, step), whatever the process count."""
 
+import threading
+
 import pytest
 import torch
 
@@ -109,3 +111,22 @@ def test_a_new_augmentation_moves_no_draw_of_an_old_run(monkeypatch: pytest.Monk
     # The first fifteen are those of every run so far.
     drawn = torch.rand(50, 15, generator=epoch_generator(3, 2, 1))
     assert torch.equal(before[:, :15], drawn)
+
+
+def test_the_next_epochs_tables_are_drawn_beside_the_steps_and_are_the_same(train_images: Split) -> None:
+    plain = Loader(train_images, global_batch_size=500, seed=3)  # four steps an epoch
+    ahead = Loader(train_images, global_batch_size=500, seed=3)
+    drawn: list[tuple[int, bool]] = []
+    real = ahead._draw
+
+    def draw(epoch: int) -> object:
+        drawn.append((epoch, threading.current_thread() is threading.main_thread()))
+        return real(epoch)
+
+    ahead._draw = draw
+    for step in (0, 1, 2, 3, 4, 5, 8, 1, 5, 4):  # in order, then back and forth as a picture of an old batch asks
+        wanted = plain.whole().micro_batches(step)[0]  # a loader of its own each time: drawn when it is asked for
+        (found,) = ahead.micro_batches(step)
+        assert torch.equal(found.indices, wanted.indices) and torch.equal(found.uniforms, wanted.uniforms)
+    assert drawn[:3] == [(0, True), (1, False), (2, False)]  # only the first epoch's hold the main thread up
+    assert (0, True) in drawn[3:] and len(drawn) <= 7

@@ -7,17 +7,28 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 from fmnist.checkpoint.contents import MODEL, OPTIMIZER, TrainState, read_state, verify
 from fmnist.checkpoint.run_directory import lock_directory
 from fmnist.checkpoint.store import Checkpoints
-from fmnist.checkpoint.tensors import load_optimizer_tensors, load_strict, non_finite, optimizer_tensors, read_tensors
+from fmnist.checkpoint.tensors import (
+    TYPES,
+    apart,
+    load_optimizer_tensors,
+    load_strict,
+    non_finite,
+    optimizer_tensors,
+    read_tensors,
+    write_tensors,
+)
 from fmnist.config.conflicts import Length, without_effect
 from fmnist.config.schema import Config, EvaluationConfig, OptimConfig
 from fmnist.models.cnn import Cnn
 from fmnist.optim import build_optimizer
+from fmnist.runtime.files import sha256_of
 
 
 @pytest.fixture
@@ -172,6 +183,40 @@ def test_tensors_that_do_not_fit_are_named() -> None:
         "3 tensors",
     ):
         assert part in str(caught.value)
+
+
+def test_a_file_of_tensors_is_that_of_the_library_and_its_hash_that_of_the_file(tmp_path: Path) -> None:
+    model = Cnn(10, widths=(4, 8)).to(memory_format=torch.channels_last)  # floats and BatchNorm's counts
+    state = dict(model.state_dict())
+    size, digest = write_tensors(tmp_path / "model", state)
+    assert (tmp_path / "model").read_bytes() == safetensors.torch.save(apart(state))
+    assert (size, digest) == ((tmp_path / "model").stat().st_size, sha256_of(tmp_path / "model"))
+    odd = {"none": torch.ones(0, 3), "turned": torch.ones(2, 3).T, 'a "quoted"\nümlaut': torch.tensor(7)}
+    odd |= {str(kind): torch.tensor([1, 0, 1]).to(kind) for kind in TYPES}
+    odd["row"] = odd["turned"][1]  # of the same memory
+    write_tensors(tmp_path / "odd", odd)
+    read = read_tensors(tmp_path / "odd")
+    assert read.keys() == odd.keys() and all(torch.equal(read[name], odd[name]) for name in odd)
+    with pytest.raises(ValueError, match="odd cannot be written: x is torch.complex64"):
+        write_tensors(tmp_path / "odd", {"x": torch.ones(2, dtype=torch.complex64)})
+    with pytest.raises(OSError, match="nowhere/file cannot be written: no such file"):
+        write_tensors(tmp_path / "nowhere/file", odd)
+
+
+def test_copies_stay_as_they_are_and_share_no_memory() -> None:
+    tensor = torch.arange(6.0).view(2, 3)
+    copies = apart({"a": tensor, "row": tensor[1]})
+    tensor += 100
+    copies["a"][0] = 7
+    assert copies["row"].tolist() == [3, 4, 5] and copies["a"][1].tolist() == [3, 4, 5]
+
+
+def test_the_weights_are_exported_without_a_look_at_the_optimizer(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    good, bad = save(checkpoints, 1), save(checkpoints, 2)
+    (bad / OPTIMIZER).write_bytes(b"damaged")
+    assert checkpoints.export(2, tmp_path / "out") == sha256_of(bad / MODEL) == sha256_of(tmp_path / "out")
+    (bad / MODEL).write_bytes((bad / MODEL).read_bytes()[:-1] + b"x")
+    assert checkpoints.export(2, tmp_path / "out") == sha256_of(good / MODEL)
 
 
 def test_non_finite_values_are_found_by_name() -> None:

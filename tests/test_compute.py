@@ -3,13 +3,16 @@
 import json
 import os
 import signal
+import threading
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from fmnist.runtime.background import Background, join_all
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.gradients import AllReduce, ShardSum
 from fmnist.runtime.hardware import autocast, peak_flops
@@ -94,6 +97,47 @@ def test_a_job_with_gpus_that_torch_cannot_see_is_refused(
         check_gpus(found, environ)
 
 
+@pytest.mark.parametrize(("step_s", "voted"), [(0.01, [1, 2, 12, 22]), (0.5, list(range(1, 26)))])
+def test_quick_steps_vote_every_ten_and_long_ones_each_time(
+    step_s: float, voted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    votes: list[int] = []
+    now, call = 0.0, 0
+
+    def all_reduce(vote: torch.Tensor, *_: object, **__: object) -> SimpleNamespace:
+        votes.append(call)
+        if other == call:  # another process was asked to stop
+            vote[0] = signal.SIGUSR1
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr("fmnist.runtime.stop_vote.dist.all_reduce", all_reduce)
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    for other in (0, voted[3]):
+        votes.clear()
+        vote, answers, call = StopVote(object(), max_minutes=None, timeout_s=1), [], 0
+        for _ in range(25):
+            now, call = now + step_s, call + 1
+            answers.append(vote())
+        assert votes == voted
+        assert [number for number, answer in enumerate(answers, 1) if answer] == ([voted[3] + 1] if other else [])
+
+
+def test_a_step_that_may_compile_is_waited_for_and_the_limit_shrinks_when_all_have_done_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heartbeat, joined = SimpleNamespace(limit_s=600.0), []
+    monkeypatch.setattr("fmnist.runtime.stop_vote.dist.all_reduce", lambda *_, **__: SimpleNamespace(wait=int))
+    monkeypatch.setattr("fmnist.runtime.stop_vote.dist.barrier", lambda **_: joined.append(heartbeat.limit_s))
+    vote = StopVote(object(), max_minutes=None, timeout_s=45, heartbeat=heartbeat)
+    vote.expect_compiling([-3, 4, 5, 8])
+    limits = []  # of the steps, from the second
+    for _ in range(9):
+        vote()
+        limits.append(heartbeat.limit_s)
+    assert limits == [45, 45, 600, 600, 45, 45, 600, 45, 45]
+    assert joined == [600, 600, 600]  # before it shrinks, each time
+
+
 def test_the_time_limit_asks_for_a_stop() -> None:
     assert StopVote(None, max_minutes=0.0, timeout_s=1)() is True
     assert StopVote(None, max_minutes=60.0, timeout_s=1)() is False
@@ -115,7 +159,57 @@ def test_mfu_is_the_rate_over_what_the_peak_would_allow(monkeypatch: pytest.Monk
     for _ in range(4):
         clock.tick()
     # 4 steps of 100 images in 2 s: 200 images/s of 500.
-    assert clock.read() == {"images_per_second": 200.0, "step_time_s": 0.5, "mfu": pytest.approx(0.4)}
+    whole = {"save_seconds": 0.0, "images_per_second_overall": 200.0, "share_outside_steps": 0.0}
+    assert clock.read() == {"images_per_second": 200.0, "step_time_s": 0.5, "mfu": pytest.approx(0.4)} | whole
+
+
+def test_the_clock_tells_what_validations_and_saves_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    # made 0, started 1, paused 3, saved 4 to 5, on again at 6, read at 8; after the loop saved 9 to 11
+    now = iter([0.0, 1.0, 3.0, 4.0, 5.0, 6.0, 8.0, 9.0, 11.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    clock = Clock(100, total_seconds=50.0)
+    assert set(clock.summary().values()) == {None}
+    clock.start()
+    for _ in range(4):
+        clock.tick()
+    with clock.paused(), clock.saving():
+        pass
+    # 4 steps of 100 images in 2 + 2 s of training, 7 s in all
+    assert clock.read() == pytest.approx(
+        {"images_per_second": 100.0, "step_time_s": 1.0, "save_seconds": 1.0}
+        | {"images_per_second_overall": 400 / 7, "share_outside_steps": 3 / 7}
+    )
+    with clock.saving():
+        pass
+    assert clock.summary() == pytest.approx(
+        {"images_per_second": 100.0, "save_seconds": 3.0}
+        | {"images_per_second_overall": 40.0, "share_outside_steps": 0.6}
+    )
+    assert clock.total_seconds == 54.0
+
+
+def test_work_beside_the_steps_that_fails_asks_for_a_stop_and_is_raised_where_it_is_waited_for() -> None:
+    vote, held, done = StopVote(None, max_minutes=None, timeout_s=1), threading.Event(), []
+    background = Background(vote.give_up)
+
+    def work(fail: bool) -> None:
+        held.wait(30)
+        done.append(fail)
+        if fail:
+            raise OSError("the disk is full")
+
+    background.wait()  # nothing is under way
+    background.start(work, False)
+    assert not done and not vote()  # it goes on beside
+    held.set()
+    background.wait()
+    background.start(work, True)
+    join_all(30)
+    assert done == [False, True] and vote() and vote.reason == ""  # what failed is said by who waits
+    background.join()
+    with pytest.raises(OSError, match="the disk is full"):
+        background.wait()
+    background.wait()
 
 
 def test_autocast_is_of_the_dtype_that_the_images_have() -> None:

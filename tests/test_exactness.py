@@ -134,7 +134,8 @@ def forks() -> Iterator[Forks]:
 def strikes(offset: int) -> list[tuple[int, str]]:
     """Every step, the moments taking turns; besides, two evaluations and what comes after the last step."""
     turns = [(step, MOMENTS[(step + offset) % 4]) for step in range(1, STEPS + 1)]
-    return [*turns, (5, "evaluation"), (STEPS, "evaluation"), (STEPS, "end"), (STEPS, "exported")]
+    beside = [(20, "copied"), (20, "written"), (STEPS, "copied"), (STEPS, "written")]  # saved in every config
+    return [*turns, (5, "evaluation"), (STEPS, "evaluation"), *beside, (STEPS, "end"), (STEPS, "exported")]
 
 
 def kill_and_go_on(
@@ -183,6 +184,23 @@ def test_the_cover_holds_every_pair_of_options() -> None:
     missing = set(all_pairs()) - held
     assert missing == {(("model", "mlp"), ("sizes", "growing"))}
     assert len(COVER) < 24  # 4 x 3 = 12 at least
+
+
+def test_a_checkpoint_written_beside_later_steps_holds_the_step_it_was_copied_at(forks: Forks, tmp_path: Path) -> None:
+    choice = PLAIN | {"model": "cnn", "mixing": "both", "ema": True}  # saved every fifth step, after the evaluations
+    config = make_config(choice) | {"checkpoint": {"keep_last": 10}}
+    forks.start(tmp_path / "whole", config)
+    forks.start(tmp_path / "slow", config, slow_disk=0.3)
+    assert difference(tmp_path / "slow", tmp_path / "whole") == []
+    assert len(list(tmp_path.glob("slow/checkpoints/step_*/optimizer.safetensors"))) == 5
+    for step, moment in ((10, "copied"), (10, "written")):
+        run = tmp_path / moment
+        forks.start(run, config, strike=[step, moment])
+        assert [path.name for path in run.glob("checkpoints/step_*")] == ["step_00000005"]
+        logged = [line["step"] for line in metrics(run) if line["prefix"] == "train"]
+        assert max(logged) > step  # it was struck in a later step
+        forks.start(run, config)
+        assert difference(run, tmp_path / "whole") == []
 
 
 @pytest.mark.slow

@@ -1,12 +1,15 @@
 """The schedule by hand, and parameter groups on real models."""
 
+import copy
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmnist.config.schema import Config, OptimConfig, ScheduleConfig
 from fmnist.models.cnn import Cnn
@@ -113,6 +116,47 @@ def test_the_optimizers_are_fused_and_learn(name: str) -> None:
         loss.backward()
         optimizer.step()
     assert loss < 0.3
+
+
+class Launches(TorchDispatchMode):
+    """Count operations as they are dispatched, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket._qualified_op_name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_adamw_has_torchs_bits_in_one_launch_for_each_learning_rate_and_decay() -> None:
+    cfg = OptimConfig(lr=0.01, layer_decay=0.75, weight_decay=0.05, head_lr_scale=5.0)
+    torch.manual_seed(0)
+    models = [timm.create_model("convnext_atto", num_classes=10, in_chans=1)]
+    models.append(copy.deepcopy(models[0]))
+    ours = build_optimizer(models[0], cfg)
+    theirs = torch.optim.AdamW(parameter_groups(models[1], cfg), lr=cfg.lr, betas=(0.9, 0.999), fused=True)
+    s = replace(schedule(epochs=2), peak_lr=0.01)
+    for step in range(3, 8):  # 3 and 4: only the head moves
+        for optimizer in (ours, theirs):
+            set_lr(optimizer, s, step)
+            generator = torch.Generator().manual_seed(step)
+            for p in models[optimizer is theirs].parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+        models[0].stem[0].bias.grad = models[1].stem[0].bias.grad = None  # one is left out
+        with Launches() as launches:
+            ours.step()
+        theirs.step()
+        kinds = len({(group["lr"], group["weight_decay"]) for group in ours.param_groups})
+        fused = launches.counts["aten::_fused_adamw_"], launches.counts["aten::_foreach_add_"]
+        assert fused == (kinds, 1) and kinds == (4 if step < 5 else len(ours.param_groups))
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+    state = [optimizer.state_dict()["state"] for optimizer in (ours, theirs)]
+    for number in state[1]:
+        assert all(torch.equal(state[0][number][key], value) for key, value in state[1][number].items())
+    assert state[0].keys() == state[1].keys()
 
 
 def test_muon_takes_hidden_filters_and_adamw_the_rest() -> None:

@@ -1,4 +1,4 @@
-"""Twenty-two bugs, planted one at a time in a copy of the source: the test named beside each must fail there.
+"""Twenty-three bugs, planted one at a time in a copy of the source: the test named beside each must fail there.
 
 Row R16 of the table in README.md. Each names a function; what is replaced occurs exactly once in it.
 """
@@ -173,11 +173,19 @@ BUGS = (
     ),
     Bug(
         name="old checkpoints are dropped before the new one has its name",
-        function="fmnist.checkpoint.store.Checkpoints.save",
+        function="fmnist.checkpoint.store.Checkpoints._publish",
         old="        part.rename(final)\n        sync_path(self.directory)  #",
         new="        self._prune(state)\n        part.rename(final)\n        sync_path(self.directory)  #",
         test="test_checkpoint.py",
         select="last_k_and_the_best",
+    ),
+    Bug(
+        name="a checkpoint is not copied before the next step",
+        function="fmnist.training.save._begin",
+        old="{name: apart(tensors) for",
+        new="{name: dict(tensors) for",
+        test="test_exactness.py",
+        select="written_beside",
     ),
     Bug(
         name="accuracy is the mean of batches, the short one too",

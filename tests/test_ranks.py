@@ -38,7 +38,8 @@ def lose(
         assert "KeyError: 'planted'" in done.stderr
     newest = Checkpoints(tmp_path / kind / "checkpoints", 2, {}).newest_good()
     assert newest is not None
-    assert read_state(newest).step == 6  # the last one before step 7
+    # The last one before step 7; where who writes it is killed, perhaps the one before.
+    assert read_state(newest).step in ((5, 6) if kind == "rank_0_killed" else (6,))
     assert ended - newest.stat().st_mtime < within_s  # from the last save to the end of all processes
     return newest
 

@@ -15,11 +15,13 @@ from fmnist.data.batches import Loader
 from fmnist.data.fashion_mnist import MEAN, STD, load_split
 from fmnist.data.split import Split
 from fmnist.models import build_model
+from fmnist.models.cnn import Cnn
 from fmnist.models.mlp import Mlp
 from fmnist.optim import build_optimizer
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.gradients import AllReduce
-from fmnist.step import train_step
+from fmnist.runtime.weight_average import WeightAverage
+from fmnist.step import clip, train_step
 
 ROOT = Path(__file__).parent.parent
 
@@ -115,6 +117,38 @@ def test_the_moving_average_warms_up_by_the_steps_of_the_run_not_of_this_start(
     expected = 0.768880 * before + 0.231120 * model.head.weight.detach()
     assert torch.allclose(ema.module.head.weight, expected, atol=1e-6)
     assert not torch.allclose(ema.module.head.weight, model.head.weight, atol=1e-5)
+
+
+def test_the_average_has_timms_bits_and_follows_weights_that_are_loaded() -> None:
+    torch.manual_seed(0)
+    model = Cnn(10, widths=(4, 8))  # with BatchNorm: statistics are averaged, counts copied
+    kinds = [kind(model, decay=0.9, use_warmup=True) for kind in (WeightAverage, ModelEmaV3)]
+    for step in range(6):
+        if step == 4:
+            model.load_state_dict({name: t + 1 for name, t in model.state_dict().items()})
+        model(torch.randn(8, 1, 28, 28))
+        with torch.no_grad():
+            for p in model.parameters():
+                p += torch.randn_like(p)
+        for average in kinds:
+            average.update(model, step=step)
+    one, other = (average.module.state_dict() for average in kinds)
+    assert all(torch.equal(one[name], other[name]) for name in other) and one.keys() == other.keys()
+    counts = [t for name, t in one.items() if name.endswith("num_batches_tracked")]
+    assert counts and all(count == 6 + 1 for count in counts)  # six forwards, and the one that was loaded on top
+
+
+def test_gradients_that_are_not_clipped_are_not_touched() -> None:
+    optimizer = build_optimizer(Mlp(2, image_size=2, width=8), OptimConfig())
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in parameters[1:]:
+        p.grad = torch.full_like(p, float("inf"))
+    assert clip(optimizer, None) == float("inf")
+    assert all(p.grad.isinf().all() for p in parameters[1:])  # times one of an infinite norm they would be NaN
+    for p in parameters[1:]:
+        p.grad = torch.ones_like(p)
+    count = sum(p.numel() for p in parameters[1:])
+    assert float(clip(optimizer, None)) == pytest.approx(math.sqrt(count)) == float(clip(optimizer, 1e6))
 
 
 def test_label_smoothing_spreads_its_mass_evenly(compute: Compute, train_images: Split) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,14 +62,11 @@ class TrainState:
             self.best_val = {name: value for name, value in val.items() if math.isfinite(value)}
 
 
-def verify(directory: Path) -> dict[str, str]:
-    """Check a checkpoint against its manifest, and return the sha256 of each of its files.
-
-    Other files beside them, such as a file manager's, are one warning: nothing reads them.
+def read_manifest(directory: Path) -> dict[str, tuple[int, str]]:
+    """Return the size and sha256 of each file of a checkpoint, as its manifest lists them.
 
     Raises:
-        ValueError: one line naming the file that is missing or not as it was written; Unreadable where this user may
-            not read one, which may be whole.
+        ValueError: one line: there is none, or it is of no checkpoint; Unreadable where this user may not read it.
     """
     try:
         manifest = read_json(directory / MANIFEST)
@@ -83,6 +80,19 @@ def verify(directory: Path) -> dict[str, str]:
         raise ValueError(f"{directory / MANIFEST} has format {version}; this version reads {FORMAT}")
     if lacking := sorted(NEEDED - files.keys()):
         raise ValueError(f"{directory / MANIFEST} does not list {', '.join(lacking)}, which a checkpoint needs")
+    return files
+
+
+def verify(directory: Path) -> dict[str, str]:
+    """Check a checkpoint against its manifest, and return the sha256 of each of its files.
+
+    Other files beside them, such as a file manager's, are one warning: nothing reads them.
+
+    Raises:
+        ValueError: one line naming the file that is missing or not as it was written; Unreadable where this user may
+            not read one, which may be whole.
+    """
+    files = read_manifest(directory)
     for name, (size, digest) in files.items():
         path = directory / name
         try:
@@ -97,14 +107,14 @@ def verify(directory: Path) -> dict[str, str]:
     return {name: digest for name, (_, digest) in files.items()}
 
 
-def weights_to_use(directory: Path, digests: Mapping[str, str]) -> Path:
+def weights_to_use(directory: Path, listed: Collection[str]) -> Path:
     """Return a checkpoint's file of weights to use: the moving average where it has one, else the model's.
 
     Args:
         directory: the checkpoint.
-        digests: what `verify` returned: a file that its manifest does not list is none of it.
+        listed: the files that its manifest lists: another one is none of it.
     """
-    return directory / (EMA if EMA in digests else MODEL)
+    return directory / (EMA if EMA in listed else MODEL)
 
 
 def read_state(directory: Path) -> TrainState:

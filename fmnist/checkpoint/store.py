@@ -11,14 +11,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fmnist.checkpoint.contents import FORMAT, MANIFEST, MODEL, STATE, TrainState, read_state, verify, weights_to_use
-from fmnist.checkpoint.tensors import apart
+from fmnist.checkpoint.contents import (
+    FORMAT,
+    MANIFEST,
+    MODEL,
+    STATE,
+    TrainState,
+    read_manifest,
+    read_state,
+    verify,
+    weights_to_use,
+)
+from fmnist.checkpoint.tensors import write_tensors
 from fmnist.runtime.console import one_line
-from fmnist.runtime.files import Unreadable, cannot_read, sync_path, write_atomic
+from fmnist.runtime.files import Unreadable, cannot_read, open_regular, sync_path, write_atomic
 
 logger = logging.getLogger("fmnist")
 
@@ -71,30 +79,28 @@ class Checkpoints:
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)  # on a full disk it would take the room that is left
             raise
+        self._publish(part, state)
+        return final
+
+    def _publish(self, part: Path, state: TrainState) -> None:
+        """Give a checkpoint its name, and drop what is no longer kept."""
+        final = self.path(state.step)
         if final.is_symlink() or final.exists():  # a damaged one that a restart stepped over
             final.rename(self._trash(final))
         part.rename(final)
         sync_path(self.directory)  # the new one is on the disk before an older one goes
         self._prune(state)
-        return final
 
     def _write(self, part: Path, state: TrainState, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Fill a directory and force it to the disk: each file, then the manifest, then the names."""
         part.mkdir()
-        for name, tensors in groups.items():
-            try:
-                save_file(apart(tensors), part / name)
-            except SafetensorError as error:  # the library's name for a full disk
-                raise OSError(f"{part / name} cannot be written: {one_line(error, 200)}") from None
-            (part / name).chmod(part.stat().st_mode & 0o666)  # the library's is 0600; the folder's follows the umask
-        (part / STATE).write_text(json.dumps(asdict(state) | {"meta": self.meta}, indent=2), encoding="utf-8")
-        files = {}
-        for path in sorted(part.iterdir()):
-            files[path.name] = {
-                "bytes": path.stat().st_size,
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            }
-            sync_path(path)
+        written = {name: write_tensors(part / name, tensors) for name, tensors in groups.items()}
+        text = json.dumps(asdict(state) | {"meta": self.meta}, indent=2).encode()
+        (part / STATE).write_bytes(text)
+        written[STATE] = len(text), hashlib.sha256(text).hexdigest()
+        for name in written:
+            sync_path(part / name)
+        files = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(written.items())}
         write_atomic(part / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=2))
 
     def newest_good(self) -> Path | None:
@@ -135,18 +141,29 @@ class Checkpoints:
         Raises:
             ValueError: no checkpoint verifies.
         """
-        source = self.path(step)
         try:
-            digests = verify(source)
+            data = self._weights(self.path(step))
         except ValueError as error:
             newest = self.newest_good()
             logger.warning("the best checkpoint cannot be used: %s; %s takes its place", one_line(error), newest)
             if newest is None:
                 raise ValueError(f"{self.directory} holds no checkpoint") from None
-            source, digests = newest, verify(newest)
-        data = weights_to_use(source, digests).read_bytes()
+            data = self._weights(newest)
         write_atomic(target, data)
         return hashlib.sha256(data).hexdigest()
+
+    def _weights(self, source: Path) -> bytes:
+        """Read the weights to use, and check them; the optimizer's file, twice their size, is left alone."""
+        listed = read_manifest(source)
+        path = weights_to_use(source, listed)
+        try:
+            with open_regular(path) as file:
+                data = file.read()
+        except OSError as error:
+            raise cannot_read(path, error) from None
+        if hashlib.sha256(data).hexdigest() != listed[path.name][1]:
+            raise ValueError(f"{path} is not what was written: its sha256 differs")
+        return data
 
     def _prune(self, state: TrainState) -> None:
         """Drop what is not kept: older ones, and later ones, which are damaged: the run went on from before them."""

@@ -1,6 +1,7 @@
 """Named tensors: out of a model and its optimizer, back into them, and looked at before they are used."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,14 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from fmnist.runtime.console import one_line
-from fmnist.runtime.files import cannot_read, open_regular
+from fmnist.runtime.files import cannot_read, open_regular, reason
 from fmnist.runtime.muon import Muon
+
+# What safetensors calls the types that models and optimizers hold.
+TYPES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.bool: "BOOL"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
+}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -83,16 +90,54 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) 
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on the CPU, each with memory of its own, as safetensors wants them (CoaT ties weights)."""
-    found: dict[str, Tensor] = {}
-    taken: set[int] = set()
+    """Copy tensors to the host, each to memory of its own: they stay as they are now, and none shares it (CoaT's do).
+
+    From a GPU they come through pinned memory, which its queue fills while the host goes on to the next.
+    """
+    copies = {name: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for name, t in tensors.items()}
     for name, tensor in tensors.items():
-        plain = tensor.detach().cpu().contiguous()
-        if plain.untyped_storage().data_ptr() in taken:
-            plain = plain.clone()
-        taken.add(plain.untyped_storage().data_ptr())
-        found[name] = plain
-    return found
+        copies[name].copy_(tensor.detach(), non_blocking=True)
+    if any(tensor.device.type != "cpu" for tensor in tensors.values()):
+        torch.accelerator.synchronize()
+    return copies
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+    """Write a safetensors file, not yet forced to the disk.
+
+    The library would first copy all of it to one block, and leave the hash to be read back.
+
+    Returns:
+        Its size in bytes and its sha256, taken on the way.
+
+    Raises:
+        OSError: one line naming the file, which cannot be written.
+        ValueError: a tensor of a type that no model has.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # so that each is aligned
+    header, size = {}, 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in TYPES:
+            raise ValueError(f"{path} cannot be written: {name} is {tensor.dtype}, which no checkpoint holds")
+        begin, size = size, size + tensor.nbytes
+        header[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, size]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    try:
+        with path.open("wb") as file:
+            for part in (len(text).to_bytes(8, "little") + text, *map(_bytes, map(tensors.__getitem__, order))):
+                digest.update(part)  # this and the write let other threads run
+                file.write(part)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {reason(error)}") from None
+    return 8 + len(text) + size, digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """The memory of a tensor, without a copy where it is contiguous on the host."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:

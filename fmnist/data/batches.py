@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fmnist.data.balance import balanced_order, class_members
 from fmnist.data.split import Split
+from fmnist.runtime.background import Background
 
 # Random numbers of one sample and epoch; augment_table.py says what each decides. The first FIRST_UNIFORMS are drawn
 # together; each that is added later has a key of its own, so that it moves no draw of an older run.
@@ -129,6 +130,7 @@ class Loader:
             sampling = "uniform"
         self.sampling, self.class_weights = sampling, class_weights
         self._tables: tuple[int, Tensor, Tensor] | None = None
+        self._drawing, self._drawn = Background(), (-1, torch.empty(0), torch.empty(0))  # those of the next epoch
 
     def whole(self) -> "Loader":
         """Return the loader of one process that makes every micro-batch of a step."""
@@ -146,14 +148,20 @@ class Loader:
         """Return the epoch's order, int64 [N], and its uniforms, float32 [N, NUM_UNIFORMS], on the device."""
         if self._tables is None or self._tables[0] != epoch:
             device = self.split.labels.device
-            generator = epoch_generator(self.seed, epoch, ORDER)
-            if self.sampling == "balanced":
-                order = balanced_order(self._members, generator)
-            else:
-                order = torch.randperm(len(self.split), generator=generator)
-            uniforms = draw_uniforms(len(self.split), self.seed, epoch)
-            self._tables = (epoch, to_device(order, device), to_device(uniforms, device))
+            self._drawing.wait()
+            drawn = self._drawn if self._drawn[0] == epoch else self._draw(epoch)
+            self._tables = (epoch, to_device(drawn[1], device), to_device(drawn[2], device))
         return self._tables[1:]
+
+    def _draw(self, epoch: int) -> tuple[int, Tensor, Tensor]:
+        """Draw an epoch's tables on the host."""
+        generator = epoch_generator(self.seed, epoch, ORDER)
+        if self.sampling == "balanced":
+            order = balanced_order(self._members, generator)
+        else:
+            order = torch.randperm(len(self.split), generator=generator)
+        self._drawn = (epoch, order, draw_uniforms(len(self.split), self.seed, epoch))
+        return self._drawn
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """Return this process's accumulation_steps micro-batches of one step.
@@ -166,6 +174,9 @@ class Loader:
         """
         epoch, position = divmod(step, self.steps_per_epoch)
         order, uniforms = self._epoch_tables(epoch)
+        if position == 1:  # so that no step waits for them
+            self._drawing.wait()
+            self._drawing.start(self._draw, epoch + 1)
         start = position * self.global_batch_size
         batch = order[start : start + self.global_batch_size]
         mirrored = batch.flip(0)  # the first is mixed with the last, and so on, whichever process holds them

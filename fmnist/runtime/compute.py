@@ -86,8 +86,9 @@ class Compute(Processes):
                 cpu=on_cpu,
                 mixed_precision={"fp32": "no", "bf16": "bf16"}[resolve_precision(precision)],
                 kwargs_handlers=[
-                    DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                    InitProcessGroupKwargs(timeout=PATIENCE),
+                    # `predict` gives all processes the main one's buffers; no step does
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+                    InitProcessGroupKwargs(timeout=2 * PATIENCE),  # NCCL's; the host's group, which says who, is first
                 ],
             )
         self.device, self.shards = named or self.accelerator.device, shards

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from fmnist.runtime.background import join_all
+
 logger = logging.getLogger("fmnist")
 # What rank 0 does alone may take this long while the others wait: a save, figures, Weights & Biases' farewell. So may
 # the start: processes that import, read and compile at different speeds.
@@ -24,6 +26,9 @@ PATIENCE = timedelta(minutes=10)
 NEVER = timedelta(days=20)
 BEAT_S = 1.0
 STOOD_STILL_S = 10.0  # between two beats: an overloaded machine may miss some
+# A checkpoint that is being written when a process ends for another one's sake may take so long to get its name: a
+# launcher kills who is left after half a minute.
+LAST_WORK_S = 20.0
 # A process that ends for another one's sake stays this long: a launcher looks at its processes now and then (torchrun
 # ten times a second) and names as the root cause the first it finds dead; of two found at once, the lower rank.
 LINGER_S = 2.0
@@ -138,6 +143,7 @@ class Heartbeat(threading.Thread):
 def end_for_another(rank: int, who: str, why: str) -> None:
     """End this process with one line and status 1: an orderly exit would wait for the lost one."""
     logger.error("rank %d ends: %s; the same command resumes from the last checkpoint (%s)", rank, who, why)
+    join_all(LAST_WORK_S)
     logging.shutdown()
     sys.stderr.flush()
     time.sleep(LINGER_S)  # let the launcher find the lost one dead first

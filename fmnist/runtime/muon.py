@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fmnist.runtime.adamw import FusedAdamW
+
 # Keller Jordan's quintic: five steps bring every singular value near 1, without a decomposition.
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
@@ -34,7 +36,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     return wide.T if matrix.shape[0] > matrix.shape[1] else wide
 
 
-class Muon(torch.optim.AdamW):
+class Muon(FusedAdamW):
     """Update groups with `muon: true` by Muon with Nesterov momentum, all others by AdamW.
 
     A step of Muon is scaled to the usual size of one of AdamW, 0.2 a value (root mean square, times the learning rate):
@@ -48,9 +50,6 @@ class Muon(torch.optim.AdamW):
     Source:
         Jordan 2024; the scale: Liu et al. 2025, Muon is Scalable for LLM Training.
     """
-
-    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
-        super().__init__(groups, lr=lr, betas=betas, fused=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a state; AdamW's own would look for a count of steps beside every parameter."""

@@ -7,7 +7,15 @@ from typing import Any
 from fmnist.runtime.files import write_atomic
 
 METRICS_FILE = "metrics.jsonl"
-PERF_KEYS = ("images_per_second", "step_time_s", "mfu")
+# Numbers that depend on the clock.
+PERF_KEYS = (
+    "images_per_second",
+    "images_per_second_overall",
+    "step_time_s",
+    "mfu",
+    "save_seconds",
+    "share_outside_steps",
+)
 
 
 def metric_name(prefix: str, key: str) -> str:

@@ -41,6 +41,7 @@ class Progress:
         self.best, self.by = best, by
         self._losses: list[float] = []
         self._rate: float | None = None
+        self._overall: float | None = None
         self._told_at, self._told_step = time.monotonic(), step()
         self._bar: tqdm | None = None
         self._closed = threading.Event()
@@ -72,6 +73,7 @@ class Progress:
         if prefix == "train":
             self._losses.append(scalars["loss"])
             self._rate = scalars.get("images_per_second", self._rate)
+            self._overall = scalars.get("images_per_second_overall", self._overall)
             new_epoch = step // self.steps_per_epoch > self._told_step // self.steps_per_epoch
             silent = time.monotonic() - self._told_at > SILENCE_S
             if (new_epoch or silent) and not self.validates(step):  # else the next call writes it
@@ -91,7 +93,8 @@ class Progress:
             parts += [f"val top1 {100 * val['top1']:.2f} %"] if self.by != "top1" else []
             parts.append(f"val {WORDS[self.by]} {_shown(self.by, number)} (best {_shown(self.by, self.best)})")
         if self._rate is not None:
-            parts.append(f"{self._rate:,.0f} images/s")
+            overall = "" if self._overall is None else f" ({self._overall:,.0f} with validation and saves)"
+            parts.append(f"{self._rate:,.0f} images/s{overall}")
         if step > self._told_step:
             # the pace since the last line, validation and saves included: it follows a change of image size
             pace = (now - self._told_at) / (step - self._told_step)

@@ -25,6 +25,7 @@ from fmnist.optim import Schedule, build_optimizer
 from fmnist.run import Run
 from fmnist.runtime.hardware import peak_flops
 from fmnist.runtime.provenance import versions
+from fmnist.runtime.weight_average import WeightAverage
 from fmnist.tracking.progress import Progress
 from fmnist.training.clock import Clock
 from fmnist.training.micro_batch import choose_micro_batch
@@ -131,7 +132,7 @@ def build(cfg: Config, run: Run) -> Training | None:
 
     # optimizer, and the moving average of the weights
     optimizer = build_optimizer(model, cfg.optim)
-    ema = ModelEmaV3(model, decay=cfg.optim.ema_decay, use_warmup=True) if cfg.optim.ema_decay else None
+    ema = WeightAverage(model, decay=cfg.optim.ema_decay, use_warmup=True) if cfg.optim.ema_decay else None
 
     # resume: weights, optimizer and step of the newest checkpoint
     state = TrainState() if newest is None else restore(newest, cfg, model, ema, optimizer, run.fingerprint)
@@ -143,6 +144,7 @@ def build(cfg: Config, run: Run) -> Training | None:
     else:
         state.micro_batch_size = None
 
+    run.should_stop.expect_compiling(step - state.step for step in _compiling(augment, schedule, state.step))
     return Training(
         model=model,
         ema=ema,
@@ -173,6 +175,12 @@ def _read_digest(model: nn.Module, cfg: ModelConfig, info: DataInfo) -> str:
     if cfg.starts_from_run:
         return start_from_run(model, cfg, info.class_names)
     return digest_of_weights(cfg.weights or "")
+
+
+def _compiling(augment: Augment, schedule: Schedule, done: int) -> list[int]:
+    """Return the steps in which a compiler may be at work: the first of each image size, and the first validation."""
+    validation = (step for step in range(done + 1, schedule.total_steps + 1) if schedule.validates(step))
+    return [*(epoch * schedule.steps_per_epoch + 1 for epoch in augment.sizes), next(validation, 0)]
 
 
 def load_splits(cfg: Config, device: torch.device) -> dict[str, Split]:

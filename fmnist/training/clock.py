@@ -1,4 +1,4 @@
-"""Images per second of training alone, and the share of the hardware's arithmetic that they use."""
+"""Images per second: of training alone, of all time since the first step, and as a share of the hardware's peak."""
 
 import time
 from collections.abc import Iterator
@@ -6,7 +6,10 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Images per second of training alone.
+    """Images per second of training alone, and the time that validations and saves take from it.
+
+    Attributes:
+        rates: images/s of each window between two logged lines.
 
     Args:
         global_batch_size: images of one step.
@@ -21,15 +24,18 @@ class Clock:
         self.peak_images_per_second = peak_images_per_second
         self._window_seconds, self._steps = 0.0, 0
         self.rates: list[float] = []
-        self._since = time.perf_counter()
+        self._since = self._began = time.perf_counter()
+        self._before, self._all_steps = total_seconds, 0
+        self._save_seconds = self._window_save_seconds = 0.0
 
     def start(self) -> None:
         """Begin to count: what came before the loop is not training."""
-        self._since = time.perf_counter()
+        self._since = self._began = time.perf_counter()
 
     def tick(self) -> None:
         """Count one step."""
         self._steps += 1
+        self._all_steps += 1
 
     def read(self) -> dict[str, float]:
         """Return the speed since the last read; right after a device sync, so that all counted work is done."""
@@ -41,7 +47,20 @@ class Clock:
         rate = self.global_batch_size / seconds
         self.rates.append(rate)
         mfu = {"mfu": rate / self.peak_images_per_second} if self.peak_images_per_second else {}
-        return {"images_per_second": rate, "step_time_s": seconds, **mfu}
+        saved, self._window_save_seconds = self._window_save_seconds, 0.0
+        return {"images_per_second": rate, "step_time_s": seconds, **mfu, "save_seconds": saved, **self._overall()}
+
+    def _overall(self) -> dict[str, float]:
+        """Of all time from the first step of this start to now."""
+        wall = self._since - self._began
+        share = 1 - (self.total_seconds - self._before) / wall if wall else 0.0
+        rate = self.global_batch_size * self._all_steps / wall if wall else 0.0
+        return {"images_per_second_overall": rate, "share_outside_steps": share}
+
+    def summary(self) -> dict[str, float | None]:
+        """Return the speed of this start, for summary.json; None where nothing was timed."""
+        numbers = {"save_seconds": round(self._save_seconds, 3)} | {k: round(v, 4) for k, v in self._overall().items()}
+        return {"images_per_second": self.median_rate(), **(numbers if self._all_steps else dict.fromkeys(numbers))}
 
     def median_rate(self) -> float | None:
         """Return the median images/s over the windows, the first (warm-up, compilation) apart where there are more.
@@ -57,6 +76,15 @@ class Clock:
         self._bank()
         yield
         self._since = time.perf_counter()
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Count what happens inside as time that a save takes from the steps; within `paused`, or after the loop."""
+        began = time.perf_counter()
+        yield
+        self._since = time.perf_counter()
+        self._save_seconds += self._since - began
+        self._window_save_seconds += self._since - began
 
     def _bank(self) -> None:
         now = time.perf_counter()

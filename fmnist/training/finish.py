@@ -25,6 +25,7 @@ from fmnist.runtime.console import counted
 from fmnist.runtime.provenance import git_revision, versions
 from fmnist.tracking.metrics_file import METRICS_FILE
 from fmnist.training.build import Training
+from fmnist.training.save import wait_for_save
 
 logger = logging.getLogger("fmnist")
 
@@ -32,6 +33,8 @@ logger = logging.getLogger("fmnist")
 def finish(training: Training, cfg: Config, run: Run) -> None:
     """Write the weights to use and the summary; after the last step also evaluate the test images, once, if wanted."""
     state = training.state
+    with training.clock.saving():
+        wait_for_save(run)
     finished = state.step == training.schedule.total_steps
     summary: dict[str, Any] = {
         "model": cfg.model.name,
@@ -41,7 +44,7 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
         "world_size": run.world_size,
         "seed": cfg.seed,
         **{f"val.{name}": value for name, value in ({"top1": state.best_number("top1")} | state.best_val).items()},
-        "images_per_second": training.clock.median_rate(),
+        **training.clock.summary(),
         "train_seconds": round(state.train_seconds, 1),
         "device": run.device_name,
         "versions": versions(),

@@ -1,35 +1,54 @@
-"""Save what a restart continues from."""
+"""Save what a restart continues from: copied between two steps, written beside the next ones."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 
 import torch
 from torch import Tensor
 
 from fmnist.checkpoint.contents import EMA, MODEL, OPTIMIZER
-from fmnist.checkpoint.tensors import non_finite, optimizer_tensors
+from fmnist.checkpoint.tensors import apart, non_finite, optimizer_tensors
 from fmnist.run import Run
 from fmnist.training.build import Training
 
 
 def save(training: Training, run: Run) -> None:
-    """Write a checkpoint, unless a value in it is not finite.
+    """Copy what a checkpoint holds and begin to write it, unless a value in it is not finite.
+
+    The copy takes as much host memory as the checkpoint, on the main process, until it is written.
 
     Raises:
         FloatingPointError: on every process, naming the tensors; nothing is written.
-        OSError: on the main process, which cannot write; the others end with it.
+        OSError: on the main process, where the save before could not be written; the others end with it.
     """
-    files: dict[str, Mapping[str, Tensor]] = {
-        MODEL: training.model.state_dict(),
-        OPTIMIZER: optimizer_tensors(training.model, training.optimizer),
-    }
-    if training.ema is not None:
-        files[EMA] = training.ema.module.state_dict()
+    with training.clock.saving():
+        wait_for_save(run)
+        files: dict[str, Mapping[str, Tensor]] = {
+            MODEL: training.model.state_dict(),
+            OPTIMIZER: optimizer_tensors(training.model, training.optimizer),
+        }
+        if training.ema is not None:
+            files[EMA] = training.ema.module.state_dict()
 
-    # nothing broken is ever saved, and all processes find out together
-    bad = [f"{file}: {name}" for file, tensors in files.items() for name in non_finite(tensors)]
-    if run.mean({"bad": torch.tensor(len(bad), device=run.device)})["bad"]:
-        names = next(filter(None, run.gather(bad)))
-        training.non_finite.stop(f"{'; '.join(names[:3])} not finite, not saved,", training.state.step)
+        # nothing broken is ever saved, and all processes find out together
+        bad = [f"{file}: {name}" for file, tensors in files.items() for name in non_finite(tensors)]
+        if run.mean({"bad": torch.tensor(len(bad), device=run.device)})["bad"]:
+            names = next(filter(None, run.gather(bad)))
+            training.non_finite.stop(f"{'; '.join(names[:3])} not finite, not saved,", training.state.step)
 
-    training.state.train_seconds = training.clock.total_seconds
-    run.on_main(training.checkpoints.save, training.state, files)
+        training.state.train_seconds = training.clock.total_seconds
+        run.on_main(_begin, training, run, files)
+
+
+def wait_for_save(run: Run) -> None:
+    """Wait until the last checkpoint is on the disk; all processes call this.
+
+    Raises:
+        OSError: on the main process, which could not write it; the others end with it.
+    """
+    run.on_main(run.writing.wait)
+
+
+def _begin(training: Training, run: Run, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+    copies = {name: apart(tensors) for name, tensors in files.items()}  # before the next step changes anything
+    run.writing.start(training.checkpoints.save, deepcopy(training.state), copies)

@@ -1,0 +1,25 @@
+"""The moving average of a model's weights, in two launches a step."""
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+
+class WeightAverage(ModelEmaV3):
+    """timm's moving average, to the bit, over tensors that are looked up once instead of in two state dicts a step.
+
+    So a model's buffers may not be replaced after the first update; they are filled in place by all that trains here.
+    """
+
+    _floats: tuple[list[Tensor], list[Tensor]] | None = None
+    _counts: tuple[list[Tensor], list[Tensor]]
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        """Move the average towards a model, the same one each time; counts such as BatchNorm's are copied."""
+        if self._floats is None:
+            own, new = (list(each.state_dict(keep_vars=True).values()) for each in (self.module, model))
+            self._floats = [t for t in own if t.is_floating_point()], [t for t in new if t.is_floating_point()]
+            self._counts = [t for t in own if not t.is_floating_point()], [t for t in new if not t.is_floating_point()]
+        torch._foreach_lerp_(*self._floats, weight=1.0 - decay)
+        if self._counts[0]:
+            torch._foreach_copy_(*self._counts)
