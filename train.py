@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from fmnist.checkpoint.run_directory import open_directory
+from fmnist.checkpoint.run_directory import as_begun, open_directory
 from fmnist.metrics import validate
 from fmnist.optim import set_lr
 from fmnist.run import Run
@@ -75,7 +75,9 @@ def train(training: Training, cfg: Config, run: Run) -> None:
 def run_training(cfg: Config) -> None:
     """Train, or resume, with what stands around the loop."""
     log_to_console()
-    with Run(cfg, open_directory(cfg)) as run, run.watch_lost_processes():
+    directory = open_directory(cfg)
+    cfg = as_begun(cfg, directory)
+    with Run(cfg, directory) as run, run.watch_lost_processes():
         training = build(cfg, run)
         if training is None:  # the run is finished
             return

@@ -38,6 +38,7 @@ MODELS: dict[str, tuple[AugmentConfig, ModelConfig]] = {
             name="convnext_atto",
             drop_path_rate=0.1,
             precision="fp32",
+            depthwise="conv",  # tests/test_depthwise.py compares the matrix products with these numbers
             options={
                 "depths": [1, 1, 2, 1],
                 "dims": [24, 48, 96, 192],

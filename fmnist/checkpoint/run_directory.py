@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,16 @@ def open_directory(cfg: Config) -> Path:
                 way_out = "Only a finished run is continued: finish it with the command it began with, then give more"
             raise ValueError(f"{directory} holds a run with another config: {'; '.join(changed[:3])}. {way_out}")
     return directory
+
+
+def as_begun(cfg: Config, directory: Path) -> Config:
+    """Return the config with the arithmetic that the run in its directory began with, where it leaves that to auto."""
+    begins = not has_run(directory) or (
+        cfg.overwrite and (_status(directory) == "finished" or not same_recipe(directory, cfg))
+    )
+    if begins or cfg.model.depthwise != "auto":
+        return cfg
+    return replace(cfg, model=replace(cfg.model, depthwise=_run_config(directory).model.depthwise))
 
 
 def _status(directory: Path) -> Any:

@@ -18,6 +18,7 @@ from fmnist.config.shipped import find_recipe, shipped
 DEFAULT_CONFIG = shipped("configs/cnn.yaml")
 USAGE = """%(prog)s [--config FILE ...] [--SECTION.FIELD VALUE ...] [--dry_run]
        %(prog)s --help | --print_config [same options]"""
+BEFORE = {"model.depthwise": "conv"}  # what a run did whose config.yaml is older than the option
 DESCRIPTION = """\
 Train an image classifier. Flags override --config files; later files and later flags override earlier ones.
 
@@ -79,7 +80,7 @@ def load_config(path: Path) -> Config:
     if not path.is_file():
         raise ValueError(f"{path} is missing: not a run directory of train.py")
     with _origin(f"{path} does not hold a config of this version"):
-        validate(cfg := unflatten(flatten(Config()) | _read(strict_yaml.load_file(path))))
+        validate(cfg := unflatten(flatten(Config()) | BEFORE | _read(strict_yaml.load_file(path))))
     return cfg
 
 

@@ -30,6 +30,7 @@ MAY_CHANGE_ROUNDING = (
     "evaluation.batch_size",
     "model.compile",
     "model.channels_last",
+    "model.depthwise",
 )
 
 

@@ -20,6 +20,7 @@ from fmnist.data.info import DATA_FILE, DataInfo
 from fmnist.data.registry import open_source
 from fmnist.data.split import Split
 from fmnist.models.flops import flops_per_image
+from fmnist.models.matmul_layers import depthwise_without_effect
 from fmnist.network import build_network
 from fmnist.optim import Schedule, build_optimizer
 from fmnist.run import Run
@@ -127,6 +128,9 @@ def build(cfg: Config, run: Run) -> Training | None:
     for line in idle:
         run.on_main(logger.warning, "%s", line)
     model, augment = build_network(cfg, info, run.device, load_weights=newest is None)
+    said = depthwise_without_effect(model, cfg.model.depthwise, len(augment.mean), augment.sizes.values())
+    if newest is None and said:
+        run.on_main(logger.warning, "model.depthwise %s", said)
     if newest is None and cfg.model.weights and _read_digest(model, cfg.model, info) != run.fingerprint[WEIGHTS]:
         raise ValueError(f"model.weights: {cfg.model.weights} was replaced while it was read; start again")
 

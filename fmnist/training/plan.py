@@ -2,6 +2,7 @@
 
 from fmnist.config.schema import Config
 from fmnist.models.flops import flops_per_image
+from fmnist.models.matmul_layers import describe_matmul
 from fmnist.run import Run
 from fmnist.runtime.console import counted
 from fmnist.training.build import Training
@@ -17,6 +18,7 @@ def opening(training: Training, cfg: Config, run: Run) -> list[str]:
     origin = "from pretrained weights" if cfg.model.has_pretrained_input else "from scratch"
     origin = f"from {cfg.model.weights}" if cfg.model.starts_from_run else origin
     epochs = schedule.epoch(schedule.total_steps)
+    products = describe_matmul(t.model, len(augment.mean), tuple(augment.sizes.values()))
     rows = {
         "data": f"{loader.split.location}: {len(loader.split):,} training, {len(t.val_split):,} validation, "
         f"{len(t.test_split):,} test images",
@@ -25,7 +27,7 @@ def opening(training: Training, cfg: Config, run: Run) -> list[str]:
         f"{loader.global_batch_size} images at {sizes(t.augment.sizes)}; {cfg.optim.name}, "
         f"learning rate {schedule.peak_lr:.4g}, {schedule.shape}",
         "device": f"{run.device_name}: {counted(run.world_size, 'process', 'processes')}"
-        f", {run.precision}; augmentation {BACKENDS[augment.backend]}",
+        f", {run.precision}; augmentation {BACKENDS[augment.backend]}" + (f"; {products}" if products else ""),
         "directory": f"{run.directory}: "
         + (f"resuming at step {t.state.step:,} of {schedule.total_steps:,}" if t.state.step else "a new run"),
     }

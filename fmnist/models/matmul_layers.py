@@ -1,0 +1,187 @@
+"""Which layers of a model train as matrix products, and how they come and go: see depthwise.py."""
+
+from collections.abc import Iterable
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from timm.layers.activations import GELU
+from timm.layers.conv2d_same import Conv2dSame
+from timm.models.convnext import ConvNeXtBlock, ConvNeXtStage
+from torch import Tensor, nn
+
+from fmnist.models.depthwise import axes, by_channel, depthwise_matmul
+
+MOST_PIXELS = {"auto": 64, "matmul": 256}  # of a map; its matrix has the square of it, per channel
+
+
+def takes_matmul(conv: "_OnSmallMaps", images: Tensor) -> bool:
+    """Say whether a convolution trains as a matrix product: the one place that decides.
+
+    The numbers are those of `python -m experiments.depthwise_speed` on a CPU; they do not depend on the batch, so that
+    micro-batches and processes see the same arithmetic.
+
+    Args:
+        conv: put in by `use_matmul`.
+        images: its input.
+    """
+    if images.dim() != 4:
+        return False
+    rows, columns = axes(conv, images.shape[2:])
+    pixels, taps = rows.size * columns.size, rows.kernel * columns.kernel
+    if min(rows.out, columns.out) < 1 or pixels > MOST_PIXELS[conv.choice]:
+        return False
+    if conv.choice == "matmul":
+        return True
+    if taps <= 9:  # oneDNN has a fast kernel for 3 x 3, but not where most of it lies outside
+        return pixels <= 4
+    return pixels <= (6 if by_channel(images) else 1.5) * taps  # else the transposes cost too much
+
+
+class _OnSmallMaps(nn.Conv2d):
+    choice: Literal["auto", "matmul"]
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training or not takes_matmul(self, images):
+            return super().forward(images)
+        return depthwise_matmul(images, self.weight, self.bias, *axes(self, images.shape[2:]))
+
+
+class MatmulConv2d(_OnSmallMaps):
+    """A depthwise convolution that trains as a matrix product on small maps."""
+
+
+class MatmulConv2dSame(_OnSmallMaps, Conv2dSame):
+    """The same with TensorFlow's padding."""
+
+
+class LinearConv2d(nn.Conv2d):
+    """A convolution of windows that lie side by side, 1 x 1 or patches, which trains as a linear layer."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        (height, width), batch = self.kernel_size, len(images)
+        rows, columns = images.shape[-2] // height, images.shape[-1] // width
+        if not self.training or images.dim() != 4 or not rows * columns:
+            return super().forward(images)
+        pixels = images.permute(0, 2, 3, 1)[:, : rows * height, : columns * width]
+        patches = pixels.unflatten(2, (columns, width)).unflatten(1, (rows, height)).transpose(2, 3)
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(patches.reshape(batch, rows, columns, -1), weight, self.bias).permute(0, 3, 1, 2)
+
+
+class PixelGELU(GELU):
+    """GELU between two such layers: torch's fast one wants its input contiguous, as it is pixel by pixel."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training or images.dim() != 4:
+            return super().forward(images)
+        return super().forward(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+# What each class is put in place of: exactly these, since subclasses make their kernels on the fly.
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    MatmulConv2d: nn.Conv2d,
+    MatmulConv2dSame: Conv2dSame,
+    LinearConv2d: nn.Conv2d,
+    PixelGELU: GELU,
+}
+
+
+def depthwise_layers(model: nn.Module) -> list[nn.Conv2d]:
+    """Return the plain depthwise convolutions of a model: one kernel per channel, padded with zeros."""
+    kinds = (nn.Conv2d, Conv2dSame, MatmulConv2d, MatmulConv2dSame)
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d) and type(module) in kinds]
+    plain = [conv for conv in layers if conv.padding_mode == "zeros"]
+    return [conv for conv in plain if conv.groups == conv.in_channels == conv.out_channels > 1]
+
+
+def _is_patches(layer: nn.Module) -> bool:
+    if type(layer) is not nn.Conv2d or layer.groups > 1 or layer.kernel_size != layer.stride:
+        return False
+    return layer.padding in ((0, 0), "valid") and layer.dilation == (1, 1)
+
+
+def use_matmul(model: nn.Module, choice: Literal["auto", "conv", "matmul"], device: torch.device) -> None:
+    """Let a model train with matrix products in place of convolutions, as `model.depthwise` says.
+
+    The layers stay where they are and keep their parameters, buffers and hooks; only their class changes.
+
+    Args:
+        model: changed in place; `use_convolutions` changes it back.
+        choice: auto: on a CPU, where they are faster; matmul: wherever the matrices stay small; conv: nowhere.
+        device: where it will be trained.
+    """
+    use_convolutions(model)
+    if choice == "conv" or (choice == "auto" and device.type != "cpu"):
+        return
+    for conv in depthwise_layers(model):
+        conv.__class__ = MatmulConv2dSame if isinstance(conv, Conv2dSame) else MatmulConv2d
+        conv.choice = choice  # type: ignore[assignment]
+    for part in model.modules():  # ConvNeXt's norms leave the channels of a pixel side by side
+        inner: nn.Module = nn.Identity()
+        if isinstance(part, ConvNeXtStage):
+            inner = part.downsample
+        elif isinstance(part, ConvNeXtBlock) and part.use_conv_mlp:
+            inner = part.mlp
+        for layer in inner.children():
+            if _is_patches(layer):
+                layer.__class__ = LinearConv2d
+            elif type(layer) is GELU:
+                layer.__class__ = PixelGELU
+
+
+def use_convolutions(model: nn.Module) -> None:
+    """Undo `use_matmul`."""
+    for module in model.modules():
+        if type(module) in PLAIN:
+            vars(module).pop("choice", None)
+            module.__class__ = PLAIN[type(module)]
+
+
+def describe_matmul(model: nn.Module, channels: int, sizes: Iterable[int]) -> str:
+    """Say which layers of a model train as matrix products; empty where none does.
+
+    Args:
+        model: left as it is; all of it in training mode, or in evaluation mode.
+        channels: of its images.
+        sizes: of its images, in pixels.
+    """
+    taken: dict[nn.Module, int] = {}
+
+    def note(conv: nn.Module, operands: tuple[Tensor, ...]) -> None:
+        if takes_matmul(cast(_OnSmallMaps, conv), operands[0]):
+            taken[conv] = max(taken.get(conv, 0), *operands[0].shape[2:])
+
+    hooks = [conv.register_forward_pre_hook(note) for conv in model.modules() if isinstance(conv, _OnSmallMaps)]
+    training, weight = model.training, next(model.parameters())
+    model.eval()  # which keeps BatchNorm's statistics and draws nothing
+    try:
+        for size in sizes if hooks else ():
+            with torch.no_grad():
+                model(torch.zeros(1, channels, size, size, device=weight.device, dtype=weight.dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+    others = sum(isinstance(module, LinearConv2d) for module in model.modules())
+    side = max(taken.values(), default=0)
+    parts = [f"{len(taken)} depthwise (maps of up to {side} x {side})"] if taken else []
+    parts += [f"{others} 1 x 1 and patch"] if others else []
+    return f"{' and '.join(parts)} convolutions as matrix products" if parts else ""
+
+
+def depthwise_without_effect(model: nn.Module, choice: str, channels: int, sizes: Iterable[int]) -> str:
+    """Say why `model.depthwise` changes nothing in a model, where it was given and does not; else return nothing.
+
+    Args:
+        model: as `use_matmul` left it.
+        choice: the option.
+        channels, sizes: see `describe_matmul`.
+    """
+    if choice == "auto" or describe_matmul(model, channels, sizes):
+        return ""
+    if not depthwise_layers(model):
+        return f"{choice} has no effect: the model has no plain depthwise convolution"
+    if choice == "matmul":
+        return f"matmul has no effect: no depthwise convolution has a map of at most {MOST_PIXELS[choice]} pixels"
+    return ""
