@@ -76,7 +76,7 @@ def run_training(cfg: Config) -> None:
     """Train, or resume, with what stands around the loop."""
     log_to_console()
     with Run(cfg, open_directory(cfg)) as run, run.watch_lost_processes():
-        training = build(cfg, run)
+        training = build(cfg, run, train_step)
         if training is None:  # the run is finished
             return
         if cfg.dry_run:
