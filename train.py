@@ -78,7 +78,7 @@ def run_training(cfg: Config) -> None:
     directory = open_directory(cfg)
     cfg = as_begun(cfg, directory)
     with Run(cfg, directory) as run, run.watch_lost_processes():
-        training = build(cfg, run)
+        training = build(cfg, run, train_step)
         if training is None:  # the run is finished
             return
         if cfg.dry_run:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,7 @@ from fmnist.checkpoint.fingerprint import keep_fingerprint
 from fmnist.checkpoint.run_directory import SUMMARY, has_run, lock_directory, read_summary
 from fmnist.config.same_run import run_yaml
 from fmnist.config.schema import Config, flatten
+from fmnist.runtime import interrupts
 from fmnist.runtime.background import Background
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.console import log_to_file, stop_logging_to
@@ -33,6 +35,7 @@ class Run(Compute):
     Attributes:
         cfg: every option.
         directory: the run directory.
+        clock, began: seconds, and when by them the program, or in a notebook this run, began.
         fingerprint: of data and weights, see checkpoint/fingerprint.py; `build` fills it in.
         kept: further files of JSON that the run keeps, by name; likewise.
         should_stop: say, after a step, whether a signal or the time limit asks for a stop; all processes answer alike.
@@ -46,6 +49,8 @@ class Run(Compute):
     def __init__(self, cfg: Config, directory: Path) -> None:
         super().__init__(precision=cfg.model.precision, shards=cfg.exact, seed=cfg.seed, threads=cfg.threads)
         self.cfg, self.directory = cfg, directory
+        self.clock = time.monotonic
+        self.began = interrupts.began or self.clock()
         self.fingerprint: dict[str, str] = {}
         self.kept: dict[str, Mapping[str, Any]] = {}
         self.should_stop = StopVote(

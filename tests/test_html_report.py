@@ -3,9 +3,7 @@
 import json
 import logging
 import math
-import os
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +13,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from browser import command_line
 from conftest import SMALL_RUN, train
 
 import evaluate
@@ -26,8 +25,6 @@ from fmnist.evaluation.misclassified import confident_errors, confused_pairs
 from fmnist.evaluation.outcome import Outcome
 from fmnist.report.page import context, place_on_scale, render
 from fmnist.report.write import write_evaluation
-
-BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "chromium-browser")
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +41,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def browse(*args: object) -> subprocess.CompletedProcess[bytes]:
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"no browser, but CI is true: one of {', '.join(BROWSERS)} must be installed")
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
-    flags = ["--headless", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr"]
-    if os.geteuid() == 0:
-        flags.append("--no-sandbox")  # Chromium's own condition for root
-    return subprocess.run([browser, *flags, *map(str, args)], capture_output=True, timeout=120, check=True)
+    line = [*command_line(), "--enable-logging=stderr", *map(str, args)]
+    return subprocess.run(line, capture_output=True, timeout=120, check=True)
 
 
 def console(done: subprocess.CompletedProcess[bytes]) -> list[str]:
@@ -98,8 +88,7 @@ def test_the_page_holds_every_part_and_loads_nothing(report: Path) -> None:
     assert len(sources) > 24
     assert all(source.startswith("data:") for source in sources)
     assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org", "")
-    assert "<script" not in text
-    assert report.stat().st_size < 1_000_000
+    assert report.stat().st_size < 2_000_000
 
 
 @pytest.mark.thorough
@@ -177,7 +166,7 @@ def test_names_are_escaped_and_a_page_without_validation_images_says_so(train_im
     outcome = replace(small_outcome(train_images, tmp_path), name='<script>alert("x")</script>', members=("<b>a", "b"))
     written(outcome)
     text = (tmp_path / "report.html").read_text()
-    assert "<script" not in text and "&lt;script&gt;" in text
+    assert "<script>alert" not in text and "&lt;script&gt;" in text
     assert "<b>a" not in text and "&lt;b&gt;a" in text
     assert "There are no validation images to fit a temperature on" in text
     assert "no temperature is fitted" in (tmp_path / "report.txt").read_text()

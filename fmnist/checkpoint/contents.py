@@ -33,6 +33,7 @@ class TrainState:
         best_top1: validation top1 of the best step (fraction); -1 before the first evaluation.
         best_step: the step whose weights are kept; without validation images, the newest.
         best_val: all validation numbers of the best step, by name; none in a run from before they stood here.
+        total_steps: what `schedule.minutes` came to; None where it is not given.
         micro_batch_size: what `batch.micro_batch_size: auto` found; None where it is not auto.
         train_seconds: wall clock of training steps over all starts, evaluations apart.
     """
@@ -42,6 +43,7 @@ class TrainState:
     best_step: int = 0
     train_seconds: float = 0.0
     best_val: dict[str, float] = field(default_factory=dict)
+    total_steps: int | None = None
     micro_batch_size: int | None = None
 
     def best_number(self, by: str) -> float | None:
@@ -129,8 +131,9 @@ def read_state(directory: Path) -> TrainState:
         state = TrainState(**values)
         valid = state.step > 0 and 0 <= state.best_step <= state.step and -1 <= state.best_top1 <= 1
         finite = math.isfinite(sum(state.best_val.values())) and 0 <= state.train_seconds < math.inf
-        whole = isinstance(state.step, int) and isinstance(state.micro_batch_size or 1, int)
-        if not (valid and finite and whole and (state.micro_batch_size or 1) > 0):
+        found = [value for value in (state.total_steps, state.micro_batch_size) if value is not None]
+        whole = all(isinstance(value, int) for value in (state.step, *found))
+        if not (valid and finite and whole and min(found, default=1) > 0):
             raise ValueError
     except (ValueError, TypeError, AttributeError):
         raise ValueError(f"{directory / STATE} does not hold the state of a run") from None

@@ -1,6 +1,6 @@
 """Options that contradict each other, or have no effect: one table of each kind, refused or said."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from fmnist.config.same_run import yaml_value
@@ -115,8 +115,12 @@ SAID: tuple[tuple[str, Callable[[Config, Length], bool], str], ...] = (
 )
 
 
-def validate(cfg: Config) -> None:
+def validate(cfg: Config, flags: Collection[str] = ()) -> None:
     """Refuse a config that no run could use, or that would silently ignore one of its options.
+
+    Args:
+        cfg: every option.
+        flags: the options that were given by hand: a recipe's epochs give way to schedule.minutes, a flag's do not.
 
     Raises:
         ValueError: one line with the option, its value and what would be valid.
@@ -126,6 +130,9 @@ def validate(cfg: Config) -> None:
     for name, when, reason in REFUSED:
         if _given(cfg, name) and when(cfg):
             raise ValueError(f"{_given(cfg, name)} has no effect: {reason}")
+    for name in ("schedule.steps", *({"schedule.epochs"} & set(flags))):
+        if cfg.schedule.minutes is not None and (given := _given(cfg, name)):
+            raise ValueError(f"{given} and {_given(cfg, 'schedule.minutes')} are two lengths; valid: one of them")
     if cfg.exact:
         shard, rest = divmod(batch.global_batch_size, cfg.exact)
         if rest:

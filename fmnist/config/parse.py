@@ -59,7 +59,7 @@ def parse_config(argv: list[str] | None = None, prog: str | None = None, *, to_r
             options |= _read({name: _flag_value(name, text)})
         if options["output_dir"] is None:
             options["output_dir"] = f"runs/{Path(files[-1]).stem}"
-        validate(cfg := unflatten(options))
+        validate(cfg := unflatten(options), [name for name, _ in args.flags or []])
         if to_run and not args.print_config:
             look(cfg)
     except (argparse.ArgumentError, ValueError) as error:

@@ -188,6 +188,9 @@ class ScheduleConfig:
     """Passes over the training images."""
     steps: int | None = option(None, valid=(1, 10**9))
     """Total optimizer steps; overrides epochs."""
+    minutes: float | None = option(None, valid=(0.01, 10**6))
+    """Minutes that the whole run may take, from the program's start to its last file, in place of epochs: fifty steps
+    on a scratch copy are timed, then the number of steps is fixed and kept. null: epochs or steps decide."""
     name: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up."""
     warmup_epochs: float = option(0.0, valid=(0, 100_000))

@@ -16,7 +16,8 @@ from fmnist.evaluation.findings import NUM_SHOWN, Findings
 from fmnist.evaluation.misclassified import Misclassified, worst_by_f1
 from fmnist.evaluation.outcome import Outcome
 from fmnist.report.curves import loss_note
-from fmnist.report.figures import MOST_CLASSES, OTHERS, shorten, shown_classes
+from fmnist.report.figures import MOST_CLASSES, OTHERS
+from fmnist.report.matrix import MOST_WHOLE, cell_images, matrix_rows
 from fmnist.report.overlay import LEGEND, overlay
 from fmnist.report.page_figures import data_uri, learning_curves, picture, reliability, risk_against_coverage
 from fmnist.runtime.files import write_atomic
@@ -58,41 +59,6 @@ def _maps(findings: Findings) -> list[tuple[str, float] | None]:
     return [*made, *[None] * (len(shown) - len(made))]
 
 
-def _matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of cells with their colours: blue for right, orange for wrong, by the square root of the share.
-
-    Of many classes those that `shown_classes` gives, and a column for all others.
-    """
-    rows, shown = [], shown_classes(confusion)
-    for i in shown:
-        counts, total = confusion[i], max(1, sum(confusion[i]))
-        places = [(j, counts[j]) for j in shown]
-        places += [(-1, sum(counts) - sum(counts[j] for j in shown))] if len(shown) < len(counts) else []
-        cells = []
-        for j, count in places:
-            share = count / total
-            # Half of a class is as dark as it gets for errors: a tenth should be seen at once.
-            strength = share if i == j else min(1.0, math.sqrt(2 * share))
-            color = "0, 91, 150" if i == j else "213, 94, 0"
-            cells.append(
-                {
-                    "count": count,
-                    "style": f"background: rgba({color}, {0.9 * strength:.3f})" if count else "",
-                    "light": strength > 0.6,
-                    "right": i == j,
-                }
-            )
-        rows.append(
-            {
-                "name": class_names[i],
-                "short": shorten(class_names[i], 14),
-                "cells": cells,
-                "recall": counts[i] / total if sum(counts) else None,
-            }
-        )
-    return rows
-
-
 def place_on_scale(top1: float, interval: Sequence[float], human: float | None) -> dict[str, Any]:
     """Positions, in percent of its width, on the scale under the headline."""
     lowest = min([interval[0], *([human] if human else [])])
@@ -122,6 +88,9 @@ def context(findings: Findings) -> dict[str, Any]:
     shown = findings.errors[:NUM_SHOWN]
     human = HUMAN_TOP1 if outcome.info.is_fashion_mnist and not outcome.other_data else None
     many = len(outcome.class_names) > MOST_CLASSES
+    matrix, worst_pairs = matrix_rows(metrics["confusion_matrix"], outcome.class_names), findings.pairs[:MOST_CLASSES]
+    opened = [(cell["label"], cell["prediction"]) for row in matrix for cell in row["cells"]]
+    opened += [pair for a, b, _, _ in worst_pairs for pair in ((a, b), (b, a))]
     return {
         "outcome": outcome,
         "result": metrics,
@@ -131,11 +100,12 @@ def context(findings: Findings) -> dict[str, Any]:
         "curves": learning_curves(lines) if lines is not None and lines.is_file() else [],
         "loss_note": loss_note(trained.cfg) if trained else "",
         "train_batch": data_uri(batch.read_bytes(), "image/png") if batch is not None and batch.is_file() else None,
-        "matrix": _matrix(metrics["confusion_matrix"], outcome.class_names),
+        "matrix": matrix,
+        "cell_images": cell_images(outcome, opened),
         "class_names": outcome.class_names,
-        "others": OTHERS if many else "",
+        "others": OTHERS if len(outcome.class_names) > MOST_WHOLE else "",
         "worst": worst_by_f1(metrics["per_class"]) if many else {},
-        "worst_pairs": findings.pairs[:MOST_CLASSES] if many else [],
+        "worst_pairs": worst_pairs if many else [],
         "copies": copies_line(metrics["duplicates"]) if metrics["duplicates"] else "",
         "pairs": _pairs(findings),
         "errors": [

@@ -132,6 +132,10 @@ class Compute(Processes):
         wrapped = self.accelerator.prepare_model(model, evaluation_mode=True)  # true leaves DDP out
         return wrapped, ShardSum(model, self.accelerator, self.shards, self.gather_shards)
 
+    def release(self) -> None:
+        """Let go of the models prepared so far, and of the memory that they took."""
+        self.accelerator.free_memory()
+
     def close(self) -> None:
         """Join all processes, then end the process group: without the join a fast one can abort a slow one."""
         self.join()

@@ -1,13 +1,15 @@
 """What the training loop works with: built from a config, and put back from a checkpoint."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from fmnist.checkpoint.contents import TrainState
+from fmnist.checkpoint.contents import TrainState, read_state
 from fmnist.checkpoint.fingerprint import WEIGHTS, digest_of_weights, fingerprint
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.config.conflicts import Length, without_effect
@@ -28,6 +30,7 @@ from fmnist.runtime.hardware import peak_flops
 from fmnist.runtime.provenance import versions
 from fmnist.runtime.weight_average import WeightAverage
 from fmnist.tracking.progress import Progress
+from fmnist.training.budget import fixed_steps, with_steps
 from fmnist.training.clock import Clock
 from fmnist.training.micro_batch import choose_micro_batch
 from fmnist.training.non_finite import NonFiniteWatch
@@ -74,8 +77,13 @@ class Training:
     non_finite: NonFiniteWatch
 
 
-def build(cfg: Config, run: Run) -> Training | None:
+def build(cfg: Config, run: Run, train_step: Callable[..., Any]) -> Training | None:
     """Build everything the loop needs and put back the newest valid checkpoint, if there is one.
+
+    Args:
+        cfg: every option.
+        run: this process's view of the run.
+        train_step: of the loop; what `schedule.minutes` allows is found by timing it.
 
     Returns:
         None where the run is finished.
@@ -112,10 +120,15 @@ def build(cfg: Config, run: Run) -> Training | None:
     about = {"model": cfg.model.name, "world_size": run.world_size, "versions": versions()}
     meta = about | {"config": recipe(cfg) | run.fingerprint}
     checkpoints = Checkpoints(run.directory / "checkpoints", cfg.checkpoint.keep_last, meta)
-    schedule = Schedule.from_config(cfg, loader.steps_per_epoch)
-    finished, newest = find_start(cfg, run, checkpoints, schedule.total_steps)
+    asked, minutes = cfg, cfg.schedule.minutes
+    total_steps = 1 if minutes else Schedule.from_config(cfg, loader.steps_per_epoch).total_steps
+    finished, newest = find_start(cfg, run, checkpoints, total_steps)
     if finished:
         return None
+    if minutes:  # the steps of the first start, whose clock said how many
+        kept = read_state(newest).total_steps if newest is not None else None
+        cfg = with_steps(cfg, kept or fixed_steps(cfg, run, loader, info, splits, train_step))
+    schedule = Schedule.from_config(cfg, loader.steps_per_epoch)
 
     # model, and what feeds it: pretrained weights only where no checkpoint will fill it
     channels, _, side = info.shape
@@ -139,8 +152,9 @@ def build(cfg: Config, run: Run) -> Training | None:
     ema = WeightAverage(model, decay=cfg.optim.ema_decay, use_warmup=True) if cfg.optim.ema_decay else None
 
     # resume: weights, optimizer and step of the newest checkpoint
-    state = TrainState() if newest is None else restore(newest, cfg, model, ema, optimizer, run.fingerprint)
-    if newest is not None and (said := continuation(newest, cfg, schedule, state.step)):
+    state = TrainState() if newest is None else restore(newest, asked, model, ema, optimizer, run.fingerprint)
+    state.total_steps = schedule.total_steps if minutes else None
+    if newest is not None and not minutes and (said := continuation(newest, cfg, schedule, state.step)):
         logger.info("%s", said)
     if micro == "auto":
         state.micro_batch_size = choose_micro_batch(model, optimizer, augment, loader, state.micro_batch_size, run)

@@ -2,6 +2,9 @@
 
 fmnist export runs/cnn --to onnx    runs/cnn/export/model.onnx: uint8 pictures in, logits and probabilities out; resize
                                     and normalisation are in the graph
+fmnist export runs/cnn --to onnx --int8
+                                    runs/cnn/export/model_int8.onnx: weights and activations in int8 for a CPU; accuracy
+                                    before and after on the validation images
 fmnist export runs/cnn --to hub     runs/cnn/export/hub: config.json, weights, data.json, model card; for a timm model,
                                     timm.create_model("local-dir:FOLDER", pretrained=True) opens it
 
@@ -10,7 +13,7 @@ The run is opened in float32 on the CPU, whatever it was trained on.
 
 from pathlib import Path
 
-from fmnist.runtime.arguments import CommandLine
+from fmnist.runtime.arguments import CommandLine, number
 from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.runtime.ownership import check_outputs, check_suffix
 
@@ -21,26 +24,41 @@ PARSER.add_argument("--to", choices=sorted(NAMES), required=True, help="what to 
 PARSER.add_argument(
     "--output", type=Path, metavar="PATH", help="file or folder (default: export/model.onnx or export/hub in the run)"
 )
-
+PARSER.add_argument("--int8", action="store_true", help="with --to onnx: quantise, calibrated on training images")
+PARSER.add_argument(
+    "--max_loss", type=number(0, 1, float), help="with --int8: validation top1 that it may lose (default: 0.005)"
+)
+PARSER.add_argument(
+    "--keep_float", nargs="+", choices=("first", "last"), help="with --int8: layers that stay in float32"
+)
 PARSER.add_force()
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write the file or the folder, and print how closely it agrees with the run."""
     args = PARSER.parse_args(argv)
+    if args.int8 and args.to != "onnx":
+        PARSER.error("--int8 is of --to onnx")
+    if not args.int8 and (args.max_loss is not None or args.keep_float):
+        PARSER.error(f"--{'keep_float' if args.keep_float else 'max_loss'} has no effect without --int8")
     log_to_console()
     with one_line_errors(PARSER.prog):
         if args.output:
             check_suffix(args.output, SUFFIXES[args.to])
         from fmnist.apps.export.expected import open_expected
         from fmnist.apps.export.hub import FILES, write_hub
+        from fmnist.apps.export.int8 import write_int8
         from fmnist.apps.export.onnx import write_onnx
 
         expected = open_expected(args.run, args.root, args.batch_size)
-        path = args.output or expected.trained.folder("export", NAMES[args.to])
+        path = args.output or expected.trained.folder("export", "model_int8.onnx" if args.int8 else NAMES[args.to])
         marks = {path / name: mark for name, mark in FILES.items()} if args.to == "hub" else {path: b""}
         check_outputs(marks, force=args.force)
-        print({"onnx": write_onnx, "hub": write_hub}[args.to](expected, path))
+        if args.int8:
+            max_loss = 0.005 if args.max_loss is None else args.max_loss
+            print(write_int8(expected, path, args.root, max_loss, args.keep_float or ()))
+        else:
+            print({"onnx": write_onnx, "hub": write_hub}[args.to](expected, path))
     return 0
 
 

@@ -47,6 +47,21 @@ def write_onnx(expected: Expected, path: Path) -> str:
         path: the .onnx file.
 
     Raises:
+        ValueError: see `float_graph`.
+    """
+    proto, seen = float_graph(expected)
+    write_atomic(path, proto.SerializeToString())
+    return (
+        f"{path}: {path.stat().st_size / 1e6:.2f} MB; on {len(expected.images):,} {expected.split} images the largest "
+        f"difference from torch is {seen['logits']:.1e} in logits, {seen['probabilities']:.1e} in probabilities; "
+        f"onnxruntime {seen['images_per_second']:,.0f} images/s on this CPU"
+    )
+
+
+def float_graph(expected: Expected) -> tuple[Any, dict[str, float]]:
+    """Return the graph, with what it says about itself, and what `check` found.
+
+    Raises:
         ValueError: one line: a package is missing, torch cannot export the model, or the graph gives other numbers.
     """
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
@@ -68,14 +83,7 @@ def write_onnx(expected: Expected, path: Path) -> str:
     }
     onnx.helper.set_model_props(proto, about)
     onnx.checker.check_model(proto)
-    graph = proto.SerializeToString()
-    seen = check(graph, expected)
-    write_atomic(path, graph)
-    return (
-        f"{path}: {path.stat().st_size / 1e6:.2f} MB; on {len(expected.images):,} {expected.split} images the largest "
-        f"difference from torch is {seen['logits']:.1e} in logits, {seen['probabilities']:.1e} in probabilities; "
-        f"onnxruntime {seen['images_per_second']:,.0f} images/s on this CPU"
-    )
+    return proto, check(proto.SerializeToString(), expected)
 
 
 def _trace(expected: Expected) -> Any:
@@ -125,6 +133,15 @@ def _reason(error: BaseException) -> str:
     return one_line(str(error).strip().partition("\n")[0]) or type(error).__name__
 
 
+def open_session(graph: Path | bytes) -> Any:
+    """Open a graph in onnxruntime on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # those of the job; its own default takes every core
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
 def check(graph: Path | bytes, expected: Expected, limit: float = LARGEST_DIFFERENCE) -> dict[str, float]:
     """Run a graph in onnxruntime over the expected images, in batches of several sizes.
 
@@ -139,14 +156,10 @@ def check(graph: Path | bytes, expected: Expected, limit: float = LARGEST_DIFFER
     Raises:
         ValueError: one line, for a graph that cannot be run, or a difference that is not under the limit.
     """
-    import onnxruntime
-
     count = len(expected.images)
     sizes = [size for size in (min(count, 1), min(count - 1, 7), count - 8) if size > 0]
     try:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()  # those of the job; its own default takes every core
-        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        session = open_session(graph)
         parts = [session.run(None, {"images": part.numpy()}) for part in expected.images.split(sizes)]
         start = time.perf_counter()
         session.run(None, {"images": expected.images[-sizes[-1] :].numpy()})

@@ -1,0 +1,248 @@
+"""schedule.minutes: the steps that fit by an injected clock, and a run to the bit like one whose steps are given."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from small import write_small_data
+
+import fmnist
+from fmnist.apps.checkpoints import inspect
+from fmnist.checkpoint.contents import EMA, MODEL, OPTIMIZER, STATE, TrainState, read_state
+from fmnist.checkpoint.store import Checkpoints
+from fmnist.config.conflicts import validate
+from fmnist.config.parse import parse_config
+from fmnist.config.schema import AugmentConfig, CheckpointConfig, Config, EvaluationConfig, ScheduleConfig
+from fmnist.runtime import interrupts
+from fmnist.training import budget
+from fmnist.training.budget import REPORT_S, Costs, largest_within, seconds, sizes
+
+
+def loader_of(steps_per_epoch: int, global_batch_size: int = 100) -> Any:
+    split = range(steps_per_epoch * global_batch_size)
+    return SimpleNamespace(steps_per_epoch=steps_per_epoch, global_batch_size=global_batch_size, split=split)
+
+
+COSTS = Costs(steps=(0.1,), epoch=0.5, evaluation=2.0, save=0.25, end=3.0)
+
+
+def test_seconds_by_hand() -> None:
+    loader = loader_of(10)
+    cfg = Config(batch=replace(Config().batch, global_batch_size=100))
+    # 25 steps of 0.1 s, three epochs begun, evaluations and saves after 10, 20 and 25.
+    assert seconds(cfg, 25, COSTS, loader) == pytest.approx(2.5 + 3 * 0.5 + 3 * (2 + 0.25))
+    # Saves at 4, 8, 12, 16, 24 and, with the evaluations, at 10, 20, 25: eight. 20 is both.
+    often = replace(cfg, checkpoint=CheckpointConfig(every_steps=4))
+    assert seconds(often, 25, COSTS, loader) == pytest.approx(2.5 + 1.5 + 3 * 2 + 8 * 0.25)
+    # 24 ends on a multiple of 4: saves at 4, 8, 12, 16, 10, 20 and the end.
+    assert seconds(often, 24, COSTS, loader) == pytest.approx(2.4 + 1.5 + 3 * 2 + 7 * 0.25)
+    rare = replace(cfg, evaluation=EvaluationConfig(every_steps=100))
+    assert seconds(rare, 25, COSTS, loader) == pytest.approx(2.5 + 1.5 + 2.25)
+
+
+@pytest.mark.parametrize("between", [0, 1, 3, 4, 6, 30])
+@pytest.mark.parametrize("every", [1, 4, 5, 7])
+def test_saves_are_those_of_the_schedule(every: int, between: int) -> None:
+    """Counted one step after the other, as the loop asks the schedule."""
+    from fmnist.optim import Schedule
+
+    cfg = Config(
+        evaluation=EvaluationConfig(every_steps=every),
+        checkpoint=CheckpointConfig(every_steps=between),
+        batch=replace(Config().batch, global_batch_size=100),
+    )
+    costs = Costs(steps=(0.0,), epoch=0.0, evaluation=100.0, save=1.0, end=0.0)
+    for total in range(1, 30):
+        schedule = Schedule.from_config(budget.with_steps(cfg, total), 10)
+        due = [(schedule.validates(step), schedule.saves(step)) for step in range(1, total + 1)]
+        expected = sum(100 * validates + saves for validates, saves in due)
+        assert seconds(cfg, total, costs, loader_of(10)) == expected, total
+
+
+def test_each_image_size_counts_its_own_time() -> None:
+    cfg = Config(augment=AugmentConfig(size={0: 20, 3: 28}), batch=replace(Config().batch, global_batch_size=100))
+    costs = Costs(steps=(1.0, 2.0), epoch=0.0, evaluation=0.0, save=0.0, end=0.0)
+    assert sizes(cfg) == [20, 28]
+    assert seconds(cfg, 50, costs, loader_of(10)) == 30 * 1 + 20 * 2
+    # Two epochs: the last one is at 28 px however short the run (`sizes_by_epoch`).
+    assert seconds(cfg, 20, costs, loader_of(10)) == 10 * 1 + 10 * 2
+    shrinking = replace(cfg, augment=AugmentConfig(size={0: 28, 1: 20, 2: 28}))
+    assert sizes(shrinking) == [20, 28] and seconds(shrinking, 40, costs, loader_of(10)) == 30 * 2 + 10 * 1
+
+
+def test_the_largest_that_fits() -> None:
+    for fits in (0, 1, 2, 3, 7, 8, 9, 1000, 123_457):
+        assert largest_within(fits + 0.5, float) == fits
+    assert largest_within(-1.0, float) == 0
+
+
+class Ticking:
+    """A clock that moves when a part of the run says so."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def probed(cfg: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[int, Ticking]:
+    """The steps that a probe finds where a step takes size / 200 s, an evaluation 4 s, a save 0.5 s, an epoch 1 s."""
+    from fmnist.data.batches import Loader
+    from fmnist.data.split import Split
+    from fmnist.run import Run
+
+    clock, splits = Ticking(), {}
+    for name, number in (("train", 2000), ("val", 500), ("test", 1000)):
+        images, labels = fmnist.data.fashion_mnist.load("test")
+        splits[name] = Split(images=images[:number], labels=labels[:number])
+    loader = Loader(splits["train"], global_batch_size=100, seed=0)
+    seen: list[int] = []
+
+    def train_step(model: Any, optimizer: Any, micro_batches: Any, augment: Any, *_: Any) -> dict[str, torch.Tensor]:
+        epoch = micro_batches[0].epoch
+        clock.now += augment.size(epoch) / 200 + (epoch not in seen)
+        seen.append(epoch)
+        return {"loss": torch.zeros(())}
+
+    def validate(*_: Any) -> dict[str, float]:
+        clock.now += 4.0
+        return {}
+
+    monkeypatch.setattr(budget, "validate", validate)
+    monkeypatch.setattr(budget, "_save", lambda run, files: setattr(clock, "now", clock.now + 0.5))
+    with Run(cfg, tmp_path / "run") as run:
+        run.clock, run.began = clock, clock.now - 20.0
+        before = torch.get_rng_state()
+        total = budget.fixed_steps(cfg, run, loader, splits["train"].info, splits, train_step)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert list(tmp_path.iterdir()) == []
+    return total, clock
+
+
+def test_steps_of_an_injected_clock_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = Config(
+        model=replace(Config().model, name="mlp", options={"width": 16}),
+        batch=replace(Config().batch, global_batch_size=100),
+        augment=AugmentConfig(size=20),
+        schedule=ScheduleConfig(minutes=5),
+    )
+    with caplog.at_level("INFO", "fmnist"):
+        total, clock = probed(cfg, monkeypatch, tmp_path)
+    # The probe: 5 + 1 + 20 steps (an epoch has 20) of 0.1 s, one more, two epochs of 1 s, 4 s and 0.5 s; 20 s before.
+    used = 20 + 27 * 0.1 + 2 + 4 + 0.5
+    assert clock.now - 80 == pytest.approx(used)
+    # The end: 500 validation and 1,000 test images at 4 / 500 s, and the figures.
+    left = 300 - used - 1500 * 4 / 500 - REPORT_S
+    # An epoch: 20 steps, one start, an evaluation, a save: 2 + 1 + 4.5 = 7.5 s. 252.8 / 7.5 = 33 epochs, 5.3 s remain;
+    # of another one 1 + 4.5 s are due at once.
+    assert left == pytest.approx(252.8) and total == 33 * 20
+    assert "schedule.minutes 5: 660 steps, 33 epochs; 100 ms a step of 20 px, 4 s an evaluation" in caplog.text
+
+
+def test_too_few_minutes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = Config(
+        model=replace(Config().model, name="mlp", options={"width": 16}),
+        batch=replace(Config().batch, global_batch_size=100),
+        schedule=ScheduleConfig(minutes=0.5),
+    )
+    with pytest.raises(
+        ValueError, match=r"schedule.minutes is 0.5, in which not one step fits; valid here: 0\.\d+ and"
+    ):
+        probed(cfg, monkeypatch, tmp_path)
+
+
+def test_two_lengths_are_refused_and_a_recipes_epochs_give_way(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = parse_config(["--config", "configs/mlp.yaml", "--schedule.minutes", "10"], to_run=False)
+    assert (cfg.schedule.minutes, cfg.schedule.epochs) == (10.0, 40.0)
+    for flags, said in (
+        (["--schedule.epochs=5"], "schedule.epochs 5.0 and schedule.minutes 10.0 are two lengths; valid: one of them"),
+        (["--schedule.steps=5"], "schedule.steps 5 and schedule.minutes 10.0 are two lengths"),
+        (["--schedule.minutes=0"], "schedule.minutes is 0.0; valid range: 0.01 to 1000000"),
+        (["--schedule.minutes=ten"], "schedule.minutes is 'ten'; expected float|null"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_config(["--schedule.minutes=10", *flags], to_run=False)
+        assert said in capsys.readouterr().err
+    with pytest.raises(ValueError, match="two lengths"):
+        validate(Config(schedule=ScheduleConfig(minutes=1, steps=5)))
+    validate(Config(schedule=ScheduleConfig(minutes=1, epochs=5)))  # as a run's config.yaml says it
+
+
+def test_a_state_keeps_its_steps_and_bad_ones_are_refused(tmp_path: Path) -> None:
+    state = TrainState(step=2, best_step=2, total_steps=812)
+    path = Checkpoints(tmp_path, 1, {}).save(state, {MODEL: {}, OPTIMIZER: {}})
+    assert read_state(path) == state
+    for bad in (0, -1, 1.5, "812", math.inf):
+        text = json.loads((path / STATE).read_text()) | {"total_steps": bad}
+        (path / STATE).write_text(json.dumps(text))
+        with pytest.raises(ValueError, match="does not hold the state of a run"):
+            read_state(path)
+
+
+def test_the_minutes_begin_with_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "began", None)
+    monkeypatch.setattr("signal.getsignal", lambda number: None)
+    interrupts.end_at_interrupt()
+    first = interrupts.began
+    interrupts.end_at_interrupt()  # `fmnist train` runs train.py, which calls it again
+    assert first is not None and interrupts.began == first
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_data(tmp_path_factory.mktemp("data"))
+
+
+def go(run: Path, data: Path, **schedule: Any) -> fmnist.RunResults:
+    """Three steps an epoch; dropout, moving average and BatchNorm, whose states a probe could leave behind."""
+    return fmnist.train(
+        "configs/mlp.yaml",
+        output_dir=str(run),
+        model={"name": "cnn", "options": {"widths": [8, 8, 8]}, "drop_rate": 0.2, "precision": "fp32"},
+        augment={"size": 14},
+        data={"root": str(data), "val_size": 500},
+        batch={"global_batch_size": 500},
+        schedule={"warmup_epochs": 0.5} | schedule,
+        optim={"ema_decay": 0.5},
+        log={"every_steps": 1, "wandb": "disabled"},
+    )
+
+
+@pytest.mark.thorough
+def test_a_run_of_minutes_has_the_bits_of_one_of_steps_and_resumes_with_its_own_number(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "largest_within", lambda limit, takes: 8)  # whatever the real clock says
+    timed, given = tmp_path / "timed", tmp_path / "given"
+    results = go(timed, data, minutes=5)
+    assert (results.summary["status"], results.summary["steps"]) == ("finished", 8)
+    assert "8 steps in 5 minutes of 500 images" in (timed / "train.log").read_text()
+    go(given, data, steps=8)
+    last = "checkpoints/step_00000008"
+    for name in (MODEL, f"{last}/{MODEL}", f"{last}/{EMA}", f"{last}/{OPTIMIZER}"):
+        assert (timed / name).read_bytes() == (given / name).read_bytes(), name
+    assert read_state(timed / "checkpoints/step_00000008").total_steps == 8
+    assert read_state(given / "checkpoints/step_00000008").total_steps is None
+    assert inspect(timed)[1] == []
+
+    # stopped after its first epoch, and resumed where a probe would say something else
+    stopped = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr("fmnist.runtime.stop_vote.StopVote.__call__", lambda self: True)
+        patch.setattr("fmnist.runtime.stop_vote.StopVote.reason", "SIGTERM", raising=False)
+        assert go(stopped, data, minutes=5).summary["status"] == "stopped"
+    monkeypatch.setattr(budget, "largest_within", lambda limit, takes: 99)
+    assert go(stopped, data, minutes=5).summary["steps"] == 8
+    assert (stopped / MODEL).read_bytes() == (given / MODEL).read_bytes()
+    with pytest.raises(ValueError, match=r"schedule.minutes was 5.0, now 6.0"):
+        go(stopped, data, minutes=6)
+    assert go(stopped, data, minutes=5).summary["status"] == "finished"
