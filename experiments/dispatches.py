@@ -6,6 +6,7 @@ not on sizes: so they are of two images on a CPU.
 """
 
 import argparse
+import inspect
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -16,13 +17,10 @@ import torch
 from timm.utils import ModelEmaV3
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fmnist.step
+from fmnist.benchmark import trainer
 from fmnist.config.schema import AugmentConfig, Config, ModelConfig, OptimConfig
 from fmnist.data.batches import Loader
-from fmnist.data.fashion_mnist import INFO
 from fmnist.data.split import Split
-from fmnist.network import build_network
-from fmnist.optim import build_optimizer
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.files import write_atomic
 from fmnist.runtime.provenance import git_revision, versions
@@ -36,7 +34,7 @@ RESULT = Path(__file__).parent / "results/dispatches.json"
 MODELS = {
     "mlp": (28, ModelConfig(name="mlp", precision="fp32"), None),
     "cnn": (28, ModelConfig(name="cnn", precision="fp32"), None),
-    "convnext_tiny": (32, ModelConfig(name="convnext_tiny", precision="fp32"), 0.75),
+    "convnext_tiny": (32, ModelConfig(name="convnext_tiny", precision="fp32", depthwise="conv"), 0.75),
 }
 
 
@@ -69,19 +67,16 @@ def count_step(name: str) -> dict[str, int]:
     size, model_config, layer_decay = MODELS[name]
     optim = OptimConfig(layer_decay=layer_decay, ema_decay=0.99)
     cfg = Config(augment=AugmentConfig(size=size, rotation=10), model=model_config, optim=optim)
-    compute = Compute(precision="fp32")
+    built = trainer.Trainer(cfg, Compute(precision="fp32"))
     split = Split(images=torch.zeros(20, 28, 28, dtype=torch.uint8), labels=torch.arange(20) % 10)
-    model, augment = build_network(cfg, INFO, compute.device, load_weights=False)
-    optimizer, average = build_optimizer(model, optim), WeightAverage(model, decay=0.99, use_warmup=True)
-    wrapped, gradients = compute.prepare(model)
-    loader, step = Loader(split, global_batch_size=2, seed=0), fmnist.step
+    optimizer, average = built.optimizer, WeightAverage(built.gradients.model, decay=0.99, use_warmup=True)
+    loader, step = Loader(split, global_batch_size=2, seed=0), inspect.getmodule(trainer.train_step)
     for group in optimizer.param_groups:
         group["lr"] = 0.001 * group["lr_scale"]
-    model.train()
     for number in range(3):
         count = Count()
         micro_batches = loader.micro_batches(number)
-        images = count.within("data path", augment)
+        images = count.within("data path", built.augment)
         real_step, real_update = optimizer.step, average.update
         optimizer.step = count.within("optimizer", real_step)  # type: ignore[method-assign]
         average.update = count.within("moving average", real_update)  # type: ignore[method-assign]
@@ -90,7 +85,7 @@ def count_step(name: str) -> dict[str, int]:
         for each, action in real.items():
             setattr(step, each, count.within("gradient norm", action))
         with count:
-            step.train_step(wrapped, optimizer, micro_batches, images, gradients, optim, average)  # type: ignore[arg-type]
+            trainer.train_step(built.model, optimizer, micro_batches, images, built.gradients, optim, average)  # type: ignore[arg-type]
         optimizer.step, average.update = real_step, real_update  # type: ignore[method-assign]
         for each, action in real.items():
             setattr(step, each, action)
