@@ -81,7 +81,8 @@ def make_deterministic(device: torch.device) -> None:
     """Let only kernels run whose result depends on nothing but their operands."""
     set_default("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    # nothing here reads what it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cpu":
         torch.set_num_threads(1)  # how a sum is cut among threads would be part of the result
 
