@@ -153,6 +153,11 @@ def hang() -> None:
     time.sleep(1000)
 
 
+def compiles() -> None:
+    time.sleep(8)  # before the first step
+    before_step(lambda: time.sleep(8))
+
+
 KINDS: dict[str, Callable[[], None]] = {
     "loss_nan": lambda: bad_loss(NAN),
     "loss_inf": lambda: bad_loss(float("inf")),
@@ -172,6 +177,7 @@ KINDS: dict[str, Callable[[], None]] = {
     "exception": die(fail),
     "hang": die(hang),
     "rank_0_hangs": die(hang, rank=0),
+    "compiles": only_on(LAST_RANK, compiles),
     "frozen": die(lambda: os.kill(os.getpid(), signal.SIGSTOP)),
 }
 

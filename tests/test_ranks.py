@@ -63,6 +63,20 @@ def test_a_hanging_rank_ends_the_other_after_the_timeout(tmp_path: Path, small_c
     lose(1, "hang", tmp_path, small_config, "--timeout_s", 3)
 
 
+@pytest.mark.thorough
+def test_a_rank_that_compiles_in_the_first_step_and_for_a_new_size_is_waited_for(
+    tmp_path: Path, small_config: Path
+) -> None:
+    """As with a cold cache: it takes longer than `timeout_s`, in steps in which compiling is to be expected."""
+    growing = ("--data.limit", 192, "--augment.size", "{0: 20, 1: 28}", "--timeout_s", 3)  # six steps an epoch
+    flags = ["--config", small_config, "--output_dir", tmp_path, "--batch.micro_batch_size", 16, *growing]
+    done = train("compiles", *flags, processes=2, script=ROOT / "tests/inject.py", check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "compiles/summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("finished", 12)
+    assert summary["share_outside_steps"] > 0 and summary["images_per_second_overall"] < 12 * 32 / 8
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "kind", "processes"), [(1, "frozen", 2), (0, "rank_0_hangs", 3)])
 def test_whoever_hangs_ends_the_others_after_the_timeout(

@@ -18,7 +18,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
 LAUNCHERS = {"torchrun": (TORCHRUN, 2), "accelerate": (ACCELERATE, 1)}
 SETTINGS = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGUSR1", "PET_SHUTDOWN_TIMEOUT": "60"}
-STEPS = 12
+STEPS = 60  # several processes agree on a stop every ten quick steps
 
 
 def mentioning(text: str) -> list[psutil.Process]:
@@ -41,7 +41,7 @@ def wait_for(met: Callable[[], object], seconds: float, what: Callable[[], str])
 def start(launcher: str, folder: Path, run: Path) -> "subprocess.Popen[bytes]":
     """Start the small run through a launcher; its messages go to a file beside the run directory."""
     config = folder / "small.yaml"
-    config.write_text(SMALL_RUN)
+    config.write_text(SMALL_RUN.replace("steps: 12", f"steps: {STEPS}"))
     # A job in the background of a shell script ignores SIGINT, and so would what it starts; a handler is not inherited.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nor may it ignore this one because the tests run under nohup

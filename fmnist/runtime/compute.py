@@ -124,7 +124,7 @@ class Compute(Processes):
             The wrapped model, and what sums its gradients over micro-batches and processes.
         """
         if compiled:
-            model.compile()
+            model.compile(dynamic=False)  # a kernel for each size: those of any size have no layout of their own
         if self.shards is None:
             wrapped = self.accelerator.prepare_model(model)
             return wrapped, AllReduce(model, self.accelerator)

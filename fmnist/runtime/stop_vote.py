@@ -104,13 +104,16 @@ class StopVote:
         """
         self._compiling |= set(steps)
 
+    def be_patient(self) -> None:
+        """Give all processes the time that compiling may take, from here on."""
+        if self.heartbeat is not None:
+            self.heartbeat.limit_s = PATIENCE.total_seconds()
+
     def _set_patience(self) -> None:
         """Give the next step the time it needs; the limit shrinks again once all processes have done such a step."""
-        if self.heartbeat is None:
-            return
         if self._calls + 1 in self._compiling:
-            self.heartbeat.limit_s = PATIENCE.total_seconds()
-        elif self._calls in self._compiling:
+            self.be_patient()
+        elif self._calls in self._compiling and self.heartbeat is not None:
             dist.barrier(group=self.control)
             self.heartbeat.limit_s = self.timeout_s
 

@@ -25,6 +25,7 @@ from fmnist.runtime.console import counted
 from fmnist.runtime.provenance import git_revision, versions
 from fmnist.tracking.metrics_file import METRICS_FILE
 from fmnist.training.build import Training
+from fmnist.training.eager import eager_unless_long
 from fmnist.training.save import wait_for_save
 
 logger = logging.getLogger("fmnist")
@@ -55,21 +56,7 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
     if state.best_step:
         exported = run.on_main(training.checkpoints.export, state.best_step, run.directory / MODEL)
         summary["weights_sha256"] = exported
-    if finished:
-        use_best_weights(training, run)
-        summary["temperature"] = fit_on_validation(training, cfg, run)
-        if (split := training.val_split).corrected is not None:
-            logits = predict(training.model, split, training.augment, cfg.evaluation, run)
-            summary |= scores_corrected("val", logits, split)
-    found = evaluate_test(training, cfg, run) if finished and cfg.evaluation.test else None
-    if found is not None and found.outcome.split == "test":
-        scores = {key: found.metrics[key] for key in (*SCORES, "loss", "num_images") if key in found.metrics}
-        run.log("test", scores, state.step)
-        summary |= {f"test.{key}": value for key, value in scores.items()}
-        summary |= calibration_errors(found, summary["temperature"])
-        summary |= scores_corrected("test", found.outcome.logits, training.test_split)
-    elif finished and not len(training.test_split):
-        summary["test.num_images"] = 0
+    found = evaluate_at_end(training, cfg, run, summary) if finished else None
     run.finish(summary)
     if finished and run.is_main:  # after the summary: a figure that fails costs neither numbers nor summary
         write_report(found, run)
@@ -79,6 +66,26 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
     elif run.is_main:
         has_test = len(training.test_split) > 0
         logger.info("%s", closing(run.directory, summary["val.top1"], found, has_test=has_test))
+
+
+def evaluate_at_end(training: Training, cfg: Config, run: Run, summary: dict[str, Any]) -> Findings | None:
+    """Evaluate the weights to use, add the numbers to the summary, and return what was found on the main process."""
+    use_best_weights(training, run)
+    with eager_unless_long(training, cfg, run):
+        summary["temperature"] = fit_on_validation(training, cfg, run)
+        if (split := training.val_split).corrected is not None:
+            logits = predict(training.model, split, training.augment, cfg.evaluation, run)
+            summary |= scores_corrected("val", logits, split)
+        found = evaluate_test(training, cfg, run) if cfg.evaluation.test else None
+    if found is not None and found.outcome.split == "test":
+        scores = {key: found.metrics[key] for key in (*SCORES, "loss", "num_images") if key in found.metrics}
+        run.log("test", scores, training.state.step)
+        summary |= {f"test.{key}": value for key, value in scores.items()}
+        summary |= calibration_errors(found, summary["temperature"])
+        summary |= scores_corrected("test", found.outcome.logits, training.test_split)
+    elif not len(training.test_split):
+        summary["test.num_images"] = 0
+    return found
 
 
 def use_best_weights(training: Training, run: Run) -> None:
