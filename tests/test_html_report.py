@@ -72,6 +72,7 @@ def test_the_page_holds_every_part_and_loads_nothing(report: Path) -> None:
         "classes",
         "errors",
         "calibration",
+        "automation",
         "retrieval",
         "curves",
         "cost",

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -26,7 +27,10 @@ from fmnist.evaluation.conformal import (
     prediction_sets,
     set_coverage,
 )
+from fmnist.evaluation.findings import findings
+from fmnist.evaluation.outcome import Outcome
 from fmnist.evaluation.risk_coverage import automation, confidence_threshold, least_answers, risk_coverage
+from fmnist.report.page import context, render
 from fmnist.trained import open_trained
 
 
@@ -212,6 +216,43 @@ def test_what_is_automatic_is_counted_on_other_images() -> None:
     assert found["errors"] == pytest.approx(1 / 3)
     none = automation((known[400:], labels[400:]), (seen, torch.zeros(4, dtype=torch.int64)), 0.01)
     assert (none["threshold"], none["automatic"], none["errors"], none["interval"]) == (None, 0.0, None, None)
+
+
+# The report
+
+
+def an_outcome(folder: Path, validation: tuple[Tensor, Tensor] | None) -> Outcome:
+    probabilities, labels = drawn(400, 10, 5, sharpness=9.0)
+    logits = probabilities.log().float()
+    return Outcome(
+        name="run", model="cnn", directory=folder, split="test", tta="none", labels=labels, logits=logits,
+        images=torch.zeros(400, 28, 28, dtype=torch.uint8), class_names=CLASS_NAMES,
+        by_tta={"none": logits, "flip": logits}, validation=validation,
+    )  # fmt: skip
+
+
+def test_the_report_says_what_can_be_automated(tmp_path: Path) -> None:
+    probabilities, labels = drawn(900, 10, 6, sharpness=9.0)
+    kept = (labels != 9) | (labels.cumsum(0) < 200)  # few bags
+    found = findings(an_outcome(tmp_path, (probabilities.log().float()[kept], labels[kept])))
+    assert found.risk is not None and found.risk.risk[-1] == pytest.approx(1 - found.metrics["top1"])
+    held = found.metrics["trust"]
+    assert [row["max_error"] for row in held["automation"]] == [0.005, 0.01, 0.02, 0.05]
+    assert held["automation"][0]["threshold"] is None  # 598 images are needed
+    assert [row["asked"] for row in held["sets"]] == [0.9, 0.95, 0.99]
+    text = re.sub(r"\s+", " ", render(context(found)).split('<section id="automation">')[1].split("</section>")[0])
+    assert "<tr><th>0.5</th><td>-</td><td>0.0</td><td>-</td><td>-</td></tr>" in text
+    for row in held["automation"]:
+        if row["threshold"] is not None:
+            assert f"<td>{row['threshold']:.4f}</td><td>{100 * row['automatic']:.1f}</td>" in text
+    for row in held["sets"]:
+        assert (
+            f"<td>{100 * row['coverage']:.1f}</td><td>{row['worst_class']} {100 * row['worst_coverage']:.1f}</td>"
+            in text
+        )
+    assert "Ankle boot" in held["sets"][0]["in_every_set"] and "90 %: Ankle boot has too few validation images" in text
+    without = render(context(findings(an_outcome(tmp_path, None))))
+    assert "There are no validation images to choose a confidence on" in without and "--max_error" not in without
 
 
 # The command
