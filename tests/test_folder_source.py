@@ -867,6 +867,36 @@ def test_damaged_pixels_are_refused_however_they_are_divided(
             damaged.read(name)  # type: ignore[arg-type]
 
 
+# Of the parts train, val and test: those whose images and labels are the very ones that the cache's digest is of.
+@pytest.mark.parametrize(
+    ("parts", "options", "known"),
+    [
+        (("",), {}, {"train", "val", "test"}),
+        (("train",), {}, set()),  # validation images are held out of its train, and it has no test
+        (("train", "test"), {}, {"test"}),
+        (("train", "val", "test"), {}, {"train", "val", "test"}),
+        (("train", "val"), {"limit": 3}, {"val"}),
+        (("train", "val"), {"corrections": "audit.csv"}, {"val"}),
+        (("train", "val"), {"folds": 2, "fold": 1}, set()),
+    ],
+)
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_pixels_compared_with_their_digest_are_not_hashed_again(
+    tmp_path: Path, parts: tuple[str, ...], options: dict[str, Any], known: set[str], mode: str
+) -> None:
+    for part in parts:
+        two_classes(tmp_path / "root" / part, 8, mode=mode)
+    if "corrections" in options:
+        row = "1,train,0,cat,dog,0.1,relabel\n"
+        (tmp_path / "audit.csv").write_text(f"rank,split,index,label,suggested,own_probability,decision\n{row}")
+        options = {"corrections": str(tmp_path / "audit.csv")}
+    source = open_source(DataConfig(name="folder", root=str(tmp_path / "root"), val_size=4, holdout=0.2, **options))
+    splits = {name: Split.load(name, source) for name in ("train", "val", "test")}  # type: ignore[arg-type]
+    assert {name for name, split in splits.items() if "digest" in vars(split)} == known
+    for split in splits.values():
+        assert split.digest == Split(images=split.images, labels=split.labels).digest
+
+
 @pytest.mark.parametrize(
     ("parts", "unused"),
     [

@@ -95,7 +95,7 @@ class Split:
             images, labels, published, corrected = images[kept], corrected[kept], published[kept], None
         height, width = images.shape[-2:]
         info = replace(source.info, shape=(source.info.shape[0], height, width))
-        return cls(
+        split = cls(
             images=images.to(device),
             labels=labels.to(device),
             info=info,
@@ -106,3 +106,6 @@ class Split:
             corrections_sha256="none" if source.corrections is None else source.corrections.sha256,
             title=functools.partial(source.title, name),
         )
+        if name in source.digests and (name != "train" or source.corrections is None):
+            vars(split)["digest"] = source.digests[name]  # `read` has hashed them a moment ago
+        return split
