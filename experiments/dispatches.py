@@ -6,7 +6,6 @@ not on sizes: so they are of two images on a CPU.
 """
 
 import argparse
-import inspect
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fmnist.benchmark import trainer
+from fmnist.benchmark.trainer import Trainer
 from fmnist.config.schema import AugmentConfig, Config, ModelConfig, OptimConfig
 from fmnist.data.batches import Loader
 from fmnist.data.split import Split
@@ -30,6 +29,7 @@ try:
 except ImportError:  # before
     WeightAverage = ModelEmaV3  # type: ignore[misc,assignment]
 
+FORWARD = "forward and backward"
 RESULT = Path(__file__).parent / "results/dispatches.json"
 MODELS = {
     "mlp": (28, ModelConfig(name="mlp", precision="fp32"), None),
@@ -43,21 +43,20 @@ class Count(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.part, self.counts = "forward and backward", Counter[str]()
+        self.part, self.counts = FORWARD, Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.counts[self.part] += func.namespace == "aten"  # no mark of the profiler
         return func(*args, **(kwargs or {}))
 
-    def within(self, part: str, action: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the action, counted as this part."""
+    def within(self, part: str, action: Callable[..., Any], then: str) -> Callable[..., Any]:
+        """Return the action, counted as this part; what follows it is counted as `then`."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            outer, self.part = self.part, part
-            try:
-                return action(*args, **kwargs)
-            finally:
-                self.part = outer
+            self.part = part
+            result = action(*args, **kwargs)
+            self.part = then
+            return result
 
         return call
 
@@ -65,30 +64,24 @@ class Count(TorchDispatchMode):
 def count_step(name: str) -> dict[str, int]:
     """Return the operations of a model's third step, by part."""
     size, model_config, layer_decay = MODELS[name]
-    optim = OptimConfig(layer_decay=layer_decay, ema_decay=0.99)
+    optim = OptimConfig(layer_decay=layer_decay)
     cfg = Config(augment=AugmentConfig(size=size, rotation=10), model=model_config, optim=optim)
-    built = trainer.Trainer(cfg, Compute(precision="fp32"))
-    split = Split(images=torch.zeros(20, 28, 28, dtype=torch.uint8), labels=torch.arange(20) % 10)
-    optimizer, average = built.optimizer, WeightAverage(built.gradients.model, decay=0.99, use_warmup=True)
-    loader, step = Loader(split, global_batch_size=2, seed=0), inspect.getmodule(trainer.train_step)
-    for group in optimizer.param_groups:
+    trainer = Trainer(cfg, Compute(precision="fp32"))
+    optimizer, gradients = trainer.optimizer, trainer.gradients
+    average = WeightAverage(gradients.model, decay=0.99, use_warmup=True)
+    for group in optimizer.param_groups:  # as the schedule sets it
         group["lr"] = 0.001 * group["lr_scale"]
+    split = Split(images=torch.zeros(20, 28, 28, dtype=torch.uint8), labels=torch.arange(20) % 10)
+    loader = Loader(split, global_batch_size=2, seed=0)
+    step, total = optimizer.step, gradients.total
     for number in range(3):
-        count = Count()
-        micro_batches = loader.micro_batches(number)
-        images = count.within("data path", built.augment)
-        real_step, real_update = optimizer.step, average.update
-        optimizer.step = count.within("optimizer", real_step)  # type: ignore[method-assign]
-        average.update = count.within("moving average", real_update)  # type: ignore[method-assign]
-        names = {"clip", "clip_grad_norm_"} & vars(step).keys()
-        real = {each: getattr(step, each) for each in names}
-        for each, action in real.items():
-            setattr(step, each, count.within("gradient norm", action))
+        count, micro_batches = Count(), loader.micro_batches(number)
+        augment: Any = count.within("data path", trainer.augment, FORWARD)
+        gradients.total = count.within(FORWARD, total, "gradient norm")  # type: ignore[method-assign]
+        optimizer.step = count.within("optimizer", step, FORWARD)  # type: ignore[method-assign]
         with count:
-            trainer.train_step(built.model, optimizer, micro_batches, images, built.gradients, optim, average)  # type: ignore[arg-type]
-        optimizer.step, average.update = real_step, real_update  # type: ignore[method-assign]
-        for each, action in real.items():
-            setattr(step, each, action)
+            trainer.train(micro_batches, augment)
+            count.within("moving average", average.update, FORWARD)(gradients.model, step=number)
     return dict(count.counts) | {"all": count.counts.total(), "parameter groups": len(optimizer.param_groups)}
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 
 from fmnist.benchmark.trainer import Trainer
 from fmnist.config.parse import parse_config
@@ -30,6 +29,7 @@ from fmnist.optim import Schedule, set_lr
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.files import write_atomic
 from fmnist.runtime.provenance import git_revision, processor, versions
+from fmnist.runtime.weight_average import WeightAverage
 
 
 class Recipe:
@@ -44,7 +44,7 @@ class Recipe:
         self.cfg, self.compute = cfg, compute
         self.trainer = Trainer(cfg, compute)
         model, augment = self.trainer.gradients.model, self.trainer.augment
-        self.ema = ModelEmaV3(model, decay=cfg.optim.ema_decay, use_warmup=True) if cfg.optim.ema_decay else None
+        self.ema = WeightAverage(model, decay=cfg.optim.ema_decay, use_warmup=True) if cfg.optim.ema_decay else None
         train_split, self.val_split = (Split.load(name, cfg.data, compute.device) for name in ("train", "val"))
         self.loader = loader = Loader(train_split, global_batch_size=cfg.batch.global_batch_size, seed=cfg.seed)
         self.schedule = schedule = Schedule.from_config(cfg, loader.steps_per_epoch)

@@ -199,7 +199,7 @@ def test_a_file_of_tensors_is_that_of_the_library_and_its_hash_that_of_the_file(
     assert read.keys() == odd.keys() and all(torch.equal(read[name], odd[name]) for name in odd)
     with pytest.raises(ValueError, match="odd cannot be written: x is torch.complex64"):
         write_tensors(tmp_path / "odd", {"x": torch.ones(2, dtype=torch.complex64)})
-    with pytest.raises(OSError, match="nowhere/file cannot be written: no such file"):
+    with pytest.raises(OSError, match="nowhere/file cannot be written: No such file"):
         write_tensors(tmp_path / "nowhere/file", odd)
 
 

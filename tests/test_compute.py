@@ -3,15 +3,22 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import environment
+from filelock import FileLock, Timeout
 from torch import nn
 
+from fmnist.config.schema import Config
+from fmnist.run import Run
 from fmnist.runtime.background import Background, join_all
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.gradients import AllReduce, ShardSum
@@ -35,6 +42,34 @@ def test_compute_knows_device_and_precision_and_closes_after_an_error() -> None:
         assert torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(3)))
         raise KeyError
     assert closed == [True]
+
+
+def test_an_interpreter_that_ends_does_not_leave_its_work_undone(tmp_path: Path) -> None:
+    program = (
+        "import pathlib, time; from fmnist.runtime.background import Background\n"
+        f"Background().start(lambda: (time.sleep(1), pathlib.Path({str(tmp_path / 'done')!r}).touch()))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, env=environment())
+    assert (tmp_path / "done").exists()
+
+
+def test_a_run_that_fails_keeps_its_lock_until_the_checkpoint_is_written(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    seen = []
+
+    def write() -> None:
+        time.sleep(0.5)
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / "run/.lock").acquire(timeout=0)
+        seen.append("locked")
+
+    with pytest.raises(KeyError), Run(Config(), tmp_path / "run") as run:
+        run.claim()
+        run.writing.start(write)
+        raise KeyError
+    assert seen == ["locked"]
+    with FileLock(tmp_path / "run/.lock").acquire(timeout=0):
+        pass
 
 
 def test_both_ways_to_sum_gradients_give_the_mean_over_the_global_batch() -> None:

@@ -53,13 +53,14 @@ def test_an_epoch_is_one_line(said: list[str], clock: list[float]) -> None:
     progress.log("train", {"loss": 0.3, "images_per_second": 1258.4}, 10)
     clock[0] += 20  # 10 steps in 20 s: 2 s a step, 20 steps are left
     progress.log("val", {"top1": 0.9124, "loss": 0.2}, 10)
-    progress.log("train", {"loss": 0.2, "images_per_second": 1300.0}, 20)
+    progress.log("train", {"loss": 0.2, "images_per_second": 1300.0, "images_per_second_overall": 1100.4}, 20)
     clock[0] += 5  # 0.5 s a step since the last line
     progress.log("val", {"top1": 0.9, "loss": 0.2}, 20)
     progress.log("test", {"top1": 0.9}, 30)
     assert said == [
         "epoch 1/3  step 10  train loss 0.4000  val top1 91.24 % (best 91.24 %)  1,258 images/s  0:40 left",
-        "epoch 2/3  step 20  train loss 0.2000  val top1 90.00 % (best 91.24 %)  1,300 images/s  0:05 left",
+        "epoch 2/3  step 20  train loss 0.2000  val top1 90.00 % (best 91.24 %)  1,300 images/s (1,100 overall)"
+        "  0:05 left",
     ]
 
 

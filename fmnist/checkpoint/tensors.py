@@ -12,7 +12,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from fmnist.runtime.console import one_line
-from fmnist.runtime.files import cannot_read, open_regular, reason
+from fmnist.runtime.files import cannot_read, open_regular
 from fmnist.runtime.muon import Muon
 
 # What safetensors calls the types that models and optimizers hold.
@@ -131,7 +131,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
                 digest.update(part)  # this and the write let other threads run
                 file.write(part)
     except OSError as error:
-        raise OSError(f"{path} cannot be written: {reason(error)}") from None
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
     return 8 + len(text) + size, digest.hexdigest()
 
 

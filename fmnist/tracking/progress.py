@@ -93,7 +93,7 @@ class Progress:
             parts += [f"val top1 {100 * val['top1']:.2f} %"] if self.by != "top1" else []
             parts.append(f"val {WORDS[self.by]} {_shown(self.by, number)} (best {_shown(self.by, self.best)})")
         if self._rate is not None:
-            overall = "" if self._overall is None else f" ({self._overall:,.0f} with validation and saves)"
+            overall = "" if self._overall is None else f" ({self._overall:,.0f} overall)"
             parts.append(f"{self._rate:,.0f} images/s{overall}")
         if step > self._told_step:
             # the pace since the last line, validation and saves included: it follows a change of image size
