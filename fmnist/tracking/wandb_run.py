@@ -23,6 +23,22 @@ WANDB_ID_FILE = "wandb_run_id"
 # Together below 10 s: the longest delay that an absent or broken server adds to a start.
 PROBE_TIMEOUT_S, INIT_TIMEOUT_S = 2, 5
 FINISH_TIMEOUT_S = 30  # data not sent by then stay on disk, for `wandb sync`
+SETTINGS: dict[str, Any] = {
+    "init_timeout": INIT_TIMEOUT_S,
+    "login_timeout": INIT_TIMEOUT_S,
+    "finish_timeout": FINISH_TIMEOUT_S,
+    "silent": True,
+    # Never sent, since they may hold a password or are nobody's concern: source, the remote's URL, argv, console
+    # output, installed packages, the names of host and script.
+    "x_save_requirements": False,
+    "host": "-",
+    "program": "fmnist",
+    "save_code": False,
+    "disable_code": True,
+    "disable_git": True,
+    "x_disable_meta": True,
+    "console": "off",
+}
 
 
 def start_wandb(directory: Path, cfg: LogConfig, resolved: Mapping[str, Any]) -> Any:
@@ -62,22 +78,7 @@ def start_wandb(directory: Path, cfg: LogConfig, resolved: Mapping[str, Any]) ->
         "dir": str(directory),
         "config": dict(resolved),
     }
-    settings = wandb.Settings(
-        init_timeout=INIT_TIMEOUT_S,
-        login_timeout=INIT_TIMEOUT_S,
-        finish_timeout=FINISH_TIMEOUT_S,
-        silent=True,
-        # Never sent, since they may hold a password or are nobody's concern: source, the remote's URL, argv, console
-        # output, installed packages, the names of host and script.
-        x_save_requirements=False,
-        host="-",
-        program="fmnist",
-        save_code=False,
-        disable_code=True,
-        disable_git=True,
-        x_disable_meta=True,
-        console="off",
-    )
+    settings = wandb.Settings(**SETTINGS)
     try:
         started = wandb.init(mode=mode, settings=settings, **options)
     except Exception as error:  # server absent, key refused: keep the numbers on disk instead
