@@ -348,6 +348,7 @@ def test_what_has_no_thresholds_is_refused(
         (["--explain", "--sheet", 0], "--explain draws on the sheet, and --sheet 0 leaves that out"),
     ):
         assert said in command(predict, learned, one, *wrong, *output, status=2)
+    monkeypatch.setattr("small.NUM_TRAIN", 2100)  # the run holds 2,000 out
     other = tmp_path / "other"
     other.mkdir()
     asked = ("--max_error", 0.01, "--data.root", write_small_data(other))
