@@ -15,6 +15,7 @@ from small import VAL_SIZE, command, untrained, write_small_data
 import fmnist
 from fmnist.apps.export import int8
 from fmnist.apps.export.__main__ import main as export_main
+from fmnist.apps.export.expected import Expected
 from fmnist.apps.export.int8 import Proof
 from fmnist.config.schema import ModelConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
@@ -27,6 +28,17 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FMNIST_DATA", str(write_small_data(tmp_path_factory.mktemp("data"))))
         patch.setattr("fmnist.evaluation.cost.SECONDS", 0.05)
+        traced: dict[str, Any] = {}
+        real = int8.float_graph
+
+        def once(expected: Expected) -> Any:  # torch takes seconds to trace a model
+            if expected.trained.digest not in traced:
+                proto, seen = real(expected)
+                traced[expected.trained.digest] = proto.SerializeToString(), seen
+            graph, seen = traced[expected.trained.digest]
+            return onnx.load_from_string(graph), seen
+
+        patch.setattr(int8, "float_graph", once)
         yield
 
 

@@ -72,11 +72,12 @@ def cell_images(outcome: Outcome, wanted: Iterable[tuple[int, int]]) -> dict[str
     found = matrix_cells(outcome)
     cells = {place: found[place] for place in dict.fromkeys(wanted) if place in found}
     some = outcome.images[:: max(1, len(outcome.images) // 64)]
-    for most, *kind in CHOICES:
+    for most, side, lossless in CHOICES:
         number = sum(min(most, len(cell.positions)) for cell in cells.values())
-        if (most, *kind) != CHOICES[-1] and number * len(sheet(some, *kind)[0]) / len(some) > 1.2 * SHEET_BYTES:
+        expected = number * len(sheet(some, side, lossless)[0]) / len(some)
+        if expected > 1.2 * SHEET_BYTES and (most, side, lossless) != CHOICES[-1]:
             continue  # far too much: it need not be drawn
-        shown = {place: sheet(outcome.images[cell.positions[:most]], *kind) for place, cell in cells.items()}
+        shown = {place: sheet(outcome.images[cell.positions[:most]], side, lossless) for place, cell in cells.items()}
         if sum(len(uri) for uri, _ in shown.values()) <= SHEET_BYTES:
             break
     width, height = next(iter(shown.values()))[1] if shown else (1, 1)

@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         marks = {path / name: mark for name, mark in FILES.items()} if args.to == "hub" else {path: b""}
         check_outputs(marks, force=args.force)
         if args.int8:
-            given = {name: value for name, value in of_int8.items() if value is not None}
-            print(write_int8(expected, path, args.root, **given))
+            options = {name: value for name, value in of_int8.items() if value is not None}
+            print(write_int8(expected, path, args.root, **options))
         else:
             print({"onnx": write_onnx, "hub": write_hub}[args.to](expected, path))
     return 0

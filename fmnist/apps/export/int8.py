@@ -129,7 +129,7 @@ def _quantise(
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self.parts: Iterator[np.ndarray] = iter(np.array_split(images, max(1, len(images) // PART)))
 
