@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT, train
 from small import write_small_data
 
 import fmnist
@@ -246,3 +249,49 @@ def test_a_run_of_minutes_has_the_bits_of_one_of_steps_and_resumes_with_its_own_
     with pytest.raises(ValueError, match=r"schedule.minutes was 5.0, now 6.0"):
         go(stopped, data, minutes=6)
     assert go(stopped, data, minutes=5).summary["status"] == "finished"
+
+
+def test_a_jobs_limit_becomes_minutes(tmp_path: Path) -> None:
+    """The batch script up to where it first asks Python, with programs in the places of SLURM's and of Python."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    asked = tmp_path / "asked"
+    for name, script in (
+        ("squeue", 'echo "$LIMIT"'),
+        ("python", f'[ "$1" = -c ] && exit 0; printf "%s\\n" "$@" > {asked}; exit 7'),
+    ):
+        (programs / name).write_text(f"#!/bin/bash\n{script}\n")
+        (programs / name).chmod(0o755)
+    env = os.environ | {"SLURM_JOB_ID": "5", "FMNIST_VENV": str(tmp_path), "PATH": f"{programs}:{os.environ['PATH']}"}
+
+    def submitted(limit: str, *flags: str) -> tuple[int, str, list[str]]:
+        asked.unlink(missing_ok=True)
+        line = ["bash", "slurm/train.sbatch", "configs/mlp.yaml", *flags]
+        done = subprocess.run(line, env=env | {"LIMIT": limit}, cwd=ROOT, capture_output=True, text=True)
+        return done.returncode, done.stderr, asked.read_text().splitlines()[5:] if asked.exists() else []
+
+    for limit, minutes in (("1:00:00", "57"), ("10:00", "7"), ("1-00:00:00", "1437"), ("4:30", "1.5")):  # 3 less
+        assert submitted(limit, "--schedule.minutes", "job", "--seed", "3") == (
+            7, "", ["--schedule.minutes", minutes, "--seed", "3"],
+        )  # fmt: skip
+    assert submitted("1:00:00", "--schedule.minutes=job")[2] == ["--schedule.minutes=57"]
+    untouched = ["--schedule.minutes", "9", "--log.project", "job", "--output_dir", "a b"]
+    assert submitted("1:00:00", *untouched)[2] == untouched
+    for limit in ("UNLIMITED", "3:00", ""):
+        status, said, _ = submitted(limit, "--schedule.minutes", "job")
+        assert status == 2 and "--schedule.minutes job needs a --time of more than three minutes" in said
+
+
+@pytest.mark.thorough
+def test_the_slowest_process_decides_and_any_number_of_them_has_the_same_bits(
+    small_config: Path, tmp_path: Path
+) -> None:
+    small_config.write_text(small_config.read_text().replace("{steps: 12, warmup_steps: 2}", "{warmup_steps: 2}"))
+    flags = ["--config", small_config, "--exact", 2]
+    # Rank 0 says 1 s a step, rank 1 says 2 s; nothing else takes any time.
+    minutes = ["--schedule.minutes", 0.5, "--output_dir", tmp_path / "two"]
+    train(*flags, *minutes, processes=2, script=ROOT / "tests/two_clocks.py")
+    state = read_state(max((tmp_path / "two" / "checkpoints").iterdir()))
+    assert state.total_steps == state.step == 15  # 30 s of steps of 2 s
+    train(*flags, "--schedule.steps", 15, "--output_dir", tmp_path / "one")
+    assert (tmp_path / "one" / MODEL).read_bytes() == (tmp_path / "two" / MODEL).read_bytes()

@@ -19,8 +19,7 @@ from fmnist.data.fashion_mnist import CLASS_NAMES, load
 from fmnist.evaluation.cells import matrix_cells
 from fmnist.evaluation.findings import findings
 from fmnist.evaluation.outcome import Outcome
-from fmnist.report import matrix
-from fmnist.report.matrix import cell_images, matrix_rows
+from fmnist.report.matrix import CHOICES, cell_images, matrix_rows
 from fmnist.report.page import context, render, write_html
 from fmnist.report.page_figures import sheet
 
@@ -84,15 +83,16 @@ def test_large_pictures_become_small_and_keep_their_shape() -> None:
     uri, (width, height) = sheet(torch.randint(0, 256, (3, 3, 100, 200), dtype=torch.uint8))
     assert uri.startswith("data:image/jpeg") and (width, height) == (64, 32)
     assert Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).size == (64, 96)
-    uri, size = sheet(torch.zeros(2, 3, 32, 20, dtype=torch.uint8))
-    assert uri.startswith("data:image/png") and size == (20, 32)
+    small = torch.zeros(2, 3, 32, 20, dtype=torch.uint8)
+    assert sheet(small)[0].startswith("data:image/png") and sheet(small)[1] == (20, 32)
+    assert sheet(small, 16, False)[0].startswith("data:image/jpeg") and sheet(small, 16, False)[1] == (10, 16)
 
 
 @pytest.mark.thorough
 def test_a_hundred_classes_of_noise_stay_below_15_megabytes(tmp_path: Path) -> None:
-    """The worst case: nothing compresses, and half of 9,000 images in colour lie all over the matrix."""
+    """The worst case: nothing compresses, and half of 5,000 images in colour lie all over the matrix."""
     generator = torch.Generator().manual_seed(0)
-    base, number = outcome_of(100, tmp_path), 9_000
+    base, number = outcome_of(100, tmp_path), 5_000
     labels = torch.randint(100, (number,), generator=generator)
     logits = torch.randn(number, 100, generator=generator)
     logits[torch.arange(0, number, 2), labels[::2]] += 9.0
@@ -100,14 +100,15 @@ def test_a_hundred_classes_of_noise_stay_below_15_megabytes(tmp_path: Path) -> N
     both = {"none": logits, "flip": logits}
     found = findings(replace(base, images=images, labels=labels, logits=logits, by_tta=both))
     write_html(found, tmp_path / "report.html")
-    assert 5_000_000 < (tmp_path / "report.html").stat().st_size < 15_000_000
+    size = (tmp_path / "report.html").stat().st_size
+    assert 2_000_000 < size < 15_000_000
     values = context(found)
     assert len(values["matrix"]) == 100 and len(values["matrix"][0]["cells"]) == 100
     cells = values["cell_images"]["cells"]
     filled = sum(count > 0 for row in found.metrics["confusion_matrix"] for count in row)
-    assert len(cells) == filled > 3000  # every cell that holds images can be opened
+    assert len(cells) == filled > 1500  # every cell that holds images can be opened
     most = max(len(cell["names"]) for cell in cells.values())
-    assert most in matrix.MOST_IN_CELL[1:] and cells["3,3"]["count"] > most
+    assert most in {most for most, _, _ in CHOICES[2:]} and cells["3,3"]["count"] > most
 
 
 def test_of_more_than_a_hundred_classes_the_worst_pairs_are_buttons(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from fmnist.evaluation.outcome import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class MatrixCell:
     """The images of one class that were taken for one class.
 
     Attributes:
@@ -22,7 +22,7 @@ class Cell:
     confidences: list[float]
 
 
-def matrix_cells(outcome: Outcome) -> dict[tuple[int, int], Cell]:
+def matrix_cells(outcome: Outcome) -> dict[tuple[int, int], MatrixCell]:
     """Return each cell that holds images, by label and prediction, in the order of the matrix."""
     confidence, predictions = outcome.logits.double().softmax(dim=1).max(dim=1)
     place = outcome.labels * outcome.logits.shape[1] + predictions
@@ -30,6 +30,6 @@ def matrix_cells(outcome: Outcome) -> dict[tuple[int, int], Cell]:
     order = order[place[order].argsort(stable=True)]
     places, counts = place[order].unique_consecutive(return_counts=True)
     return {
-        divmod(at, outcome.logits.shape[1]): Cell(positions=part.tolist(), confidences=confidence[part].tolist())
+        divmod(at, outcome.logits.shape[1]): MatrixCell(positions=part.tolist(), confidences=confidence[part].tolist())
         for at, part in zip(places.tolist(), order.split(counts.tolist()), strict=True)
     }

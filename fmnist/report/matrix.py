@@ -6,13 +6,17 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from fmnist.evaluation.cells import Cell, matrix_cells
+from fmnist.evaluation.cells import MatrixCell, matrix_cells
 from fmnist.evaluation.outcome import Outcome
 from fmnist.report.figures import shorten, shown_classes
 from fmnist.report.page_figures import sheet
 
 MOST_WHOLE = 100  # classes of a matrix shown whole; of more, those with the most errors
-MOST_IN_CELL = (60, 30, 15, 8, 4, 2, 1)  # images: the largest number that keeps all sheets below the limit
+# Images of a cell, their largest side in pixels, and whether small ones are kept without loss: the first that fits.
+CHOICES = (
+    *((60, 64, True), (60, 64, False), (30, 64, False), (15, 48, False), (8, 48, False)),
+    *((4, 32, False), (2, 32, False), (1, 24, False), (1, 16, True)),
+)
 SHEET_BYTES = 10_000_000  # of all sheets together, in base64: the page stays below 15 MB
 
 
@@ -68,11 +72,12 @@ def cell_images(outcome: Outcome, wanted: Iterable[tuple[int, int]]) -> dict[str
     found = matrix_cells(outcome)
     cells = {place: found[place] for place in dict.fromkeys(wanted) if place in found}
     some = outcome.images[:: max(1, len(outcome.images) // 64)]
-    each = len(sheet(some)[0]) / len(some)  # bytes of one, about: what is far too much need not be drawn
-    for most in MOST_IN_CELL:
-        if most > 1 and each * sum(min(most, len(cell.positions)) for cell in cells.values()) > 1.2 * SHEET_BYTES:
-            continue
-        shown = {place: sheet(outcome.images[cell.positions[:most]]) for place, cell in cells.items()}
+    for most, side, lossless in CHOICES:
+        number = sum(min(most, len(cell.positions)) for cell in cells.values())
+        expected = number * len(sheet(some, side, lossless)[0]) / len(some)
+        if expected > 1.2 * SHEET_BYTES and (most, side, lossless) != CHOICES[-1]:
+            continue  # far too much: it need not be drawn
+        shown = {place: sheet(outcome.images[cell.positions[:most]], side, lossless) for place, cell in cells.items()}
         if sum(len(uri) for uri, _ in shown.values()) <= SHEET_BYTES:
             break
     width, height = next(iter(shown.values()))[1] if shown else (1, 1)
@@ -86,7 +91,7 @@ def cell_images(outcome: Outcome, wanted: Iterable[tuple[int, int]]) -> dict[str
     }
 
 
-def _described(outcome: Outcome, place: tuple[int, int], cell: Cell, most: int) -> dict[str, Any]:
+def _described(outcome: Outcome, place: tuple[int, int], cell: MatrixCell, most: int) -> dict[str, Any]:
     indices, positions = outcome.indices, cell.positions[:most]
     return {
         "count": len(cell.positions),

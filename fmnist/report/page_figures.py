@@ -17,8 +17,7 @@ from fmnist.report.figures import BLUE, ORANGE, Axes, Figure, PercentFormatter, 
 from fmnist.tracking.metrics_file import read_metrics
 
 INK, MUTED, RULE = "#1f2933", "#52606d", "#d9dee4"
-SHEET_SIDE = 64  # pixels at most, of a picture among many; up to SMALL_SIDE they are kept without loss
-SMALL_SIDE = 32
+SMALL_SIDE = 32  # pixels of a picture that may be kept without loss
 LARGEST_SIDE = 128  # pixels: twice as many as it is shown with on a screen of many pixels
 SIZE = (4.3, 3.1)  # inches: on a phone about as wide as the screen, so that its 9 point text stays readable
 
@@ -37,25 +36,26 @@ def picture(image: Tensor) -> str:
     return data_uri(buffer.getvalue(), "image/png")
 
 
-def sheet(images: Tensor) -> tuple[str, tuple[int, int]]:
+def sheet(images: Tensor, side: int = 64, lossless: bool = True) -> tuple[str, tuple[int, int]]:
     """Put small pictures one below another, in one image: a page of hundreds of cells then stays small.
 
     Args:
         images: uint8 [N, H, W] or [N, 3, H, W], N >= 1.
+        side: pixels at most of a picture.
+        lossless: PNG where they have up to SMALL_SIDE pixels; others are JPEG.
 
     Returns:
         The URI of the PNG or JPEG, and width and height of one picture in it, pixels.
     """
     drawn = [Image.fromarray(channels_last(image)) for image in images]
-    lossless = max(drawn[0].size) <= SMALL_SIDE
     for each in drawn:
-        each.thumbnail((SHEET_SIDE, SHEET_SIDE), Image.Resampling.LANCZOS)
+        each.thumbnail((side, side), Image.Resampling.LANCZOS)
     width, height = drawn[0].size
     whole, buffer = Image.new(drawn[0].mode, (width, height * len(drawn))), io.BytesIO()
     for place, each in enumerate(drawn):
         whole.paste(each, (0, place * height))
-    kind = "png" if lossless else "jpeg"
-    whole.save(buffer, format=kind, **({"optimize": True} if lossless else {"quality": 80, "subsampling": 0}))
+    kind = "png" if lossless and max(width, height) <= SMALL_SIDE else "jpeg"
+    whole.save(buffer, format=kind, **({"optimize": True} if kind == "png" else {"quality": 80, "subsampling": 0}))
     return data_uri(buffer.getvalue(), f"image/{kind}"), (width, height)
 
 

@@ -131,8 +131,8 @@ def measure(
 
     first_epochs = {size: epoch for epoch, size in sorted(augment.sizes.items(), reverse=True)}
     each, per_epoch = {}, loader.steps_per_epoch
-    for size, epoch in sorted(first_epochs.items()):
-        at = epoch * per_epoch
+    for size, first in sorted(first_epochs.items()):
+        at = first * per_epoch
         timed(at, min(WARM_UP, per_epoch))
         about = max(run.gather(timed(at, 1)))
         count = int(PROBE_SHARE * 60 * (cfg.schedule.minutes or 0) / len(first_epochs) / max(about, 1e-9))

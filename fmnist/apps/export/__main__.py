@@ -31,6 +31,9 @@ PARSER.add_argument(
 PARSER.add_argument(
     "--keep_float", nargs="+", choices=("first", "last"), help="with --int8: layers that stay in float32"
 )
+PARSER.add_argument(
+    "--reduce_range", action="store_true", help="with --int8: weights in 7 bits, for x86 processors without VNNI"
+)
 PARSER.add_force()
 
 
@@ -39,8 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     args = PARSER.parse_args(argv)
     if args.int8 and args.to != "onnx":
         PARSER.error("--int8 is of --to onnx")
-    if not args.int8 and (args.max_loss is not None or args.keep_float):
-        PARSER.error(f"--{'keep_float' if args.keep_float else 'max_loss'} has no effect without --int8")
+    of_int8 = {name: getattr(args, name) for name in ("max_loss", "keep_float", "reduce_range")}
+    if not args.int8 and (given := [name for name, value in of_int8.items() if value not in (None, False)]):
+        PARSER.error(f"--{given[0]} has no effect without --int8")
     log_to_console()
     with one_line_errors(PARSER.prog):
         if args.output:
@@ -55,8 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         marks = {path / name: mark for name, mark in FILES.items()} if args.to == "hub" else {path: b""}
         check_outputs(marks, force=args.force)
         if args.int8:
-            max_loss = 0.005 if args.max_loss is None else args.max_loss
-            print(write_int8(expected, path, args.root, max_loss, args.keep_float or ()))
+            options = {name: value for name, value in of_int8.items() if value is not None}
+            print(write_int8(expected, path, args.root, **options))
         else:
             print({"onnx": write_onnx, "hub": write_hub}[args.to](expected, path))
     return 0

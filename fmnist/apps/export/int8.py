@@ -58,12 +58,18 @@ class Proof:
 
 
 def write_int8(
-    expected: Expected, path: Path, root: str | None, max_loss: float = 0.005, keep_float: Sequence[str] = ()
+    expected: Expected,
+    path: Path,
+    root: str | None = None,
+    max_loss: float = 0.005,
+    keep_float: Sequence[str] = (),
+    *,
+    reduce_range: bool = False,
 ) -> str:
     """Write the int8 graph where it loses little accuracy, else leave no file; return the proof, for people.
 
-    Static quantisation: QDQ, weights per channel, in 7 bits (`reduce_range`), so that no sum saturates on processors
-    without VNNI; ranges of activations are the smallest and largest on training images.
+    Static quantisation: QDQ, weights per channel; ranges of activations are the smallest and largest on training
+    images.
 
     Args:
         expected: the run and its answers.
@@ -71,6 +77,7 @@ def write_int8(
         root: folder of the data set; None takes the run's.
         max_loss: of validation top1, 0 to 1, that passes.
         keep_float: first, last, or both: layers that stay in float32.
+        reduce_range: weights in 7 bits: on x86 processors without VNNI sums of 8 bits may saturate.
 
     Raises:
         ValueError: one line: no validation images, the float graph differs from torch, or too much is lost.
@@ -81,7 +88,7 @@ def write_int8(
     drawn = torch.randperm(len(training), generator=torch.Generator().manual_seed(SEED))[:NUM_CALIBRATION]
     before = proto.SerializeToString()
     try:
-        quantised, kept = _quantise(before, training[drawn].numpy(), path, keep_float)
+        quantised, kept = _quantise(before, training[drawn].numpy(), path, keep_float, reduce_range)
     except Exception as error:  # onnxruntime's exceptions share no type of their own
         raise ValueError(f"onnxruntime cannot quantise the graph: {one_line(error)}") from error
     proof = prove(before, quantised.SerializeToString(), validation.images, validation.labels, kept)
@@ -114,7 +121,9 @@ def said(proof: Proof) -> str:
     )
 
 
-def _quantise(graph: bytes, images: np.ndarray, path: Path, keep_float: Sequence[str]) -> tuple[Any, tuple[str, ...]]:
+def _quantise(
+    graph: bytes, images: np.ndarray, path: Path, keep_float: Sequence[str], reduce_range: bool
+) -> tuple[Any, tuple[str, ...]]:
     """Return the quantised graph, and the names of the operators with weights that were left as they are."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -145,7 +154,7 @@ def _quantise(graph: bytes, images: np.ndarray, path: Path, keep_float: Sequence
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=[*WEIGHTED, *BETWEEN],
                 per_channel=True,
-                reduce_range=True,
+                reduce_range=reduce_range,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 nodes_to_exclude=list(kept),
