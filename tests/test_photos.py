@@ -98,6 +98,13 @@ def test_the_largest_object_is_kept_and_its_parts_are_one() -> None:
     assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (60, 40, 140, 160)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 3), (28, 28), (300, 200)])
+@pytest.mark.parametrize("crop", [True, False])
+def test_one_plain_colour_holds_no_object(size: tuple[int, int], crop: bool) -> None:
+    with pytest.raises(ValueError, match="one plain colour"):
+        cut_out(Image.new("RGB", size, PAPER), crop=crop)
+
+
 def test_without_a_plain_background_the_picture_is_taken_whole() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3)).astype(np.uint8)
     assert cut_out(Image.fromarray(pixels)).box is None

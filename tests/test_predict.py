@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import environment
+from conftest import ROOT, environment
 from pictures import learned_run
 from PIL import Image
 from small import command
@@ -32,6 +32,43 @@ def predict(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return learned_run(tmp_path_factory)
+
+
+SHEET = """
+import sys
+from PIL import Image
+from fmnist.apps.predict.photo_sheet import Cell, draw_sheet
+sheet = draw_sheet([Cell(image=Image.new("RGB", (30, 20)), box=None, view=None, lines=[("shirt", "#111111")])], "title")
+print(sheet[:8] == b"\\x89PNG\\r\\n\\x1a\\n", sorted({"matplotlib", "torch", "scipy"} & set(sys.modules)))
+"""
+
+
+def test_the_sheet_is_drawn_without_what_figures_need() -> None:
+    done = subprocess.run([sys.executable, "-c", SHEET], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "True []\n"  # importing those for one font took longer than 300 pictures
+
+
+READ = """
+import resource, sys, torch
+from fmnist.apps.views import read_photos
+from fmnist.data.fashion_mnist import INFO
+torch.set_num_threads(2)
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    before = faults()
+    number = sum(len(photos) for photos in read_photos([(sys.argv[1], "")] * 96, INFO))
+print((faults() - before) / number)
+"""
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_a_picture_takes_the_memory_of_those_before(tmp_path: Path) -> None:
+    drawn(load_split("test", None, 2000)[0][0].numpy()).resize((480, 480)).save(tmp_path / "a.jpg")
+    done = subprocess.run(
+        [sys.executable, "-c", READ, tmp_path / "a.jpg"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 30  # pages; about 110 where freed memory goes back, about 3 where it is kept
 
 
 def test_a_folder_with_good_and_bad_files(run_directory: Path, tmp_path: Path) -> None:

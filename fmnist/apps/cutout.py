@@ -87,11 +87,12 @@ def _on_background(image: Image.Image, *, crop: bool) -> tuple[NDArray[Any], Fin
     """Return the grey of a picture, 0 to 255, that of its background, and the object's mask, if any; all [H, W]."""
     grey: NDArray[Any] = np.asarray(image.convert("L"))
     if image.mode == "RGB":
+        if crop and (found := find_object(image)) is not None:
+            return grey, *found
         extrema: Any = image.getextrema() if not np.ptp(grey) else ((0, 1),)  # of each channel; it takes its time
         if all(low == high for low, high in extrema):
             raise ValueError("one plain colour: there is no object in it")
-        back, mask = (crop and find_object(image)) or (np.zeros(grey.shape, dtype=np.int16), None)
-        return grey, back, mask
+        return grey, np.zeros(grey.shape, dtype=np.int16), None
     alpha = np.asarray(image.getchannel("A"), dtype=np.float32) / np.float32(255)
     mask = alpha > 0.5
     if np.ptp(alpha * (np.float32(1) + grey)) < 1e-3:
@@ -142,29 +143,34 @@ def _border(plane: NDArray[Any]) -> NDArray[Any]:
     return np.concatenate([part.ravel() for part in parts])
 
 
+@lru_cache(maxsize=16)  # a folder's pictures have few sizes
+def _axis(side: int) -> Floats:
+    return np.linspace(-1, 1, side, dtype=np.float32)
+
+
 def _surface(slope: Floats, shape: tuple[int, ...]) -> Fine:
     """Return level + along * x + down * y for x and y in -1 to 1, 0 to 255 in steps of 1 / FINE: int16 [H, W]."""
     level, along, down = slope * FINE
-    y, x = (np.linspace(-1, 1, side, dtype=np.float32) for side in shape)
+    y, x = map(_axis, shape)
     rows, columns = (np.clip(part, -15000, 15000).astype(np.int16) for part in (level + down * y, along * x))
     surface = rows[:, None] + columns
     inside = rows.min() + columns.min() >= 0 and rows.max() + columns.max() <= 255 * FINE
     return surface if inside else np.clip(surface, 0, 255 * FINE, out=surface)
 
 
-@lru_cache(maxsize=16)  # a folder's pictures have few sizes
-def _border_points(shape: tuple[int, ...]) -> tuple[Floats, int]:
-    """Return 1, x and y of some pixels of the border, float32 [3, P], and the step between them."""
+@lru_cache(maxsize=16)
+def _border_points(shape: tuple[int, ...]) -> tuple[Floats, NDArray[np.int64]]:
+    """Return 1, x and y of some pixels of the border, float32 [3, P], and their places in the flat picture."""
+    border = _border(np.arange(shape[0] * shape[1]).reshape(shape))
+    places = border[:: len(border) // BORDER_POINTS | 1]  # odd, so that they fall on all places of JPEG's 8 x 8 blocks
     y, x = np.mgrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j].astype(np.float32)
-    points = np.stack([_border(part) for part in (np.ones_like(x), x, y)])
-    step = int(points.shape[1] // BORDER_POINTS) | 1  # odd, so that they fall on all places of JPEG's blocks of 8 x 8
-    return points[:, ::step], step
+    return np.stack([part.ravel()[places] for part in (np.ones_like(x), x, y)]), places
 
 
 def _background(planes: Sequence[Fine]) -> tuple[Floats, float]:
     """Fit each channel's background to the border; return [3 channels, 3], see `_surface`, and the spread around it."""
-    points, step = _border_points(planes[0].shape)
-    colours = np.stack([_border(plane)[::step] for plane in planes]).astype(np.float32) / np.float32(FINE)
+    points, places = _border_points(planes[0].shape)
+    colours = np.stack([plane.ravel()[places] for plane in planes]).astype(np.float32) / np.float32(FINE)
     expected = np.median(colours, axis=1, keepdims=True)  # where the object touches the border, the rest decides
     slopes = np.zeros((3, 3), dtype=np.float32)
     for _ in range(4):
@@ -209,7 +215,7 @@ def _largest(mask: Mask) -> Mask:
     touching = _widened(counts.reshape(GRID, GRID) > 0)
     labels, _ = ndimage.label(touching, np.ones((3, 3)))
     sizes = np.bincount(labels.ravel(), weights=counts)
-    return mask & (labels == sizes.argmax())[rows][:, columns]
+    return mask & (labels == sizes.argmax())[:, columns][rows]  # a row at a time is what is copied most
 
 
 def _is_light(grey: Floats) -> bool:

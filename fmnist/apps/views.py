@@ -17,6 +17,7 @@ from fmnist.apps.cutout import Cutout, Invert, cut_out
 from fmnist.data.info import DataInfo
 from fmnist.data.photos import as_rgb, on_white, open_picture, why_unreadable
 from fmnist.data.sources.decode import Fit, into_shape, open_for
+from fmnist.runtime.hardware import keep_freed_memory
 
 CHUNK = 64  # pictures in memory at a time, and as many that are being read
 
@@ -120,6 +121,7 @@ def read_photos(
         # The model has half of the cores meanwhile: torch's threads wait for each other by spinning, and on two cores
         # that doubled the time of a picture. Pillow and numpy let other threads run.
         torch.set_num_threads(max(1, num_threads // 2))
+        keep_freed_memory()  # the kernel clears a new array in more time than it takes to use it
         with ThreadPoolExecutor(num_threads) as pool:
             waiting = [pool.submit(read, item) for item in islice(items, CHUNK)]
             while waiting:

@@ -41,11 +41,6 @@ MOST_CLASSES, WORST_CLASSES = 30, 20  # drawn whole; drawn of more
 OTHERS = "others"
 
 
-def font_folder() -> Path:
-    """Return the folder of DejaVu Sans, which comes with matplotlib."""
-    return Path(matplotlib.get_data_path(), "fonts", "ttf")
-
-
 def by_default_style(draw: Callable[P, T]) -> Callable[P, T]:
     """Let a function draw with matplotlib's defaults, and leave those of a notebook as they are."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -49,11 +51,13 @@ def draw_sheet(cells: Sequence[Cell], title: str, columns: int = 5) -> bytes:
     Returns:
         A PNG.
     """
-    from fmnist.report.figures import font_folder  # late: half a second of libraries
-
-    # DejaVu Sans has most scripts that a file name is written in.
-    font = ImageFont.truetype(font_folder() / "DejaVuSans.ttf", 12)
-    bold = ImageFont.truetype(font_folder() / "DejaVuSans-Bold.ttf", 15)
+    # DejaVu Sans, which has most scripts that a file name is written in, lies in matplotlib's folder. Importing it and
+    # what draws figures takes a second.
+    spec = importlib.util.find_spec("matplotlib")
+    assert spec is not None and spec.origin is not None  # it is required
+    fonts = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf"
+    font = ImageFont.truetype(fonts / "DejaVuSans.ttf", 12)
+    bold = ImageFont.truetype(fonts / "DejaVuSans-Bold.ttf", 15)
     columns = min(columns, len(cells))
     num_lines = max(len(cell.lines) for cell in cells)
     pictures = 3 if any(cell.drops is not None for cell in cells) else 2
@@ -72,7 +76,7 @@ def draw_sheet(cells: Sequence[Cell], title: str, columns: int = 5) -> bytes:
             draw.text((left, y), _shorten(text, font, wide), colour, font)
     buffer, about = io.BytesIO(), PngInfo()
     about.add_text("Software", "fmnist")  # how the next sheet knows that it may replace this one
-    sheet.save(buffer, "PNG", optimize=True, pnginfo=about)
+    sheet.save(buffer, "PNG", pnginfo=about)
     return buffer.getvalue()
 
 
