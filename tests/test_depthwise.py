@@ -1,7 +1,10 @@
 """Matrix products in place of convolutions: the same numbers and gradients, put in and taken out, chosen and said."""
 
 import copy
+import json
 import pickle
+import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,10 @@ import pytest
 import test_golden
 import timm
 import torch
+from forks import Forks, difference
 from small import untrained
+from test_exactness import PLAIN as FIRST
+from test_exactness import make_config
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
@@ -54,6 +60,13 @@ CONVS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {  # options of a con
     "dilated same": ({"kernel_size": (4, 3), "padding": "same", "dilation": 3}, (7, 5)),
     "1x1": ({"kernel_size": 1}, (3, 2)),
 }
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    started = Forks()
+    yield started
+    started.close()
 
 
 def formats(images: Tensor) -> dict[str, Tensor]:
@@ -332,10 +345,10 @@ def test_the_gradient_has_the_same_bits_each_time(threads: int) -> None:
 
 
 def test_twenty_steps_are_those_of_the_convolutions_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = json.loads((test_golden.FOLDER / "convnext.json").read_text())["found"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        wanted = test_golden.train_and_record("convnext")
         augment, model = test_golden.MODELS["convnext"]
         monkeypatch.setitem(test_golden.MODELS, "convnext", (augment, replace(model, depthwise="auto")))
         found = test_golden.train_and_record("convnext")
@@ -344,6 +357,39 @@ def test_twenty_steps_are_those_of_the_convolutions_to_rounding(monkeypatch: pyt
     assert found["loss"] != wanted["loss"]  # so it was the other arithmetic
     for key in ("loss", "val_loss"):
         assert found[key] == pytest.approx(wanted[key], rel=0, abs=1e-4)
+
+
+def whole_run(**model: Any) -> dict[str, Any]:
+    """The config of a run of 24 steps that trains with products of every kind, fp32, moving average and drop path."""
+    config = make_config(FIRST | {"model": "convnext", "ema": True, "drop": True, "saved_every": 1})
+    options = config["model"]["options"] | {"conv_mlp": True}
+    return config | {"model": config["model"] | {"options": options} | model}
+
+
+@pytest.mark.thorough
+def test_exact_and_resumed_runs_keep_their_bits(forks: Forks, tmp_path: Path) -> None:
+    config = whole_run() | {"exact": 4}
+    forks.start(tmp_path / "whole", config)
+    forks.start(tmp_path / "convolutions", whole_run(depthwise="conv") | {"exact": 4})
+    assert "model.safetensors" in difference(tmp_path / "whole", tmp_path / "convolutions")  # it was the products
+    forks.start(tmp_path / "two", config, 2)
+    assert difference(tmp_path / "two", tmp_path / "whole") == []
+    forks.start(tmp_path / "moved", config, 2, strike=[9, "update"])
+    forks.start(tmp_path / "moved", config, 1, strike=[17, "saved"])
+    forks.start(tmp_path / "moved", config, 4)
+    assert difference(tmp_path / "moved", tmp_path / "whole") == []
+
+
+@pytest.mark.thorough
+def test_a_stopped_run_from_before_the_option_ends_with_its_bits(forks: Forks, tmp_path: Path) -> None:
+    forks.start(tmp_path / "convolutions", whole_run(depthwise="conv"))
+    forks.start(tmp_path / "stopped", whole_run(depthwise="conv"), strike=[9, "logged"], signal=int(signal.SIGTERM))
+    config = tmp_path / "stopped/config.yaml"
+    config.write_text(config.read_text().replace("  depthwise: conv\n", ""))
+    forks.start(tmp_path / "stopped", whole_run())  # the same command, of today
+    found = difference(tmp_path / "stopped", tmp_path / "convolutions")
+    assert [name for name in found if name.endswith("safetensors")] == []
+    assert load_config(config).model.depthwise == "conv"
 
 
 def test_a_run_from_before_the_option_goes_on_with_convolutions(tmp_path: Path) -> None:
