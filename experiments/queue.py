@@ -31,7 +31,6 @@ from typing import Any
 
 import numpy as np
 
-from fmnist.checkpoint.run_directory import read_summary
 from fmnist.config import strict_yaml
 from fmnist.config.parse import parse_config
 from fmnist.config.same_run import recipe
@@ -122,7 +121,7 @@ def run(entry: Entry, seed: int, directory: Path) -> bool:
         process.wait()
         raise
     _append(usage, {"event": "end", "wall": time.monotonic() - began, "cpu": used.ru_utime + used.ru_stime})
-    return status == 0 and read_summary(directory).get("status") == "finished"
+    return status == 0 and read_json(directory / "summary.json").get("status") == "finished"
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

@@ -86,9 +86,10 @@ def depthwise_matmul(images: Tensor, weight: Tensor, bias: Tensor | None, rows: 
     if plain:
         maps = images.flatten(2).transpose(0, 1)  # [C, B, h * w]
     else:
-        maps = _Transposed.apply(images.permute(0, 2, 3, 1).reshape(-1, channels)).view(channels, batch, -1)
+        by_pixel = images.permute(0, 2, 3, 1).reshape(-1, channels)
+        maps = _Transposed.apply(by_pixel).view(channels, batch, rows.size * columns.size)
     convolved = torch.bmm(maps, matrices) if bias is None else torch.baddbmm(bias.view(-1, 1, 1), maps, matrices)
     if plain:
-        return convolved.transpose(0, 1).reshape(batch, channels, rows.out, columns.out)
+        return convolved.transpose(0, 1).contiguous().view(batch, channels, rows.out, columns.out)
     pixels = _Transposed.apply(convolved.view(channels, -1))
     return pixels.view(batch, rows.out, columns.out, channels).permute(0, 3, 1, 2)
