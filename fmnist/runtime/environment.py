@@ -27,10 +27,7 @@ VARIABLES = tuple(
     Variable(*row)
     for row in (
         ("FMNIST_DATA", "obeyed", "folder with the data set, unless `data.root` names one"),
-        (
-            *("FMNIST_CACHE", "obeyed"),
-            "folder of decoded image folders; default $XDG_CACHE_HOME/fmnist or ~/.cache/fmnist",
-        ),
+        ("FMNIST_CACHE", "obeyed", "folder for decoded pictures; default $XDG_CACHE_HOME/fmnist or ~/.cache/fmnist"),
         ("FMNIST_EXPECTED_WORLD_SIZE", "obeyed", "set by slurm/train.sbatch: another number of processes is refused"),
         ("FMNIST_*", "no effect", "on the programs; slurm/README.md lists those of the batch scripts"),
         ("ACCELERATE_USE_CPU", "obeyed", "`true`: compute on the CPU, even where there is a GPU"),
@@ -41,10 +38,7 @@ VARIABLES = tuple(
         ("ACCELERATE_USE_SAGEMAKER", "refused", "likewise"),
         ("ACCELERATE_MIXED_PRECISION", "no effect", "`model.precision` decides; a warning where it asks for another"),
         ("ACCELERATE_DYNAMO_BACKEND", "no effect", "`model.compile` decides; a warning where it asks to compile"),
-        (
-            *("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "no effect"),
-            "the batch options decide; a warning unless it is 1 or auto",
-        ),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "no effect", "the batch options decide; a warning unless 1 or auto"),
         ("ACCELERATE_*", "no effect", "hidden from Accelerate, as what its file sets through `accelerate launch`"),
         ("WORLD_SIZE", "obeyed", "number of processes, set by launchers; a wait for one that is missing is reported"),
         ("RANK", "obeyed", "this process among WORLD_SIZE; without effect where that is 1 or not set"),
