@@ -6,7 +6,9 @@ not on sizes: so they are of two images on a CPU.
 """
 
 import argparse
+import datetime
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,7 @@ from fmnist.data.batches import Loader
 from fmnist.data.split import Split
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.files import write_atomic
-from fmnist.runtime.provenance import git_revision, versions
+from fmnist.runtime.provenance import git_revision, processor, versions
 
 try:
     from fmnist.runtime.weight_average import WeightAverage
@@ -92,7 +94,14 @@ def main() -> None:
     label = parser.parse_args().label
     found = {name: count_step(name) for name in MODELS}
     kept = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    kept[label] = {"git_revision": git_revision(), "versions": versions(), "operations": found}
+    kept[label] = {
+        "command": f"python -m experiments.dispatches {label}",
+        "date": datetime.date.today().isoformat(),
+        "hardware": {"processor": processor(), "cpu_cores": os.cpu_count()},
+        "git_revision": git_revision(),
+        "versions": versions(),
+        "operations": found,
+    }
     write_atomic(RESULT, json.dumps(kept, indent=2) + "\n")
     for name, parts in found.items():
         print(name, ", ".join(f"{part} {number}" for part, number in parts.items()))
