@@ -97,7 +97,7 @@ class Trust:
                 share = f"{100 * self.automatic_val:.0f} % of {images} automatic"
                 lines.append(f"{asked}: {share}, from confidence {self.confidence:.4f} on")
                 others = self.pictures - self.automatic
-                lines.append(f"{self.automatic:,} automatic, {others:,} for a person, with all that are unfamiliar")
+                lines.append(f"{self.automatic:,} automatic, {others:,} for a person, as every unfamiliar one")
         return lines
 
     def counts(self) -> dict[str, float | int | None]:
