@@ -11,6 +11,7 @@ from timm.models.convnext import ConvNeXtBlock, ConvNeXtStage
 from torch import Tensor, nn
 
 from fmnist.models.depthwise import axes, by_channel, depthwise_matmul
+from fmnist.runtime.console import counted
 
 MOST_PIXELS = {"auto": 64, "matmul": 256}  # of a map; its matrix has the square of it, per channel
 
@@ -165,9 +166,9 @@ def describe_matmul(model: nn.Module, channels: int, sizes: Iterable[int]) -> st
         model.train(training)
     others = sum(isinstance(module, LinearConv2d) for module in model.modules())
     side = max(taken.values(), default=0)
-    parts = [f"{len(taken)} depthwise (maps of up to {side} x {side})"] if taken else []
-    parts += [f"{others} 1 x 1 and patch"] if others else []
-    return f"{' and '.join(parts)} convolutions as matrix products" if parts else ""
+    parts = [f"{counted(len(taken), 'depthwise convolution')} (maps of up to {side} x {side})"] if taken else []
+    parts += [counted(others, "pointwise or patch convolution")] if others else []
+    return f"as matrix products: {', '.join(parts)}" if parts else ""
 
 
 def depthwise_without_effect(model: nn.Module, choice: str, channels: int, sizes: Iterable[int]) -> str:
