@@ -305,6 +305,38 @@ def test_a_wrong_suffix_is_refused(path: str, suffix: str, message: str, tmp_pat
         check_suffix(tmp_path / good, right)
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("file", "file is not a folder"),
+        ("file/run", "file/run cannot be made"),
+        ("nothing", "nothing is a link to nothing"),
+        ("nothing/run", "nothing is a link to nothing"),
+    ],
+)
+def test_a_run_directory_that_cannot_be_is_one_line(path: str, message: str, tmp_path: Path) -> None:
+    fill(tmp_path, "file")
+    (tmp_path / "nothing").symlink_to(tmp_path / "absent")
+    with pytest.raises(ValueError, match=f"output_dir: .*{message}"):
+        open_directory(Config(output_dir=str(tmp_path / path)))
+    assert not (tmp_path / "absent").exists()
+    (tmp_path / "absent").mkdir()
+    assert open_directory(Config(output_dir=str(tmp_path / "nothing"))) == tmp_path / "nothing"
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077, 0o177, 0o400, 0o777])
+def test_a_umask_that_takes_files_from_their_owner_is_refused(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        if mask & 0o700:
+            with pytest.raises(ValueError, match=f"umask is {mask:04o}"):
+                check_writable(tmp_path / "a")
+        else:
+            check_writable(tmp_path / "a")
+    finally:
+        assert os.umask(before) == mask  # left as it was
+
+
 def test_the_commands_refuse_before_they_compute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = untrained(tmp_path / "run", ModelConfig(name="mlp", options={"width": 8}), 28)
     fill(model, "metrics.jsonl")

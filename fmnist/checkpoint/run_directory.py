@@ -16,7 +16,7 @@ from fmnist.config.parse import load_config
 from fmnist.config.same_run import changes, differences, is_run_yaml, lengthened, recipe
 from fmnist.config.schema import Config
 from fmnist.runtime.files import read_json
-from fmnist.runtime.ownership import CONFIG, RUN_FILES, foreign_file, listing, run_around, run_files
+from fmnist.runtime.ownership import CONFIG, RUN_FILES, check_place, foreign_file, listing, run_around, run_files
 
 logger = logging.getLogger("fmnist")
 SUMMARY = "summary.json"
@@ -32,8 +32,10 @@ def open_directory(cfg: Config) -> Path:
             out of it; with `overwrite`, anything that is not provably a run's.
     """
     directory = Path(cfg.output_dir or "runs/run")
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"output_dir {directory} is a file")
+    try:
+        check_place(directory)
+    except ValueError as error:
+        raise ValueError(f"output_dir: {error}") from None
     names = listing(directory)
     for path in (directory / name for name in (LOCK, *run_files(directory), "evaluation/test", "profile/trace.json")):
         if path.is_symlink() and path.name != "wandb":  # the client's files, which people keep on another disk

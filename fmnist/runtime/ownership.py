@@ -183,17 +183,32 @@ def check_suffix(path: Path, suffix: str) -> None:
         raise ValueError(f"--output is {path}, which is a file; valid: a folder")
 
 
+def check_place(folder: Path) -> Path:
+    """Return a folder, or the nearest one above it that is there.
+
+    Raises:
+        ValueError: it cannot be made, or files that are made there could not be read back by their own owner.
+    """
+    place = folder
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        kind = "a link to nothing" if place.is_symlink() and not place.exists() else "not a folder"
+        raise ValueError(f"{folder} cannot be made: {place} is {kind}" if place != folder else f"{folder} is {kind}")
+    mask = os.umask(0o077)  # there is no way to read it but to set it
+    os.umask(mask)
+    if mask & 0o700:
+        raise ValueError(f"umask is {mask:04o}, which takes files from their own owner; valid: 0000 to 0077")
+    return place
+
+
 def check_writable(folder: Path) -> None:
     """Refuse a folder that cannot be made or written, before anything is computed for it.
 
     Raises:
         ValueError: one line naming it.
     """
-    place = folder
-    while not os.path.lexists(place) and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise ValueError(f"{folder} cannot be made: {place} is not a folder")
+    place = check_place(folder)
     try:
         if not os.access(place, os.W_OK | os.X_OK):  # false on a read-only disk too
             (place / ".probe").mkdir()  # to hear why
