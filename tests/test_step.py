@@ -4,6 +4,7 @@ import ast
 import math
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -134,6 +135,9 @@ def test_the_average_has_timms_bits_and_follows_weights_that_are_loaded() -> Non
             average.update(model, step=step)
     one, other = (average.module.state_dict() for average in kinds)
     assert all(torch.equal(one[name], other[name]) for name in other) and one.keys() == other.keys()
+    with patch("torch._foreach_lerp_") as lerp, patch("torch._foreach_copy_") as copy:
+        kinds[0].update(model, step=6)
+    assert (lerp.call_count, copy.call_count) == (1, 1)  # whatever the number of tensors
     counts = [t for name, t in one.items() if name.endswith("num_batches_tracked")]
     assert counts and all(count == 6 + 1 for count in counts)  # six forwards, and the one that was loaded on top
 
