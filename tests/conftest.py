@@ -146,7 +146,7 @@ def train(
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics.jsonl, without what depends on the clock."""
-    timed = ("images_per_second", "step_time_s")
+    timed = ("images_per_second", "step_time_s", "data_wait_ms")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 

@@ -109,7 +109,8 @@ def digest(run: Path) -> dict[str, Any]:
         left[str(path.relative_to(run))] = {k: state[k] for k in ("step", "best_top1", "best_step")}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     left["metrics.jsonl"] = [
-        {k: v for k, v in line.items() if k not in ("images_per_second", "step_time_s")} for line in lines
+        {k: v for k, v in line.items() if k not in ("images_per_second", "step_time_s", "data_wait_ms")}
+        for line in lines
     ]
     summary = json.loads((run / "summary.json").read_text())
     not_compared = ("images_per_second", "train_seconds", "world_size", "git_revision")

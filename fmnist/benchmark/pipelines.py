@@ -169,8 +169,8 @@ class Ours(Augmenting):
         # A whole batch, so that the gate checks the very code, compiled for its shape, that is timed.
         indices = indices.repeat(math.ceil(batch / count))[: max(count, batch)]
         uniforms = torch.tensor([fixed_uniforms(fixed, self.setting.stored_size)]).repeat(len(split), 1)
-        parts = {"indices": indices, "partners": indices, "uniforms": uniforms.to(self.setting.device)}
-        whole = MicroBatch(split=split, epoch=0, key=(0, 0, 0), **parts)
+        uniforms = uniforms.to(self.setting.device)
+        whole = MicroBatch(split=split, indices=indices, partners=indices, uniforms=uniforms, epoch=0, key=(0, 0, 0))
         return self._augment(whole)[0][:count]
 
 

@@ -160,7 +160,7 @@ def _folder(cfg: DataConfig) -> Source:
         fit=cfg.fit,
         bad_files=cfg.bad_files,
         holdout=cfg.holdout,
-        fits=too_large,
+        fits=lambda num_bytes: too_large(num_bytes, cfg.where),
     )
     places, unused = dict(found.parts), {"val_size": OWN_VAL, "holdout": "the folder has parts of its own"}
     if not found.has_parts:

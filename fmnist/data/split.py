@@ -32,6 +32,8 @@ class Split:
             image that they drop; None where they change none. The training images' labels are corrected themselves.
         corrections_sha256: tells these corrections from others.
         title: makes the name of the data set for people, who may have put other files in its place.
+        rows: the positions of the images that are held here, where others lie on other processes; None: all are.
+        sha256: the digest of all, where that is so.
     """
 
     images: Tensor
@@ -43,6 +45,8 @@ class Split:
     corrected: Tensor | None = None
     corrections_sha256: str = "none"
     title: Callable[[], str] = lambda: INFO.title
+    rows: range | None = None
+    sha256: str = ""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -68,11 +72,22 @@ class Split:
     @cached_property
     def digest(self) -> str:
         """The sha256 of images and labels, with their types and shapes: what a run was trained and judged on."""
+        if self.sha256:
+            return self.sha256
         found = hashlib.sha256()
         for tensor in (self.images, self.labels):
             found.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
             found.update(tensor.cpu().contiguous().numpy().data)
         return found.hexdigest()
+
+    def between(self, first: int, last: int) -> Tensor:
+        """Return the images from `first` to before `last`, which have to be held here, on the device of the labels."""
+        last = min(last, len(self))
+        if self.rows is not None:
+            if self.rows.step != 1 or not self.rows.start <= first <= last <= self.rows.stop:
+                raise IndexError(f"images {first} to {last} are asked for, {self.rows} are held here")
+            first, last = first - self.rows.start, last - self.rows.start
+        return self.images[first:last].to(self.labels.device)
 
     @classmethod
     def load(cls, name: SplitName, source: DataConfig | Source, device: torch.device | str = "cpu") -> Self:

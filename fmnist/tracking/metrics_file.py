@@ -7,7 +7,7 @@ from typing import Any
 from fmnist.runtime.files import write_atomic
 
 METRICS_FILE = "metrics.jsonl"
-PERF_KEYS = ("images_per_second", "step_time_s", "mfu")
+PERF_KEYS = ("images_per_second", "step_time_s", "mfu", "data_wait_ms")
 
 
 def metric_name(prefix: str, key: str) -> str:

@@ -1,7 +1,7 @@
 """Images per second of training alone, and the share of the hardware's arithmetic that they use."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -12,11 +12,17 @@ class Clock:
         global_batch_size: images of one step.
         total_seconds: what earlier starts of the run have trained.
         peak_images_per_second: that the hardware's peak arithmetic would allow; None where it is not known.
+        waited: tells the seconds that steps have waited for images so far; None where these lie on the device.
     """
 
     def __init__(
-        self, global_batch_size: int, total_seconds: float = 0.0, peak_images_per_second: float | None = None
+        self,
+        global_batch_size: int,
+        total_seconds: float = 0.0,
+        peak_images_per_second: float | None = None,
+        waited: Callable[[], float] | None = None,
     ) -> None:
+        self._waited, self._waited_before = waited, 0.0
         self.global_batch_size, self.total_seconds = global_batch_size, total_seconds
         self.peak_images_per_second = peak_images_per_second
         self._window_seconds, self._steps = 0.0, 0
@@ -41,7 +47,11 @@ class Clock:
         rate = self.global_batch_size / seconds
         self.rates.append(rate)
         mfu = {"mfu": rate / self.peak_images_per_second} if self.peak_images_per_second else {}
-        return {"images_per_second": rate, "step_time_s": seconds, **mfu}
+        waits = {}
+        if self._waited is not None:
+            waits["data_wait_ms"] = 1000 * (self._waited() - self._waited_before) / steps
+            self._waited_before = self._waited()
+        return {"images_per_second": rate, "step_time_s": seconds, **mfu, **waits}
 
     def median_rate(self) -> float | None:
         """Return the median images/s over the windows, the first (warm-up, compilation) apart where there are more.

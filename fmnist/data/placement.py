@@ -1,0 +1,115 @@
+"""Where the images of a run lie: on each process's device, spread over the processes, or in host memory."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from fmnist.data.split import Split
+from fmnist.runtime.hardware import FREE_SHARE, free_bytes, host_bytes
+from fmnist.runtime.processes import Processes
+
+LABEL_BYTES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where the images of a run lie.
+
+    Attributes:
+        where: the place.
+        num_bytes: of images that a process holds there, the most that one does.
+        world_size: of the processes.
+    """
+
+    where: Literal["device", "spread", "host"]
+    num_bytes: int
+    world_size: int
+
+    def __str__(self) -> str:
+        """Say where, and how much; empty for the device, which goes without saying."""
+        size = f"{self.num_bytes / 2**20:,.1f} MiB of images"
+        return {
+            "device": "",
+            "spread": f"; spread over {self.world_size} processes, {size} on each",
+            "host": f"; in host memory, {size} for each process",
+        }[self.where]
+
+
+def choose_place(
+    wish: Literal["auto", "device", "spread", "host"],
+    splits: Sequence[Split],
+    pyramid_bytes: int,
+    processes: Processes,
+    device: torch.device,
+) -> Placement:
+    """Decide where the images lie, on all processes alike.
+
+    Args:
+        wish: `data.where`; auto takes the first of device, spread and host with room: a tenth of what is free is left.
+        splits: whose images are to be held, on the CPU.
+        pyramid_bytes: that come on top where a process holds all of them on its device.
+        processes: that decide.
+        device: of this process.
+
+    Raises:
+        ValueError: auto finds no room; one line.
+    """
+    total, world = sum(split.images.numel() for split in splits), processes.world_size
+    share = sum(-(-len(split) // world) * split.images[:1].numel() for split in splits)
+    sizes = {"device": total, "spread": share, "host": total}
+    # the process with the least room decides for all
+    free, host = (min(room) for room in zip(*processes.gather((free_bytes(device), host_bytes())), strict=True))
+    if wish == "auto":
+        labels = LABEL_BYTES * sum(map(len, splits))
+        needed = {"device": total + pyramid_bytes + labels, "spread": share + labels, "host": total}
+        on_cpu = device.type == "cpu"
+        free += total * on_cpu  # read already
+        room = {"device": free, "spread": free if world > 1 else -1, "host": -1 if on_cpu else host}
+        places: tuple[Literal["device", "spread", "host"], ...] = ("device", "spread", "host")
+        found = [place for place in places if needed[place] <= FREE_SHARE * room[place]]
+        if not found and not on_cpu:
+            raise ValueError(
+                f"data.where is auto: {total / 2**30:.2f} GiB of images, of which {share / 2**30:.2f} GiB a process "
+                f"when spread, and {free / 2**30:.2f} GiB are free on the device, {host / 2**30:.2f} GiB in host "
+                "memory; valid: more processes, a smaller data.stored_size or data.limit"
+            )
+        wish = found[0] if found else "device"
+    elif wish == "spread" and world == 1:
+        wish = "device"  # the one process holds all
+    return Placement(where=wish, num_bytes=sizes[wish], world_size=world)
+
+
+def place(
+    splits: Mapping[str, Split], placement: Placement, processes: Processes, device: torch.device, batch_size: int
+) -> dict[str, Split]:
+    """Move labels to the device and images to their place; where they are spread, only this process's stay.
+
+    Args:
+        splits: train, val and test, on the CPU.
+        placement: where to.
+        processes: among which they are shared.
+        device: of this process.
+        batch_size: of evaluation, whose batches are shared as `predict` does: it finds its images where they lie.
+    """
+    placed = {}
+    for name, split in splits.items():
+        rows, images = None, split.images
+        if placement.where == "spread":
+            rows = processes.exchange.rows(len(split))
+            if name != "train":
+                mine = processes.share(range(0, len(split), batch_size))
+                first, last = (mine[0], min(len(split), mine[-1] + batch_size)) if mine else (0, 0)
+                rows = range(first, last)
+            images = images[rows.start : rows.stop : rows.step].clone()  # the others can go
+        images = images if placement.where == "host" else images.to(device)
+        labels = split.labels.to(device)
+        placed[name] = replace(split, images=images, labels=labels, rows=rows, sha256=split.digest)
+    return placed
+
+
+def whole_images(split: Split, processes: Processes) -> torch.Tensor:
+    """Return all images of an evaluation split on the CPU of the main process; called by all of them."""
+    images = split.images.cpu()
+    return images if split.rows is None else processes.to_main(images)
