@@ -74,16 +74,21 @@ class Exchange:
             torch.index_select(held, 0, rows, out=out)
         else:
             receives = torch.bincount(mine, minlength=world).tolist()
-            outgoing = torch.index_select(held, 0, rows, out=self._room(held, len(rows)))
+            outgoing = torch.index_select(held, 0, rows, out=self._room(held, len(rows), len(out)))
             dist.all_to_all_single(out, outgoing, receives, [len(part) for part in asked], group=self._group)
         return torch.argsort(mine, stable=True)
 
-    def _room(self, held: Tensor, count: int) -> Tensor:
-        """Return room for rows to be sent; it grows to what the largest request takes, and is kept."""
-        needed = count * held[:1].numel()
-        if len(self._outgoing) < needed or self._outgoing.device != held.device:
-            self._outgoing = torch.empty(needed + needed // 4, dtype=held.dtype, device=held.device)
-        return self._outgoing[:needed].view(count, *held.shape[1:])
+    def _room(self, held: Tensor, count: int, usual: int) -> Tensor:
+        """Return room for rows to be sent, which is kept.
+
+        As many are sent as received, give or take chance: six standard deviations, of at most the root of that number,
+        are beyond what a run sees; a batch by design, such as a picture's for one process alone, may make it grow.
+        """
+        row = held[:1].numel()
+        if len(self._outgoing) < count * row or self._outgoing.device != held.device:
+            most = max(count, usual + round(6 * usual**0.5))
+            self._outgoing = torch.empty(most * row, dtype=held.dtype, device=held.device)
+        return self._outgoing[: count * row].view(count, *held.shape[1:])
 
     def _work(self) -> None:
         while (item := self._requests.get()) is not None:
