@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT, train
 from forks import Forks, difference
 from other_sets import write_npz
 from PIL import Image
@@ -19,6 +21,8 @@ from test_exactness import PLAIN, make_config, recorded
 from torch import Tensor
 
 import fmnist.data.placement as placement
+from fmnist.checkpoint.contents import read_state
+from fmnist.checkpoint.store import Checkpoints
 from fmnist.config.parse import parse_config
 from fmnist.config.schema import AugmentConfig
 from fmnist.data.augment import Augment
@@ -426,3 +430,65 @@ def test_the_place_may_change_between_two_starts(forks: Forks, tmp_path: Path) -
         forks.start(tmp_path / "run", config, 2, strike=[step, "update"], rank=0)
     forks.start(tmp_path / "run", config_of({}, "spread", saved_every=1), 2)
     assert difference(tmp_path / "run", tmp_path / "whole") == []
+
+
+# Faults
+
+
+def injected(kind: str, tmp_path: Path, config: Path, *more: object) -> Any:
+    flags = ["--config", config, "--output_dir", tmp_path, "--data.where", "spread", "--timeout_s", 3, *more]
+    return train(kind, *flags, processes=2, script=ROOT / "tests/inject.py", check=False)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["killed_in_exchange", "fails_in_exchange", "hangs_in_exchange"])
+def test_who_is_lost_in_an_exchange_is_named(kind: str, tmp_path: Path, small_config: Path) -> None:
+    done = injected(kind, tmp_path, small_config)
+    assert done.returncode != 0
+    said = set(re.findall(r"rank (\d) ends: rank (\d) (?:is gone|does not answer)", done.stderr))
+    if kind == "hangs_in_exchange":
+        assert said == {("0", "1")}, done.stderr
+    else:  # the launcher may end the other first
+        assert said <= {("0", "1")} and re.search(r"rank\s*: 1 ", done.stderr.partition("Root Cause")[2]), done.stderr
+    if kind == "fails_in_exchange":
+        assert "KeyError: 'planted'" in done.stderr
+    newest = Checkpoints(tmp_path / kind / "checkpoints", 2, {}).newest_good()
+    # Step 7 is under way; it ends where the thread alone hangs, or fails, which the next step notices.
+    assert newest is not None and read_state(newest).step in ((6,) if kind == "killed_in_exchange" else (6, 7))
+
+
+@pytest.mark.thorough
+def test_a_slow_rank_is_waited_for_and_the_wait_is_logged(tmp_path: Path, small_config: Path) -> None:
+    done = injected("slow_exchange", tmp_path, small_config)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "slow_exchange/metrics.jsonl").read_text().splitlines()]
+    waits = [line["data_wait_ms"] for line in lines if line["prefix"] == "train"]
+    # A step of this model takes less than the 200 ms that each of its images' exchanges is late.
+    assert len(waits) == 12 and sorted(waits)[6] > 20
+
+
+@pytest.mark.thorough
+def test_a_cache_that_is_damaged_for_one_rank_only_is_one_line(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for number in range(60):
+        path = tmp_path / "photos" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(torch.randint(0, 256, (12, 12), dtype=torch.uint8, generator=generator).numpy()).save(path)
+    script = tmp_path / "two_machines.py"
+    script.write_text(
+        "import os, runpy, sys\n"
+        f"os.environ['FMNIST_CACHE'] = {str(tmp_path)!r} + '/cache' + os.environ['RANK']\n"
+        f"sys.argv[0] = {str(ROOT / 'train.py')!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    flags = ["--data.name", "folder", "--data.root", tmp_path / "photos", "--data.where", "spread", "--dry_run"]
+    flags += ["--batch.global_batch_size", 8, "--output_dir", tmp_path / "run"]
+    train(*flags, processes=2, script=script)
+    (array,) = (tmp_path / "cache1").glob("*.npy")
+    content = bytearray(array.read_bytes())
+    for at in range(128, len(content), 144):
+        content[at] ^= 1
+    array.write_bytes(content)
+    done = train(*flags, processes=2, script=script, check=False)
+    assert done.returncode != 0
+    assert re.search(r"data.root: the decoded train images of \S+ are damaged", done.stderr), done.stderr

@@ -65,7 +65,7 @@ def choose_place(
         labels = LABEL_BYTES * sum(map(len, splits))
         needed = {"device": total + pyramid_bytes + labels, "spread": share + labels, "host": total}
         on_cpu = device.type == "cpu"
-        free += total * on_cpu  # read already
+        free += on_cpu * sum(split.images.numel() for split in splits if split.unread is None)  # read already
         room = {"device": free, "spread": free if world > 1 else -1, "host": -1 if on_cpu else host}
         places: tuple[Literal["device", "spread", "host"], ...] = ("device", "spread", "host")
         found = [place for place in places if needed[place] <= FREE_SHARE * room[place]]
@@ -95,21 +95,22 @@ def place(
     """
     placed = {}
     for name, split in splits.items():
-        rows, images = None, split.images
+        rows = None
         if placement.where == "spread":
             rows = processes.exchange.rows(len(split))
             if name != "train":
                 mine = processes.share(range(0, len(split), batch_size))
                 first, last = (mine[0], min(len(split), mine[-1] + batch_size)) if mine else (0, 0)
                 rows = range(first, last)
-            images = images[rows.start : rows.stop : rows.step].clone()  # the others can go
-        images = images if placement.where == "host" else images.to(device)
-        labels = split.labels.to(device)
-        placed[name] = replace(split, images=images, labels=labels, rows=rows, sha256=split.digest)
+        here = replace(split, labels=split.labels.to(device), rows=rows, sha256=split.digest)
+        if placement.where != "host":  # there a file serves as it is: its pages are shared by a machine's processes
+            here = replace(here, images=split.at_rows(rows).to(device), unread=None)
+        placed[name] = here
     return placed
 
 
 def whole_images(split: Split, processes: Processes) -> torch.Tensor:
     """Return all images of an evaluation split on the CPU of the main process; called by all of them."""
-    images = split.images.cpu()
-    return images if split.rows is None else processes.to_main(images)
+    if split.rows is not None:
+        return processes.to_main(split.images.cpu())
+    return split.images.cpu() if split.unread is None else split.unread.read()

@@ -124,8 +124,10 @@ class Staging:
         return self._exchange.submit(bring)
 
     def _from_host(self, mine: Tensor, out: Tensor) -> Tensor:
+        unread = self._split.unread
+        images, at = (self._split.images, mine) if unread is None else (unread.array, unread.at[mine])
         if self._stream is None:
-            torch.index_select(self._split.images, 0, mine, out=out)
+            torch.index_select(images, 0, at, out=out)
             return torch.arange(len(mine))
         if len(self._pinned) < 2:
             pinned = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
@@ -134,7 +136,7 @@ class Staging:
             copied.synchronize()  # the copy before the last: it is over
         if pinned.shape != out.shape:
             pinned = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
-        torch.index_select(self._split.images, 0, mine, out=pinned)
+        torch.index_select(images, 0, at, out=pinned)
         out.copy_(pinned, non_blocking=True)
         self._pinned.append((pinned, self._stream.record_event()))
         return torch.arange(len(mine))

@@ -195,7 +195,7 @@ def load_splits(cfg: Config, run: Run) -> tuple[dict[str, Split], Placement]:
         source = open_source(cfg.data, fetch=True)
         for line in source.without_effect(cfg.data):
             logger.warning("%s", line)
-        return {name: Split.load(name, source) for name in ("train", "val", "test")}
+        return {name: Split.load(name, source, read=False) for name in ("train", "val", "test")}
 
     splits = run.together(load)
     pyramid = pyramid_bytes(cfg.augment, splits["train"].images)
