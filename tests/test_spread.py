@@ -365,7 +365,7 @@ def test_final_weights_and_batches_are_those_of_images_on_the_device(
     logged = [json.loads(line) for line in (tmp_path / "spread/run/metrics.jsonl").read_text().splitlines()]
     waits = [line["data_wait_ms"] for line in logged if line["prefix"] == "train"]
     assert len(waits) == 24 and all(0 <= wait < 60_000 for wait in waits) or processes == 1
-    said = (tmp_path / "spread/run/train.log").read_text()
+    said = (tmp_path / "spread/run.log").read_text()  # what it wrote to the console
     told = f"spread over {processes} processes, 0." if processes > 1 else "data.where spread has no effect"
     assert told in said
 

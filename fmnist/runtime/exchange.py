@@ -66,17 +66,19 @@ class Exchange:
         Returns:
             int64 on the CPU: the place in `wanted[rank]` of each row of `out`.
         """
-        world = self.world_size
-        owners = [positions % world for positions in wanted]
-        asked = [positions[owner == self.rank] // world for positions, owner in zip(wanted, owners, strict=True)]
-        rows, mine = torch.cat(asked).to(held.device, non_blocking=True), owners[self.rank]
+        world, asked = self.world_size, torch.cat(list(wanted))  # one after another: as they are sent
+        from_here = asked % world == self.rank
+        owners = wanted[self.rank] % world
+        rows = (asked[from_here] // world).to(held.device, non_blocking=True)
         if self._group is None:
             torch.index_select(held, 0, rows, out=out)
         else:
-            receives = torch.bincount(mine, minlength=world).tolist()
+            asking = torch.arange(world).repeat_interleave(torch.tensor([len(positions) for positions in wanted]))
+            sends = torch.bincount(asking[from_here], minlength=world).tolist()
+            receives = torch.bincount(owners, minlength=world).tolist()
             outgoing = torch.index_select(held, 0, rows, out=self._room(held, len(rows), len(out)))
-            dist.all_to_all_single(out, outgoing, receives, [len(part) for part in asked], group=self._group)
-        return torch.argsort(mine, stable=True)
+            dist.all_to_all_single(out, outgoing, receives, sends, group=self._group)
+        return torch.argsort(owners, stable=True)
 
     def _room(self, held: Tensor, count: int, usual: int) -> Tensor:
         """Return room for rows to be sent, which is kept.
