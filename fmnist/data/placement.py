@@ -1,8 +1,9 @@
 """Where the images of a run lie: on each process's device, spread over the processes, or in host memory."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -11,6 +12,7 @@ from fmnist.runtime.hardware import FREE_SHARE, free_bytes, host_bytes
 from fmnist.runtime.processes import Processes
 
 LABEL_BYTES = 8
+Where = Literal["device", "spread", "host"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,7 @@ class Placement:
         world_size: of the processes.
     """
 
-    where: Literal["device", "spread", "host"]
+    where: Where
     num_bytes: int
     world_size: int
 
@@ -37,9 +39,21 @@ class Placement:
         }[self.where]
 
 
+def place_of(where: Where, splits: Mapping[str, Split], world_size: int, batch_size: int) -> Placement:
+    """Return a place, with the bytes that so many processes need there; batch_size as for `place`."""
+    num_bytes = 0
+    for name, split in splits.items():
+        unit = 1 if name == "train" else batch_size  # training images are dealt one by one, the others by batches
+        units = math.ceil(math.ceil(len(split) / unit) / world_size)
+        most = units * unit if where == "spread" else len(split)
+        num_bytes += min(most, len(split)) * split.images[:1].numel()
+    return Placement(where=where, num_bytes=num_bytes, world_size=world_size)
+
+
 def choose_place(
     wish: Literal["auto", "device", "spread", "host"],
-    splits: Sequence[Split],
+    splits: Mapping[str, Split],
+    batch_size: int,
     pyramid_bytes: int,
     processes: Processes,
     device: torch.device,
@@ -48,7 +62,8 @@ def choose_place(
 
     Args:
         wish: `data.where`; auto takes the first of device, spread and host with room: a tenth of what is free is left.
-        splits: whose images are to be held, on the CPU.
+        splits: train, val and test, on the CPU or still in their file.
+        batch_size: of evaluation, see `place`.
         pyramid_bytes: that come on top where a process holds all of them on its device.
         processes: that decide.
         device: of this process.
@@ -56,18 +71,17 @@ def choose_place(
     Raises:
         ValueError: auto finds no room; one line.
     """
-    total, world = sum(split.images.numel() for split in splits), processes.world_size
-    share = sum(-(-len(split) // world) * split.images[:1].numel() for split in splits)
-    sizes = {"device": total, "spread": share, "host": total}
+    world = processes.world_size
+    total, share = (place_of(where, splits, world, batch_size).num_bytes for where in get_args(Where)[:2])
     # the process with the least room decides for all
     free, host = (min(room) for room in zip(*processes.gather((free_bytes(device), host_bytes())), strict=True))
     if wish == "auto":
-        labels = LABEL_BYTES * sum(map(len, splits))
+        labels = LABEL_BYTES * sum(map(len, splits.values()))
         needed = {"device": total + pyramid_bytes + labels, "spread": share + labels, "host": total}
         on_cpu = device.type == "cpu"
-        free += on_cpu * sum(split.images.numel() for split in splits if split.unread is None)  # read already
+        free += on_cpu * sum(split.images.numel() for split in splits.values() if split.unread is None)  # read already
         room = {"device": free, "spread": free if world > 1 else -1, "host": -1 if on_cpu else host}
-        places: tuple[Literal["device", "spread", "host"], ...] = ("device", "spread", "host")
+        places: tuple[Where, ...] = ("device", "spread", "host")
         found = [place for place in places if needed[place] <= FREE_SHARE * room[place]]
         if not found and not on_cpu:
             raise ValueError(
@@ -78,7 +92,7 @@ def choose_place(
         wish = found[0] if found else "device"
     elif wish == "spread" and world == 1:
         wish = "device"  # the one process holds all
-    return Placement(where=wish, num_bytes=sizes[wish], world_size=world)
+    return place_of(wish, splits, world, batch_size)
 
 
 def place(

@@ -66,19 +66,30 @@ class Exchange:
         Returns:
             int64 on the CPU: the place in `wanted[rank]` of each row of `out`.
         """
-        world, asked = self.world_size, torch.cat(list(wanted))  # one after another: as they are sent
-        from_here = asked % world == self.rank
-        owners = wanted[self.rank] % world
-        rows = (asked[from_here] // world).to(held.device, non_blocking=True)
+        rows, sends, receives, order = self.plan(wanted)
+        rows = rows.to(held.device, non_blocking=True)
         if self._group is None:
             torch.index_select(held, 0, rows, out=out)
         else:
-            asking = torch.arange(world).repeat_interleave(torch.tensor([len(positions) for positions in wanted]))
-            sends = torch.bincount(asking[from_here], minlength=world).tolist()
-            receives = torch.bincount(owners, minlength=world).tolist()
             outgoing = torch.index_select(held, 0, rows, out=self._room(held, len(rows), len(out)))
             dist.all_to_all_single(out, outgoing, receives, sends, group=self._group)
-        return torch.argsort(owners, stable=True)
+        return order
+
+    def plan(self, wanted: Sequence[Tensor]) -> tuple[Tensor, list[int], list[int], Tensor]:
+        """Find out what to send and to receive.
+
+        Args:
+            wanted: as for `fetch`.
+
+        Returns:
+            int64 rows held here that others ask for, in their order; how many go to each process, and come from each;
+            what `fetch` returns.
+        """
+        world, asked = self.world_size, torch.cat(list(wanted))
+        from_here, owners = asked % world == self.rank, wanted[self.rank] % world
+        asking = torch.arange(world).repeat_interleave(torch.tensor([len(positions) for positions in wanted]))
+        sends, receives = (torch.bincount(each, minlength=world).tolist() for each in (asking[from_here], owners))
+        return asked[from_here] // world, sends, receives, torch.argsort(owners, stable=True)
 
     def _room(self, held: Tensor, count: int, usual: int) -> Tensor:
         """Return room for rows to be sent, which is kept.

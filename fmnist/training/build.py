@@ -199,8 +199,9 @@ def load_splits(cfg: Config, run: Run) -> tuple[dict[str, Split], Placement]:
 
     splits = run.together(load)
     pyramid = pyramid_bytes(cfg.augment, splits["train"].images)
-    placement = choose_place(cfg.data.where, list(splits.values()), pyramid, run, run.device)
-    return place(splits, placement, run, run.device, cfg.evaluation.batch_size), placement
+    batch_size = cfg.evaluation.batch_size
+    placement = choose_place(cfg.data.where, splits, batch_size, pyramid, run, run.device)
+    return place(splits, placement, run, run.device, batch_size), placement
 
 
 def peak_images_per_second(model: nn.Module, augment: Augment, run: Run) -> float | None:
