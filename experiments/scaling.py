@@ -8,6 +8,7 @@ processor time to plan an exchange.
 """
 
 import argparse
+import datetime
 import json
 import math
 import os
@@ -280,11 +281,13 @@ def main() -> None:
     print("planning, ms of processor time:", {w: round(1000 * s, 3) for w, s in planning.items()})
     if args.out:
         content = {
+            "command": "python -m experiments.scaling",
+            "date": datetime.date.today().isoformat(),
+            "hardware": f"{processor()}, one thread; processor time, on a machine busy with other work",
             "memory_bytes": memory,
             "image_bytes": image_bytes,
             "planning_s": planning,
             "limits": {name: begins(case) for name, case in CASES.items()},
-            "processor": processor(),
             "versions": versions(),
             "git_revision": git_revision(),
         }
