@@ -477,6 +477,14 @@ def test_a_slow_rank_is_waited_for_and_the_wait_is_logged(tmp_path: Path, small_
 
 
 @pytest.mark.thorough
+def test_a_batch_that_is_not_finite_is_drawn_whole(tmp_path: Path, small_config: Path) -> None:
+    done = injected("loss_of_one_rank", tmp_path, small_config)
+    assert "at step 7 (the loss of rank 1); the batch is drawn in" in done.stderr, done.stderr
+    assert (tmp_path / "loss_of_one_rank/non_finite_step_00000007.png").stat().st_size > 10_000
+    assert (tmp_path / "loss_of_one_rank/train_batch.png").exists()
+
+
+@pytest.mark.thorough
 def test_a_cache_that_is_damaged_for_one_rank_only_is_one_line(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     for number in range(60):
