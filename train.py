@@ -85,7 +85,7 @@ def run_training(cfg: Config) -> None:
             print_plan(training, cfg, run)
             return
         run.start(training.progress, opening(training, cfg, run))
-        run.on_main(write_train_batch, run.directory, training.loader, training.augment, training.schedule)
+        write_train_batch(run.directory, training.loader, training.augment, training.schedule, run)
         with say_what_would_fit(training, cfg):
             train(training, cfg, run)
             finish(training, cfg, run)

@@ -21,7 +21,7 @@ def predict(model: nn.Module, split: Split, augment: Augment, cfg: EvaluationCon
 
     Args:
         model: not wrapped for distributed training; its mode is put back afterwards.
-        split: N images on the device.
+        split: N images; those of this process's share of the batches are held here.
         augment: gives size, normalisation and the dtype of the arithmetic; nothing random is applied.
         cfg: batch size, image size and test-time augmentation.
         processes: share the work.
@@ -34,13 +34,13 @@ def predict(model: nn.Module, split: Split, augment: Augment, cfg: EvaluationCon
     model.eval()
     processes.broadcast(model.buffers())  # BatchNorm's running statistics differ between processes
     size = cfg.size or augment.final_size
-    device = split.images.device
+    device = split.labels.device
     logits = torch.zeros(len(split), augment.num_classes, device=device)
     # Whole batches are shared out: an image meets the same neighbours, and gets the same bits, on any process count.
     starts = range(0, len(split), cfg.batch_size)
     for start in processes.share(starts):
         part = slice(start, start + cfg.batch_size)
-        images = augment.evaluation(split.images[part], size)
+        images = augment.evaluation(split.between(part.start, part.stop), size)
         with autocast(device, augment.dtype):
             logits[part] = model(images).float()
             if cfg.tta == "flip":

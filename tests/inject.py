@@ -158,6 +158,29 @@ def compiles() -> None:
     before_step(lambda: time.sleep(8))
 
 
+def in_exchange(how: Callable[[], None]) -> Callable[[], None]:
+    """While the images of the next step are brought, on the thread that does it."""
+
+    def plant() -> None:
+        exchange = fault.training.loader.exchange
+        real = exchange.fetch
+
+        def fetch(*args: Any) -> torch.Tensor:
+            if fault.now():
+                how()
+            return real(*args)
+
+        exchange.fetch = fetch
+
+    return only_on(LAST_RANK, plant)
+
+
+def slow_exchange() -> None:
+    exchange = fault.training.loader.exchange
+    real = exchange.fetch
+    exchange.fetch = lambda *args: time.sleep(0.2) or real(*args)
+
+
 KINDS: dict[str, Callable[[], None]] = {
     "loss_nan": lambda: bad_loss(NAN),
     "loss_inf": lambda: bad_loss(float("inf")),
@@ -178,6 +201,10 @@ KINDS: dict[str, Callable[[], None]] = {
     "hang": die(hang),
     "rank_0_hangs": die(hang, rank=0),
     "compiles": only_on(LAST_RANK, compiles),
+    "killed_in_exchange": in_exchange(be_killed),
+    "fails_in_exchange": in_exchange(fail),
+    "hangs_in_exchange": in_exchange(hang),
+    "slow_exchange": only_on(LAST_RANK, slow_exchange),
     "frozen": die(lambda: os.kill(os.getpid(), signal.SIGSTOP)),
 }
 

@@ -14,6 +14,7 @@ from fmnist.data.batches import Loader
 from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.data.split import Split
 from fmnist.optim import Schedule
+from fmnist.runtime.processes import Processes
 from fmnist.training.batch_pictures import title, visible, write_train_batch
 
 
@@ -38,7 +39,7 @@ def test_it_shows_the_first_step_and_the_last_size(
     loader, augment, schedule = parts(train_images, size)
     drawn: list[Any] = []
     monkeypatch.setattr("fmnist.report.grid.draw_grid", lambda _, *what, **how: drawn.append((*what, how)))
-    write_train_batch(tmp_path, loader, augment, schedule)
+    write_train_batch(tmp_path, loader, augment, schedule, Processes(0, 1))
     ((images, titles, heading, how),) = drawn
     # 2000 // 64 = 31 steps an epoch, 62 in all
     last = [] if size == 28 else [61]
@@ -60,13 +61,13 @@ def test_it_is_drawn_once_and_a_failure_is_a_warning(
     train_images: Split, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader, augment, schedule = parts(train_images, 28)
-    write_train_batch(tmp_path, loader, augment, schedule)
+    write_train_batch(tmp_path, loader, augment, schedule, Processes(0, 1))
     path = tmp_path / "train_batch.png"
     with Image.open(path) as picture:
         assert picture.width > picture.height > 100  # two rows of eight
     path.write_bytes(b"kept")
-    write_train_batch(tmp_path, loader, augment, schedule)
+    write_train_batch(tmp_path, loader, augment, schedule, Processes(0, 1))
     assert path.read_bytes() == b"kept"
     monkeypatch.setattr(logging.getLogger("fmnist"), "propagate", True)
-    write_train_batch(tmp_path / "absent" / "\0", loader, augment, schedule)
+    write_train_batch(tmp_path / "absent" / "\0", loader, augment, schedule, Processes(0, 1))
     assert "is not drawn" in caplog.text

@@ -58,7 +58,7 @@ HOMES: dict[str, set[str]] = {
     "signal.signal": {f"fmnist/runtime/{name}.py" for name in ("console", "interrupts", "stop_vote")},
     "os.environ": {"fmnist/runtime/environment.py"},
     "os.getenv": set(),
-    "matplotlib": {"fmnist/report/figures.py", "experiments/drawn_pictures.py"},
+    "matplotlib": {"fmnist/report/figures.py", "experiments/drawn_pictures.py", "experiments/scaling.py"},
 }
 # These may not be imported, not even late, by what decides before torch is there.
 LIGHT = (

@@ -121,7 +121,7 @@ def test_the_picture_is_the_whole_global_batch_as_the_processes_saw_it(
     seen = [parts[rank][accumulation] for accumulation in range(2) for rank in range(2)]  # in the global batch's order
     drawn: list[Any] = []
     monkeypatch.setattr("fmnist.report.grid.draw_grid", lambda _path, *drawing: drawn.append(drawing[:2]))
-    write_batch(tmp_path / "x.png", loaders[1], augment, 12)
+    write_batch(tmp_path / "x.png", loaders[1].for_main(11), augment, 12)
     images, titles = drawn[0]
     expected = torch.cat([visible(pixels, augment) for pixels, _ in seen]).clamp(0, 1)
     assert torch.equal(images, expected)
@@ -147,7 +147,7 @@ def test_pixels_that_are_not_finite_are_red_and_shown_first(
     augment._make = broken
     drawn: list[Any] = []
     monkeypatch.setattr("fmnist.report.grid.draw_grid", lambda _path, *drawing: drawn.append(drawing[:2]))
-    write_batch(tmp_path / "x.png", loader, augment, 1)
+    write_batch(tmp_path / "x.png", loader.for_main(0), augment, 1)
     images, titles = drawn[0]
     assert len(images) == len(titles) == 256  # half of the batch, the broken one among them
     assert images[0, 3, 4].tolist() == [1.0, 0.0, 0.0]

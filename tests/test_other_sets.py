@@ -326,7 +326,7 @@ def test_a_training_photo_is_seen_as_it_was_stored_bit_by_bit(
     seen = 0
     for part in ("train", "val", "test"):
         images, _, places = source.read(part)  # type: ignore[arg-type]
-        for image, place in zip(images, places.tolist(), strict=True):
+        for image, place in zip(images.read(), places.tolist(), strict=True):
             photo = read_photo(str(tmp_path / "photos" / source.files[place]), source.info)
             assert photo.cutout is not None and np.array_equal(photo.cutout.view, image.numpy())
             assert photo.image is not None and max(photo.image.size) <= WORK_SIZE

@@ -40,11 +40,11 @@ def test_convnext_tiny_at_224_is_what_is_published() -> None:
 
 def test_memory_is_counted_in_bytes() -> None:
     model = nn.Linear(10, 10)  # 110 parameters of 4 bytes
-    memory = memory_bytes(model, 100, 784, torch.optim.AdamW(model.parameters()), ema=True)
+    memory = memory_bytes(model, 100 * (784 + 8), torch.optim.AdamW(model.parameters()), ema=True)
     assert memory == {"data": 100 * 792, "weights": 440, "gradients": 440, "optimizer": 880, "ema": 440}
     sgd, plain = (torch.optim.SGD(model.parameters(), momentum=momentum) for momentum in (0.9, 0.0))
-    assert memory_bytes(model, 100, 784, sgd, ema=False)["optimizer"] == 440
-    assert memory_bytes(model, 100, 784, plain, ema=False)["optimizer"] == 0
+    assert memory_bytes(model, 100 * (784 + 8), sgd, ema=False)["optimizer"] == 440
+    assert memory_bytes(model, 100 * (784 + 8), plain, ema=False)["optimizer"] == 0
     groups = [{"params": [model.weight], "muon": True}, {"params": [model.bias], "muon": False}]
     muon = Muon(groups, lr=0.1, betas=(0.9, 0.999))
-    assert memory_bytes(model, 100, 784, muon, ema=False)["optimizer"] == 4 * (100 + 2 * 10)
+    assert memory_bytes(model, 100 * (784 + 8), muon, ema=False)["optimizer"] == 4 * (100 + 2 * 10)

@@ -9,7 +9,7 @@ from sklearn.datasets import load_sample_images
 
 from fmnist.config.schema import AugmentConfig
 from fmnist.data import pyramid as module
-from fmnist.data.augment import Augment
+from fmnist.data.augment import Augment, pyramid_bytes
 from fmnist.data.augment_table import LEVEL, MATRIX, augmentation_table, levels_read
 from fmnist.data.augment_torch import resample
 from fmnist.data.batches import NUM_UNIFORMS, MicroBatch
@@ -153,7 +153,7 @@ def test_nothing_is_made_where_nothing_shrinks_by_2(train_images: Split) -> None
         augment = Augment(cfg, num_classes=10, mean=(0.0,), std=(1.0,))
         batch = everything(train_images.images[:4])
         augment(batch)
-        assert augment.pyramid_bytes(batch.split.images) == 0
+        assert pyramid_bytes(augment.cfg, batch.split.images) == 0
         assert augment.pyramid(batch.split.images) is None and augment.table(batch).shape[1] == 16
     assert levels_read(replace(OFF, crop=0.1), (28, 28), 14) == range(2)  # and a whole image at half its size
 
@@ -161,8 +161,8 @@ def test_nothing_is_made_where_nothing_shrinks_by_2(train_images: Split) -> None
 def test_the_pyramid_is_made_once_and_serves_every_size_of_a_run() -> None:
     images = noise(6, 3, 64, 64)
     augment = make(replace(OFF, size={0: 16, 1: 32, 2: 64}))
-    assert augment.pyramid_bytes(images) == 6 * 3 * (32 * 32 + 16 * 16)  # said by the plan, before it is made
-    assert augment.pyramid_bytes(images[:, 0]) == 6 * (32 * 32 + 16 * 16)
+    assert pyramid_bytes(augment.cfg, images) == 6 * 3 * (32 * 32 + 16 * 16)  # said by the plan, before it is made
+    assert pyramid_bytes(augment.cfg, images[:, 0]) == 6 * (32 * 32 + 16 * 16)
     pyramid = augment.pyramid(images)
     assert pyramid is not None and pyramid.shape == (6, 3 * (32 * 32 + 16 * 16))  # level 2, for 16 pixels
     for epoch, size, level in ((0, 16, 2), (1, 32, 1), (2, 64, 0)):

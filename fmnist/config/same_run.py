@@ -18,6 +18,7 @@ MAY_CHANGE = (
     "threads",
     "data.root",  # what they hold is compared: checkpoint/fingerprint.py
     "data.corrections",
+    "data.where",
     "model.weights",
     "log.",
     "checkpoint.",

@@ -58,6 +58,9 @@ class DataConfig:
     image by a model that was not trained on it."""
     corrections: str | None = None
     """CSV file of `fmnist audit`, whose decisions to relabel and drop change the training images; null: none."""
+    where: Literal["auto", "device", "spread", "host"] = "auto"
+    """Where the images of a run lie; device: all on each process's device; spread: each process holds its share, and a
+    batch is exchanged; host: in host memory; auto: the first of these that has room for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +117,11 @@ class AugmentConfig:
     def interpolates(self) -> bool:
         """Say whether pixels come to lie between others even at the stored size."""
         return bool(self.rotation or self.scale or self.trivial or self.crop < 1)
+
+    @property
+    def mixes(self) -> bool:
+        """Say whether another image may be mixed into each."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,7 +65,7 @@ class Augment:
         self.cfg, self.num_classes = cfg, num_classes
         self.mean, self.std, self.fill, self.channels_last, self.dtype = mean, std, fill, channels_last, dtype
         self.sizes = cfg.size if isinstance(cfg.size, dict) else {0: cfg.size}
-        self.mixes = cfg.mixup_alpha > 0 or cfg.cutmix_alpha > 0
+        self.mixes = cfg.mixes
         self.backend = choose_backend(cfg.backend, device or torch.device("cpu"))
         self._make = _implementation(self.backend)
         self._table: tuple[Tensor, int, Tensor] | None = None
@@ -123,18 +123,9 @@ class Augment:
     def pyramid(self, images: Tensor) -> Tensor | None:
         """Return what `at_level` reads for a split's images; none where no sample of any epoch shrinks by 2."""
         if self._pyramid is None or self._pyramid[0] is not images:
-            highest = self._highest_level(images)
+            highest = highest_level(self.cfg, images)
             self._pyramid = images, build_pyramid(with_channels(images), highest) if highest else None
         return self._pyramid[1]
-
-    def pyramid_bytes(self, images: Tensor) -> int:
-        """Return the bytes that the pyramid of a split's images takes on the device; it is not built for that."""
-        shape = tuple(with_channels(images).shape[1:])
-        return len(images) * bytes_to(self._highest_level(images), shape)
-
-    def _highest_level(self, images: Tensor) -> int:
-        shape = _source_shape(images)
-        return max(levels_read(self.cfg, shape, size)[-1] for size in self.sizes.values())
 
     def evaluation(self, images: Tensor, size: int) -> Tensor:
         """Resize without augmentation; uint8 [B, H, W] or [B, C, H, W] to self.dtype [B, C, size, size].
@@ -151,14 +142,33 @@ class Augment:
         """Return images, self.dtype [B, C, S, S], and targets: int64 [B], or float32 [B, num_classes] where mixed."""
         split, table = batch.split, self.table(batch)
         plan = self.plan(self.size(batch.epoch), _source_shape(split.images))
-        sources = with_channels(split.images), self.pyramid(split.images)
-        images = self._make(*sources, batch.indices, batch.partners, table, plan)
+        if batch.pixels is None:
+            assert split.rows is None, "images that lie elsewhere have to be staged"
+            sources = with_channels(split.images), self.pyramid(split.images)
+            images = self._make(*sources, batch.indices, batch.partners, table, plan)
+        else:
+            staged, size = batch.pixels(), len(batch.indices)
+            stored, highest = with_channels(staged.images), plan.levels[-1]
+            pyramid = build_pyramid(stored, highest) if highest else None
+            indices, partners = staged.places[:size], staged.places[size:]  # no partners where none are mixed in
+            images = self._make(stored, pyramid, indices, partners, table[staged.positions], plan)
         labels = split.labels[batch.indices]
         if not self.mixes:
             return images, labels
         share = table[batch.indices, OWN_SHARE, None]
         own, partner = (F.one_hot(item, self.num_classes) for item in (labels, split.labels[batch.partners]))
         return images, own * share + partner * (1 - share)
+
+
+def highest_level(cfg: AugmentConfig, images: Tensor) -> int:
+    """Return the highest level of the pyramid that a sample of any epoch may read."""
+    sizes = cfg.size.values() if isinstance(cfg.size, dict) else [cfg.size]
+    return max(levels_read(cfg, _source_shape(images), size)[-1] for size in sizes)
+
+
+def pyramid_bytes(cfg: AugmentConfig, images: Tensor) -> int:
+    """Return the bytes that the pyramid of images [N, H, W] or [N, C, H, W] takes; it is not built for that."""
+    return len(images) * bytes_to(highest_level(cfg, images), tuple(with_channels(images[:1]).shape[1:]))
 
 
 def with_channels(images: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ Order and augmentation parameters are pure functions of (seed, epoch, sample): t
 device and process count sees the same ones, and moved once per epoch. Any batch of any step can be made again alone.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,7 +14,9 @@ from torch import Tensor
 
 from fmnist.data.balance import balanced_order, class_members
 from fmnist.data.split import Split
+from fmnist.data.staging import Staged, Staging
 from fmnist.runtime.background import Background
+from fmnist.runtime.exchange import Exchange
 
 # Random numbers of one sample and epoch; augment_table.py says what each decides. The first FIRST_UNIFORMS are drawn
 # together; each that is added later has a key of its own, so that it moves no draw of an older run.
@@ -34,6 +38,8 @@ class MicroBatch:
         key: (seed, step, position of the first sample in the global batch): names this micro-batch for ever.
         class_weights: float32 [C], of the loss; None: all classes weigh the same.
         total_weight: float32 [], this micro-batch's equal share of the weights of the global batch's labels.
+        pixels: gives the images of the samples, and of the partners after them where they are mixed in; None: they are
+            read by index from the split, which is on the device.
     """
 
     split: Split
@@ -44,6 +50,7 @@ class MicroBatch:
     key: tuple[int, int, int]
     class_weights: Tensor | None = None
     total_weight: Tensor | None = None
+    pixels: Callable[[], Staged] | None = None
 
     @property
     def step(self) -> int:
@@ -94,6 +101,8 @@ class Loader:
         world_size: processes.
         sampling: uniform: each image once an epoch; balanced: all classes equally often, see `balanced_order`.
         class_weights: float32 [C] on the device, of the loss; None: all classes weigh the same.
+        exchange: brings the images of each micro-batch, where the split's are not all on the device; None: they are.
+        mixes: partners are mixed in, and have to be brought too.
 
     Raises:
         ValueError: global_batch_size is more than the images, or not a multiple of micro_batch_size x world_size.
@@ -110,6 +119,8 @@ class Loader:
         world_size: int = 1,
         sampling: Literal["uniform", "balanced"] = "uniform",
         class_weights: Tensor | None = None,
+        exchange: Exchange | None = None,
+        mixes: bool = False,
     ) -> None:
         if global_batch_size > len(split):
             raise ValueError(
@@ -131,18 +142,67 @@ class Loader:
         self.sampling, self.class_weights = sampling, class_weights
         self._tables: tuple[int, Tensor, Tensor] | None = None
         self._drawing, self._drawn = Background(), (-1, torch.empty(0), torch.empty(0))  # those of the next epoch
+        self._orders: dict[int, Tensor] = {}  # of two epochs: one micro-batch is staged ahead
+        self.exchange, self.mixes = exchange, mixes
+        self.staging = Staging(split, exchange, self._wanted) if exchange is not None else None
 
     def whole(self) -> "Loader":
-        """Return the loader of one process that makes every micro-batch of a step."""
-        return self._with(rank=0, world_size=1)
+        """Return the loader of one process that makes every micro-batch of a step, by index."""
+        return self._with(rank=0, world_size=1, exchange=None)
 
     def cut(self, micro_batch_size: int) -> "Loader":
         """Return a loader of the same batches in micro-batches of another size."""
         return self._with(micro_batch_size=micro_batch_size)
 
-    def _with(self, **changes: int) -> "Loader":
+    def _with(self, **changes: int | None) -> "Loader":
         names = "global_batch_size", "micro_batch_size", "seed", "rank", "world_size", "sampling", "class_weights"
-        return Loader(self.split, **{name: getattr(self, name) for name in names} | changes)
+        return Loader(self.split, **{name: getattr(self, name) for name in (*names, "exchange", "mixes")} | changes)
+
+    def trial(self, step: int) -> MicroBatch:
+        """Return this process's first micro-batch of a step, black where its images have to be brought here."""
+        batch = self.micro_batches(step)[0]
+        return batch if self.staging is None else replace(batch, pixels=self.staging.blank)
+
+    def for_main(self, step: int, most: int | None = None) -> list[MicroBatch]:
+        """Return the micro-batches of a step over all processes, to be looked at by the main one; all call this.
+
+        Args:
+            step: as for `micro_batches`.
+            most: leave out all but so many images of the first micro-batch.
+        """
+        batches = self.whole().micro_batches(step)
+        if most is not None:
+            batches = [replace(b, indices=b.indices[:most], partners=b.partners[:most]) for b in batches[:1]]
+        if self.staging is None:
+            return batches
+        samples = [torch.cat((b.indices, b.partners) if self.mixes else (b.indices,)).cpu() for b in batches]
+        staged = [self.staging.for_main(positions) for positions in samples]
+        return [replace(b, pixels=partial(lambda here: here, here)) for b, here in zip(batches, staged, strict=True)]
+
+    def _order(self, epoch: int) -> Tensor:
+        """Return the epoch's order, int64 [N], on the CPU; called from several threads."""
+        orders = self._orders
+        if epoch not in orders:
+            generator = epoch_generator(self.seed, epoch, ORDER)
+            if self.sampling == "balanced":
+                order = balanced_order(self._members, generator)
+            else:
+                order = torch.randperm(len(self.split), generator=generator)
+            orders = self._orders = {**dict([*orders.items()][-1:]), epoch: order}
+        return orders[epoch]
+
+    def _wanted(self, number: int) -> list[Tensor]:
+        """Return the positions that each process needs for its micro-batch of this number, on the CPU: see Staging."""
+        step, accumulation = divmod(number, self.accumulation_steps)
+        epoch, position = divmod(step, self.steps_per_epoch)
+        batch = self._order(epoch)[position * self.global_batch_size :][: self.global_batch_size]
+        parts = [self._part(accumulation, rank) for rank in range(self.world_size)]
+        mirrored = batch.flip(0)
+        return [torch.cat((batch[part], mirrored[part])) if self.mixes else batch[part] for part in parts]
+
+    def _part(self, accumulation: int, rank: int) -> slice:
+        first = (accumulation * self.world_size + rank) * self.micro_batch_size
+        return slice(first, first + self.micro_batch_size)
 
     def _epoch_tables(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Return the epoch's order, int64 [N], and its uniforms, float32 [N, NUM_UNIFORMS], on the device."""
@@ -155,12 +215,7 @@ class Loader:
 
     def _draw(self, epoch: int) -> tuple[int, Tensor, Tensor]:
         """Draw an epoch's tables on the host."""
-        generator = epoch_generator(self.seed, epoch, ORDER)
-        if self.sampling == "balanced":
-            order = balanced_order(self._members, generator)
-        else:
-            order = torch.randperm(len(self.split), generator=generator)
-        self._drawn = (epoch, order, draw_uniforms(len(self.split), self.seed, epoch))
+        self._drawn = (epoch, self._order(epoch), draw_uniforms(len(self.split), self.seed, epoch))
         return self._drawn
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
@@ -185,8 +240,10 @@ class Loader:
             total_weight = weights[self.split.labels[batch]].sum() * (self.micro_batch_size / self.global_batch_size)
         parts = []
         for accumulation in range(self.accumulation_steps):
-            first = (accumulation * self.world_size + self.rank) * self.micro_batch_size
-            part = slice(first, first + self.micro_batch_size)
+            part = self._part(accumulation, self.rank)
+            pixels = None
+            if self.staging is not None:
+                pixels = partial(self.staging.take, step * self.accumulation_steps + accumulation)
             parts.append(
                 MicroBatch(
                     split=self.split,
@@ -194,9 +251,10 @@ class Loader:
                     partners=mirrored[part],
                     uniforms=uniforms,
                     epoch=epoch,
-                    key=(self.seed, step, first),
+                    key=(self.seed, step, part.start),
                     class_weights=weights,
                     total_weight=total_weight,
+                    pixels=pixels,
                 )
             )
         return parts

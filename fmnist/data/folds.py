@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fmnist.data.fashion_mnist import SPLIT_SEED
+from fmnist.data.mapped import joined
 
 if TYPE_CHECKING:
     from fmnist.data.registry import Part, SplitName
@@ -50,9 +51,9 @@ def hold_fold_out(
             return read(name)
         images, labels, published = read("train")
         if not own_val:
-            images, labels, published = (
-                torch.cat(both) for both in zip((images, labels, published), read("val"), strict=True)
-            )
+            more, *others = read("val")
+            images = joined(images, more)
+            labels, published = (torch.cat(both) for both in zip((labels, published), others, strict=True))
         if len(labels) < folds:
             raise ValueError(f"data.folds is {folds}; valid: at most the {len(labels):,} training images")
         order = published.argsort()

@@ -16,6 +16,7 @@ from fmnist.data.fashion_mnist import INFO, load_indexed, name_of, stratified_sp
 from fmnist.data.find import locate
 from fmnist.data.folds import hold_fold_out
 from fmnist.data.info import DataInfo
+from fmnist.data.mapped import Mapped
 from fmnist.data.sources.arrays import TORCHVISION, Parts, read_npz, read_torchvision
 from fmnist.data.sources.folder import check_part, read_folder
 from fmnist.data.subset import subset
@@ -24,7 +25,8 @@ from fmnist.runtime.hardware import too_large
 
 SplitName = Literal["train", "val", "test"]
 OWN_VAL = "the data set has validation images of its own"
-Part = tuple[Tensor, Tensor, Tensor]  # images uint8 [N, H, W] or [N, C, H, W], labels int64 [N], published int64 [N]
+# Images uint8 [N, H, W] or [N, C, H, W], labels int64 [N], published int64 [N].
+Part = tuple[Tensor | Mapped, Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +37,8 @@ class Source:
         info: what to know of it without its images.
         location: where it lies, for people.
         title: names a split for people: not as the data set where its files are other ones than the published.
-        read: images, labels, and the images' positions in the data set's own file; all on the CPU, and none where
-            there is no such split.
+        read: images, which may be left in a file, labels, and the images' positions in the data set's own file; all on
+            the CPU, and none where there is no such split.
         files: of a folder: the file of each image, by its position.
         unused: options of the section `data` that this data set has no use for, and why.
         own_val: its validation images lie in a file of their own, with positions of their own.
@@ -164,7 +166,7 @@ def _folder(cfg: DataConfig) -> Source:
         fit=cfg.fit,
         bad_files=cfg.bad_files,
         holdout=cfg.holdout,
-        fits=too_large,
+        fits=lambda num_bytes: too_large(num_bytes, cfg.where),
     )
     places, unused = dict(found.parts), {"val_size": OWN_VAL, "holdout": "the folder has parts of its own"}
     if not found.has_parts:
@@ -181,7 +183,7 @@ def _folder(cfg: DataConfig) -> Source:
         at = places.get(name, torch.zeros(0, dtype=torch.int64))
         if len(at):
             check_part(found, name if name in found.parts else "train", root)
-        return images[at], found.labels[at], at
+        return Mapped(array=images, at=at), found.labels[at], at
 
     info = DataInfo(
         name="folder",

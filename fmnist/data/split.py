@@ -1,7 +1,6 @@
 """A split of a data set on the device."""
 
 import functools
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +13,7 @@ from fmnist.config.schema import DataConfig
 from fmnist.data.corrections import DROPPED
 from fmnist.data.fashion_mnist import INFO
 from fmnist.data.info import DataInfo
+from fmnist.data.mapped import Mapped, digest_of
 from fmnist.data.registry import Source, SplitName, open_source
 
 
@@ -32,6 +32,9 @@ class Split:
             image that they drop; None where they change none. The training images' labels are corrected themselves.
         corrections_sha256: tells these corrections from others.
         title: makes the name of the data set for people, who may have put other files in its place.
+        rows: the positions of the images that are held here, where others lie on other processes; None: all are.
+        sha256: the digest of all, where that is so.
+        unread: the images, where they stay in their file; `images` has then their shape alone.
     """
 
     images: Tensor
@@ -43,6 +46,9 @@ class Split:
     corrected: Tensor | None = None
     corrections_sha256: str = "none"
     title: Callable[[], str] = lambda: INFO.title
+    rows: range | None = None
+    sha256: str = ""
+    unread: Mapped | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -68,20 +74,35 @@ class Split:
     @cached_property
     def digest(self) -> str:
         """The sha256 of images and labels, with their types and shapes: what a run was trained and judged on."""
-        found = hashlib.sha256()
-        for tensor in (self.images, self.labels):
-            found.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-            found.update(tensor.cpu().contiguous().numpy().data)
-        return found.hexdigest()
+        return self.sha256 or digest_of(self.images if self.unread is None else self.unread, self.labels)
+
+    def at_rows(self, rows: range | None) -> Tensor:
+        """Return a copy of the images at some positions, or all, of a split that holds all or has not read them."""
+        if self.unread is not None:
+            return self.unread.read(rows)
+        return self.images if rows is None else self.images[rows.start : rows.stop : rows.step].clone()
+
+    def between(self, first: int, last: int) -> Tensor:
+        """Return the images from `first` to before `last`, which have to be held here, on the device of the labels."""
+        last = min(last, len(self))
+        if self.rows is not None:
+            if self.rows.step != 1 or not self.rows.start <= first <= last <= self.rows.stop:
+                raise IndexError(f"images {first} to {last} are asked for, {self.rows} are held here")
+            first, last = first - self.rows.start, last - self.rows.start
+        images = self.images[first:last] if self.unread is None else self.unread.read(range(first, last))
+        return images.to(self.labels.device)
 
     @classmethod
-    def load(cls, name: SplitName, source: DataConfig | Source, device: torch.device | str = "cpu") -> Self:
+    def load(
+        cls, name: SplitName, source: DataConfig | Source, device: torch.device | str = "cpu", *, read: bool = True
+    ) -> Self:
         """Read a split of a data set and move it to the device.
 
         Args:
             name: train, val or test.
             source: the data set, opened, or the options that name it.
             device: where its tensors go.
+            read: false leaves images in their file, where they lie in one that can be read by rows.
 
         Raises:
             ValueError: files that are missing or invalid.
@@ -93,10 +114,14 @@ class Split:
         if name == "train" and corrected is not None:
             kept = corrected != DROPPED
             images, labels, published, corrected = images[kept], corrected[kept], published[kept], None
+        unread = None
+        if isinstance(images, Mapped):
+            images, unread = (images.read(), None) if read else (images.outline, images)
         height, width = images.shape[-2:]
         info = replace(source.info, shape=(source.info.shape[0], height, width))
         split = cls(
-            images=images.to(device),
+            images=images.to(device) if unread is None else images,
+            unread=unread,
             labels=labels.to(device),
             info=info,
             published=published,

@@ -138,6 +138,8 @@ class Compute(Processes):
 
     def close(self) -> None:
         """Join all processes, then end the process group: without the join a fast one can abort a slow one."""
+        if "exchange" in self.__dict__:
+            self.exchange.close()
         self.join()
         if self.heartbeat is not None:
             self.heartbeat.stop()

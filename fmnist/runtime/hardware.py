@@ -167,15 +167,35 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
 
 
-def too_large(num_bytes: int) -> str:
+FREE_SHARE = 0.9  # of the free memory that images may take; the rest is little for a large model: see --dry_run
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the free memory of the device, for one of the processes that compute on this machine."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_bytes()
+
+
+def host_bytes() -> int:
+    """Return the free memory of the host, for one of the processes that this run has on it."""
+    return psutil.virtual_memory().available // max(1, integer("LOCAL_WORLD_SIZE", 1))
+
+
+def too_large(num_bytes: int, where: str = "device") -> str:
     """Say why so many bytes of images have no room where this process computes; an empty text where they have.
 
-    A tenth of what is free is left to the model; on a GPU that is little for a large one, which --dry_run shows.
+    Args:
+        num_bytes: of all images.
+        where: `data.where`; all but `device` may also use the host's memory, and the devices of other processes.
     """
+    free, place = psutil.virtual_memory().available, "in memory"
     if torch.cuda.is_available():
-        free, where = torch.cuda.mem_get_info()[0], "on the GPU"
-    else:
-        free, where = psutil.virtual_memory().available, "in memory"
-    if num_bytes <= 0.9 * free:
+        on_gpu = torch.cuda.mem_get_info()[0]
+        if where == "device":
+            free, place = on_gpu, "on the GPU"
+        else:
+            free, place = max(free, on_gpu * integer("WORLD_SIZE", 1)), "in memory and on the GPUs"
+    elif where in ("auto", "spread"):
+        free *= integer("WORLD_SIZE", 1) // max(1, integer("LOCAL_WORLD_SIZE", 1)) or 1  # other machines' too
+    if num_bytes <= FREE_SHARE * free:
         return ""
-    return f"{num_bytes / 2**30:.2f} GiB of images, {free / 2**30:.2f} GiB are free {where}"
+    return f"{num_bytes / 2**30:.2f} GiB of images, {free / 2**30:.2f} GiB are free {place}"

@@ -106,6 +106,11 @@ class Heartbeat(threading.Thread):
         atexit.register(self.stop)  # after an error too
         self.start()
 
+    def watch(self, group: Any) -> None:
+        """Count the collectives of another group as those of the step, in place of its own time limit."""
+        group.set_timeout(NEVER)
+        self.groups = (*self.groups, group)
+
     def stop(self) -> None:
         """Stop counting, and let go of the groups: one that outlives its threads aborts the process."""
         self._over.set()
@@ -132,7 +137,8 @@ class Heartbeat(threading.Thread):
                 end_for_another(self.rank, who, f"waited {self.limit_s:g} s")
 
     def _beat(self, number: int) -> Beat:
-        beat = Beat(number, *(group._get_sequence_number_for_group() for group in self.groups))
+        world, control, *more = (group._get_sequence_number_for_group() for group in self.groups)
+        beat = Beat(number, world + sum(more), control)
         self._store.set(str(self.rank), " ".join(map(str, beat)))
         return beat
 

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fmnist.runtime.console import one_line
+from fmnist.runtime.exchange import Exchange
 from fmnist.runtime.hardware import in_float64
 from fmnist.runtime.heartbeat import PATIENCE, Heartbeat, end_for_another
 from fmnist.runtime.lost_process import describe_loss, is_lost_process, share_status
@@ -41,6 +43,11 @@ class Processes:
     def is_main(self) -> bool:
         """Whether this is the process that speaks and writes."""
         return self.rank == 0
+
+    @cached_property
+    def exchange(self) -> Exchange:
+        """Brings rows of spread tensors, beside the step; first asked for by all processes together."""
+        return Exchange(self.rank, self.world_size, self.heartbeat)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over processes, in place."""
@@ -130,6 +137,17 @@ class Processes:
         """Return this process's contiguous share; the shares of all processes cover every item exactly once."""
         first, last = (len(items) * rank // self.world_size for rank in (self.rank, self.rank + 1))
         return items[first:last]
+
+    def to_main(self, rows: Tensor) -> Tensor:
+        """Put the rows of all processes one after another on the main one; the others keep their own; on the CPU."""
+        counts = self.gather(len(rows))
+        if self.rank:
+            dist.send(rows.contiguous(), 0, group=self.control)
+            return rows
+        parts = [rows, *(rows.new_empty((count, *rows.shape[1:])) for count in counts[1:])]
+        for source, part in enumerate(parts[1:], 1):
+            dist.recv(part, source, group=self.control)
+        return torch.cat(parts)
 
     def join(self) -> None:
         """Wait for all processes."""

@@ -15,6 +15,7 @@ PERF_KEYS = (
     "mfu",
     "save_seconds",
     "share_outside_steps",
+    "data_wait_ms",
 )
 
 

@@ -10,20 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmnist.data.augment import Augment
-from fmnist.data.batches import Loader
+from fmnist.data.batches import Loader, MicroBatch
 from fmnist.optim import Schedule
+from fmnist.runtime.processes import Processes
 
 logger = logging.getLogger("fmnist")
 MAX_IMAGES = 256
 TRAIN_BATCH, SHOWN = "train_batch.png", 16
 
 
-def write_batch(path: Path, loader: Loader, augment: Augment, step: int) -> None:
+def write_batch(path: Path, batches: Sequence[MicroBatch], augment: Augment, step: int) -> None:
     """Draw the global batch of one step as the model saw it, with its labels; pixels that are not finite are red.
 
     Args:
         path: the PNG.
-        loader: of any process: the batch is made again whole.
+        batches: of that step over all processes, from `Loader.for_main`.
         augment: makes the images.
         step: the optimizer update, counted from 1, that took this batch.
     """
@@ -31,20 +32,22 @@ def write_batch(path: Path, loader: Loader, augment: Augment, step: int) -> None
 
     images: list[Tensor] = []
     titles: list[str] = []
-    for batch in loader.whole().micro_batches(step - 1):
+    for batch in batches:
         pixels, targets = augment(batch)
         room = MAX_IMAGES - len(images)
         broken = ~pixels.isfinite().flatten(1).all(1)
         shown = torch.argsort(broken.int(), descending=True, stable=True)[:room]  # broken ones first
         images += list(visible(pixels[shown], augment).cpu())
-        titles += [title(target, loader.split.class_names) for target in targets[shown].cpu()]
+        titles += [title(target, batch.split.class_names) for target in targets[shown].cpu()]
     try:
         draw_grid(path, torch.stack(images).clamp(0, 1), titles, f"step {step}: {len(images)} images of the batch")
     except OSError as error:  # the picture must not hide what it is about
         logger.warning("%s cannot be written: %s", path, error)
 
 
-def write_train_batch(directory: Path, loader: Loader, augment: Augment, schedule: Schedule) -> None:
+def write_train_batch(
+    directory: Path, loader: Loader, augment: Augment, schedule: Schedule, processes: Processes
+) -> None:
     """Draw sixteen images of the first step, and of the last where that has another size, with their targets.
 
     They are made in plain PyTorch, whatever makes those of the training: to rounding the same, and nothing is compiled
@@ -52,14 +55,20 @@ def write_train_batch(directory: Path, loader: Loader, augment: Augment, schedul
 
     Args:
         directory: the run directory, for train_batch.png; an old one stays.
-        loader: of any process.
+        loader: of this process.
         augment: makes the images.
         schedule: of the run.
+        processes: all of them call this, the main one draws.
     """
-    path = directory / TRAIN_BATCH
-    if path.exists():
-        return
+    steps = {0} if augment.size(0) == augment.final_size else {0, schedule.total_steps - 1}
+    batches = [loader.for_main(step, most=SHOWN)[0] for step in sorted(steps)]
+    processes.on_main(_draw_train_batch, directory / TRAIN_BATCH, batches, augment)
+
+
+def _draw_train_batch(path: Path, batches: Sequence[MicroBatch], augment: Augment) -> None:
     try:
+        if path.exists():
+            return
         from fmnist.report.grid import draw_grid  # half a second of libraries
 
         plain = Augment(
@@ -68,20 +77,15 @@ def write_train_batch(directory: Path, loader: Loader, augment: Augment, schedul
             mean=augment.mean,
             std=augment.std,
             fill=augment.fill,
-            device=loader.split.images.device,
+            device=batches[0].indices.device,
         )
-        steps = {0}
-        if augment.size(0) != augment.final_size:
-            steps.add(schedule.total_steps - 1)
         images, titles, said = [], [], []
-        for step in sorted(steps):
-            batch = loader.micro_batches(step)[0]
-            batch = replace(batch, indices=batch.indices[:SHOWN], partners=batch.partners[:SHOWN])
+        for batch in batches:
             pixels, targets = plain(batch)
             shown = visible(pixels, plain).cpu().clamp(0, 1).movedim(-1, 1)
             images.append(F.interpolate(shown, plain.final_size, mode="nearest").movedim(1, -1))
-            titles += [title(target, loader.split.class_names) for target in targets.cpu()]
-            said.append(f"step {step + 1:,} at {pixels.shape[-1]} px")
+            titles += [title(target, batch.split.class_names) for target in targets.cpu()]
+            said.append(f"step {batch.step + 1:,} at {pixels.shape[-1]} px")
         draw_grid(path, torch.cat(images), titles, f"what the model trains on: {', then '.join(said)}", columns=8)
     except Exception as error:  # a picture must not end a training
         logger.warning("%s is not drawn: %s", path, error)

@@ -8,7 +8,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 
 from fmnist.checkpoint.contents import EMA, MODEL, OPTIMIZER, TrainState
 from fmnist.checkpoint.store import Checkpoints
@@ -23,6 +22,7 @@ from fmnist.network import build_network
 from fmnist.optim import build_optimizer
 from fmnist.run import Run
 from fmnist.runtime.files import temporary_folder
+from fmnist.runtime.weight_average import WeightAverage
 from fmnist.training.micro_batch import choose_micro_batch
 
 logger = logging.getLogger("fmnist")
@@ -114,7 +114,7 @@ def measure(
     long = with_steps(cfg, 10**9)
     network, augment = build_network(long, info, run.device, load_weights=False)
     optimizer = build_optimizer(network, cfg.optim)
-    ema = ModelEmaV3(network, decay=cfg.optim.ema_decay, use_warmup=True) if cfg.optim.ema_decay else None
+    ema = WeightAverage(network, decay=cfg.optim.ema_decay, use_warmup=True) if cfg.optim.ema_decay else None
     if cfg.batch.micro_batch_size == "auto":
         loader = loader.cut(choose_micro_batch(network, optimizer, augment, loader, None, run))
     model, gradients = run.prepare(network, compiled=cfg.model.compile)

@@ -15,10 +15,11 @@ from fmnist.checkpoint.store import Checkpoints
 from fmnist.config.conflicts import Length, without_effect
 from fmnist.config.same_run import recipe
 from fmnist.config.schema import Config, ModelConfig
-from fmnist.data.augment import Augment
+from fmnist.data.augment import Augment, pyramid_bytes
 from fmnist.data.balance import class_weights
 from fmnist.data.batches import Loader
 from fmnist.data.info import DATA_FILE, DataInfo
+from fmnist.data.placement import Placement, choose_place, place
 from fmnist.data.registry import open_source
 from fmnist.data.split import Split
 from fmnist.models.flops import flops_per_image
@@ -51,6 +52,7 @@ class Training:
         optimizer: AdamW, SGD or Muon over the parameter groups.
         augment: makes images and targets from a micro-batch.
         loader: cuts the training images into batches.
+        placement: where the images lie.
         schedule: the learning rate and what is due, as functions of the step.
         val_split: the validation images; it may be empty.
         test_split: the test images, read once, after the last step.
@@ -67,6 +69,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     augment: Augment
     loader: Loader
+    placement: Placement
     schedule: Schedule
     val_split: Split
     test_split: Split
@@ -92,7 +95,7 @@ def build(cfg: Config, run: Run, train_step: Callable[..., Any]) -> Training | N
         ValueError: data, weights, options or checkpoints that cannot be used; one line each.
     """
     # data: all three splits, so that a damaged file is found now and not after the training
-    splits = run.together(lambda: load_splits(cfg, run.device))
+    splits, placement = load_splits(cfg, run)
     train_split, val_split, test_split = splits.values()
     info = replace(train_split.info, num_train=len(train_split), num_val=len(val_split), num_test=len(test_split))
     run.kept[DATA_FILE] = info.to_json()
@@ -108,6 +111,8 @@ def build(cfg: Config, run: Run, train_step: Callable[..., Any]) -> Training | N
         world_size=run.world_size,
         sampling=cfg.data.sampling,
         class_weights=class_weights(cfg.optim.class_weights, train_split.labels, len(train_split.class_names)),
+        exchange=None if placement.where == "device" else run.exchange,
+        mixes=cfg.augment.mixes,
     )
 
     # where to begin: all processes see the same directory, data and weights, which are those of the run in it
@@ -136,6 +141,8 @@ def build(cfg: Config, run: Run, train_step: Callable[..., Any]) -> Training | N
     idle = without_effect(cfg, length)
     if cfg.optim.class_weights != "none" and loader.class_weights is None:
         idle.append("optim.class_weights has no effect: all classes weigh the same")
+    if cfg.data.where == "spread" and run.world_size == 1:
+        idle.append("data.where spread has no effect: there is one process, which holds all images")
     if cfg.data.sampling != loader.sampling:
         idle.append("data.sampling balanced has no effect: all classes have as many images")
     for line in idle:
@@ -170,12 +177,18 @@ def build(cfg: Config, run: Run, train_step: Callable[..., Any]) -> Training | N
         optimizer=optimizer,
         augment=augment,
         loader=loader,
+        placement=placement,
         schedule=schedule,
         val_split=val_split,
         test_split=test_split,
         checkpoints=checkpoints,
         state=state,
-        clock=Clock(cfg.batch.global_batch_size, state.train_seconds, peak_images_per_second(model, augment, run)),
+        clock=Clock(
+            cfg.batch.global_batch_size,
+            state.train_seconds,
+            peak_images_per_second(model, augment, run),
+            None if loader.staging is None else loader.staging.waited,
+        ),
         progress=Progress(
             lambda: state.step,
             schedule.validates,
@@ -201,12 +214,20 @@ def _compiling(augment: Augment, schedule: Schedule, done: int) -> list[int]:
     return [*(epoch * schedule.steps_per_epoch + 1 for epoch in augment.sizes), next(validation, 0)]
 
 
-def load_splits(cfg: Config, device: torch.device) -> dict[str, Split]:
-    """Load train, val and test, in this order, fetched where no folder was named."""
-    source = open_source(cfg.data, fetch=True)
-    for line in source.without_effect(cfg.data):
-        logger.warning("%s", line)
-    return {name: Split.load(name, source, device) for name in ("train", "val", "test")}
+def load_splits(cfg: Config, run: Run) -> tuple[dict[str, Split], Placement]:
+    """Load train, val and test, in this order, fetched where no folder was named, and move them to their place."""
+
+    def load() -> dict[str, Split]:
+        source = open_source(cfg.data, fetch=True)
+        for line in source.without_effect(cfg.data):
+            logger.warning("%s", line)
+        return {name: Split.load(name, source, read=False) for name in ("train", "val", "test")}
+
+    splits = run.together(load)
+    pyramid = pyramid_bytes(cfg.augment, splits["train"].images)
+    batch_size = cfg.evaluation.batch_size
+    placement = choose_place(cfg.data.where, splits, batch_size, pyramid, run, run.device)
+    return place(splits, placement, run, run.device, batch_size), placement
 
 
 def peak_images_per_second(model: nn.Module, augment: Augment, run: Run) -> float | None:

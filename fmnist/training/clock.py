@@ -1,7 +1,7 @@
 """Images per second: of training alone, of all time since the first step, and as a share of the hardware's peak."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -15,11 +15,17 @@ class Clock:
         global_batch_size: images of one step.
         total_seconds: what earlier starts of the run have trained.
         peak_images_per_second: that the hardware's peak arithmetic would allow; None where it is not known.
+        waited: tells the seconds that steps have waited for images so far; None where these lie on the device.
     """
 
     def __init__(
-        self, global_batch_size: int, total_seconds: float = 0.0, peak_images_per_second: float | None = None
+        self,
+        global_batch_size: int,
+        total_seconds: float = 0.0,
+        peak_images_per_second: float | None = None,
+        waited: Callable[[], float] | None = None,
     ) -> None:
+        self._waited, self._waited_before = waited, 0.0
         self.global_batch_size, self.total_seconds = global_batch_size, total_seconds
         self.peak_images_per_second = peak_images_per_second
         self._window_seconds, self._steps = 0.0, 0
@@ -47,8 +53,19 @@ class Clock:
         rate = self.global_batch_size / seconds
         self.rates.append(rate)
         mfu = {"mfu": rate / self.peak_images_per_second} if self.peak_images_per_second else {}
+        waits = {}
+        if self._waited is not None:
+            waits["data_wait_ms"] = 1000 * (self._waited() - self._waited_before) / steps
+            self._waited_before = self._waited()
         saved, self._window_save_seconds = self._window_save_seconds, 0.0
-        return {"images_per_second": rate, "step_time_s": seconds, **mfu, "save_seconds": saved, **self._overall()}
+        return {
+            "images_per_second": rate,
+            "step_time_s": seconds,
+            **mfu,
+            "save_seconds": saved,
+            **waits,
+            **self._overall(),
+        }
 
     def _overall(self) -> dict[str, float]:
         """Of all time from the first step of this start to now."""

@@ -13,6 +13,7 @@ from fmnist.checkpoint.tensors import load_strict, read_tensors
 from fmnist.config.schema import Config
 from fmnist.config.shipped import command
 from fmnist.data.corrections import DROPPED
+from fmnist.data.placement import whole_images
 from fmnist.data.registry import SplitName
 from fmnist.data.split import Split
 from fmnist.evaluation.calibration import fit_temperature
@@ -148,7 +149,7 @@ def evaluate_test(training: Training, cfg: Config, run: Run) -> Findings | None:
         directory=run.directory / "evaluation" / name,
         split=name,
         tta=cfg.evaluation.tta,
-        images=split.images.cpu(),
+        images=whole_images(split, run),
         labels=split.labels.cpu(),
         logits=logits,
         class_names=split.class_names,

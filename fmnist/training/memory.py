@@ -13,15 +13,12 @@ from fmnist.data.augment import Augment
 from fmnist.runtime.hardware import autocast
 
 
-def memory_bytes(
-    model: nn.Module, num_images: int, image_bytes: int, optimizer: Optimizer, *, ema: bool
-) -> dict[str, int]:
+def memory_bytes(model: nn.Module, data_bytes: int, optimizer: Optimizer, *, ema: bool) -> dict[str, int]:
     """Return the device memory of what stays for the whole run; activations come on top.
 
     Args:
         model: the network, fp32.
-        num_images: of all splits on the device.
-        image_bytes: of one uint8 image.
+        data_bytes: of the images and labels that are kept on the device.
         optimizer: of its parameters.
         ema: a moving average of the weights is kept.
     """
@@ -31,9 +28,8 @@ def memory_bytes(
         for group in optimizer.param_groups
         for p in group["params"]
     )
-    label_bytes = 8
     return {
-        "data": num_images * (image_bytes + label_bytes),
+        "data": data_bytes,
         "weights": weights,
         "gradients": weights,
         "optimizer": moments,

@@ -75,12 +75,12 @@ def fitting_micro_batch(
     """
     device = next(model.parameters()).device
     epoch = max(augment.sizes, key=lambda first: augment.sizes[first])
-    later = 0 if optimizer.state else memory_bytes(model, 0, 0, optimizer, ema=False)["optimizer"]
+    later = 0 if optimizer.state else memory_bytes(model, 0, optimizer, ema=False)["optimizer"]
     if loader.world_size > 1:  # DDP's copy of the gradients
         later += sum(p.numel() * p.element_size() for p in model.parameters())
 
     def fits(size: int) -> bool:
-        batch = loader.cut(size).micro_batches(epoch * loader.steps_per_epoch)[0]
+        batch = loader.cut(size).trial(epoch * loader.steps_per_epoch)
         try:
             room = torch.empty(later, dtype=torch.uint8, device=device)
             with as_it_was(model):
@@ -157,7 +157,7 @@ def _what_would_fit(training: "Training", cfg: Config, *, evaluating: bool) -> s
     if cfg.exact:
         return f"{ended}, which exact {cfg.exact} makes; valid: a larger --exact, in another --output_dir"
     training.optimizer.zero_grad(set_to_none=True)
-    free_memory(loader.split.images.device)
+    free_memory(loader.split.labels.device)
     sizes = micro_batch_sizes(loader, below=loader.micro_batch_size)
     fitting = fitting_micro_batch(training.model, training.optimizer, training.augment, loader, sizes)
     if fitting is None:

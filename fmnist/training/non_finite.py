@@ -73,7 +73,8 @@ class NonFiniteWatch:
         where = f" (the loss of rank {', '.join(map(str, ranks))})" if 0 < len(ranks) < len(firsts) else ""
         began = "" if first == step else f", begun at step {first}"
         picture = self.directory / f"non_finite_step_{first:08d}.png"
-        self.processes.on_main(write_batch, picture, self.loader, self.augment, first)
+        batches = self.loader.for_main(first - 1)
+        self.processes.on_main(write_batch, picture, batches, self.augment, first)
         raise FloatingPointError(
             f"{message} at step {step}{began}{where}; the batch is drawn in {picture}; the last checkpoint is older"
         )

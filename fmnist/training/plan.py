@@ -1,6 +1,8 @@
 """What a run is about to do: five lines before its first step, and with --dry_run batches, FLOPs and memory too."""
 
 from fmnist.config.schema import Config
+from fmnist.data.augment import pyramid_bytes
+from fmnist.data.placement import LABEL_BYTES
 from fmnist.models.flops import flops_per_image
 from fmnist.models.matmul_layers import describe_matmul
 from fmnist.run import Run
@@ -22,7 +24,7 @@ def opening(training: Training, cfg: Config, run: Run) -> list[str]:
     within = f" in {cfg.schedule.minutes:g} minutes" if cfg.schedule.minutes else ""
     rows = {
         "data": f"{loader.split.location}: {len(loader.split):,} training, {len(t.val_split):,} validation, "
-        f"{len(t.test_split):,} test images",
+        f"{len(t.test_split):,} test images{t.placement}",
         "model": f"{cfg.model.name} {origin}, {parameters:,} parameters, {counted(len(augment.mean), 'input channel')}",
         "recipe": f"{epochs:.4g} epoch{'' if epochs == 1 else 's'} = {schedule.total_steps:,} steps{within} of "
         f"{loader.global_batch_size} images at {sizes(t.augment.sizes)}; {cfg.optim.name}, "
@@ -39,13 +41,13 @@ def print_plan(training: Training, cfg: Config, run: Run) -> None:
     """Print on the main process what the run would do; nothing is trained or written."""
     t, loader, schedule = training, training.loader, training.schedule
     forward, both = flops_per_image(t.model, len(t.augment.mean), t.augment.final_size)
-    memory = memory_bytes(
-        t.model,
-        len(loader.split) + len(t.val_split) + len(t.test_split),
-        loader.split.images[0].numel(),
-        t.optimizer,
-        ema=t.ema is not None,
-    ) | {"pyramid": t.augment.pyramid_bytes(loader.split.images)}
+    num_labels = len(loader.split) + len(t.val_split) + len(t.test_split)
+    on_device = t.placement.num_bytes * (t.placement.where != "host")
+    memory = memory_bytes(t.model, on_device + LABEL_BYTES * num_labels, t.optimizer, ema=t.ema is not None)
+    if loader.staging is None:
+        memory["pyramid"] = pyramid_bytes(t.augment.cfg, loader.split.images)
+    else:
+        memory["staging"] = loader.staging.num_bytes
     pixels = max(t.augment.sizes.values())
     activations = activation_bytes(t.model, t.augment, pixels, loader.micro_batch_size)
     rows = {
