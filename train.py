@@ -22,9 +22,10 @@ from fmnist.optim import set_lr
 from fmnist.run import Run
 from fmnist.step import train_step
 from fmnist.training.batch_pictures import write_train_batch
-from fmnist.training.build import Training, build
+from fmnist.training.build import build
 from fmnist.training.finish import finish
 from fmnist.training.micro_batch import say_what_would_fit
+from fmnist.training.parts import Training
 from fmnist.training.plan import opening, print_plan
 from fmnist.training.profile import StepProfiler
 from fmnist.training.save import save

@@ -21,8 +21,7 @@ from fmnist.config.same_run import changes, lengthened, recipe
 from fmnist.config.schema import Config, DataConfig
 from fmnist.data.augment import Augment
 from fmnist.data.fashion_mnist import published as fashion_mnist
-from fmnist.data.info import DATA_FILE, DataInfo, read_info
-from fmnist.data.registry import SplitName
+from fmnist.data.info import DATA_FILE, DataInfo, SplitName, read_info
 from fmnist.data.split import Split
 from fmnist.models.head import feature_width, logits_and_features
 from fmnist.network import build_network

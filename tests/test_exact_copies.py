@@ -12,7 +12,7 @@ from small import command
 
 from fmnist.apps.duplicates import EXACT, main
 from fmnist.config.schema import DataConfig
-from fmnist.data.registry import SplitName
+from fmnist.data.info import SplitName
 from fmnist.data.split import Split
 from fmnist.evaluation.exact_copies import copies_line, exact_copies, exact_copies_of
 from fmnist.evaluation.findings import findings

@@ -97,7 +97,8 @@ def near_copies(data: DataConfig, args: argparse.Namespace) -> Table:
 
 def copies(data: DataConfig, args: argparse.Namespace) -> Table:
     """Compare the pixels of all splits."""
-    from fmnist.data.registry import SplitName, open_source
+    from fmnist.data.info import SplitName
+    from fmnist.data.registry import open_source
     from fmnist.data.split import Split
     from fmnist.evaluation.exact_copies import copies_line, exact_copies
 

@@ -1,16 +1,13 @@
 """Hold one fold of a data set's training images out, in place of its validation images."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fmnist.data.fashion_mnist import SPLIT_SEED
-from fmnist.data.mapped import joined
-
-if TYPE_CHECKING:
-    from fmnist.data.registry import Part, SplitName
+from fmnist.data.info import SplitName
+from fmnist.data.mapped import Part, joined
 
 
 def fold_of(labels: Tensor, folds: int) -> Tensor:
@@ -32,8 +29,8 @@ def fold_of(labels: Tensor, folds: int) -> Tensor:
 
 
 def hold_fold_out(
-    read: "Callable[[SplitName], Part]", folds: int, fold: int, *, own_val: bool
-) -> "Callable[[SplitName], Part]":
+    read: Callable[[SplitName], Part], folds: int, fold: int, *, own_val: bool
+) -> Callable[[SplitName], Part]:
     """Return what reads a data set's splits with a fold of the training images as val, and the others as train.
 
     Args:

@@ -11,7 +11,8 @@ from torch import Tensor
 from fmnist.config.schema import OPTIONS, AugmentConfig, Config, DataConfig, check_values, convert
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader
-from fmnist.data.registry import SplitName, open_source
+from fmnist.data.info import SplitName
+from fmnist.data.registry import open_source
 from fmnist.data.split import Split
 from fmnist.runtime.hardware import find_device
 

@@ -4,10 +4,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fmnist.runtime.files import read_json
 
+SplitName = Literal["train", "val", "test"]
 DATA_FILE = "data.json"
 
 

@@ -38,6 +38,10 @@ class Mapped:
         return self.array[self.at if rows is None else self.at[rows.start : rows.stop : rows.step]]
 
 
+# Images uint8 [N, H, W] or [N, C, H, W], labels int64 [N], published int64 [N].
+Part = tuple[Tensor | Mapped, Tensor, Tensor]
+
+
 def joined(one: Tensor | Mapped, other: Tensor | Mapped) -> Tensor | Mapped:
     """Put images of one data set one after another."""
     if isinstance(one, Mapped) and isinstance(other, Mapped):

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -15,18 +15,15 @@ from fmnist.data.corrections import Corrections, read_corrections
 from fmnist.data.fashion_mnist import INFO, load_indexed, name_of, stratified_split
 from fmnist.data.find import locate
 from fmnist.data.folds import hold_fold_out
-from fmnist.data.info import DataInfo
-from fmnist.data.mapped import Mapped
+from fmnist.data.info import DataInfo, SplitName
+from fmnist.data.mapped import Mapped, Part
 from fmnist.data.sources.arrays import TORCHVISION, Parts, read_npz, read_torchvision
 from fmnist.data.sources.folder import check_part, read_folder
 from fmnist.data.subset import subset
 from fmnist.runtime.console import one_line
 from fmnist.runtime.hardware import too_large
 
-SplitName = Literal["train", "val", "test"]
 OWN_VAL = "the data set has validation images of its own"
-# Images uint8 [N, H, W] or [N, C, H, W], labels int64 [N], published int64 [N].
-Part = tuple[Tensor | Mapped, Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)

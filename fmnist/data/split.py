@@ -12,9 +12,9 @@ from torch import Tensor
 from fmnist.config.schema import DataConfig
 from fmnist.data.corrections import DROPPED
 from fmnist.data.fashion_mnist import INFO
-from fmnist.data.info import DataInfo
+from fmnist.data.info import DataInfo, SplitName
 from fmnist.data.mapped import Mapped, digest_of
-from fmnist.data.registry import Source, SplitName, open_source
+from fmnist.data.registry import Source, open_source
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from fmnist.config.schema import DataConfig
-from fmnist.data.registry import SplitName, open_source
+from fmnist.data.info import SplitName
+from fmnist.data.registry import open_source
 from fmnist.data.split import Split
 
 # What is looked at, and where: the model learns from train, and its best epoch is chosen on val.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fmnist.data.fashion_mnist import INFO
-from fmnist.data.info import DataInfo
-from fmnist.data.registry import Source, SplitName, open_source
+from fmnist.data.info import DataInfo, SplitName
+from fmnist.data.registry import Source, open_source
 from fmnist.data.split import Split
 from fmnist.evaluation.calibration import average_probabilities
 from fmnist.evaluation.cost import Cost, measure_cost, sum_of_costs

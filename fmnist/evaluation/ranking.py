@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fmnist.config.same_run import differences, recipe
 from fmnist.config.schema import Config
-from fmnist.data.registry import SplitName
+from fmnist.data.info import SplitName
 from fmnist.evaluation.numbers import SCORES
 from fmnist.evaluation.outcome import Outcome
 from fmnist.trained import Trained

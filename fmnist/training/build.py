@@ -1,12 +1,10 @@
-"""What the training loop works with: built from a config, and put back from a checkpoint."""
+"""Build what the training loop works with from a config, and put it back from a checkpoint."""
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 
 from fmnist.checkpoint.contents import TrainState, read_state
@@ -35,49 +33,11 @@ from fmnist.training.budget import fixed_steps, with_steps
 from fmnist.training.clock import Clock
 from fmnist.training.micro_batch import choose_micro_batch
 from fmnist.training.non_finite import NonFiniteWatch
+from fmnist.training.parts import Training
 from fmnist.training.resume import continuation, find_start, restore
 from fmnist.training.start_from_run import start_from_run
 
 logger = logging.getLogger("fmnist")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """What the training loop works with.
-
-    Attributes:
-        model: the network, not wrapped; its parameters are the optimizer's.
-        ema: the moving average of its weights, if `optim.ema_decay` asks for one.
-        eval_model: what is validated: the moving average where there is one, else the model.
-        optimizer: AdamW, SGD or Muon over the parameter groups.
-        augment: makes images and targets from a micro-batch.
-        loader: cuts the training images into batches.
-        placement: where the images lie.
-        schedule: the learning rate and what is due, as functions of the step.
-        val_split: the validation images; it may be empty.
-        test_split: the test images, read once, after the last step.
-        checkpoints: those of the run directory.
-        state: where training stands.
-        clock: images per second of training alone.
-        progress: what people see of it.
-        non_finite: traces a NaN to its step.
-    """
-
-    model: nn.Module
-    ema: ModelEmaV3 | None
-    eval_model: nn.Module
-    optimizer: torch.optim.Optimizer
-    augment: Augment
-    loader: Loader
-    placement: Placement
-    schedule: Schedule
-    val_split: Split
-    test_split: Split
-    checkpoints: Checkpoints
-    state: TrainState
-    clock: Clock
-    progress: Progress
-    non_finite: NonFiniteWatch
 
 
 def build(cfg: Config, run: Run, train_step: Callable[..., Any]) -> Training | None:

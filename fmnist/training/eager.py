@@ -8,7 +8,7 @@ import torch
 from fmnist.config.schema import Config
 from fmnist.models.flops import flops_per_image
 from fmnist.run import Run
-from fmnist.training.build import Training
+from fmnist.training.parts import Training
 
 # Compiling takes about a minute and then saves about a third of the time: so it pays from three minutes on.
 PAYS_FROM_S = 180.0

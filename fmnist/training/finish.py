@@ -13,8 +13,8 @@ from fmnist.checkpoint.tensors import load_strict, read_tensors
 from fmnist.config.schema import Config
 from fmnist.config.shipped import command
 from fmnist.data.corrections import DROPPED
+from fmnist.data.info import SplitName
 from fmnist.data.placement import whole_images
-from fmnist.data.registry import SplitName
 from fmnist.data.split import Split
 from fmnist.evaluation.calibration import fit_temperature
 from fmnist.evaluation.findings import Findings, findings
@@ -25,8 +25,8 @@ from fmnist.run import Run
 from fmnist.runtime.console import counted
 from fmnist.runtime.provenance import git_revision, versions
 from fmnist.tracking.metrics_file import METRICS_FILE
-from fmnist.training.build import Training
 from fmnist.training.eager import eager_unless_long
+from fmnist.training.parts import Training
 from fmnist.training.save import wait_for_save
 
 logger = logging.getLogger("fmnist")

@@ -4,7 +4,6 @@ import logging
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +16,8 @@ from fmnist.data.batches import Loader
 from fmnist.runtime.hardware import autocast, free_memory, is_out_of_memory
 from fmnist.runtime.processes import Processes
 from fmnist.training.memory import as_it_was, memory_bytes
+from fmnist.training.parts import Training
 
-if TYPE_CHECKING:
-    from fmnist.training.build import Training  # which chooses by this file
 logger = logging.getLogger("fmnist")
 
 
@@ -128,7 +126,7 @@ def choose_micro_batch(
 
 
 @contextmanager
-def say_what_would_fit(training: "Training", cfg: Config) -> Iterator[None]:
+def say_what_would_fit(training: Training, cfg: Config) -> Iterator[None]:
     """End a training that runs out of memory with one line that names the size that would do.
 
     Raises:
@@ -145,7 +143,7 @@ def say_what_would_fit(training: "Training", cfg: Config) -> Iterator[None]:
     raise ValueError(_what_would_fit(training, cfg, evaluating=evaluating))
 
 
-def _what_would_fit(training: "Training", cfg: Config, *, evaluating: bool) -> str:
+def _what_would_fit(training: Training, cfg: Config, *, evaluating: bool) -> str:
     loader, step = training.loader, training.state.step
     if evaluating:
         size = cfg.evaluation.batch_size

@@ -7,8 +7,8 @@ from fmnist.models.flops import flops_per_image
 from fmnist.models.matmul_layers import describe_matmul
 from fmnist.run import Run
 from fmnist.runtime.console import counted
-from fmnist.training.build import Training
 from fmnist.training.memory import activation_bytes, memory_bytes
+from fmnist.training.parts import Training
 
 BACKENDS = {"eager": "in plain PyTorch", "compiled": "compiled", "triton": "by the Triton kernel"}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fmnist.checkpoint.contents import EMA, MODEL, OPTIMIZER
 from fmnist.checkpoint.tensors import apart, non_finite, optimizer_tensors
 from fmnist.run import Run
-from fmnist.training.build import Training
+from fmnist.training.parts import Training
 
 
 def save(training: Training, run: Run) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from fmnist.config.schema import Config
 from fmnist.data.augment import Augment, with_channels
 from fmnist.data.batches import Loader
-from fmnist.data.registry import SplitName, open_source
+from fmnist.data.info import SplitName
+from fmnist.data.registry import open_source
 from fmnist.data.split import Split
 from fmnist.evaluation.exact_copies import copies_line, exact_copies
 from fmnist.runtime.console import MAX_ERROR, one_line

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmnist.data.registry import SplitName
+from fmnist.data.info import SplitName
 from fmnist.runtime.files import read_json
 from fmnist.trained import Trained, open_trained
 
