@@ -60,9 +60,12 @@ class LinearConv2d(nn.Conv2d):
     """A convolution of windows that lie side by side, 1 x 1 or patches, which trains as a linear layer."""
 
     def forward(self, images: Tensor) -> Tensor:
-        (height, width), batch = self.kernel_size, len(images)
-        rows, columns = images.shape[-2] // height, images.shape[-1] // width
-        if not self.training or images.dim() != 4 or not rows * columns:
+        if not self.training or images.dim() != 4:
+            return super().forward(images)
+        height, width = self.kernel_size
+        batch, _, rows, columns = images.shape
+        rows, columns = rows // height, columns // width
+        if not rows * columns:
             return super().forward(images)
         pixels = images.permute(0, 2, 3, 1)[:, : rows * height, : columns * width]
         patches = pixels.unflatten(2, (columns, width)).unflatten(1, (rows, height)).transpose(2, 3)
