@@ -175,7 +175,7 @@ class Loader:
             batches = [replace(b, indices=b.indices[:most], partners=b.partners[:most]) for b in batches[:1]]
         if self.staging is None:
             return batches
-        samples = [torch.cat((b.indices, b.partners) if self.mixes else (b.indices,)).cpu() for b in batches]
+        samples = [torch.cat((b.indices, b.partners) if self.mixes else (b.indices,)) for b in batches]
         staged = [self.staging.for_main(positions) for positions in samples]
         return [replace(b, pixels=partial(lambda here: here, here)) for b, here in zip(batches, staged, strict=True)]
 

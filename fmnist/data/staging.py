@@ -76,8 +76,9 @@ class Staging:
         """Return images on the main process, for a picture; called by all of them, and the others get none.
 
         Args:
-            positions: int64, on the CPU.
+            positions: int64, on any device.
         """
+        positions = positions.cpu()
         nobody = positions[:0]
         wanted = [positions, *[nobody] * (self._exchange.world_size - 1)]
         mine = wanted[self._exchange.rank]
