@@ -129,8 +129,13 @@ class Run(Compute):
         self.tracker.finish(summary)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.writing.join()  # before the lock goes, and after an error too
-        super().__exit__(kind, error, at)
+        try:
+            self.writing.wait()
+        except OSError as unwritten:  # a write that failed is told even where another error ends the run
+            logger.error("a checkpoint could not be written: %s", unwritten)
+        finally:
+            self.writing.join()  # before the lock goes, whatever interrupts the wait
+            super().__exit__(kind, error, at)
 
     def close(self) -> None:
         """Put the signal handlers back, let go of the directory, and close the trackers and what `Compute` opened."""

@@ -171,6 +171,6 @@ def test_a_kill_while_it_goes_on_loses_nothing(
     assert "jumps from" in capsys.readouterr().err
     go(run, data, 3, "cosine")
     said = capsys.readouterr().err
-    assert "is finished" in said and "more --schedule.epochs train it on" in said
+    assert "is finished" in said and "to train longer, raise --schedule.epochs" in said
     with pytest.raises(ValueError, match="schedule.epochs was 3.0, now 2"):
         go(run, data, 2, "cosine")

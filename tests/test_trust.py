@@ -307,7 +307,7 @@ def test_predict_gives_sets_and_decisions(learned: Path, pictures: Path, tmp_pat
         f"at most 5 % errors: {100 * share:.0f} % of 2,000 validation images automatic, from confidence {limit:.4f} on"
         in said
     )
-    assert f"{automatic} automatic, {150 - automatic} for a person" in said and "90 % sets: " in said
+    assert f"{automatic} automatic, {151 - automatic} for a person" in said and "90 % sets: " in said
 
     found = json.loads(command(predict, learned, pictures, *asked, "--output", tmp_path, "--json"))
     assert (found["automatic"], found["automatic_from"]) == (automatic, pytest.approx(limit))
@@ -323,7 +323,7 @@ def test_too_few_validation_images_are_said(learned: Path, pictures: Path, tmp_p
     said = command(predict, learned, pictures / "000.png", *asked)
     always = "fewer than 999 validation images, too few for 99.9 %: in every set"
     assert f"T-shirt/top, Trouser, Pullover and 7 more: {always}" in said
-    assert "at most 0.05 % errors: none of 2,000 validation images automatic; it takes 5,990 right ones" in said
+    assert "at most 0.05 % errors: none of 2,000 validation images automatic; at least 5,990, all answered" in said
     (row,) = rows_of(tmp_path)
     assert sorted(row["set"].split(" | ")) == sorted(CLASS_NAMES) and row["decision"] == "person"
 

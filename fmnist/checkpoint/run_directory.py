@@ -163,13 +163,14 @@ def read_summary(directory: Path) -> dict[str, Any]:
         return {}
 
 
-def is_finished(directory: Path, *, test: bool, total_steps: int) -> bool:
+def is_finished(directory: Path, *, test: bool, total_steps: int, may_grow: bool = True) -> bool:
     """Say whether the run in this directory has reached its end, and tell people so.
 
     Args:
         directory: of the run.
         test: the test images, where there are any, belong to it: a run that left them out is then not finished yet.
         total_steps: its end; one that came to an earlier end is continued.
+        may_grow: its length was given, and not found by a clock.
     """
     summary = read_summary(directory)
     top1, steps = summary.get("test.top1"), summary.get("steps")
@@ -182,6 +183,7 @@ def is_finished(directory: Path, *, test: bool, total_steps: int) -> bool:
     evaluated = "its data set has no test images" if no_test else evaluated
     if isinstance(top1, int | float):
         evaluated = f"test top1 {100 * top1:.2f} %"
-    again = "more --schedule.epochs train it on; another --output_dir, or --resume never --overwrite true, again"
-    logger.info("%s is finished: %s; %s", directory, evaluated, again)
+    again = "to train again, give another --output_dir or --resume never --overwrite true"
+    longer = "to train longer, raise --schedule.epochs; " if may_grow else ""
+    logger.info("%s is finished: %s; %s%s", directory, evaluated, longer, again)
     return True

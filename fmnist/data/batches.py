@@ -22,6 +22,7 @@ from fmnist.runtime.exchange import Exchange
 # together; each that is added later has a key of its own, so that it moves no draw of an older run.
 FIRST_UNIFORMS = 15  # never changed
 NUM_UNIFORMS = 26
+NOTHING_DRAWN = (-1, torch.empty(0), torch.empty(0))
 ORDER, UNIFORMS, FLIP_IN_TURN, LATER = 0, 1, 2, 3  # what a generator is for, the last part of its key
 
 
@@ -141,7 +142,8 @@ class Loader:
             sampling = "uniform"
         self.sampling, self.class_weights = sampling, class_weights
         self._tables: tuple[int, Tensor, Tensor] | None = None
-        self._drawing, self._drawn = Background(), (-1, torch.empty(0), torch.empty(0))  # those of the next epoch
+        self._drawing, self._drawn = Background(), NOTHING_DRAWN  # the tables of the next epoch
+        self._ahead = -1  # the epoch that is drawn, or was drawn last
         self._orders: dict[int, Tensor] = {}  # of two epochs: one micro-batch is staged ahead
         self.exchange, self.mixes = exchange, mixes
         self.staging = Staging(split, exchange, self._wanted) if exchange is not None else None
@@ -210,6 +212,7 @@ class Loader:
             device = self.split.labels.device
             self._drawing.wait()
             drawn = self._drawn if self._drawn[0] == epoch else self._draw(epoch)
+            self._drawn = NOTHING_DRAWN  # on a GPU the host has no more need of them
             self._tables = (epoch, to_device(drawn[1], device), to_device(drawn[2], device))
         return self._tables[1:]
 
@@ -229,8 +232,9 @@ class Loader:
         """
         epoch, position = divmod(step, self.steps_per_epoch)
         order, uniforms = self._epoch_tables(epoch)
-        if position == 1:  # so that no step waits for them
+        if position == 1 and self._ahead != epoch + 1:  # so that no step waits for them
             self._drawing.wait()
+            self._ahead = epoch + 1
             self._drawing.start(self._draw, epoch + 1)
         start = position * self.global_batch_size
         batch = order[start : start + self.global_batch_size]

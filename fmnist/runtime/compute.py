@@ -35,6 +35,7 @@ from fmnist.runtime.launcher import (
 from fmnist.runtime.processes import Processes
 
 logger = logging.getLogger("fmnist")
+MOST_KERNELS = 64  # of all modules of a process: image sizes, batch sizes, training and evaluation
 WAITING_S = 5.0  # that processes started together may come apart, before the wait is reported
 
 
@@ -124,7 +125,9 @@ class Compute(Processes):
             The wrapped model, and what sums its gradients over micro-batches and processes.
         """
         if compiled:
-            model.compile(dynamic=False)  # a kernel for each size: those of any size have no layout of their own
+            # a kernel for each size: those of any size have no layout of their own
+            torch._dynamo.config.recompile_limit = MOST_KERNELS
+            model.compile(dynamic=False)
         if self.shards is None:
             wrapped = self.accelerator.prepare_model(model)
             return wrapped, AllReduce(model, self.accelerator)

@@ -140,6 +140,8 @@ def measure(
     new_epoch = max(0.0, timed((max(augment.sizes) + 1) * per_epoch, 1) - each[augment.final_size])
 
     val, test = splits["val"], splits["test"]
+    if cfg.model.compile and ema is None:  # an average is not compiled
+        validate(network, val, augment, cfg.evaluation, run)
     start = run.clock()
     validate(ema.module if ema else network, val, augment, cfg.evaluation, run)
     evaluation = run.clock() - start

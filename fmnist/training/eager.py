@@ -24,7 +24,8 @@ def eager_unless_long(training: Training, cfg: Config, run: Run) -> Iterator[Non
         yield
         return
     augment, size = training.augment, cfg.evaluation.size or training.augment.final_size
-    num_images = len(training.val_split) + len(training.test_split) * (1 + (cfg.evaluation.tta == "flip"))
+    num_test = len(training.test_split) if cfg.evaluation.test else 0
+    num_images = len(training.val_split) + num_test * (1 + (cfg.evaluation.tta == "flip"))
     rate = CPU_RATE if run.device.type == "cpu" else ACCELERATOR_RATE
     with torch.compiler.set_stance("force_eager"):
         forward, _ = flops_per_image(training.model, len(augment.mean), size)

@@ -86,7 +86,8 @@ def _status(cfg: Config, run: Run, total_steps: int) -> tuple[bool, bool]:
             f"{directory} holds a run that was made of something else: {'; '.join(changed)}. "
             "Give what it began with, or another --output_dir"
         )
-    return is_finished(directory, test=cfg.evaluation.test, total_steps=total_steps), False
+    may_grow = cfg.schedule.minutes is None
+    return is_finished(directory, test=cfg.evaluation.test, total_steps=total_steps, may_grow=may_grow), False
 
 
 def _short(digest: str) -> str:

@@ -15,7 +15,7 @@ from fmnist.training.parts import Training
 def save(training: Training, run: Run) -> None:
     """Copy what a checkpoint holds and begin to write it, unless a value in it is not finite.
 
-    The copy takes as much host memory as the checkpoint, on the main process, until it is written.
+    The copy takes as much host memory as the checkpoint, on the main process; pinned memory is kept for the next one.
 
     Raises:
         FloatingPointError: on every process, naming the tensors; nothing is written.

@@ -49,8 +49,8 @@ PARSER.add_argument(
 PARSER.add_argument(
     "--max_error",
     type=number(0.0001, 0.5, float),
-    help="a column `decision`: automatic, or person where more than this share of the automatic answers, 0.01 say, "
-    "would be wrong, judged on the run's validation images",
+    help="a column `decision`: automatic from the confidence on at which at most this share of answers (e.g. 0.01) is "
+    "wrong, judged on the run's validation images, else person",
 )
 PARSER.add_argument(
     "--explain",

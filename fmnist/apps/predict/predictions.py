@@ -107,7 +107,7 @@ def predict_pictures(
         rows = zip(values.tolist(), labels.tolist(), scores.tolist(), chances, strict=True)
         for photo in photos:
             if photo.cutout is None:
-                yield Prediction(photo=photo, trust=trust.unread)
+                yield Prediction(photo=photo, trust=trust.unread())
                 continue
             probabilities, classes, score, all_classes = next(rows)
             top = tuple((trained.class_names[i], p) for p, i in zip(probabilities, classes, strict=True))

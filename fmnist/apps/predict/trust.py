@@ -44,15 +44,16 @@ class Trust:
     sizes: int = 0
     automatic: int = 0
     pictures: int = 0
+    not_read: int = 0
 
     @property
     def columns(self) -> list[str]:
         """The columns asked for."""
         return ["set"] * (self.coverage is not None) + ["decision"] * (self.max_error is not None)
 
-    @property
     def unread(self) -> tuple[str, ...]:
-        """The cells of a picture that could not be read."""
+        """Return the cells of a picture that could not be read."""
+        self.not_read += 1
         return ("",) * (self.coverage is not None) + (PERSON,) * (self.max_error is not None)
 
     def cells(self, probabilities: Tensor, *, unfamiliar: bool) -> tuple[str, ...]:
@@ -91,13 +92,15 @@ class Trust:
             images = counted(self.num_images, "validation image")
             if self.confidence is None:
                 needed = least_answers(self.max_error)
-                why = f"; it takes {needed:,} right ones" if self.num_images < needed else ""
+                why = f"; at least {needed:,}, all answered correctly, are needed" if self.num_images < needed else ""
                 lines.append(f"{asked}: none of {images} automatic{why}; every picture is for a person")
             else:
                 share = f"{100 * self.automatic_val:.0f} % of {images} automatic"
                 lines.append(f"{asked}: {share}, from confidence {self.confidence:.4f} on")
-                others = self.pictures - self.automatic
-                lines.append(f"{self.automatic:,} automatic, {others:,} for a person, as every unfamiliar one")
+                others = self.pictures + self.not_read - self.automatic
+                lines.append(
+                    f"{self.automatic:,} automatic, {others:,} for a person, every unfamiliar picture among them"
+                )
         return lines
 
     def counts(self) -> dict[str, float | int | None]:

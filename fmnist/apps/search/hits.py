@@ -60,7 +60,7 @@ def hits_rows(hits: Sequence[Hit], catalogue: Catalogue, errors: Mapping[str, st
 
 @by_default_style
 def plot_hits(hits: Sequence[Hit], catalogue: Catalogue, path: Path) -> None:
-    """Draw each query, framed, then its nearest items with class and similarity; Bag? is a predicted class.
+    """Draw each query, framed, then its nearest items with class and similarity.
 
     Args:
         hits: at least one, all with the same k.
