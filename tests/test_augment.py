@@ -50,7 +50,7 @@ def augmented(cfg: AugmentConfig, images: torch.Tensor, rows: torch.Tensor, size
 
 
 def uniforms(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.rand(count, NUM_UNIFORMS, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(NUM_UNIFORMS, count, generator=torch.Generator().manual_seed(seed)).T.contiguous()
 
 
 def micro_batch(split: Split, indices: torch.Tensor, epoch: int = 0) -> MicroBatch:

@@ -53,7 +53,7 @@ def interpreted() -> Iterator[ModuleType]:
 
 
 def uniforms(count: int, seed: int = 0) -> Tensor:
-    return torch.rand(count, NUM_UNIFORMS, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(NUM_UNIFORMS, count, generator=torch.Generator().manual_seed(seed)).T.contiguous()
 
 
 def make_plan(cfg: AugmentConfig, size: int, **more: object) -> Plan:

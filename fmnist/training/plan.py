@@ -21,7 +21,8 @@ def opening(training: Training, cfg: Config, run: Run) -> list[str]:
     origin = f"from {cfg.model.weights}" if cfg.model.starts_from_run else origin
     epochs = schedule.epoch(schedule.total_steps)
     products = describe_matmul(t.model, len(augment.mean), tuple(augment.sizes.values()))
-    within = f" in {cfg.schedule.minutes:g} minutes" if cfg.schedule.minutes else ""
+    minutes = cfg.schedule.minutes
+    within = f" in {minutes:g} minute{'' if minutes == 1 else 's'}" if minutes else ""
     rows = {
         "data": f"{loader.split.location}: {len(loader.split):,} training, {len(t.val_split):,} validation, "
         f"{len(t.test_split):,} test images{t.placement}",

@@ -18,7 +18,7 @@ from fmnist.apps.export.expected import Expected
 from fmnist.apps.export.onnx import float_graph, open_session
 from fmnist.evaluation.cost import time_batches
 from fmnist.evaluation.ranking import mcnemar
-from fmnist.runtime.console import one_line
+from fmnist.runtime.console import counted, one_line
 from fmnist.runtime.files import temporary_folder, write_atomic
 
 NUM_CALIBRATION, SEED, PART = 512, 0, 64  # training images that activation ranges are taken from; their draw; at a time
@@ -117,7 +117,8 @@ def said(proof: Proof) -> str:
         f"({proof.num_images:,} images; only int8 right : only float32 right {proof.only_int8}:{proof.only_float}, "
         f"McNemar p {proof.p:.2g})\n"
         f"{proof.ms_int8:.3g} ms a picture, in float32 {proof.ms_float:.3g}; in batches of {TIMED} "
-        f"{proof.ms_int8_of_256:.3g} and {proof.ms_float_of_256:.3g} (onnxruntime, {torch.get_num_threads()} threads)"
+        f"{proof.ms_int8_of_256:.3g} and {proof.ms_float_of_256:.3g} (onnxruntime, "
+        f"{counted(torch.get_num_threads(), 'thread')})"
     )
 
 
