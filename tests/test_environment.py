@@ -370,7 +370,8 @@ def test_the_users_thread_is_told_from_the_launchers(users: str | None, tmp_path
     script = tmp_path / "threads.py"
     script.write_text(
         "import os, torch\nfrom fmnist.runtime import hardware\nos.sched_getaffinity = lambda _: range(6)\n"
-        "hardware.set_threads(None, 2)\nprint('threads', torch.get_num_threads(), os.environ['OMP_NUM_THREADS'])\n"
+        "hardware.set_threads(None, 2)\n"
+        "print(f\"threads {torch.get_num_threads()} {os.environ['OMP_NUM_THREADS']}\\n\", end='')\n"
     )
     environ = environment()
     del environ["OMP_NUM_THREADS"]

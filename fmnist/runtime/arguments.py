@@ -10,6 +10,7 @@ import difflib
 import math
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,7 @@ from fmnist.runtime.console import one_line
 from fmnist.runtime.launcher import check_alone, is_sibling
 
 MAX_NUMBER = 2**62  # no tensor has more
+LINGER_S = 10.0
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -71,7 +73,9 @@ class CommandLine(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End with one line on stderr, of one process of a launcher, and status 2."""
         line = re.sub(r"^argument ([^:]+): ", r"\1: ", one_line(message, 2000))
-        if not is_sibling():
+        if is_sibling():
+            time.sleep(LINGER_S)  # the launcher ends all when the first ends: that should be the one that reports
+        else:
             sys.stderr.write(f"{self.prog}: error: {line}\n")
         raise SystemExit(2)
 
