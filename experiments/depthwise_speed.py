@@ -12,6 +12,7 @@ fmnist/models/matmul_layers.py are read off the table of layers.
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -177,8 +178,9 @@ def main() -> None:
     if not measured:
         return
     about = {
+        "command": " ".join(["python -m experiments.depthwise_speed", *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
-        "device": name,
+        "hardware": {"device": name, "cpu_cores": os.cpu_count()},
         "time": "processor" if args.processor_time and not args.gpu else "wall clock",
         "rounds": args.rounds,
         "load": os.getloadavg()[1],

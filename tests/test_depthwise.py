@@ -172,6 +172,7 @@ MODELS: dict[str, tuple[str, int, dict[str, Any], str]] = {  # name, pixels, opt
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("case", ["convnext", "conv_mlp false", "odd maps", "convnext v2", "mobilenet"])
 def test_any_timm_model_trains_to_the_same_gradients(case: str, memory_format: torch.memory_format) -> None:

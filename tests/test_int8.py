@@ -62,6 +62,7 @@ def top1(path: Path) -> float:
     return float((torch.from_numpy(logits).argmax(-1) == labels).double().mean())
 
 
+@pytest.mark.thorough
 def test_the_file_is_what_was_measured_and_the_same_again(run: Path, tmp_path: Path) -> None:
     said = export(run, "--int8", "--max_loss", 1)
     path = run / "export" / "model_int8.onnx"

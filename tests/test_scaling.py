@@ -16,6 +16,7 @@ from fmnist.models.flops import flops_per_image
 CONVNEXT, CNN = CASES.values()
 
 
+@pytest.mark.thorough
 def test_the_constants_are_those_of_the_models() -> None:
     model = timm.create_model("convnext_tiny")
     assert (sum(p.numel() for p in model.parameters()), flops_per_image(model, 3, 224)[1]) == (

@@ -220,6 +220,7 @@ def test_evaluate_prints_a_table_and_writes_json(run_directory: Path, tmp_path: 
     assert read_precision(kept, key) is None
 
 
+@pytest.mark.thorough
 def test_a_report_measures_it_where_that_is_quick(
     run_directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
