@@ -632,3 +632,21 @@ def test_a_path_that_is_no_text_in_the_locale(locale: str, tmp_path: Path) -> No
 def test_a_byte_that_is_no_text_is_refused_in_any_locale() -> None:
     with pytest.raises(ValueError, match="output_dir is .*: no text in this locale"):
         check_values(Config(output_dir="a\udcff"))
+
+
+def test_the_process_that_stays_silent_lets_the_other_report_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun ends all when the first ends: the silent one must not be the first, and --help costs it nothing."""
+    from fmnist.runtime import console
+
+    waited: list[float] = []
+    monkeypatch.setattr(console, "is_sibling", lambda: True)
+    monkeypatch.setattr(console.time, "sleep", waited.append)
+    for code, expected in ((2, [console.LINGER_S]), (0, [])):
+        waited.clear()
+        with pytest.raises(SystemExit), console.same_arguments():
+            print("one line", file=sys.stderr)
+            raise SystemExit(code)
+        assert waited == expected
+    assert capsys.readouterr().err == ""

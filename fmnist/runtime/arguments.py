@@ -10,16 +10,14 @@ import difflib
 import math
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fmnist.runtime.console import one_line
-from fmnist.runtime.launcher import check_alone, is_sibling
+from fmnist.runtime.console import one_line, same_arguments
+from fmnist.runtime.launcher import check_alone
 
 MAX_NUMBER = 2**62  # no tensor has more
-LINGER_S = 10.0
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -73,11 +71,9 @@ class CommandLine(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End with one line on stderr, of one process of a launcher, and status 2."""
         line = re.sub(r"^argument ([^:]+): ", r"\1: ", one_line(message, 2000))
-        if is_sibling():
-            time.sleep(LINGER_S)  # the launcher ends all when the first ends: that should be the one that reports
-        else:
+        with same_arguments():
             sys.stderr.write(f"{self.prog}: error: {line}\n")
-        raise SystemExit(2)
+            raise SystemExit(2)
 
 
 def nearest(name: str, known: Any) -> str:

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,6 +21,7 @@ from fmnist.runtime.launcher import is_sibling
 
 logger = logging.getLogger("fmnist")
 ASK_OTHERS = timedelta(seconds=2)
+LINGER_S = 10.0
 GONE = (errno.EPIPE, errno.EIO)  # nobody reads: head has seen enough, the terminal is closed
 MAX_ERROR = 2000  # characters of the line that ends a command: it may name several files and the ways out
 
@@ -206,12 +208,16 @@ def open_door(program: str) -> None:
 @contextmanager
 def same_arguments() -> Iterator[None]:
     """Be silent while a command line is parsed that another process of the same launcher has been given too."""
-    with contextlib.ExitStack() as stack:
-        if is_sibling():
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
+    if not is_sibling():
         yield
+        return
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+            yield
+    except SystemExit as end:
+        if end.code:
+            time.sleep(LINGER_S)  # the launcher ends all when the first ends: that should be the one that reports
+        raise
 
 
 @contextmanager
