@@ -42,17 +42,23 @@ def load_optimizer_tensors(
 ) -> None:
     """Put back what `optimizer_tensors` returned; the optimizer casts and moves it as it needs.
 
+    A file holds tensors in contiguous order. They take their parameter's memory format here: torch's fused optimizers
+    walk through parameter, gradient and state by one count, and would pair the wrong elements without a word on a CPU.
+
     Raises:
         ValueError: one line naming the file, and a tensor of no parameter or of another shape, or what is missing.
     """
     names = {id(p): name for name, p in model.named_parameters()}
-    shapes = {name: p.shape for name, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     states: dict[str, dict[str, Tensor]] = {}
     for full, tensor in tensors.items():
         key, _, name = full.partition("/")
-        if name not in shapes or (tensor.dim() > 0 and tensor.shape != shapes[name]):  # a step count has no dimension
+        parameter = parameters.get(name)
+        counts = tensor.dim() == 0  # of steps
+        if parameter is None or not (counts or tensor.shape == parameter.shape):
             raise ValueError(f"{source} does not fit the model: {full} {list(tensor.shape)}")
-        states.setdefault(name, {})[key] = tensor
+        laid_out = tensor if counts else torch.empty_like(parameter, dtype=tensor.dtype, device="cpu").copy_(tensor)
+        states.setdefault(name, {})[key] = laid_out
     wanted = {
         names[id(p)]: expected_state(optimizer, group) for group in optimizer.param_groups for p in group["params"]
     }
