@@ -48,17 +48,20 @@ def learn(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None
     optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
-def test_a_restored_optimizer_goes_on_with_the_same_bits(name: str, checkpoints: Checkpoints) -> None:
+def test_a_restored_optimizer_goes_on_with_the_same_bits(
+    name: str, memory_format: torch.memory_format, checkpoints: Checkpoints
+) -> None:
     cfg = OptimConfig(name=name, lr=0.01)
     torch.manual_seed(0)
-    model = Cnn(10, widths=(4, 8))
+    model = Cnn(10, widths=(4, 8)).to(memory_format=memory_format)
     optimizer = build_optimizer(model, cfg)
     for seed in range(3):
         learn(model, optimizer, seed)
     state = TrainState(step=3, best_top1=0.5, best_step=2, train_seconds=1.5)
     path = checkpoints.save(state, {MODEL: model.state_dict(), OPTIMIZER: optimizer_tensors(model, optimizer)})
-    other = Cnn(10, widths=(4, 8))
+    other = Cnn(10, widths=(4, 8)).to(memory_format=memory_format)
     other_optimizer = build_optimizer(other, cfg)
     load_strict(other, read_tensors(path / MODEL), path)
     load_optimizer_tensors(other, other_optimizer, read_tensors(path / OPTIMIZER), path)
