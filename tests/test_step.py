@@ -219,7 +219,9 @@ def test_ten_real_steps_of_convnext_tiny_at_224_px(compute: Compute) -> None:
 def test_a_step_runs_without_a_host_sync(train_images: Split, name: str) -> None:
     """Neither within an epoch nor where the next one begins."""
     with Compute(precision="bf16") as compute:
-        model, _ = build_model(ModelConfig(name=name, drop_rate=0.1), num_classes=10, mean=(MEAN,), std=(STD,))
+        model, _ = build_model(
+            ModelConfig(name=name, drop_rate=0.1), num_classes=10, mean=(MEAN,), std=(STD,), image_size=28
+        )
         model = model.to(compute.device, memory_format=torch.channels_last)
         split = Split(images=train_images.images.to(compute.device), labels=train_images.labels.to(compute.device))
         cfg = AugmentConfig(flip=0.5, rotation=10, shift=0.1, mixup_alpha=0.4)
