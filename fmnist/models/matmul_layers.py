@@ -59,18 +59,18 @@ class MatmulConv2dSame(_OnSmallMaps, Conv2dSame):
 class LinearConv2d(nn.Conv2d):
     """A convolution of windows that lie side by side, 1 x 1 or patches, which trains as a linear layer."""
 
-    def forward(self, images: Tensor) -> Tensor:
+    def _conv_forward(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.training or images.dim() != 4:
-            return super().forward(images)
+            return super()._conv_forward(images, weight, bias)
         height, width = self.kernel_size
         batch, _, rows, columns = images.shape
         rows, columns = rows // height, columns // width
         if not rows * columns:
-            return super().forward(images)
+            return super()._conv_forward(images, weight, bias)
         pixels = images.permute(0, 2, 3, 1)[:, : rows * height, : columns * width]
         patches = pixels.unflatten(2, (columns, width)).unflatten(1, (rows, height)).transpose(2, 3)
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
-        return F.linear(patches.reshape(batch, rows, columns, -1), weight, self.bias).permute(0, 3, 1, 2)
+        weight = weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(patches.reshape(batch, rows, columns, -1), weight, bias).permute(0, 3, 1, 2)
 
 
 class PixelGELU(GELU):
