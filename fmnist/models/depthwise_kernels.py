@@ -113,7 +113,7 @@ def convolve(  # type: ignore[no-untyped-def]
                         if i - r < K:
                             for j in tl.static_range(K):
                                 if WIDTH != STRIP or (s + j >= PAD and s + j < WIDTH + PAD):
-                                    value += weights[(i - r) * K + j] * pixels[s + j]
+                                    value = tl.fma(weights[(i - r) * K + j], pixels[s + j], value)
                         sums += (value,)  # type: ignore[assignment]
         if i >= K - 1:
             for s in tl.static_range(STRIP):
@@ -198,7 +198,7 @@ def correlate(  # type: ignore[no-untyped-def]
                         if i - k >= 0 and i - k < ROWS:
                             for s in tl.static_range(STRIP):
                                 if WIDTH != STRIP or (s + j >= PAD and s + j < WIDTH + PAD):
-                                    value += given[(i - k) * STRIP + s] * pixels[s + j]
+                                    value = tl.fma(given[(i - k) * STRIP + s], pixels[s + j], value)
                         sums += (value,)  # type: ignore[assignment]
                 sums += (before[K * K],)  # type: ignore[assignment]
         before = sums
