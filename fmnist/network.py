@@ -10,7 +10,7 @@ from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
 from fmnist.data.info import DataInfo
 from fmnist.models import build_model
-from fmnist.models.matmul_layers import use_matmul
+from fmnist.models.matmul_layers import use_fast_layers
 from fmnist.runtime.hardware import resolve_precision
 
 
@@ -42,7 +42,7 @@ def build_network(
     )
     memory_format = torch.channels_last if cfg.model.channels_last else torch.contiguous_format
     model = model.to(device).to(memory_format=memory_format)
-    use_matmul(model, cfg.model.depthwise, device)
+    use_fast_layers(model, cfg.model.depthwise, device)
     augment = Augment(
         replace(cfg.augment, size=by_epoch),
         num_classes=len(info.class_names),

@@ -109,7 +109,7 @@ def convolve(  # type: ignore[no-untyped-def]
             for r in tl.static_range(ROWS):
                 if r <= i:
                     for s in tl.static_range(STRIP):
-                        value = before[r * STRIP + s]
+                        value = before[r * STRIP + s]  # type: ignore[var-annotated]
                         if i - r < K:
                             for j in tl.static_range(K):
                                 if WIDTH != STRIP or (s + j >= PAD and s + j < WIDTH + PAD):
@@ -194,7 +194,7 @@ def correlate(  # type: ignore[no-untyped-def]
                 sums = ()
                 for k in tl.static_range(K):
                     for j in tl.static_range(K):
-                        value = before[k * K + j]
+                        value = before[k * K + j]  # type: ignore[var-annotated]
                         if i - k >= 0 and i - k < ROWS:
                             for s in tl.static_range(STRIP):
                                 if WIDTH != STRIP or (s + j >= PAD and s + j < WIDTH + PAD):
@@ -205,10 +205,10 @@ def correlate(  # type: ignore[no-untyped-def]
         sums = ()
         for t in tl.static_range(K * K):
             sums += (before[t],)  # type: ignore[assignment]
-        total = before[K * K]
+        value = before[K * K]
         for t in tl.static_range(ROWS * STRIP):
-            total += given[t]
-        sums += (total,)  # type: ignore[assignment]
+            value += given[t]
+        sums += (value,)  # type: ignore[assignment]
     one = tl.program_id(0) % GROUPS * CHANNELS + tl.arange(0, CHANNELS)
     for t in tl.static_range(K * K + 1):
         tl.store(out + (split * (K * K + 1) + t) * C + one, tl.sum(sums[t], axis=0), one < C)

@@ -1,6 +1,9 @@
-"""Depthwise convolutions on a GPU by our own kernels: which tile for which map, and how they are launched."""
+"""Depthwise convolutions on a GPU by our own kernels: which tile for which map, how they are launched, their gradients.
 
-from typing import NamedTuple
+Two operators of torch, opaque to `torch.compile`, hold the launches; both want channels_last and answer in it.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,6 +21,31 @@ class Tile(NamedTuple):
     channels: int
     warps: int
     programs: int = 0  # of the gradient of the weights: about so many share the batch
+
+
+def _cut(side: int, most: int) -> int:
+    """Return by how many pixels a side is best cut: at most so many, the fewest wasted at the end, and then most."""
+    return min(range(1, most + 1), key=lambda size: (-(-side // size) * size, -size))
+
+
+def forward_tile(images: Tensor, kernel: int) -> Tile:
+    """Return the tile of the forward and of the gradient of the images, a pure function of the layer's shape."""
+    _, channels, height, width = images.shape
+    strip = _cut(width, 14)
+    rows = _cut(height, max(1, 28 // strip))
+    block = min(128, triton.next_power_of_2(channels & -channels))
+    block = max(block, 32)
+    return Tile(rows, strip, max(1, 256 // block), block, 4)
+
+
+def weights_tile(images: Tensor, kernel: int) -> Tile:
+    """Return the tile of the gradient of the weights, a pure function of the layer's shape."""
+    _, channels, height, width = images.shape
+    strip = _cut(width, 14)
+    rows = _cut(height, max(1, 28 // strip))
+    block = min(128, triton.next_power_of_2(channels & -channels))
+    block = max(block, 32)
+    return Tile(rows, strip, max(1, 128 // block), block, 4, 528)
 
 
 def constants(images: Tensor, kernel: int, tile: Tile) -> dict[str, int]:
@@ -67,3 +95,68 @@ def launch_correlate(images: Tensor, gradient: Tensor, kernel: int, tile: Tile) 
     parts = images.new_empty((splits, kernel * kernel + 1, channels), dtype=torch.float32)
     correlate[splits * groups,](images, gradient, parts, batch, **constants(images, kernel, tile))
     return parts.sum(0)
+
+
+@torch.library.custom_op("fmnist::depthwise", mutates_args=())
+def _convolve(images: Tensor, weight: Tensor, bias: Tensor | None, flipped: bool) -> Tensor:
+    taps = weight.flatten(1).t().float().contiguous()
+    tile = forward_tile(images, weight.shape[-1])
+    return launch_convolve(images, taps, None if bias is None else bias.float(), flipped, tile)
+
+
+@_convolve.register_fake
+def _(images: Tensor, weight: Tensor, bias: Tensor | None, flipped: bool) -> Tensor:
+    return torch.empty_like(images)
+
+
+@torch.library.custom_op("fmnist::depthwise_weights", mutates_args=())
+def _correlate(images: Tensor, gradient: Tensor, kernel: int) -> Tensor:
+    return launch_correlate(images, gradient, kernel, weights_tile(images, kernel))
+
+
+@_correlate.register_fake
+def _(images: Tensor, gradient: Tensor, kernel: int) -> Tensor:
+    return images.new_empty((kernel * kernel + 1, images.shape[1]), dtype=torch.float32)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    images, weight, bias, _ = inputs
+    ctx.save_for_backward(images, weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    images, weight = ctx.saved_tensors
+    gradient = gradient.contiguous(memory_format=torch.channels_last)
+    of_images = of_weight = of_bias = None
+    if ctx.needs_input_grad[0]:
+        of_images = _convolve(gradient, weight, None, True)
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        sums = _correlate(images, gradient, weight.shape[-1])
+        of_weight = sums[:-1].t().to(weight.dtype).contiguous().view(weight.shape)
+        if ctx.bias_dtype is not None:
+            of_bias = sums[-1].to(ctx.bias_dtype)
+    return of_images, of_weight, of_bias, None
+
+
+_convolve.register_autograd(_gradients, setup_context=_remember)
+
+
+def depthwise_triton(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve every channel with its own kernel, as our kernel does, with zeros beyond the edges.
+
+    Sums are in float32; under autocast the images are cast as a convolution's are, weight and bias stay as they are.
+
+    Args:
+        images: [B, C, H, W], float32, bfloat16 or float16, not empty; in any memory format, but one that is not
+            channels_last is copied.
+        weight: [C, 1, k, k], k odd.
+        bias: [C], or none.
+
+    Returns:
+        [B, C, H, W], channels_last.
+    """
+    if torch.is_autocast_enabled(images.device.type):
+        images = images.to(torch.get_autocast_dtype(images.device.type))
+    convolved: Tensor = _convolve(images.contiguous(memory_format=torch.channels_last), weight, bias, False)
+    return convolved

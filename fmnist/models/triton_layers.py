@@ -1,0 +1,54 @@
+"""Which depthwise convolutions train by our Triton kernel: see depthwise_triton.py."""
+
+import importlib.util
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fmnist.runtime.environment import ENVIRONMENT
+
+KERNELS = (3, 5, 7, 9)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def has_triton(device: torch.device) -> bool:
+    """Say whether the kernel runs on a device: on a CUDA one, or wherever Triton's interpreter is asked for."""
+    runs = device.type == "cuda" or ENVIRONMENT.get("TRITON_INTERPRET") == "1"
+    return runs and importlib.util.find_spec("triton") is not None
+
+
+def fits_triton(conv: nn.Conv2d) -> bool:
+    """Say whether the kernel computes what a depthwise convolution does: odd squares that move by one pixel."""
+    side = conv.kernel_size[0]
+    padding = (side // 2, side // 2)
+    return (
+        type(conv) is nn.Conv2d
+        and side in KERNELS
+        and conv.kernel_size == (side, side)
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.padding in (padding, "same")
+    )
+
+
+def takes_triton(conv: "TritonConv2d", images: Tensor) -> bool:
+    """Say whether a layer trains by the kernel: the one place that decides.
+
+    Args:
+        conv: put in by `use_fast_layers`.
+        images: its input.
+    """
+    return images.dim() == 4 and images.numel() > 0 and images.dtype in DTYPES and has_triton(images.device)
+
+
+class TritonConv2d(nn.Conv2d):
+    """A depthwise convolution that trains by our kernel."""
+
+    choice: Literal["auto", "triton"]
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training or not takes_triton(self, images):
+            return super().forward(images)
+        from fmnist.models.depthwise_triton import depthwise_triton
+
+        return depthwise_triton(images, self.weight, self.bias)
