@@ -12,6 +12,11 @@ import triton.language as tl
 
 
 @triton.jit
+def _add(a, b):  # type: ignore[no-untyped-def]
+    return a + b
+
+
+@triton.jit
 def _strip(  # type: ignore[no-untyped-def]
     row,  # pointers [UNITS, CHANNELS] to the first column wanted
     first,  # its number, negative where the strip reaches beyond the map
@@ -27,7 +32,7 @@ def _strip(  # type: ignore[no-untyped-def]
     values = ()
     for j in tl.static_range(COUNT):
         if WHOLE and (j < MARGIN or j >= COUNT - MARGIN):
-            values += (tl.zeros(row.shape, tl.float32),)  # type: ignore[assignment]
+            values += (tl.full(row.shape, 0, tl.float32),)  # type: ignore[assignment]
         elif (j < MARGIN or j >= COUNT - MARGIN) and not WHOLE:
             there = inside & (first + j >= 0) & (first + j < WIDTH)
             values += (tl.load(row + j * C, there, 0.0).to(tl.float32),)  # type: ignore[assignment]
@@ -72,8 +77,8 @@ def convolve(  # type: ignore[no-untyped-def]
     start = (unit // BLOCKS).to(tl.int64) * (HEIGHT * WIDTH * C) + ((top * WIDTH + left) * C + channel)
     source = images + start - (PAD * WIDTH + PAD) * C
     target = out + start
-    kernel = weight + first + (channel + tl.zeros((UNITS, 1), tl.int32))
-    none = tl.load(bias + (channel + tl.zeros((UNITS, 1), tl.int32)), live & (biased > 0), 0.0)
+    kernel = weight + first + (channel + tl.full((UNITS, 1), 0, tl.int32))
+    none = tl.load(bias + (channel + tl.full((UNITS, 1), 0, tl.int32)), live & (biased > 0), 0.0)
     weights = ()
     sums = ()
     for i in tl.static_range(ROWS + K - 1):
@@ -152,7 +157,7 @@ def correlate(  # type: ignore[no-untyped-def]
     units = batch * (BLOCKS * STRIPS)
     sums = ()
     for _ in tl.static_range(K * K + 1):
-        sums += (tl.zeros((UNITS, CHANNELS), tl.float32),)  # type: ignore[assignment]
+        sums += (tl.full((UNITS, CHANNELS), 0, tl.float32),)  # type: ignore[assignment]
     for part in range(split, (units + UNITS - 1) // UNITS, splits):
         unit = part * UNITS + tl.arange(0, UNITS)[:, None]
         live = (unit < units) & (channel < C)
@@ -211,4 +216,4 @@ def correlate(  # type: ignore[no-untyped-def]
         sums += (value,)  # type: ignore[assignment]
     one = tl.program_id(0) % GROUPS * CHANNELS + tl.arange(0, CHANNELS)
     for t in tl.static_range(K * K + 1):
-        tl.store(out + (split * (K * K + 1) + t) * C + one, tl.sum(sums[t], axis=0), one < C)
+        tl.store(out + (split * (K * K + 1) + t) * C + one, tl.reduce(sums[t], 0, _add), one < C)

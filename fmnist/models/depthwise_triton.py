@@ -13,39 +13,54 @@ from fmnist.models.depthwise_kernels import convolve, correlate
 
 
 class Tile(NamedTuple):
-    """What a program does; all are powers of two but rows and strip."""
+    """What a program does; units and channels are powers of two."""
 
     rows: int  # of outputs, a thread
     strip: int  # columns of outputs, a thread
     units: int  # such blocks side by side
     channels: int
     warps: int
-    programs: int = 0  # of the gradient of the weights: about so many share the batch
+    programs: int = 0  # of the gradient of the weights: at most so many share the batch
 
 
-def _cut(side: int, most: int) -> int:
-    """Return by how many pixels a side is best cut: at most so many, the fewest wasted at the end, and then most."""
-    return min(range(1, most + 1), key=lambda size: (-(-side // size) * size, -size))
+def _block(channels: int) -> int:
+    return next((size for size in (128, 64, 32) if channels % size == 0), 32)
+
+
+def _strip(width: int) -> int:
+    """Return how many columns a thread takes: all of a narrow map, for what lies outside then costs nothing."""
+    if width <= 14 or width % 7 == 0:
+        return width if width <= 14 else 7
+    return min(range(4, 9), key=lambda strip: -(-width // strip) * (strip + 3))  # few strips, little beyond the edge
 
 
 def forward_tile(images: Tensor, kernel: int) -> Tile:
-    """Return the tile of the forward and of the gradient of the images, a pure function of the layer's shape."""
+    """Return the tile of the forward and of the gradient of the images: the best of experiments/depthwise_gpu.py.
+
+    It depends on a layer's shape alone, as that of the weights does: so do the bits.
+    """
     _, channels, height, width = images.shape
-    strip = _cut(width, 14)
-    rows = _cut(height, max(1, 28 // strip))
-    block = min(128, triton.next_power_of_2(channels & -channels))
-    block = max(block, 32)
-    return Tile(rows, strip, max(1, 256 // block), block, 4)
+    block, strip = _block(channels), _strip(width)
+    if max(height, width) <= 7:
+        return Tile(height, width, 128 // block, block, 4)
+    if width <= 14:
+        return Tile(2, strip, 128 // block, block, 2)
+    return Tile(4 if kernel < 7 else 2, strip, 256 // block, block, 4)
 
 
 def weights_tile(images: Tensor, kernel: int) -> Tile:
-    """Return the tile of the gradient of the weights, a pure function of the layer's shape."""
+    """Return the tile of the gradient of the weights; see `forward_tile`."""
     _, channels, height, width = images.shape
-    strip = _cut(width, 14)
-    rows = _cut(height, max(1, 28 // strip))
-    block = min(128, triton.next_power_of_2(channels & -channels))
-    block = max(block, 32)
-    return Tile(rows, strip, max(1, 128 // block), block, 4, 528)
+    block, strip = _block(channels), _strip(width)
+    if max(height, width) <= 7:
+        return Tile(height, width, 128 // block, block, 4, 528)
+    if width <= 14:
+        return Tile(2, strip, 128 // block, block, 4, 528)
+    if kernel == 3:
+        return Tile(4, strip, 256 // block, block, 4, 528)
+    if width >= 56 and kernel < 9:
+        return Tile(2, strip, 256 // block, block, 4, 528)
+    return Tile(4, strip, 128 // block, block, 4, 528)
 
 
 def constants(images: Tensor, kernel: int, tile: Tile) -> dict[str, int]:
@@ -89,9 +104,10 @@ def launch_correlate(images: Tensor, gradient: Tensor, kernel: int, tile: Tile) 
         kernel: its side, k.
         tile: what a program does.
     """
-    batch, channels = images.shape[:2]
+    batch, channels, height, width = images.shape
     groups = triton.cdiv(channels, tile.channels)
-    splits = triton.cdiv(tile.programs, groups)
+    units = batch * triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.strip)
+    splits = min(triton.cdiv(tile.programs, groups), triton.cdiv(units, tile.units))
     parts = images.new_empty((splits, kernel * kernel + 1, channels), dtype=torch.float32)
     correlate[splits * groups,](images, gradient, parts, batch, **constants(images, kernel, tile))
     return parts.sum(0)

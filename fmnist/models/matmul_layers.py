@@ -121,13 +121,13 @@ def use_fast_layers(
         device: where it will be trained.
     """
     use_convolutions(model)
-    if choice == "triton" or (choice == "auto" and device.type != "cpu"):
+    if choice == "triton" or (choice == "auto" and device.type == "cuda" and torch.version.hip is None):
         for conv in depthwise_layers(model) if has_triton(device) else ():
             if fits_triton(conv):
                 conv.__class__ = TritonConv2d
                 conv.choice = choice  # type: ignore[assignment]
         return
-    if choice == "conv":
+    if choice == "conv" or (choice == "auto" and device.type != "cpu"):
         return
     for conv in depthwise_layers(model):
         conv.__class__ = MatmulConv2dSame if isinstance(conv, Conv2dSame) else MatmulConv2d
