@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmnist.models.matmul_layers import PLAIN, depthwise_without_effect, use_convolutions, use_fast_layers
-from fmnist.models.triton_layers import TritonConv2d, fits_triton
+from fmnist.models.triton_layers import TritonConv2d, fits_triton, takes_triton
 
 triton = pytest.importorskip("triton")
 CPU = torch.device("cpu")
@@ -154,7 +154,7 @@ def test_a_model_trains_to_the_same_gradients() -> None:
     plain = timm.create_model("convnext_atto", in_chans=1, num_classes=10, **SMALL)
     ours = copy.deepcopy(plain)
     use_fast_layers(ours, "triton", CPU)
-    images = torch.randn(2, 1, 16, 16)
+    images = torch.randn(1, 1, 32, 32)
     for model in (plain, ours):
         model(images).logsumexp(-1).sum().backward()
     for (key, one), other in zip(ours.named_parameters(), plain.parameters(), strict=True):
@@ -184,6 +184,39 @@ def test_what_it_fits(options: dict[str, Any], fits: bool, monkeypatch: pytest.M
     assert fits_triton(model[0]) == fits
     use_fast_layers(model, "triton", CPU)
     assert [type(module) for module in model] == [TritonConv2d if fits else nn.Conv2d, nn.Conv2d]
+
+
+LAST = torch.channels_last
+DECISIONS = [  # channels, kernel, map, memory format, dtype, and whether auto takes the kernel on a CUDA device
+    (96, 7, (56, 56), LAST, torch.bfloat16, True),
+    (768, 7, (7, 7), LAST, torch.bfloat16, True),
+    (240, 5, (28, 28), LAST, torch.bfloat16, True),
+    (96, 3, (112, 112), LAST, torch.bfloat16, True),
+    (96, 7, (7, 9), LAST, torch.bfloat16, True),
+    (96, 7, (56, 56), torch.contiguous_format, torch.bfloat16, False),  # these were not measured
+    (96, 7, (56, 56), LAST, torch.float32, False),
+    (96, 7, (6, 8), LAST, torch.bfloat16, False),
+    (96, 9, (56, 56), LAST, torch.bfloat16, False),
+    (16, 3, (112, 112), LAST, torch.bfloat16, False),
+    (40, 7, (56, 56), LAST, torch.bfloat16, False),
+]
+
+
+@pytest.mark.parametrize("case", DECISIONS, ids=str)
+def test_the_decision(case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    channels, kernel, size, memory_format, dtype, taken = case
+    conv = layer(channels, kernel)
+    use_fast_layers(conv, "auto", torch.device("cuda"))
+    assert type(conv) is TritonConv2d
+    images = torch.empty(1, channels, *size).to(memory_format=memory_format)
+    assert not takes_triton(conv, images.to(dtype))  # not on this device
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert takes_triton(conv, images.to(dtype)) == takes_triton(conv, torch.cat([images] * 3).to(dtype)) == taken
+    with torch.autocast("cpu", torch.bfloat16):
+        assert takes_triton(conv, images) == (taken or dtype == torch.float32)  # cast, as a convolution's are
+        assert not takes_triton(conv, images.double())  # which are not
+    use_fast_layers(conv, "triton", torch.device("cuda"))
+    assert takes_triton(conv, images.to(dtype))
 
 
 def test_what_it_cannot_take_is_the_convolution(monkeypatch: pytest.MonkeyPatch) -> None:

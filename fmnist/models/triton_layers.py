@@ -41,14 +41,13 @@ def takes_triton(conv: "TritonConv2d", images: Tensor) -> bool:
         conv: put in by `use_fast_layers`.
         images: its input.
     """
-    if images.dim() != 4 or not images.numel() or not has_triton(images.device):
+    if images.dim() != 4 or not images.numel() or images.dtype not in DTYPES or not has_triton(images.device):
         return False
+    if conv.choice == "triton":
+        return True
     kind = images.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else images.dtype
-    if conv.choice == "triton":
-        return dtype in DTYPES and images.dtype in DTYPES
-    # measured: from 7 x 7 to 112 x 112 pixels, 96 to 768 channels, kernels of 3, 5 and 7; its gradients are 1.8 to 7
-    # times as fast as cuDNN's
+    # measured from 7 x 7 to 112 x 112 pixels, with 96 to 768 channels: 1.8 to 7 times as fast as cuDNN, pass by pass
     measured = conv.kernel_size[0] <= 7 and min(images.shape[2:]) >= 7 and conv.in_channels >= 32
     aligned = conv.in_channels % 16 == 0 and images.is_contiguous(memory_format=torch.channels_last)
     return dtype == torch.bfloat16 and measured and aligned
