@@ -10,7 +10,7 @@ from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
 from fmnist.data.info import DataInfo
 from fmnist.models import build_model
-from fmnist.models.matmul_layers import use_matmul
+from fmnist.models.matmul_layers import use_fast_layers
 from fmnist.models.residual import use_lean_residual
 from fmnist.runtime.hardware import resolve_precision
 
@@ -43,7 +43,7 @@ def build_network(
     )
     memory_format = torch.channels_last if cfg.model.channels_last else torch.contiguous_format
     model = model.to(device).to(memory_format=memory_format)
-    use_matmul(model, cfg.model.depthwise, device)
+    use_fast_layers(model, cfg.model.depthwise, device)
     bf16 = resolve_precision(cfg.model.precision) == "bf16"
     if bf16:  # in float32 it would save one multiplication
         use_lean_residual(model)
