@@ -139,8 +139,11 @@ class CapturedStep:
     def _forget(self, optimizer: torch.optim.Optimizer) -> None:
         """Drop the graph, and the gradients in its memory."""
         if self.recorded is not None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # a replay may be at work in it
             self.recorded = None
             optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
 
     def _refuse(self, why: str) -> None:
         self._refused = why
