@@ -1,8 +1,10 @@
 """The step as a CUDA graph: the same bits as without, and a step without where none can be recorded."""
 
+import random
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -48,7 +50,7 @@ CASES = {
         model=replace(CNN, drop_rate=0.0), augment=GROWS, batch=BatchConfig(global_batch_size=32, micro_batch_size=8)
     ),
 }
-EPOCHS, IMAGES = 4, 32 * 8  # 32 steps, 16 of each size
+EPOCHS, IMAGES, STEPS = 4, 32 * 4, 16  # 8 steps of each size
 
 
 class Training:
@@ -141,18 +143,84 @@ def test_replayed_steps_have_the_bits_of_plain_ones(case: str, train_images: Spl
     assert_equal(plain.tensors(), captured.tensors())
     assert_equal(expected, found)  # of each step: none is memory that a later one writes
     sizes = len(plain.augment.sizes)
-    assert (recorder.recorded, recorder.replayed) == (sizes, 32 - WARM_UP * sizes)
+    assert (recorder.recorded, recorder.replayed) == (sizes, STEPS - WARM_UP * sizes)
 
 
 def test_a_run_that_is_resumed_ends_with_the_same_bits(train_images: Split) -> None:
     """A resumed run takes the first steps after its checkpoint as they are, where the unbroken one replays."""
     plain, captured = (Training(CASES["drop path, clipping, layer decay"], train_images) for _ in range(2))
     expected = plain.run(train_step)
-    found = captured.run(CapturedStep(train_step, Played(captured.model)), range(13))
+    found = captured.run(CapturedStep(train_step, Played(captured.model)), range(6))
     captured.optimizer.zero_grad(set_to_none=True)
-    found += captured.run(CapturedStep(train_step, Played(captured.model)), range(13, 32))
+    found += captured.run(CapturedStep(train_step, Played(captured.model)), range(6, STEPS))
     assert_equal(plain.tensors(), captured.tensors())
     assert_equal(expected, found)
+
+
+def refuses(case: Config, images: Split, caplog: pytest.LogCaptureFixture, change: Callable[[Training], Any]) -> str:
+    """Train with a change that leaves no graph, see the bits of plain steps, and return the one line that says why."""
+    plain, captured = (Training(case, images) for _ in range(2))
+    for training in (plain, captured):
+        recorder = change(training)
+    update = CapturedStep(train_step, recorder)
+    assert_equal(plain.run(train_step), captured.run(update))
+    assert_equal(plain.tensors(), captured.tensors())
+    assert update.recorded is None
+    (line,) = [record.message for record in caplog.records if "without a graph" in record.message]
+    return line
+
+
+def test_micro_batches_with_dropout_are_not_recorded(train_images: Split, caplog: pytest.LogCaptureFixture) -> None:
+    case = Config(model=MLP, augment=AugmentConfig(), batch=BatchConfig(global_batch_size=32, micro_batch_size=8))
+    assert "anew for each micro-batch" in refuses(case, train_images, caplog, lambda training: Played(training.model))
+
+
+def test_a_model_that_draws_on_the_host_is_not_recorded(train_images: Split, caplog: pytest.LogCaptureFixture) -> None:
+    def change(training: Training) -> Any:
+        own = random.Random(1)  # the same for both; what is watched is the module's own state
+        training.model.head.register_forward_pre_hook(
+            lambda _, inputs: (inputs[0] * (own.random() < 0.5 + 0 * random.random()),)
+        )
+        return Played(training.model)
+
+    assert "on the host" in refuses(Config(model=MLP, augment=AugmentConfig()), train_images, caplog, change)
+
+
+def test_a_recording_that_fails_costs_one_line(train_images: Split, caplog: pytest.LogCaptureFixture) -> None:
+    def fails(training: Training) -> Any:
+        def record(action: Callable[[], Metrics]) -> Any:
+            before = {name: t.clone() for name, t in training.model.state_dict().items()}
+            action()  # half of it may have been recorded: gradients in memory that nobody fills
+            training.model.load_state_dict(before)
+            for p in training.model.parameters():
+                p.grad = torch.full_like(p, float("nan"))
+            raise RuntimeError("CUDA out of memory.\nTried to allocate 1 TiB")
+
+        return record
+
+    line = refuses(CASES["drop path, clipping, layer decay"], train_images, caplog, fails)
+    assert line.endswith("CUDA out of memory. Tried to allocate 1 TiB")
+
+
+def test_images_that_are_staged_are_not_recorded() -> None:
+    def fail(*_: Any) -> Any:
+        raise AssertionError("nothing may be recorded")
+
+    update = CapturedStep(lambda *arguments: {"loss": len(arguments)}, fail)  # type: ignore[dict-item]
+    batch = SimpleNamespace(pixels=lambda: None)
+    assert [update(None, None, [batch], None, None, None) for _ in range(6)] == [{"loss": 7}] * 6  # type: ignore[arg-type]
+
+
+def test_only_one_process_on_a_cuda_device_captures() -> None:
+    compute = Compute(precision="fp32", device="cpu")
+    assert compute.captured(train_step, "auto") is train_step
+    compute.device = torch.device("cuda")
+    assert isinstance(compute.captured(train_step, "auto"), CapturedStep)
+    assert compute.captured(train_step, "never") is train_step
+    compute.world_size = 2
+    assert compute.captured(train_step, "auto") is train_step
+    compute.world_size, compute.shards = 1, 2
+    assert compute.captured(train_step, "auto") is train_step
 
 
 @pytest.mark.gpu
@@ -175,9 +243,9 @@ def test_a_resumed_start_on_a_gpu_has_the_same_bits(train_images: Split) -> None
     case = CASES["drop path, clipping, layer decay"]
     plain, captured = (Training(case, train_images, "cuda") for _ in range(2))
     expected = plain.run(train_step)
-    found = captured.run(CapturedStep(train_step, record_cuda_graph), range(13))
+    found = captured.run(CapturedStep(train_step, record_cuda_graph), range(6))
     captured.optimizer.zero_grad(set_to_none=True)
-    found += captured.run(CapturedStep(train_step, record_cuda_graph), range(13, 32))
+    found += captured.run(CapturedStep(train_step, record_cuda_graph), range(6, STEPS))
     assert_equal(plain.tensors(), captured.tensors())
     assert_equal(expected, found)
 
@@ -190,7 +258,7 @@ def test_a_replayed_step_does_not_wait_for_the_device(train_images: Split) -> No
     training.run(update, range(6))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        training.run(update, range(6, 20))  # two new epochs among them
+        training.run(update, range(6, STEPS))  # two new epochs among them
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert update.recorded is not None
@@ -213,18 +281,15 @@ class Waits(nn.Module):
 
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize("how", ["waits", "draws"])
-@pytest.mark.parametrize("unwatched", [False, True])
+@pytest.mark.parametrize(("how", "watched"), [("waits", True), ("waits", False), ("draws", True)])
 def test_a_model_that_cannot_be_recorded_trains_without_a_graph(
-    how: str, unwatched: bool, train_images: Split, caplog: pytest.LogCaptureFixture
+    how: str, watched: bool, train_images: Split, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain, captured = (Training(CASES["dropout and a new size"], train_images, "cuda") for _ in range(2))
     for training in (plain, captured):
         training.wrapped = Waits(training.wrapped, how)
     update = CapturedStep(train_step, record_cuda_graph)
-    if unwatched:  # then the recording itself fails, or freezes what was drawn
-        if how == "draws":
-            return
+    if not watched:  # then the recording itself breaks
         update._watched = lambda batches: contextmanager(lambda: iter([None]))()  # type: ignore[method-assign]
     expected, found = plain.run(train_step), captured.run(update)
     assert_equal(plain.tensors(), captured.tensors())
