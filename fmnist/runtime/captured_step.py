@@ -126,9 +126,10 @@ class CapturedStep:
                     table,
                     self._record,
                 )
-            except RuntimeError as error:  # nothing has run: the step is still to be made
+            except Exception as error:  # nothing has run; a fault of the step itself comes again below
                 self._refuse(one_line(error, 200))
-                optimizer.zero_grad(set_to_none=True)
+            if self.recorded is None:  # by now what the error held is free
+                self._forget(optimizer)
                 return plain()
         metrics = self.recorded.replay(micro_batches, table)
         optimizer.step()
@@ -138,12 +139,11 @@ class CapturedStep:
 
     def _forget(self, optimizer: torch.optim.Optimizer) -> None:
         """Drop the graph, and the gradients in its memory."""
-        if self.recorded is not None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # a replay may be at work in it
-            self.recorded = None
-            optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # a replay may be at work in it
+        self.recorded = None
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
 
     def _refuse(self, why: str) -> None:
         self._refused = why
@@ -172,7 +172,7 @@ def record_cuda_graph(action: Callable[[], Metrics]) -> tuple[Callable[[], None]
     try:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads save and draw meanwhile
             metrics = action()
-    except RuntimeError:
+    except Exception:
         # a capture that broke leaves the generator waiting for its end; a new state ends that
         device = torch.cuda.current_device()
         torch.cuda.default_generators[device].graphsafe_set_state(torch.Generator(torch.device("cuda", device)))
