@@ -1,8 +1,8 @@
 """The step as a CUDA graph: the same bits as without, and a step without where none can be recorded."""
 
 import random
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +18,9 @@ from fmnist.data.fashion_mnist import INFO
 from fmnist.data.split import Split
 from fmnist.network import build_network
 from fmnist.optim import Schedule, build_optimizer, set_lr
-from fmnist.runtime.captured_step import WARM_UP, CapturedStep, Metrics, record_cuda_graph
+from fmnist.runtime.captured_step import WARM_UP, CapturedStep
 from fmnist.runtime.compute import Compute
+from fmnist.runtime.cuda_graph import Metrics, record_cuda_graph
 from fmnist.runtime.weight_average import WeightAverage
 from fmnist.step import train_step
 
@@ -53,12 +54,25 @@ CASES = {
 EPOCHS, IMAGES, STEPS = 4, 32 * 4, 16  # 8 steps of each size
 
 
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    """Let the next test compute in another precision."""
+    yield
+    for compute in OPENED:
+        compute.close()
+    OPENED.clear()
+
+
+OPENED: list[Compute] = []
+
+
 class Training:
     """A small run: what train.py does in a step, and what is left at the end."""
 
     def __init__(self, cfg: Config, images: Split, device: str = "cpu") -> None:
         self.cfg = replace(cfg, batch=replace(cfg.batch, global_batch_size=32), schedule=ScheduleConfig(epochs=EPOCHS))
         self.compute = Compute(precision=cfg.model.precision, device=device)
+        OPENED.append(self.compute)
         device_ = self.compute.device
         split = Split(images=images.images[:IMAGES].to(device_), labels=images.labels[:IMAGES].to(device_))
         self.model, self.augment = build_network(self.cfg, INFO, device_, load_weights=False)
@@ -118,7 +132,7 @@ class Played:
             for p, gradient in zip(parameters, gradients, strict=True):
                 assert p.grad is gradient, "the update reads other memory than the graph writes"
                 p.grad = None
-            with patch("torch.manual_seed"):  # the seed is the host's, set before
+            with patch("fmnist.step.seed_generators"):  # the seed is the host's, set before
                 again = action()
             for p, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
@@ -283,14 +297,14 @@ class Waits(nn.Module):
 @needs_cuda
 @pytest.mark.parametrize(("how", "watched"), [("waits", True), ("waits", False), ("draws", True)])
 def test_a_model_that_cannot_be_recorded_trains_without_a_graph(
-    how: str, watched: bool, train_images: Split, caplog: pytest.LogCaptureFixture
+    how: str, watched: bool, train_images: Split, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, captured = (Training(CASES["dropout and a new size"], train_images, "cuda") for _ in range(2))
     for training in (plain, captured):
         training.wrapped = Waits(training.wrapped, how)
     update = CapturedStep(train_step, record_cuda_graph)
     if not watched:  # then the recording itself breaks
-        update._watched = lambda batches: contextmanager(lambda: iter([None]))()  # type: ignore[method-assign]
+        monkeypatch.setattr("fmnist.runtime.captured_step.watched", lambda *_: nullcontext([]))
     expected, found = plain.run(train_step), captured.run(update)
     assert_equal(plain.tensors(), captured.tensors())
     assert_equal(expected, found)

@@ -145,7 +145,7 @@ class ModelConfig:
     """Keep images and convolution weights in the channels_last memory format."""
     compile: bool = False
     """Compile the model with torch.compile: about a minute at the start, faster steps afterwards."""
-    cuda_graph: Literal["auto", "never"] = "never"
+    cuda_graph: Literal["auto", "never"] = "auto"
     """Launch a step's kernels as one CUDA graph, with the same result; auto: where one process trains on a GPU."""
     depthwise: Literal["auto", "conv", "matmul"] = "auto"
     """Depthwise convolutions in training; auto: on a CPU as matrix products where those are faster (maps of 8 x 8 and

@@ -6,22 +6,18 @@ a few launches: so the learning rate, the optimizer's counts and the average's w
 """
 
 import logging
-import random
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fmnist.runtime.console import one_line
+from fmnist.runtime.cuda_graph import Metrics, Record, watched
+from fmnist.runtime.hardware import seed_generators
 
 logger = logging.getLogger("fmnist")
 WARM_UP = 3  # steps of each image size that run as ever: they compile, choose algorithms and allocate
-SYNC = "synchronizing CUDA operation"  # in torch's warning
-Metrics = dict[str, Tensor]
-Record = Callable[[Callable[[], Metrics]], tuple[Callable[[], None], Metrics]]
 
 
 class GradientsOnly:
@@ -53,7 +49,8 @@ class Recorded:
         self._table, self._made_from = torch.empty_like(table), torch.empty(0)
         key = micro_batches[-1].key
         batches = self._batches = [batch.standing(self._table, key) for batch in micro_batches]
-        torch.manual_seed(micro_batches[-1].seed)  # the same seed may be set again while the step is recorded
+        self._device = batches[-1].indices.device
+        seed_generators(batches[-1].seed, self._device)  # the same seed may be set again while the step is recorded
         self._replay, self._metrics = record(lambda: step(batches))
 
     def replay(self, micro_batches: Sequence[Any], table: Tensor) -> Metrics:
@@ -63,7 +60,7 @@ class Recorded:
             self._made_from = table
         for own, batch in zip(self._batches, micro_batches, strict=True):
             own.take(batch)
-        torch.manual_seed(micro_batches[-1].seed)  # a replay draws from where the generator stands
+        seed_generators(micro_batches[-1].seed, self._device)  # a replay draws from where the generator stands
         self._replay()
         return {name: value.clone() for name, value in self._metrics.items()}
 
@@ -71,9 +68,8 @@ class Recorded:
 class CapturedStep:
     """`train_step` with the same arguments, result and bits, by a graph once the shapes of its batches are known.
 
-    The first steps of each image size run as ever, and the last of them is watched: a step that waits for the device
-    or draws random numbers on the host cannot be recorded. Neither is a step recorded whose several micro-batches draw
-    on the device, each with a seed of its own: a graph has one. One graph is kept; a new image size drops it.
+    The first steps of each image size run as ever, and the last of them is watched for what cannot be recorded. One
+    graph is kept; a new image size drops it. Steps whose images are staged run as ever.
 
     Args:
         step: `train_step`.
@@ -84,7 +80,7 @@ class CapturedStep:
     def __init__(self, step: Callable[..., Metrics], record: Record) -> None:
         self._step, self._record = step, record
         self._shape: tuple[int, ...] = ()
-        self._seen, self._refused = 0, ""
+        self._seen, self._refused = 0, False
         self.recorded: Recorded | None = None
 
     def __call__(
@@ -103,7 +99,7 @@ class CapturedStep:
             return self._step(model, optimizer, micro_batches, augment, gradients, cfg, ema)
 
         last = micro_batches[-1]
-        if self._refused or last.pixels is not None:  # staged images lie elsewhere each time
+        if self._refused or last.pixels is not None:
             return plain()
         shape = augment.size(last.epoch), *(len(batch.indices) for batch in micro_batches)
         if shape != self._shape:
@@ -114,8 +110,11 @@ class CapturedStep:
             return plain()
         table = augment.table(last)
         if self._seen == WARM_UP:
-            with self._watched(micro_batches):
-                return plain()
+            with watched(last.seed, last.indices.device, len(micro_batches)) as obstacles:
+                metrics = plain()
+            if obstacles:
+                self._refuse(obstacles[0])
+            return metrics
         if self.recorded is None:
             held = GradientsOnly(optimizer)
             optimizer.zero_grad(set_to_none=True)
@@ -146,56 +145,5 @@ class CapturedStep:
         torch.cuda.empty_cache()
 
     def _refuse(self, why: str) -> None:
-        self._refused = why
+        self._refused = True
         logger.warning("model.cuda_graph: steps run without a graph, with the same result: %s", why)
-
-    @contextmanager
-    def _watched(self, micro_batches: Sequence[Any]) -> Iterator[None]:
-        """Refuse the graph where what runs inside waits for the device or draws what a graph would not."""
-        before = random.getstate()
-        with warnings.catch_warnings(record=True) as said, _syncs_warn():
-            warnings.simplefilter("always")
-            yield
-        last, device = micro_batches[-1], micro_batches[-1].indices.device
-        host, drawn = _drawn(last.seed, device)
-        if any(SYNC in str(warning.message) for warning in said):
-            self._refuse("a step of this model waits for the device")
-        elif host or random.getstate() != before:
-            self._refuse("this model draws random numbers on the host")
-        elif drawn and len(micro_batches) > 1:
-            self._refuse("this model draws random numbers, anew for each micro-batch")
-
-
-def record_cuda_graph(action: Callable[[], Metrics]) -> tuple[Callable[[], None], Metrics]:
-    """Record what a function launches on the current CUDA device, without running it."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads save and draw meanwhile
-            metrics = action()
-    except Exception:
-        # a capture that broke leaves the generator waiting for its end; a new state ends that
-        device = torch.cuda.current_device()
-        torch.cuda.default_generators[device].graphsafe_set_state(torch.Generator(torch.device("cuda", device)))
-        raise
-    return graph.replay, metrics
-
-
-@contextmanager
-def _syncs_warn() -> Iterator[None]:
-    if not torch.cuda.is_available():
-        yield
-        return
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-def _drawn(seed: int, device: torch.device) -> tuple[bool, bool]:
-    """Say whether random numbers were drawn on the host, and whether on the device, since all was seeded with this."""
-    if device.type != "cuda":  # the host is the device
-        return False, not torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(seed).get_state())
-    host = not torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(seed).get_state())
-    return host, torch.cuda.default_generators[device.index or 0].get_offset() > 0

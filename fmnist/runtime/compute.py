@@ -12,8 +12,9 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from fmnist.runtime.captured_step import CapturedStep, record_cuda_graph
+from fmnist.runtime.captured_step import CapturedStep
 from fmnist.runtime.console import one_line
+from fmnist.runtime.cuda_graph import record_cuda_graph
 from fmnist.runtime.environment import hidden, is_true
 from fmnist.runtime.gradients import AllReduce, Gradients, ShardSum
 from fmnist.runtime.hardware import (
