@@ -295,7 +295,7 @@ class Waits(nn.Module):
 
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize(("how", "watched"), [("waits", True), ("waits", False), ("draws", True)])
+@pytest.mark.parametrize(("how", "watched"), [("waits", True), ("waits", False), ("draws", True), ("large", True)])
 def test_a_model_that_cannot_be_recorded_trains_without_a_graph(
     how: str, watched: bool, train_images: Split, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,6 +303,8 @@ def test_a_model_that_cannot_be_recorded_trains_without_a_graph(
     for training in (plain, captured):
         training.wrapped = Waits(training.wrapped, how)
     update = CapturedStep(train_step, record_cuda_graph)
+    if how == "large":
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (0, 2**30))
     if not watched:  # then the recording itself breaks
         monkeypatch.setattr("fmnist.runtime.captured_step.watched", lambda *_: nullcontext([]))
     expected, found = plain.run(train_step), captured.run(update)
