@@ -34,8 +34,9 @@ from fmnist.training.save import save
 def train(training: Training, cfg: Config, run: Run) -> None:
     """Train to the schedule's end, or until asked to stop."""
     state, schedule, clock, non_finite = training.state, training.schedule, training.clock, training.non_finite
-    optimizer, augment, ema = training.optimizer, training.augment, training.ema
+    loader, optimizer, augment, ema = training.loader, training.optimizer, training.augment, training.ema
     model, gradients = run.prepare(training.model, compiled=cfg.model.compile)
+    update = run.captured(train_step, cfg.model.cuda_graph)  # train_step, on a GPU launched as one graph
     profiler = StepProfiler(cfg.profile if run.is_main else None, run.directory / "profile", run.device)
     model.train()
     clock.start()
@@ -43,8 +44,7 @@ def train(training: Training, cfg: Config, run: Run) -> None:
     while state.step < schedule.total_steps:
         # update: one optimizer step on this process's share of the global batch
         lr = set_lr(optimizer, schedule, state.step)
-        micro_batches = training.loader.micro_batches(state.step)
-        metrics = train_step(model, optimizer, micro_batches, augment, gradients, cfg.optim, ema)
+        metrics = update(model, optimizer, loader.micro_batches(state.step), augment, gradients, cfg.optim, ema)
         state.step += 1
         non_finite.note(metrics, state.step)  # so that a NaN noticed late has a first step
         clock.tick()

@@ -12,6 +12,7 @@ from fmnist.config.schema import OptimConfig
 from fmnist.data.augment import Augment
 from fmnist.data.batches import MicroBatch
 from fmnist.runtime.gradients import Gradients
+from fmnist.runtime.hardware import seed_generators
 
 
 def train_step(
@@ -40,7 +41,7 @@ def train_step(
     # forward and backward: gradients add up over the micro-batches
     for batch in gradients.over(model, micro_batches):
         images, targets = augment(batch)  # uint8 on the device -> [B, C, S, S]; int64 [B], or [B, K] where mixed
-        torch.manual_seed(batch.seed)  # dropout and drop path depend on the batch, not on what ran before
+        seed_generators(batch.seed, images.device)  # dropout depends on the batch, not on what ran before
         loss = mean_loss(model(images), targets, batch, cfg)
         gradients.backward(loss)  # scaled so that the sum is the mean over the global batch
     loss = gradients.total()

@@ -9,7 +9,13 @@ import torch
 from conftest import ROOT
 
 from fmnist.runtime.console import counted
-from fmnist.runtime.hardware import describe_device, make_deterministic, resolve_precision, set_threads
+from fmnist.runtime.hardware import (
+    describe_device,
+    make_deterministic,
+    resolve_precision,
+    seed_generators,
+    set_threads,
+)
 from fmnist.runtime.provenance import processor
 
 FAULTS = """
@@ -76,3 +82,16 @@ def test_names_for_people() -> None:
     assert describe_device(torch.device("cpu")).startswith("CPU (")
     assert counted(torch.get_num_threads(), "thread") in describe_device(torch.device("cpu"))
     assert processor()
+
+
+def test_a_seed_draws_what_torchs_own_does_and_formats_no_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(2**63 - 1)
+    expected = torch.rand(9), torch.rand(9, device=device)
+    formatted: list[object] = []
+    monkeypatch.setattr("traceback.format_stack", lambda *_: formatted.append(1) or [])
+    seed_generators(2**63 - 1, device)
+    assert torch.equal(torch.rand(9), expected[0])
+    if device.type != "cpu":
+        assert torch.equal(torch.rand(9, device=device), expected[1])
+    assert not formatted

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fmnist.config.schema import AugmentConfig, Config, ModelConfig
 from fmnist.data.fashion_mnist import INFO, MEAN, STD, load
 from fmnist.models.flops import flops_per_image
-from fmnist.models.matmul_layers import use_convolutions, use_matmul
+from fmnist.models.matmul_layers import use_convolutions, use_fast_layers
 from fmnist.models.residual import (
     PLAIN_PARTS,
     LeanBlock,
@@ -101,10 +101,10 @@ def test_logits_and_gradients_are_those_of_timm(case: str, matmul: str) -> None:
     stock = moved(convnext(**CASES[case]).double()).train()
     lean = copy.deepcopy(stock)
     if matmul == "before":
-        use_matmul(lean, "auto", CPU)
+        use_fast_layers(lean, "auto", CPU)
     use_lean_residual(lean)
     if matmul == "after":
-        use_matmul(lean, "auto", CPU)
+        use_fast_layers(lean, "auto", CPU)
     folded = sum(type(part) is LeanDownsample for part in lean.modules())
     assert folded == {"dilated": 2, "RMSNorm": 0, "overlapping stem": 3}.get(case, 4)
     images, labels = batch(0, 8)
@@ -209,7 +209,7 @@ def test_put_in_and_taken_out_in_any_order(options: dict[str, Any]) -> None:
     assert found >= {LeanBlock, LeanDownsample, LeanStem}
     assert list(model.state_dict()) == keys and list(model.modules()) == modules
     assert flops_per_image(model, 1, 32) == flops
-    use_matmul(model, "auto", CPU)
+    use_fast_layers(model, "auto", CPU)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert [type(module) for module in other.modules()] == [type(module) for module in model.modules()]
         use_stock_residual(other)
@@ -285,7 +285,7 @@ def train(model: nn.Module, steps: int) -> list[float]:
 @pytest.mark.parametrize("options", [{}, V2])
 def test_200_real_steps_in_float32_overlay_those_of_timm(options: dict[str, Any]) -> None:
     stock = convnext(**TRAINED | {"drop_path_rate": 0.1} | options)
-    use_matmul(stock, "auto", CPU)  # faster on a CPU
+    use_fast_layers(stock, "auto", CPU)  # faster on a CPU
     lean = copy.deepcopy(stock)
     use_lean_residual(lean)
     wanted, found = (train(model, 200) for model in (stock, lean))
@@ -299,7 +299,7 @@ def test_200_real_steps_in_float32_overlay_those_of_timm(options: dict[str, Any]
 @pytest.mark.parametrize("options", [{"depths": [2, 2, 6, 2]}, V2])
 def test_of_trained_weights_it_is_no_less_accurate_than_timm_in_bf16(options: dict[str, Any]) -> None:
     model = convnext(**TRAINED | options)
-    use_matmul(model, "auto", CPU)
+    use_fast_layers(model, "auto", CPU)
     train(model, 200)
     use_convolutions(model)
     lean = copy.deepcopy(model)

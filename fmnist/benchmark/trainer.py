@@ -34,12 +34,13 @@ class Trainer:
         self.flops = flops_per_image(model, len(self.augment.mean), self.augment.final_size)[1]
         self.optimizer = build_optimizer(model, cfg.optim)
         self.model, self.gradients = compute.prepare(model, compiled=cfg.model.compile)
+        self.step = compute.captured(train_step, cfg.model.cuda_graph)
         self.model.train()
         self.cfg, self.loss = cfg.optim, torch.zeros(())
 
     def train(self, micro_batches: Sequence[MicroBatch], augment: Augment) -> None:
         """Update the weights once."""
-        self.loss = train_step(self.model, self.optimizer, micro_batches, augment, self.gradients, self.cfg)["loss"]
+        self.loss = self.step(self.model, self.optimizer, micro_batches, augment, self.gradients, self.cfg)["loss"]
 
     def train_on(self, pipeline: Pipeline) -> int:
         """Update the weights once, on a loader's next batch, and return the images that went through the model."""
@@ -50,5 +51,6 @@ class Trainer:
             return batches[-1]
 
         # of a micro-batch the step itself reads only these; `augment` it only calls
-        self.train([cast(MicroBatch, SimpleNamespace(seed=0, class_weights=None))], cast(Augment, deliver))
+        batch = SimpleNamespace(seed=0, class_weights=None, pixels=deliver)
+        self.train([cast(MicroBatch, batch)], cast(Augment, deliver))
         return sum(len(labels) for _, labels in batches)

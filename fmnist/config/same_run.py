@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "data.corrections",
     "data.where",
     "model.weights",
+    "model.cuda_graph",
     "log.",
     "checkpoint.",
     "evaluation.test",

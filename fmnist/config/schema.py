@@ -145,6 +145,8 @@ class ModelConfig:
     """Keep images and convolution weights in the channels_last memory format."""
     compile: bool = False
     """Compile the model with torch.compile: about a minute at the start, faster steps afterwards."""
+    cuda_graph: Literal["auto", "never"] = "auto"
+    """Launch a step's kernels as one CUDA graph, with the same result; auto: where one process trains on a GPU."""
     depthwise: Literal["auto", "conv", "matmul", "triton"] = "auto"
     """Depthwise convolutions in training; auto: on a CPU as matrix products where those are faster (maps of 8 x 8 and
     less), and ConvNeXt's 1 x 1 and patch convolutions as linear layers, on a CUDA device by our kernel where that is

@@ -102,6 +102,8 @@ class Augment:
         Raises:
             ValueError: colours change, but the images have neither one channel nor three; or fill has other channels.
         """
+        if batch.table is not None:
+            return batch.table
         size = self.size(batch.epoch)
         if self._table is None or self._table[0] is not batch.uniforms or self._table[1] != size:
             channels, height, width = with_channels(batch.split.images).shape[1:]

@@ -41,6 +41,7 @@ class MicroBatch:
         total_weight: float32 [], this micro-batch's equal share of the weights of the global batch's labels.
         pixels: gives the images of the samples, and of the partners after them where they are mixed in; None: they are
             read by index from the split, which is on the device.
+        table: what `Augment.table` makes of the uniforms, where a CUDA graph reads it from memory of its own.
     """
 
     split: Split
@@ -52,6 +53,7 @@ class MicroBatch:
     class_weights: Tensor | None = None
     total_weight: Tensor | None = None
     pixels: Callable[[], Staged] | None = None
+    table: Tensor | None = None
 
     @property
     def step(self) -> int:
@@ -62,6 +64,20 @@ class MicroBatch:
     def seed(self) -> int:
         """What seeds dropout and drop path."""
         return mix_key(*self.key)
+
+    @property
+    def _chosen(self) -> list[Tensor]:
+        return [self.indices, self.partners, *([] if self.total_weight is None else [self.total_weight])]
+
+    def standing(self, table: Tensor, key: tuple[int, int, int]) -> "MicroBatch":
+        """Return a micro-batch in memory of its own, which `take` fills, with a table and a key."""
+        indices, partners, *total = (tensor.clone() for tensor in self._chosen)
+        weight = total[0] if total else None
+        return replace(self, indices=indices, partners=partners, total_weight=weight, table=table, key=key)
+
+    def take(self, other: "MicroBatch") -> None:
+        """Put the samples of another micro-batch of the same size into the memory of this one."""
+        torch._foreach_copy_(self._chosen, other._chosen)
 
 
 def mix_key(*key: int) -> int:

@@ -2,17 +2,19 @@
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from fmnist.runtime.captured_step import CapturedStep
 from fmnist.runtime.console import one_line
+from fmnist.runtime.cuda_graph import record_cuda_graph
 from fmnist.runtime.environment import hidden, is_true
 from fmnist.runtime.gradients import AllReduce, Gradients, ShardSum
 from fmnist.runtime.hardware import (
@@ -134,6 +136,20 @@ class Compute(Processes):
         self.broadcast(model.state_dict().values())  # what DDP does when it wraps
         wrapped = self.accelerator.prepare_model(model, evaluation_mode=True)  # true leaves DDP out
         return wrapped, ShardSum(model, self.accelerator, self.shards, self.gather_shards)
+
+    @property
+    def captures(self) -> bool:
+        """Whether `captured` can record a step here: on one CUDA device, with gradients that are not set aside."""
+        return self.device.type == "cuda" and self.world_size == 1 and self.shards is None
+
+    def captured(self, step: Callable[..., Any], choice: str) -> Callable[..., Any]:
+        """Return `train_step` as a CUDA graph where that is wanted and possible, else as it is.
+
+        Args:
+            step: `train_step`.
+            choice: `model.cuda_graph`: auto or never.
+        """
+        return CapturedStep(step, record_cuda_graph) if choice == "auto" and self.captures else step
 
     def release(self) -> None:
         """Let go of the models prepared so far, and of the memory that they took."""

@@ -72,6 +72,19 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed what draws on the host and on one device.
+
+    `torch.manual_seed` seeds every kind of accelerator, and formats the stack for each that is not there: that takes
+    longer than launching a small model's step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
+    elif device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
 def in_float64(tensor: Tensor) -> Tensor:
     """Return a tensor in float64; on the host where its device has none (Apple's MPS)."""
     return (tensor.cpu() if tensor.device.type in NO_FLOAT64 else tensor).double()

@@ -118,6 +118,7 @@ def measure(
     if cfg.batch.micro_batch_size == "auto":
         loader = loader.cut(choose_micro_batch(network, optimizer, augment, loader, None, run))
     model, gradients = run.prepare(network, compiled=cfg.model.compile)
+    update = run.captured(train_step, cfg.model.cuda_graph)
     model.train()
 
     def timed(first: int, count: int) -> float:
@@ -125,7 +126,7 @@ def measure(
         start = run.clock()
         for step in range(first, first + count):
             micro_batches = loader.micro_batches(step)
-            metrics = train_step(model, optimizer, micro_batches, augment, gradients, cfg.optim, ema)
+            metrics = update(model, optimizer, micro_batches, augment, gradients, cfg.optim, ema)
         run.mean(metrics)
         return (run.clock() - start) / count
 

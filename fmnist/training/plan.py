@@ -21,6 +21,7 @@ def opening(training: Training, cfg: Config, run: Run) -> list[str]:
     origin = f"from {cfg.model.weights}" if cfg.model.starts_from_run else origin
     epochs = schedule.epoch(schedule.total_steps)
     products = describe_matmul(t.model, len(augment.mean), tuple(augment.sizes.values()))
+    graphs = run.captures and cfg.model.cuda_graph == "auto" and loader.staging is None
     minutes = cfg.schedule.minutes
     within = f" in {minutes:g} minute{'' if minutes == 1 else 's'}" if minutes else ""
     rows = {
@@ -31,7 +32,8 @@ def opening(training: Training, cfg: Config, run: Run) -> list[str]:
         f"{loader.global_batch_size} images at {sizes(t.augment.sizes)}; {cfg.optim.name}, "
         f"learning rate {schedule.peak_lr:.4g}, {schedule.shape}",
         "device": f"{run.device_name}: {counted(run.world_size, 'process', 'processes')}"
-        f", {run.precision}; augmentation {BACKENDS[augment.backend]}" + (f"; {products}" if products else ""),
+        f", {run.precision}; augmentation {BACKENDS[augment.backend]}{'; each step one CUDA graph' * graphs}"
+        + (f"; {products}" if products else ""),
         "directory": f"{run.directory}: "
         + (f"resuming at step {t.state.step:,} of {schedule.total_steps:,}" if t.state.step else "a new run"),
     }
