@@ -37,7 +37,7 @@ from fmnist.runtime.hardware import available_cores
 from fmnist.runtime.provenance import git_revision, processor, versions
 
 STOCK = "stock"  # beside options of the model: timm's residual stream
-# By name: options of the model. A later kind of step is one more line here, {"compile": True, "depthwise": ...}.
+# By name: options of the model.
 RUNGS: dict[str, dict[str, Any]] = {
     "eager, timm's residual": {STOCK: True},
     "eager": {},
@@ -46,6 +46,8 @@ RUNGS: dict[str, dict[str, Any]] = {
     "compiled": {"compile": True},
     "compiled, channels_last": {"compile": True, "channels_last": True},
     "compiled, small maps as matrix products": {"compile": True, "depthwise": "matmul"},
+    "our depthwise kernel, eager": {"channels_last": True, "depthwise": "triton"},
+    "our depthwise kernel, compiled": {"compile": True, "channels_last": True, "depthwise": "triton"},
 }
 # By class: parts of kernels' names, in the order in which they are tried.
 CLASSES = {
