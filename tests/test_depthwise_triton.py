@@ -308,8 +308,8 @@ def test_it_compiles_for_a_gpu_and_stays_in_registers(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("shape", [*CONVNEXT, *OTHERS], ids=str)
+@pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [*CONVNEXT, *OTHERS], ids=lambda shape: "{0}x{0}x{1}-{2}".format(*shape))
 def test_the_kernels_are_the_convolution_on_a_gpu(shape: tuple[int, int, int], dtype: torch.dtype, bar: float) -> None:
     side, channels, kernel = shape
     conv = layer(channels, kernel).cuda()

@@ -43,7 +43,7 @@ def _strip(  # type: ignore[no-untyped-def]
     return values
 
 
-@triton.jit(do_not_specialize=["biased"])
+@triton.jit(do_not_specialize=["batch", "biased"])
 def convolve(  # type: ignore[no-untyped-def]
     images,  # [B, HEIGHT, WIDTH, C]
     weight,  # float32 [K * K, C]
@@ -131,7 +131,7 @@ def convolve(  # type: ignore[no-untyped-def]
                 tl.store(target + ((i - K + 1) * WIDTH + s) * C, value, there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])  # one kernel for batches of any size
 def correlate(  # type: ignore[no-untyped-def]
     images,  # [B, HEIGHT, WIDTH, C]
     gradient,  # as the images: of what came out
