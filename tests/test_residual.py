@@ -329,7 +329,7 @@ def test_of_trained_weights_it_is_about_as_accurate_as_timm_in_bf16(options: dic
     mean = {name: sum(values) / len(values) for name, values in errors.items()}
     print(mean)
     assert mean["lean logits"] < 1.25 * mean["stock logits"] < 0.005
-    assert mean["lean gradients"] < 2 * mean["stock gradients"] < 0.02  # seen: 1.03 % and 0.66 %
+    assert mean["lean gradients"] < 2 * mean["stock gradients"] < 0.04  # seen: 1.0 % and 0.7 %; V2: 1.2 % and 1.4 %
     # a folded parameter's gradient is made of a matrix of bf16: seen 1.2 % from float64, where timm's is 0.7 %
     assert mean["lean vectors"] < 2.5 * mean["stock vectors"] < 0.05
 
