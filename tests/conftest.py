@@ -60,6 +60,14 @@ def untouched_logging() -> Iterator[None]:
     _reset_logging()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def accelerate_afresh() -> Iterator[None]:
+    """Let each file have its own device and precision, whatever the one before left open."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def train_images(real_folder: Path) -> Split:
     """The first 2,000 training images on the CPU: uint8 [2000, 28, 28]."""
