@@ -26,13 +26,14 @@ from torch import Tensor
 
 from fmnist.models.depthwise_kernels import convolve, correlate
 from fmnist.models.depthwise_triton import Tile, constants, launch_convolve, launch_correlate
+from fmnist.runtime.environment import ENVIRONMENT
 from fmnist.runtime.files import write_atomic
 from fmnist.runtime.provenance import git_revision, versions
 
 OUTPUT = Path(__file__).parent / "results" / "depthwise_gpu.json"
 BATCH = 256
 PEAK_FMA = 33.5e12  # a second, float32, of an H100 or H200 by its data sheet
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = ENVIRONMENT.get("TRITON_INTERPRET") == "1"
 
 
 class Shape(NamedTuple):
@@ -271,7 +272,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
     begun = time.monotonic()
-    device, batch = ("cpu", 3) if INTERPRETED else ("cuda", BATCH)
+    device, batch = ("cpu", 3) if INTERPRETED else (str(torch.accelerator.current_accelerator()), BATCH)
     forward = {TINY: [Tile(2, 7, 2, 16, 1)]} if args.tiny else FORWARD
     weights = {TINY: [Tile(2, 7, 2, 16, 1, 5)]} if args.tiny else WEIGHTS
     jobs: list[tuple[Any, ...]] = []

@@ -37,6 +37,7 @@ from fmnist.models.matmul_layers import (
     use_convolutions,
     use_fast_layers,
 )
+from fmnist.models.triton_layers import TritonConv2d
 from fmnist.network import build_network
 from fmnist.trained import open_trained
 
@@ -324,7 +325,7 @@ def test_a_setting_without_effect_is_said() -> None:
 
 
 def test_the_network_is_built_with_what_the_option_says() -> None:
-    for choice, kinds in (("auto", set(PLAIN) - {MatmulConv2dSame}), ("conv", set())):
+    for choice, kinds in (("auto", set(PLAIN) - {MatmulConv2dSame, TritonConv2d}), ("conv", set())):
         network = ModelConfig(name="convnext_atto", options=SMALL, depthwise=choice)  # type: ignore[arg-type]
         model, _ = build_network(Config(model=network, augment=AugmentConfig(size=32)), INFO, CPU, load_weights=False)
         assert {type(module) for module in model.modules()} & set(PLAIN) == kinds

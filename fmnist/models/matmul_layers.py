@@ -11,8 +11,9 @@ from timm.models.convnext import ConvNeXtBlock, ConvNeXtStage
 from torch import Tensor, nn
 
 from fmnist.models.depthwise import axes, by_channel, depthwise_matmul
-from fmnist.models.triton_layers import KERNELS, TritonConv2d, fits_triton, has_triton
+from fmnist.models.triton_layers import KERNELS, TritonConv2d, fits_triton
 from fmnist.runtime.console import counted
+from fmnist.runtime.hardware import has_triton
 
 MOST_PIXELS = {"auto": 64, "matmul": 256}  # of a map; its matrix has the square of it, per channel
 
@@ -121,13 +122,14 @@ def use_fast_layers(
         device: where it will be trained.
     """
     use_convolutions(model)
-    if choice == "triton" or (choice == "auto" and device.type == "cuda" and torch.version.hip is None):
-        for conv in depthwise_layers(model) if has_triton(device) else ():
+    if choice == "conv":
+        return
+    if choice == "triton" or (choice == "auto" and device.type != "cpu"):
+        kernel = has_triton(device) and (choice == "triton" or torch.version.hip is None)  # auto: as measured
+        for conv in depthwise_layers(model) if kernel else ():
             if fits_triton(conv):
                 conv.__class__ = TritonConv2d
                 conv.choice = choice  # type: ignore[assignment]
-        return
-    if choice == "conv" or (choice == "auto" and device.type != "cpu"):
         return
     for conv in depthwise_layers(model):
         conv.__class__ = MatmulConv2dSame if isinstance(conv, Conv2dSame) else MatmulConv2d

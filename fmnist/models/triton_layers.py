@@ -1,6 +1,5 @@
 """Which depthwise convolutions train by our Triton kernel: see depthwise_triton.py."""
 
-import importlib.util
 from typing import Literal
 
 import torch
@@ -10,12 +9,6 @@ from fmnist.runtime.environment import ENVIRONMENT
 
 KERNELS = (3, 5, 7, 9)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def has_triton(device: torch.device) -> bool:
-    """Say whether the kernel runs on a device: on a CUDA one, or wherever Triton's interpreter is asked for."""
-    runs = device.type == "cuda" or ENVIRONMENT.get("TRITON_INTERPRET") == "1"
-    return runs and importlib.util.find_spec("triton") is not None
 
 
 def fits_triton(conv: nn.Conv2d) -> bool:

@@ -1,6 +1,7 @@
 """What a run computes on: precision, determinism, threads and the device's name."""
 
 import ctypes
+import importlib.util
 import os
 import platform
 import sys
@@ -59,6 +60,12 @@ def resolve_precision(precision: str) -> str:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Return the context in which a forward computes in the given dtype, float32 or bfloat16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def has_triton(device: torch.device) -> bool:
+    """Say whether our Triton kernels run on a device: a CUDA one, or any where Triton's interpreter is asked for."""
+    runs = device.type == "cuda" or ENVIRONMENT.get("TRITON_INTERPRET") == "1"
+    return runs and importlib.util.find_spec("triton") is not None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
