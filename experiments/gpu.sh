@@ -62,7 +62,7 @@ check() {
 }
 
 ladder() {
-  LINES_SHOWN=60 run ladder 570 "$python" experiments/convnext_ladder.py --output "$out/ladder.json" "${cpu[@]}"
+  LINES_SHOWN=60 run ladder 570 "$python" -m experiments.convnext_ladder --output "$out/ladder.json" "${cpu[@]}"
 }
 
 "$stage"

@@ -103,9 +103,8 @@ def results_table() -> str:
     ]
     for r in runs:
         low, high = (100 * bound for bound in r["test.top1_interval"])
-        cores = r["hardware"]["cpu_cores"]
         rows.append(
-            f"| {r['note']}, {r['parameters'] / 1e6:.2f} M parameters | `{r['command']}` | {cores}-core CPU | "
+            f"| {r['note']}, {r['parameters'] / 1e6:.2f} M parameters | `{r['command']}` | {machine(r)} | "
             f"{r['epochs']:g} | {r['train_seconds'] / 60:.1f} min | {r['images_per_second']['median']:,.0f} | "
             f"**{100 * r['test.top1']:.2f} %** ({low:.2f} to {high:.2f}) |"
         )
@@ -134,7 +133,7 @@ def benchmark_table(mode: str, title: str, ratio: str) -> str:
 
 
 def machine(result: dict[str, Any]) -> str:
-    """Return what a benchmark ran on, in a few words."""
+    """Return what a command ran on, in a few words."""
     hardware = result["hardware"]
     device = str(hardware["device"])
     return f"{hardware['cpu_cores']}-core CPU" if device.startswith("CPU") else device

@@ -10,7 +10,8 @@ from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
 from fmnist.data.info import DataInfo
 from fmnist.models import build_model
-from fmnist.models.matmul_layers import use_matmul
+from fmnist.models.matmul_layers import use_fast_layers
+from fmnist.models.residual import use_lean_residual
 from fmnist.runtime.hardware import resolve_precision
 
 
@@ -42,7 +43,10 @@ def build_network(
     )
     memory_format = torch.channels_last if cfg.model.channels_last else torch.contiguous_format
     model = model.to(device).to(memory_format=memory_format)
-    use_matmul(model, cfg.model.depthwise, device)
+    use_fast_layers(model, cfg.model.depthwise, device)
+    bf16 = resolve_precision(cfg.model.precision) == "bf16"
+    if bf16:  # in float32 it would save one multiplication
+        use_lean_residual(model)
     augment = Augment(
         replace(cfg.augment, size=by_epoch),
         num_classes=len(info.class_names),
@@ -50,7 +54,7 @@ def build_network(
         std=normalization.std,
         fill=info.mean,
         channels_last=cfg.model.channels_last,
-        dtype=torch.bfloat16 if resolve_precision(cfg.model.precision) == "bf16" else torch.float32,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
         device=device,
     )
     return model, augment

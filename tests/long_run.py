@@ -24,7 +24,7 @@ def log(run: Run, prefix: str, scalars: Any, step: int) -> None:
     if prefix == "train":
         on_gpu = run.device.type == "cuda"
         epoch = step / run.steps_per_epoch
-        seen.append((epoch, torch.cuda.memory_reserved() if on_gpu else psutil.Process().memory_info().rss))
+        seen.append((epoch, torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss))
 
 
 if __name__ == "__main__":

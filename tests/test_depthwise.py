@@ -35,7 +35,7 @@ from fmnist.models.matmul_layers import (
     describe_matmul,
     takes_matmul,
     use_convolutions,
-    use_matmul,
+    use_fast_layers,
 )
 from fmnist.network import build_network
 from fmnist.trained import open_trained
@@ -179,7 +179,7 @@ def test_any_timm_model_trains_to_the_same_gradients(case: str, memory_format: t
     name, size, options, _ = MODELS[case]
     plain = model_of(name, size, **options).double().to(memory_format=memory_format)
     product = copy.deepcopy(plain)
-    use_matmul(product, "auto", CPU)
+    use_fast_layers(product, "auto", CPU)
     images = torch.randn(3, 1, size, size, dtype=torch.float64)
     for model in (plain, product):
         torch.manual_seed(1)
@@ -198,7 +198,7 @@ def test_what_the_start_line_says(case: str) -> None:
     name, size, options, said = MODELS[case]
     model = model_of(name, size, **options)
     assert describe_matmul(model, 1, [size]) == ""
-    use_matmul(model, "auto", CPU)
+    use_fast_layers(model, "auto", CPU)
     before = copy.deepcopy(model.state_dict())
     found = describe_matmul(model, 1, [size])
     assert found.startswith("as matrix products: ") and found.endswith(said)
@@ -215,7 +215,7 @@ def test_put_in_and_taken_out(case: str) -> None:
     keys, attributes = list(model.state_dict()), [set(vars(module)) for module in modules]
     flops = flops_per_image(model, 1, size)
     for _ in range(2):  # twice is once
-        use_matmul(model, "auto", CPU)
+        use_fast_layers(model, "auto", CPU)
     assert {type(module) for module in model.modules()} & {MatmulConv2d, MatmulConv2dSame}
     assert list(model.state_dict()) == keys and list(model.modules()) == modules
     assert all(parameters[key] is value for key, value in model.named_parameters())
@@ -235,7 +235,7 @@ def test_evaluation_keeps_the_convolutions_and_their_bits() -> None:
     images = torch.randn(5, 1, 32, 32)
     with torch.no_grad():
         wanted = model.eval()(images)
-        use_matmul(model, "matmul", CPU)
+        use_fast_layers(model, "matmul", CPU)
         assert torch.equal(model(images), wanted)
         assert not torch.equal(model.train()(images), wanted)  # other arithmetic, and so other last bits
     program = torch.export.export(model.eval(), (images,))
@@ -257,7 +257,7 @@ def test_what_is_not_a_plain_depthwise_convolution_stays() -> None:
         nn.Conv1d(4, 4, 3, groups=4),
     )
     kinds = [type(module) for module in others]
-    use_matmul(others, "matmul", CPU)
+    use_fast_layers(others, "matmul", CPU)
     assert [type(module) for module in others] == kinds
 
 
@@ -279,18 +279,18 @@ DECISIONS = [  # taps, map, and whether auto takes the product for contiguous im
 def test_the_decision(kernel: Any, size: tuple[int, int], contiguous: bool, last: bool) -> None:
     conv = nn.Conv2d(4, 4, kernel, padding="same", groups=4)
     images = torch.randn(2, 4, *size)
-    use_matmul(conv, "auto", CPU)
+    use_fast_layers(conv, "auto", CPU)
     assert isinstance(conv, MatmulConv2d)
     for kind, expected in ((torch.contiguous_format, contiguous), (torch.channels_last, last)):
         one, many = (torch.cat([images] * n).contiguous(memory_format=kind) for n in (1, 16))
         assert takes_matmul(conv, one) == takes_matmul(conv, many) == expected  # whatever the batch
-    use_matmul(conv, "matmul", CPU)
+    use_fast_layers(conv, "matmul", CPU)
     assert takes_matmul(conv, images)
 
 
 def test_forced_products_stay_small_and_impossible_maps_are_the_convolutions_to_refuse() -> None:
     conv = nn.Conv2d(4, 4, 7, groups=4)
-    use_matmul(conv, "matmul", CPU)
+    use_fast_layers(conv, "matmul", CPU)
     assert isinstance(conv, MatmulConv2d)
     assert takes_matmul(conv, torch.zeros(1, 4, 16, 16)) and not takes_matmul(conv, torch.zeros(1, 4, 16, 17))
     assert conv(torch.zeros(4, 8, 8)).shape == (4, 2, 2)  # an image without a batch
@@ -298,20 +298,20 @@ def test_forced_products_stay_small_and_impossible_maps_are_the_convolutions_to_
         conv(torch.zeros(1, 4, 5, 5))
 
 
-@pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
+@pytest.mark.parametrize("device", ["mps", "xpu"])
 def test_auto_is_the_convolution_on_other_devices_until_measured(device: str) -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 7, padding=3, groups=4))
-    use_matmul(model, "auto", torch.device(device))
+    use_fast_layers(model, "auto", torch.device(device))
     assert type(model[0]) is nn.Conv2d
-    use_matmul(model, "matmul", torch.device(device))
+    use_fast_layers(model, "matmul", torch.device(device))
     assert type(model[0]) is MatmulConv2d
-    use_matmul(model, "conv", CPU)
+    use_fast_layers(model, "conv", CPU)
     assert type(model[0]) is nn.Conv2d
 
 
 def test_a_setting_without_effect_is_said() -> None:
     def said(model: nn.Module, choice: Any, size: int = 32) -> str:
-        use_matmul(model, choice, CPU)
+        use_fast_layers(model, choice, CPU)
         return depthwise_without_effect(model, choice, 1, [size])
 
     convnext, without = model_of("convnext_atto", 32, **SMALL), model_of("resnet10t", 32)

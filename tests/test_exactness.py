@@ -56,6 +56,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "optimizer": ("adamw", "sgd", "muon"),
     "precision": ("fp32", "bf16"),
     "sizes": ("one", "growing"),
+    "channels_last": (False, True),
 }
 PLAIN: Choice = {factor: values[0] for factor, values in FACTORS.items()}
 
@@ -64,6 +65,7 @@ def make_config(choice: Choice) -> dict[str, Any]:
     """The config of a 24-step run on real images: 32 a step, 7 steps an epoch."""
     mixing, size = choice["mixing"], 32 if choice["model"] == "convnext" else 28
     model = MODELS[choice["model"]] | {"precision": choice["precision"], "drop_rate": 0.2 * choice["drop"]}
+    model["channels_last"] = choice["channels_last"]
     if choice["model"] == "convnext":
         model["drop_path_rate"] = 0.2 * choice["drop"]
     return {
@@ -147,7 +149,8 @@ def kill_and_go_on(
     broken = {}
     for i, (step, moment) in enumerate(kills):
         run = folder / f"{step}_{moment}"
-        forks.start(run, config, processes, strike=[step, moment], rank=i % processes)
+        rank = 0 if moment in ("copied", "written") else i % processes  # the first alone writes
+        forks.start(run, config, processes, strike=[step, moment], rank=rank)
         forks.start(run, config, processes)
         if found := difference(run, folder / "whole"):
             broken[step, moment] = found

@@ -54,7 +54,10 @@ FLOORS = (
 HOMES: dict[str, set[str]] = {
     "accelerate": {"fmnist/runtime/compute.py"},
     "wandb": {"fmnist/tracking/wandb_run.py"},
-    "triton": {"fmnist/data/augment_triton.py"},
+    "triton": {
+        *("fmnist/data/augment_triton.py", "fmnist/models/depthwise_kernels.py", "fmnist/models/depthwise_triton.py"),
+        "experiments/depthwise_gpu.py",
+    },
     "signal.signal": {f"fmnist/runtime/{name}.py" for name in ("console", "interrupts", "stop_vote")},
     "os.environ": {"fmnist/runtime/environment.py"},
     "os.getenv": set(),

@@ -132,6 +132,14 @@ BUGS = (
         select="thirty_preemptions and mlp",
     ),
     Bug(
+        name="a restart takes the optimizer's moments in another order of memory",
+        function="fmnist.checkpoint.tensors.load_optimizer_tensors",
+        old="tensor if counts else",
+        new="tensor if True else",
+        test="test_checkpoint.py",
+        select="restored_optimizer",
+    ),
+    Bug(
         name="a restart forgets the training time",
         function="fmnist.training.build.build",
         old="            state.train_seconds,\n",

@@ -218,4 +218,5 @@ def test_the_kernel_is_the_reference_on_a_gpu(train_images: Split, size: int, cf
     colour = make_plan(cfg, size, channels_last=True, **COLOUR)
     assert largest_difference(resample, images, cfg, colour, 31, "cuda") < 1e-4
     rgb = torch.randint(0, 256, (50, 3, 200, 300), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    assert largest_difference(resample, rgb, cfg, colour, 31, "cuda") < 1e-4
+    # float32 knows a place near the 300th pixel to 1.5e-5, after each of some eight operations; noise has slopes of 1
+    assert largest_difference(resample, rgb, cfg, colour, 31, "cuda") < 2e-4

@@ -134,7 +134,10 @@ def _draw_table(axes: Axes, table: Mapping[str, Any]) -> None:
         if roof:
             axes.plot([roof, roof], [place - 0.4, place + 0.4], color=ORANGE, linewidth=2.5)
         text = f" {scaled(rate['median'])}" + ("" if ratio is None else f"  ({ratio:.3g}x)")
-        axes.text(rate["max"], place, text, va="center", bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 0.6})
+        if roof and axes.get_xscale() == "log" and rate["max"] < roof < 6 * rate["max"]:  # the mark would cut the text
+            axes.text(rate["min"], place, f"{text} ", va="center", ha="right", color="white")
+        else:
+            axes.text(rate["max"], place, text, va="center")
     axes.set_yticks(range(len(rows)), [row["description"].replace(", ", ",\n", 1) for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel(label, loc="right")

@@ -1,4 +1,4 @@
-"""Which layers of a model train as matrix products, and how they come and go: see depthwise.py."""
+"""Which layers of a model train as matrix products or by a kernel, and how they come and go: see depthwise.py."""
 
 from collections.abc import Iterable
 from typing import Literal, cast
@@ -11,6 +11,7 @@ from timm.models.convnext import ConvNeXtBlock, ConvNeXtStage
 from torch import Tensor, nn
 
 from fmnist.models.depthwise import axes, by_channel, depthwise_matmul
+from fmnist.models.triton_layers import KERNELS, TritonConv2d, fits_triton, has_triton
 from fmnist.runtime.console import counted
 
 MOST_PIXELS = {"auto": 64, "matmul": 256}  # of a map; its matrix has the square of it, per channel
@@ -23,7 +24,7 @@ def takes_matmul(conv: "_OnSmallMaps", images: Tensor) -> bool:
     micro-batches and processes see the same arithmetic.
 
     Args:
-        conv: put in by `use_matmul`.
+        conv: put in by `use_fast_layers`.
         images: its input.
     """
     if images.dim() != 4:
@@ -59,18 +60,18 @@ class MatmulConv2dSame(_OnSmallMaps, Conv2dSame):
 class LinearConv2d(nn.Conv2d):
     """A convolution of windows that lie side by side, 1 x 1 or patches, which trains as a linear layer."""
 
-    def forward(self, images: Tensor) -> Tensor:
+    def _conv_forward(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.training or images.dim() != 4:
-            return super().forward(images)
+            return super()._conv_forward(images, weight, bias)
         height, width = self.kernel_size
         batch, _, rows, columns = images.shape
         rows, columns = rows // height, columns // width
         if not rows * columns:
-            return super().forward(images)
+            return super()._conv_forward(images, weight, bias)
         pixels = images.permute(0, 2, 3, 1)[:, : rows * height, : columns * width]
         patches = pixels.unflatten(2, (columns, width)).unflatten(1, (rows, height)).transpose(2, 3)
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
-        return F.linear(patches.reshape(batch, rows, columns, -1), weight, self.bias).permute(0, 3, 1, 2)
+        weight = weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(patches.reshape(batch, rows, columns, -1), weight, bias).permute(0, 3, 1, 2)
 
 
 class PixelGELU(GELU):
@@ -86,6 +87,7 @@ class PixelGELU(GELU):
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     MatmulConv2d: nn.Conv2d,
     MatmulConv2dSame: Conv2dSame,
+    TritonConv2d: nn.Conv2d,
     LinearConv2d: nn.Conv2d,
     PixelGELU: GELU,
 }
@@ -93,7 +95,7 @@ PLAIN: dict[type[nn.Module], type[nn.Module]] = {
 
 def depthwise_layers(model: nn.Module) -> list[nn.Conv2d]:
     """Return the plain depthwise convolutions of a model: one kernel per channel, padded with zeros."""
-    kinds = (nn.Conv2d, Conv2dSame, MatmulConv2d, MatmulConv2dSame)
+    kinds = (nn.Conv2d, Conv2dSame, MatmulConv2d, MatmulConv2dSame, TritonConv2d)
     layers = [module for module in model.modules() if isinstance(module, nn.Conv2d) and type(module) in kinds]
     plain = [conv for conv in layers if conv.padding_mode == "zeros"]
     return [conv for conv in plain if conv.groups == conv.in_channels == conv.out_channels > 1]
@@ -105,17 +107,26 @@ def _is_patches(layer: nn.Module) -> bool:
     return layer.padding in ((0, 0), "valid") and layer.dilation == (1, 1)
 
 
-def use_matmul(model: nn.Module, choice: Literal["auto", "conv", "matmul"], device: torch.device) -> None:
-    """Let a model train with matrix products in place of convolutions, as `model.depthwise` says.
+def use_fast_layers(
+    model: nn.Module, choice: Literal["auto", "conv", "matmul", "triton"], device: torch.device
+) -> None:
+    """Let a model train with matrix products or our kernel in place of convolutions, as `model.depthwise` says.
 
     The layers stay where they are and keep their parameters, buffers and hooks; only their class changes.
 
     Args:
         model: changed in place; `use_convolutions` changes it back.
-        choice: auto: on a CPU, where they are faster; matmul: wherever the matrices stay small; conv: nowhere.
+        choice: auto: what is faster on the device; matmul: matrix products wherever they stay small; triton: the kernel
+            wherever it fits; conv: neither.
         device: where it will be trained.
     """
     use_convolutions(model)
+    if choice == "triton" or (choice == "auto" and device.type == "cuda" and torch.version.hip is None):
+        for conv in depthwise_layers(model) if has_triton(device) else ():
+            if fits_triton(conv):
+                conv.__class__ = TritonConv2d
+                conv.choice = choice  # type: ignore[assignment]
+        return
     if choice == "conv" or (choice == "auto" and device.type != "cpu"):
         return
     for conv in depthwise_layers(model):
@@ -135,7 +146,7 @@ def use_matmul(model: nn.Module, choice: Literal["auto", "conv", "matmul"], devi
 
 
 def use_convolutions(model: nn.Module) -> None:
-    """Undo `use_matmul`."""
+    """Undo `use_fast_layers`."""
     for module in model.modules():
         if type(module) in PLAIN:
             vars(module).pop("choice", None)
@@ -178,7 +189,7 @@ def depthwise_without_effect(model: nn.Module, choice: str, channels: int, sizes
     """Say why `model.depthwise` changes nothing in a model, where it was given and does not; else return nothing.
 
     Args:
-        model: as `use_matmul` left it.
+        model: as `use_fast_layers` left it.
         choice: the option.
         channels, sizes: see `describe_matmul`.
     """
@@ -186,6 +197,11 @@ def depthwise_without_effect(model: nn.Module, choice: str, channels: int, sizes
         return ""
     if not depthwise_layers(model):
         return f"{choice} has no effect: the model has no plain depthwise convolution"
+    if choice == "triton" and not any(isinstance(module, TritonConv2d) for module in model.modules()):
+        if not has_triton(next(model.parameters()).device):
+            return "triton has no effect: it needs a CUDA device and the package triton"
+        sides = ", ".join(f"{side} x {side}" for side in KERNELS)
+        return f"triton has no effect: no depthwise convolution has a kernel of {sides}, stride 1 and as much padding"
     if choice == "matmul":
         return f"matmul has no effect: no depthwise convolution has a map of at most {MOST_PIXELS[choice]} pixels"
     return ""
