@@ -116,6 +116,12 @@ def probed(cfg: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tupl
         clock.now += 4.0
         return {}
 
+    def captured(self: Run, step: Any, choice: str) -> Any:
+        assert step is train_step and choice == cfg.model.cuda_graph
+        return lambda *arguments: replayed.append(1) or step(*arguments)
+
+    replayed: list[int] = []
+    monkeypatch.setattr(Run, "captured", captured)
     monkeypatch.setattr(budget, "validate", validate)
     monkeypatch.setattr(budget, "_save", lambda run, files: setattr(clock, "now", clock.now + 0.5))
     with Run(cfg, tmp_path / "run") as run:
@@ -123,6 +129,7 @@ def probed(cfg: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tupl
         before = torch.get_rng_state()
         total = budget.fixed_steps(cfg, run, loader, splits["train"].info, splits, train_step)
         assert torch.equal(torch.get_rng_state(), before)
+    assert len(replayed) == len(seen)  # what is timed is what will run
     assert list(tmp_path.iterdir()) == []
     return total, clock
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fmnist.config.same_run import recipe
 from fmnist.config.schema import AugmentConfig, BatchConfig, Config, ModelConfig, OptimConfig, ScheduleConfig
 from fmnist.data.batches import Loader
 from fmnist.data.fashion_mnist import INFO
@@ -223,6 +224,10 @@ def test_images_that_are_staged_are_not_recorded() -> None:
     update = CapturedStep(lambda *arguments: {"loss": len(arguments)}, fail)  # type: ignore[dict-item]
     batch = SimpleNamespace(pixels=lambda: None)
     assert [update(None, None, [batch], None, None, None) for _ in range(6)] == [{"loss": 7}] * 6  # type: ignore[arg-type]
+
+
+def test_graphs_may_come_and_go_between_two_starts_of_a_run() -> None:
+    assert not [key for key in recipe(Config()) if "graph" in key]
 
 
 def test_only_one_process_on_a_cuda_device_captures() -> None:

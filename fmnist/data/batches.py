@@ -69,11 +69,11 @@ class MicroBatch:
     def _chosen(self) -> list[Tensor]:
         return [self.indices, self.partners, *([] if self.total_weight is None else [self.total_weight])]
 
-    def standing(self, table: Tensor, key: tuple[int, int, int]) -> "MicroBatch":
-        """Return a micro-batch in memory of its own, which `take` fills, with a table and a key."""
+    def standing(self, table: Tensor) -> "MicroBatch":
+        """Return a micro-batch in memory of its own, which `take` fills, with a table."""
         indices, partners, *total = (tensor.clone() for tensor in self._chosen)
         weight = total[0] if total else None
-        return replace(self, indices=indices, partners=partners, total_weight=weight, table=table, key=key)
+        return replace(self, indices=indices, partners=partners, total_weight=weight, table=table)
 
     def take(self, other: "MicroBatch") -> None:
         """Put the samples of another micro-batch of the same size into the memory of this one."""

@@ -47,10 +47,8 @@ class Recorded:
         self, step: Callable[[list[Any]], Metrics], micro_batches: Sequence[Any], table: Tensor, record: Record
     ) -> None:
         self._table, self._made_from = torch.empty_like(table), torch.empty(0)
-        key = micro_batches[-1].key
-        batches = self._batches = [batch.standing(self._table, key) for batch in micro_batches]
+        batches = self._batches = [batch.standing(self._table) for batch in micro_batches]
         self._device = batches[-1].indices.device
-        seed_generators(batches[-1].seed, self._device)  # the same seed may be set again while the step is recorded
         self._replay, self._metrics = record(lambda: step(batches))
 
     def replay(self, micro_batches: Sequence[Any], table: Tensor) -> Metrics:
@@ -60,7 +58,7 @@ class Recorded:
             self._made_from = table
         for own, batch in zip(self._batches, micro_batches, strict=True):
             own.take(batch)
-        seed_generators(micro_batches[-1].seed, self._device)  # a replay draws from where the generator stands
+        seed_generators(micro_batches[-1].seed, self._device)
         self._replay()
         return {name: value.clone() for name, value in self._metrics.items()}
 

@@ -83,8 +83,11 @@ def seed_generators(seed: int, device: torch.device) -> None:
     """Seed what draws on the host and on one device.
 
     `torch.manual_seed` seeds every kind of accelerator, and formats the stack for each that is not there: that takes
-    longer than launching a small model's step.
+    longer than launching a small model's step. Nothing is seeded while a CUDA graph is recorded: a replay draws from
+    where the generator stands then.
     """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(seed)
