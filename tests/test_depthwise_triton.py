@@ -103,6 +103,25 @@ def test_bfloat16_under_autocast_any_memory_format_and_no_bias(kernel: int) -> N
 
 
 @pytest.mark.usefixtures("interpreted")
+def test_only_the_gradients_wanted_and_parameters_of_any_dtype() -> None:
+    from fmnist.models.depthwise_triton import depthwise_triton
+
+    conv = layer(6, 3)
+    images = torch.randn(1, 6, 4, 5, requires_grad=True)
+    wanted = [torch.autograd.grad(conv(images).square().sum(), part)[0] for part in (images, conv.weight, conv.bias)]
+    for needed in range(3):
+        parts = [part.detach().requires_grad_(i == needed) for i, part in enumerate((images, conv.weight, conv.bias))]
+        depthwise_triton(*parts).square().sum().backward()
+        for i, part in enumerate(parts):
+            assert (part.grad is None) == (i != needed)
+        torch.testing.assert_close(parts[needed].grad, wanted[needed], rtol=1e-5, atol=1e-5)
+    half = copy.deepcopy(conv).bfloat16()
+    found = results(half, images.bfloat16(), torch.ones(1, 6, 4, 5).bfloat16())
+    assert {part.dtype for part in found} == {torch.bfloat16}
+    assert largest_error(found, results(half, images.bfloat16(), torch.ones(1, 6, 4, 5).bfloat16(), exact=True)) < 1e-2
+
+
+@pytest.mark.usefixtures("interpreted")
 def test_torch_compiles_it_whole_and_its_layout_is_known() -> None:
     from fmnist.models import depthwise_triton  # noqa: F401 - which registers the operators
 
