@@ -1,6 +1,7 @@
 """Race our depthwise kernels against cuDNN's on a GPU, pass by pass: every tile of a grid, after a check in float64.
 
     python -m experiments.depthwise_gpu                                   # two and a half minutes at most
+    python -m experiments.depthwise_gpu --table                           # the tiles in use alone, half a minute
     TRITON_INTERPRET=1 python -m experiments.depthwise_gpu --tiny         # no GPU: that it runs, not how fast
 
 Device time is the median of triton's `do_bench`, which empties the L2 cache before each call. The gradient of the
@@ -25,7 +26,14 @@ import triton
 from torch import Tensor
 
 from fmnist.models.depthwise_kernels import convolve, correlate
-from fmnist.models.depthwise_triton import Tile, constants, launch_convolve, launch_correlate
+from fmnist.models.depthwise_triton import (
+    Tile,
+    constants,
+    forward_tile,
+    launch_convolve,
+    launch_correlate,
+    weights_tile,
+)
 from fmnist.runtime.environment import ENVIRONMENT
 from fmnist.runtime.files import write_atomic
 from fmnist.runtime.provenance import git_revision, versions
@@ -43,6 +51,10 @@ class Shape(NamedTuple):
     channels: int
     kernel: int
     layers: int
+
+    def images(self) -> Tensor:
+        """Return its shape."""
+        return torch.empty((1, self.channels, self.side, self.side), device="meta")
 
 
 # rows, strip, units, channels, warps; the most promising first, since time may run out
@@ -93,8 +105,7 @@ TINY = Shape(9, 16, 3, 1)
 
 def compile_one(pass_: str, shape: Shape, tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
     """Compile a kernel into triton's cache on disk, in a process of its own; return its registers and spills."""
-    like = torch.empty((1, shape.channels, shape.side, shape.side), device="meta")
-    known = constants(like, shape.kernel, tile)
+    known = constants(shape.images(), shape.kernel, tile)
     if pass_ == "forward":
         arguments = (dtype, torch.float32, torch.float32, dtype, BATCH, 0, shape.channels, 0)
         made = convolve.warmup(*arguments, grid=(1,), **known)
@@ -268,6 +279,7 @@ def print_table(layers: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="one small layer")
+    parser.add_argument("--table", action="store_true", help="only the tiles that training uses")
     parser.add_argument("--seconds", type=float, default=140)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
@@ -275,6 +287,9 @@ def main() -> None:
     device, batch = ("cpu", 3) if INTERPRETED else (str(torch.accelerator.current_accelerator()), BATCH)
     forward = {TINY: [Tile(2, 7, 2, 16, 1)]} if args.tiny else FORWARD
     weights = {TINY: [Tile(2, 7, 2, 16, 1, 5)]} if args.tiny else WEIGHTS
+    if args.table:
+        forward = {shape: [forward_tile(shape.images(), shape.kernel)] for shape in forward}
+        weights = {shape: [weights_tile(shape.images(), shape.kernel)] for shape in forward}
     jobs: list[tuple[Any, ...]] = []
     for place in range(max(map(len, [*forward.values(), *weights.values()]))):
         for shape in forward:
