@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmnist.models.matmul_layers import PLAIN, depthwise_without_effect, use_convolutions, use_fast_layers
+from fmnist.models.fast_layers import PLAIN, depthwise_without_effect, use_convolutions, use_fast_layers
 from fmnist.models.triton_layers import TritonConv2d, fits_triton, takes_triton
 
 triton = pytest.importorskip("triton")

@@ -17,8 +17,8 @@ from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader
 from fmnist.data.info import DATA_FILE, DataInfo
 from fmnist.data.split import Split
+from fmnist.models.fast_layers import depthwise_without_effect
 from fmnist.models.flops import flops_per_image
-from fmnist.models.matmul_layers import depthwise_without_effect
 from fmnist.network import build_network
 from fmnist.optim import Schedule, build_optimizer
 from fmnist.run import Run
