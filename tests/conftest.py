@@ -154,9 +154,11 @@ def train(
     return done
 
 
-def warm_train(*args: object, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
+def warm_train(
+    *args: object, processes: int = 1, check: bool = True, script: Path = ROOT / "train.py"
+) -> subprocess.CompletedProcess[str]:
     """Do as `train`, in forks of a process that has imported everything: for tests that need many starts."""
-    done = run_program(ROOT / "train.py", *args, env=environment(), processes=processes)
+    done = run_program(script, *args, env=environment(), processes=processes)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
