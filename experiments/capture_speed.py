@@ -11,13 +11,11 @@ weights, moments and the moving average.
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +31,7 @@ from fmnist.optim import Schedule, set_lr
 from fmnist.runtime.captured_step import CapturedStep
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.files import write_atomic
-from fmnist.runtime.provenance import git_revision, processor, versions
+from fmnist.runtime.provenance import measured_now
 from fmnist.runtime.weight_average import WeightAverage
 
 OUTPUT = Path(__file__).parent / "results" / "capture_speed.json"
@@ -171,11 +169,8 @@ def main() -> None:
         device = compute.device_name
     about = {
         "command": " ".join(["python -m experiments.capture_speed", *sys.argv[1:]]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "hardware": {"device": device, "processor": processor(), "cpu_cores": os.cpu_count()},
+        **measured_now(device=device),
         "rounds": args.rounds,
-        "versions": versions(),
-        "git_revision": git_revision(),
     }
     if not args.dry:
         before = json.loads(args.output.read_text()) if args.output.exists() else {}

@@ -17,7 +17,6 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -34,7 +33,7 @@ from fmnist.models.residual import use_stock_residual
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.files import write_atomic
 from fmnist.runtime.hardware import available_cores
-from fmnist.runtime.provenance import git_revision, processor, versions
+from fmnist.runtime.provenance import measured_now
 
 STOCK = "stock"  # beside options of the model: timm's residual stream
 # By name: options of the model.
@@ -196,14 +195,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--only", nargs="+", help="beginnings of the names of the rungs to race")
     args = parser.parse_args(argv)
     with Compute(precision="bf16", device=args.device) as compute:
-        name = processor() if compute.device.type == "cpu" else compute.device_name
         about = {
             "command": " ".join(["python -m experiments.convnext_ladder", *argv]),
-            "date": datetime.now(UTC).date().isoformat(),
-            "hardware": {"device": name, "cpu_cores": available_cores(), "clocks": gpu_clocks()},
+            **measured_now(device=compute.device_name, cpu_cores=available_cores(), clocks=gpu_clocks()),
             "load": os.getloadavg()[1],
-            "versions": versions(),
-            "git_revision": git_revision(),
         }
         found = race(args, compute)
     write_atomic(args.output, json.dumps(about | found, indent=2) + "\n")

@@ -15,7 +15,6 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +35,7 @@ from fmnist.models.depthwise_triton import (
 )
 from fmnist.runtime.environment import ENVIRONMENT
 from fmnist.runtime.files import write_atomic
-from fmnist.runtime.provenance import git_revision, versions
+from fmnist.runtime.provenance import measured_now
 
 OUTPUT = Path(__file__).parent / "results" / "depthwise_gpu.json"
 BATCH = 256
@@ -309,12 +308,10 @@ def main() -> None:
         del layer
     result = {
         "command": " ".join(["python -m experiments.depthwise_gpu", *sys.argv[1:]]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "hardware": {"device": "interpreter" if INTERPRETED else torch.cuda.get_device_name()},
+        **(about := measured_now(device="interpreter" if INTERPRETED else torch.cuda.get_device_name())),
         "batch": batch,
         "seconds": time.monotonic() - begun,
-        "versions": versions() | {"triton": triton.__version__},
-        "git_revision": git_revision(),
+        "versions": about["versions"] | {"triton": triton.__version__},
         "layers": layers,
     }
     write_atomic(args.output, json.dumps(result, indent=2) + "\n")

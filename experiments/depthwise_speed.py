@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +31,7 @@ from fmnist.models.depthwise import axes, depthwise_matmul
 from fmnist.models.matmul_layers import describe_matmul
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.files import write_atomic
-from fmnist.runtime.provenance import git_revision, processor, versions
+from fmnist.runtime.provenance import measured_now, processor
 
 OUTPUT = Path(__file__).parent / "results" / "depthwise_speed.json"
 Step = Callable[[], object]
@@ -179,13 +178,10 @@ def main() -> None:
         return
     about = {
         "command": " ".join(["python -m experiments.depthwise_speed", *sys.argv[1:]]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "hardware": {"device": name, "cpu_cores": os.cpu_count()},
+        **measured_now(device=name),
         "time": "processor" if args.processor_time and not args.gpu else "wall clock",
         "rounds": args.rounds,
         "load": os.getloadavg()[1],
-        "versions": versions(),
-        "git_revision": git_revision(),
     }
     result = before | {"gpu" if args.gpu else "cpu": about | measured}
     write_atomic(args.output, json.dumps(result, indent=2) + "\n")

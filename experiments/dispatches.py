@@ -6,9 +6,7 @@ not on sizes: so they are of two images on a CPU.
 """
 
 import argparse
-import datetime
 import json
-import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +22,7 @@ from fmnist.data.batches import Loader
 from fmnist.data.split import Split
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.files import write_atomic
-from fmnist.runtime.provenance import git_revision, processor, versions
+from fmnist.runtime.provenance import measured_now
 
 try:
     from fmnist.runtime.weight_average import WeightAverage
@@ -96,10 +94,7 @@ def main() -> None:
     kept = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     kept[label] = {
         "command": f"python -m experiments.dispatches {label}",
-        "date": datetime.date.today().isoformat(),
-        "hardware": {"processor": processor(), "cpu_cores": os.cpu_count()},
-        "git_revision": git_revision(),
-        "versions": versions(),
+        **measured_now(),
         "operations": found,
     }
     write_atomic(RESULT, json.dumps(kept, indent=2) + "\n")

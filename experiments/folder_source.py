@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from PIL import Image
 
 from fmnist.runtime.environment import inherited
 from fmnist.runtime.files import write_atomic
-from fmnist.runtime.provenance import git_revision, processor, versions
+from fmnist.runtime.provenance import measured_now
 
 RESULTS = Path(__file__).parent / "results"
 CANVAS, CLASSES, STORED_SIZE = 4000, 10, 224
@@ -117,12 +116,10 @@ def measure(folder: Path, cache_root: Path | None, *, kills: bool, note: str) ->
     result = {
         "name": f"folder_source_{cold['images']}",
         "command": f"python -m experiments.folder_source measure FOLDER{' --kills' * kills}",
-        "date": datetime.now(UTC).date().isoformat(),
-        "hardware": {"device": "CPU", "processor": processor(), "cpu_cores": os.cpu_count()},
+        **(about := measured_now(device="CPU")),
         "note": note,
         "load": [round(load, 1) for load in os.getloadavg()],
-        "versions": versions() | {"pillow": PIL.__version__, "numpy": np.__version__},
-        "git_revision": git_revision(),
+        "versions": about["versions"] | {"pillow": PIL.__version__, "numpy": np.__version__},
         "photographs": f"{cold['images']:,} JPEG of 300 to 1,200 px, {megabytes:,.0f} MB",
         "stored_size": STORED_SIZE,
         "cache_mb": round(bytes_kept / 1e6),

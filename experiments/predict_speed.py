@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ from PIL import Image
 from fmnist.config.parse import load_config
 from fmnist.data.fashion_mnist import load
 from fmnist.runtime.files import write_atomic
-from fmnist.runtime.provenance import git_revision, processor, versions
+from fmnist.runtime.provenance import measured_now
 
 SIDE, BATCH_SIZE = 480, 64
 OUTPUT = Path(__file__).parent / "results" / "predict_speed.json"
@@ -112,10 +111,7 @@ def race(run: Path, numbers: tuple[int, int], repeats: int) -> None:
     result: dict[str, object] = {
         "model": f"{cfg.model.name}, {size} px, batch {BATCH_SIZE}",
         "command": "python -m experiments.predict_speed race RUN",
-        "date": datetime.now(UTC).date().isoformat(),
-        "hardware": {"device": "CPU", "processor": processor(), "cpu_cores": os.cpu_count()},
-        "versions": versions(),
-        "git_revision": git_revision(),
+        **measured_now(device="CPU"),
         "load": os.getloadavg()[1],  # of five minutes: a quiet machine has that of the race alone
         "seconds": seconds,
         "cpu_seconds": cpu,

@@ -9,9 +9,7 @@ times into as many to choose on and as many to count on. `python -m experiments.
 """
 
 import argparse
-import datetime
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from scipy.stats import binom
 from fmnist.apps.predict import trust
 from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.runtime.files import read_json, write_atomic
-from fmnist.runtime.provenance import git_revision, processor, versions
+from fmnist.runtime.provenance import measured_now
 from fmnist.trained import open_trained
 
 RESULT = Path(__file__).parent / "results" / "prediction_sets.json"
@@ -101,10 +99,7 @@ def measure(runs: list[Path]) -> dict[str, Any]:
     return {
         "name": "prediction_sets",
         "command": f"python -m experiments.prediction_sets measure {' '.join(f'runs/{run.name}' for run in runs)}",
-        "date": datetime.date.today().isoformat(),
-        "hardware": {"device": "CPU", "processor": processor(), "cpu_cores": os.cpu_count()},
-        "versions": versions(),
-        "git_revision": git_revision(),
+        **measured_now(device="CPU"),
         "num_splits": SPLITS,
         "runs": of_runs,
     }

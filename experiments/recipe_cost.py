@@ -8,9 +8,7 @@ test images, about the same for all, are left out.
 """
 
 import argparse
-import datetime
 import json
-import os
 import time
 from collections import Counter
 from dataclasses import replace
@@ -28,7 +26,7 @@ from fmnist.metrics import predict
 from fmnist.optim import Schedule, set_lr
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.files import write_atomic
-from fmnist.runtime.provenance import git_revision, processor, versions
+from fmnist.runtime.provenance import measured_now
 from fmnist.runtime.weight_average import WeightAverage
 
 
@@ -111,10 +109,7 @@ def main() -> None:
     result = {
         "name": "recipe_cost",
         "command": f"python -m experiments.recipe_cost {' '.join(map(str, args.configs))}",
-        "date": datetime.date.today().isoformat(),
-        "hardware": {"device": "CPU, 1 thread", "processor": processor(), "cpu_cores": os.cpu_count()},
-        "versions": versions(),
-        "git_revision": git_revision(),
+        **measured_now(device="CPU, 1 thread"),
         "rounds": args.rounds,
         "steps_per_round": args.steps,
         "recipes": {

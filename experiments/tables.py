@@ -18,7 +18,7 @@ from typing import Any
 
 from experiments import prediction_sets
 from fmnist.runtime.files import read_json, write_atomic
-from fmnist.runtime.provenance import git_revision, processor, versions
+from fmnist.runtime.provenance import measured_now, processor
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -57,10 +57,7 @@ def record_comparison(path: Path, command: str) -> Path:
     result = {
         "name": "comparison",
         "command": command,
-        "date": datetime.date.today().isoformat(),
-        "hardware": {"processor": processor(), "cpu_cores": os.cpu_count()},
-        "versions": versions(),
-        "git_revision": git_revision(),
+        **measured_now(),
         **read_json(path),
     }
     return write_result(result)

@@ -10,7 +10,7 @@ from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
 from fmnist.data.info import DataInfo
 from fmnist.models import build_model
-from fmnist.models.matmul_layers import use_fast_layers
+from fmnist.models.fast_layers import use_fast_layers
 from fmnist.models.residual import use_lean_residual
 from fmnist.runtime.hardware import resolve_precision
 

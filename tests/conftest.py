@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from warm import run_program
 
 from fmnist.data.fashion_mnist import load_split
 from fmnist.data.fetch import DEBIAN_FOLDER, PUBLISHED, find_file
@@ -149,6 +150,15 @@ def train(
         timeout=300,
         **kwargs,
     )
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def warm_train(
+    *args: object, processes: int = 1, check: bool = True, script: Path = ROOT / "train.py"
+) -> subprocess.CompletedProcess[str]:
+    """Do as `train`, in forks of a process that has imported everything: for tests that need many starts."""
+    done = run_program(script, *args, env=environment(), processes=processes)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 

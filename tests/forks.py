@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,20 +151,43 @@ def serve() -> None:
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Fork the processes of one start and wait for them; where one is killed or fails, kill the others."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Make one start, and return the statuses of its processes and what they wrote."""
     log = Path(job["directory"] + ".log")
     log.unlink(missing_ok=True)
+    return {"statuses": run_all(job["processes"], functools.partial(work, job, log)), "said": log.read_text()}
+
+
+def run_all(processes: int, work: Callable[[dict[str, str]], int], seconds: float = TIME_LIMIT_S) -> list[int]:
+    """Fork processes and wait for them; where one is killed or fails, or the time is over, kill the others.
+
+    Args:
+        processes: how many.
+        work: called in each with the variables that a launcher would set; returns the exit status.
+        seconds: the time they have.
+
+    Returns:
+        each process's status as of subprocess.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     children = {}
-    for rank in range(job["processes"]):
+    for rank in map(str, range(processes)):
         pid = os.fork()
         if pid == 0:
-            work(job, rank, port, log)
-        children[pid] = rank
-    statuses = [None] * job["processes"]
-    deadline = time.monotonic() + TIME_LIMIT_S
+            status, world = 1, str(processes)
+            launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+            try:
+                status = work(launched | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {})
+            except BaseException:  # a fork must never go on in its parent's loop
+                traceback.print_exc()
+            finally:
+                with contextlib.suppress(Exception):
+                    sys.stderr.flush()
+                os._exit(status)
+        children[pid] = int(rank)
+    statuses: list[Any] = [None] * processes
+    deadline = time.monotonic() + seconds
     while None in statuses:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
@@ -174,30 +197,20 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
                 os.kill(child, signal.SIGKILL)
         if not pid:
             time.sleep(0.002)
-    return {"statuses": statuses, "said": log.read_text()}
+    return statuses
 
 
-def work(job: dict[str, Any], rank: int, port: int, log: Path) -> None:
-    """Train in this fork, and never return."""
+def work(job: dict[str, Any], log: Path, launched: dict[str, str]) -> int:
+    """Train in this fork."""
     descriptor = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    status = 1
+    os.environ |= launched
     try:
-        if job["processes"] > 1:
-            world = str(job["processes"])
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        train_here(job, rank)
-        status = 0
+        train_here(job, int(launched.get("RANK", "0")))
     except SystemExit as end:
-        status = int(end.code or 0)
-    except BaseException:  # a fork must never go on in its parent's loop
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(Exception):
-            sys.stderr.flush()
-        os._exit(status)
+        return int(end.code or 0)
+    return 0
 
 
 def train_here(job: dict[str, Any], rank: int) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, train
+from conftest import ROOT
+from conftest import warm_train as train
 from other_sets import write_npz
 from sklearn.utils.class_weight import compute_class_weight
 

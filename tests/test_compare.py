@@ -168,7 +168,7 @@ def test_an_ensemble_averages_and_costs_the_sum(tmp_path: Path) -> None:
     assert together.members == ("a", "b", "c")
     assert together.directory == tmp_path / "ensemble" / "test"
     assert together.cost is not None and together.cost.flops_per_image == 3_000_000
-    assert together.cost.latency_ms(1) == 6.0
+    assert (together.cost.timings[0].batch_size, together.cost.timings[0].median_ms) == (1, 6.0)
     assert together.cost.timings[1].images_per_second == pytest.approx(1000 * 256 / 600)
     assert together.validation is not None
     apart = ensemble([members[0], replace(members[1], validation=None)], tmp_path)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, train
+from conftest import ROOT
+from conftest import warm_train as train
 from idx_files import write_small
 from small import write_small_data
 

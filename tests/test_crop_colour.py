@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import train
+from conftest import warm_train as train
 from torchvision.transforms.v2 import functional as tv
 
 from fmnist.config.conflicts import Length, validate, without_effect

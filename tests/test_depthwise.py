@@ -26,17 +26,9 @@ from fmnist.config.same_run import run_yaml
 from fmnist.config.schema import AugmentConfig, Config, ModelConfig
 from fmnist.data.fashion_mnist import INFO
 from fmnist.models.depthwise import axes, depthwise_matmul
+from fmnist.models.fast_layers import PLAIN, depthwise_without_effect, use_convolutions, use_fast_layers
 from fmnist.models.flops import flops_per_image
-from fmnist.models.matmul_layers import (
-    PLAIN,
-    MatmulConv2d,
-    MatmulConv2dSame,
-    depthwise_without_effect,
-    describe_matmul,
-    takes_matmul,
-    use_convolutions,
-    use_fast_layers,
-)
+from fmnist.models.matmul_layers import MatmulConv2d, MatmulConv2dSame, describe_matmul, takes_matmul
 from fmnist.models.triton_layers import TritonConv2d
 from fmnist.network import build_network
 from fmnist.trained import open_trained

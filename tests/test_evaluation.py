@@ -1,16 +1,16 @@
 """Evaluation: the same integer confusion matrix for every process count and batch size, and scikit-learn's numbers."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import sklearn.metrics
 import torch
-from conftest import ROOT, environment, metrics, train
+from conftest import ROOT, environment, metrics
+from conftest import warm_train as train
 from test_metrics import Share
 from torch import Tensor, nn
+from warm import run_program
 
 from fmnist.config.schema import AugmentConfig, EvaluationConfig
 from fmnist.data.augment import Augment
@@ -98,11 +98,7 @@ def test_every_count_process_count_and_batch_size_give_one_confusion_matrix(
 
 
 def run_evaluate(run: Path, *more: object, processes: int = 1) -> dict:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [*launcher, str(ROOT / "evaluate.py"), str(run), *map(str, more)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    done = run_program(ROOT / "evaluate.py", run, *more, env=environment(), processes=processes)
     assert done.returncode == 0, done.stderr
     split = more[more.index("--split") + 1] if "--split" in more else "test"
     return json.loads((run / "evaluation" / str(split) / "metrics.json").read_text())

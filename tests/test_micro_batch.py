@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, train
+from conftest import ROOT
+from conftest import warm_train as train
 from small import write_small_data
 from torch import Tensor, nn
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import train
+from conftest import warm_train as train
 from other_sets import SIZES, names, untrained_on, write_npz
 from PIL import Image
 from small import command

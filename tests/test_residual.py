@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from fmnist.config.schema import AugmentConfig, Config, ModelConfig
 from fmnist.data.fashion_mnist import INFO, MEAN, STD, load
+from fmnist.models.fast_layers import use_convolutions, use_fast_layers
 from fmnist.models.flops import flops_per_image
-from fmnist.models.matmul_layers import use_convolutions, use_fast_layers
 from fmnist.models.residual import (
     PLAIN_PARTS,
     LeanBlock,

@@ -1,6 +1,5 @@
 """What a result depends on; its tables as text and as a chart."""
 
-import datetime
 import importlib.metadata
 import math
 import shlex
@@ -15,7 +14,7 @@ from fmnist.benchmark.command_line import PROGRAM
 from fmnist.report.figures import BLUE, GREEN, GREY, ORANGE, Axes, Figure, by_default_style, save_figure
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.hardware import available_cores
-from fmnist.runtime.provenance import git_revision, processor, versions
+from fmnist.runtime.provenance import measured_now
 
 CLOCKS = ("name", "driver_version", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
@@ -33,15 +32,14 @@ def gpu_clocks() -> list[dict[str, str]]:
 def describe(compute: Compute, argv: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a result depends on: command, date, hardware, versions, commit, options."""
     installed = {item.name.lower(): item.version for item in importlib.metadata.distributions()}
-    hardware = {"device": compute.device_name, "processor": processor(), "cpu_cores": available_cores()}
+    hardware = {"device": compute.device_name, "cpu_cores": available_cores(), "threads": torch.get_num_threads()}
+    about = measured_now(**hardware, clocks_before=gpu_clocks())
     libraries = {name: installed.get(name, "absent") for name in ("torchvision", "kornia", "triton", "pillow", "numpy")}
     return {
         "name": "benchmark",
         "command": shlex.join([*PROGRAM.split(), *argv]),
-        "date": datetime.date.today().isoformat(),
-        "hardware": hardware | {"threads": torch.get_num_threads(), "clocks_before": gpu_clocks()},
-        "versions": versions() | libraries | {"cuda_toolkit": torch.version.cuda or "none"},
-        "git_revision": git_revision(),
+        **about,
+        "versions": about["versions"] | libraries | {"cuda_toolkit": torch.version.cuda or "none"},
         "world_size": compute.world_size,
         "precision": compute.precision,
         "options": {key: value.name if isinstance(value, Path) else value for key, value in options.items()},

@@ -171,8 +171,6 @@ def load_indexed(
     return images[indices], labels[indices], indices
 
 
-def load_split(
-    name: Literal["train", "val", "test"], root: str | None, val_size: int, *, fetch: bool = False
-) -> tuple[Tensor, Tensor]:
+def load_split(name: Literal["train", "val", "test"], root: str | None, val_size: int) -> tuple[Tensor, Tensor]:
     """Load images and labels of a split: `load_indexed` without the positions."""
-    return load_indexed(name, root, val_size, fetch=fetch)[:2]
+    return load_indexed(name, root, val_size)[:2]

@@ -100,11 +100,6 @@ class ImageSet(Split):
         Raises:
             ValueError: an unknown option, or a value outside its range; one line.
         """
-        known = {field.name for field in fields(AugmentConfig)}
-        if unknown := sorted(set(augment) - known):
-            raise ValueError(f"unknown augmentation {unknown[0]!r}; valid: {', '.join(sorted(known))}")
-        if augment.keys() - {"size"} and not shuffle:
-            raise ValueError("shuffle is False, which augments nothing; valid with it: size")
         whole = {"batch_size": (batch_size, 1), "world_size": (world_size, 1), "rank": (rank, 0), "seed": (seed, 0)}
         for name, (value, low) in (whole | {"epoch": (epoch, 0), "start": (start, 0)}).items():
             if type(value) is not int or value < low:
@@ -118,12 +113,8 @@ class ImageSet(Split):
             )
         if not dtype.is_floating_point or not all(map(math.isfinite, means)) or not all(0 < s < math.inf for s in stds):
             raise ValueError(f"mean {mean}, std {std}, dtype {dtype}; valid: finite, std above 0, a dtype of floats")
-        typed = {name: convert(f"augment.{name}", value) for name, value in augment.items()}
-        low, high = OPTIONS["augment.size"].metadata["valid"]  # a side as stored may lie outside
-        cfg = AugmentConfig(**{"size": min(max(self.images.shape[-1], low), high), "flip": 0.0} | typed)
-        check_values(Config(augment=cfg))
         maker = Augment(
-            cfg,
+            _augment_config(augment, self.images.shape[-1], shuffle=shuffle),
             num_classes=len(self.class_names),
             mean=means,
             std=stds,
@@ -146,6 +137,20 @@ class ImageSet(Split):
             low, high = (first + batch_size * part // world_size for part in (rank, rank + 1))
             part = slice(low, high)
             yield maker.evaluation(self.images[part], maker.size(epoch)), self.labels[part]
+
+
+def _augment_config(augment: dict[str, Any], side: int, *, shuffle: bool) -> AugmentConfig:
+    """Return the augmentation that is asked for, and no other, for images of a side; refuse what is none."""
+    known = {field.name for field in fields(AugmentConfig)}
+    if unknown := sorted(set(augment) - known):
+        raise ValueError(f"unknown augmentation {unknown[0]!r}; valid: {', '.join(sorted(known))}")
+    if augment.keys() - {"size"} and not shuffle:
+        raise ValueError("shuffle is False, which augments nothing; valid with it: size")
+    typed = {name: convert(f"augment.{name}", value) for name, value in augment.items()}
+    low, high = OPTIONS["augment.size"].metadata["valid"]  # a side as stored may lie outside
+    cfg = AugmentConfig(**{"size": min(max(side, low), high), "flip": 0.0} | typed)
+    check_values(Config(augment=cfg))
+    return cfg
 
 
 def _per_channel(given: float | tuple[float, ...] | None, own: tuple[float, ...]) -> tuple[float, ...]:

@@ -64,10 +64,6 @@ class Cost:
         """Return what metrics.json holds."""
         return asdict(self)
 
-    def latency_ms(self, batch_size: int) -> float:
-        """Return the median of one batch size."""
-        return next(timing.median_ms for timing in self.timings if timing.batch_size == batch_size)
-
 
 def time_batches(forward: Callable[[], object], batch_size: int, synchronize: Callable[[], object]) -> Timing:
     """Time a forward: a few to warm up, then at least 10, for about a second.

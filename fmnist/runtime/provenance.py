@@ -1,9 +1,12 @@
 """What made a result: versions, the commit, the processor."""
 
+import datetime
+import os
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 
 def versions() -> dict[str, str]:
@@ -30,3 +33,13 @@ def processor() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.machine()
+
+
+def measured_now(**hardware: Any) -> dict[str, Any]:
+    """Return what a measurement depends on, for its JSON: the date, the hardware, the versions and the commit."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "hardware": {"processor": processor(), "cpu_cores": os.cpu_count()} | hardware,
+        "versions": versions(),
+        "git_revision": git_revision(),
+    }

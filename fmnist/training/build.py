@@ -12,16 +12,13 @@ from fmnist.checkpoint.fingerprint import WEIGHTS, digest_of_weights, fingerprin
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.config.conflicts import Length, without_effect
 from fmnist.config.same_run import recipe
-from fmnist.config.schema import Config, ModelConfig
-from fmnist.data.augment import Augment, pyramid_bytes
-from fmnist.data.balance import class_weights
+from fmnist.config.schema import Config
+from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader
 from fmnist.data.info import DATA_FILE, DataInfo
-from fmnist.data.placement import Placement, choose_place, place
-from fmnist.data.registry import open_source
 from fmnist.data.split import Split
+from fmnist.models.fast_layers import depthwise_without_effect
 from fmnist.models.flops import flops_per_image
-from fmnist.models.matmul_layers import depthwise_without_effect
 from fmnist.network import build_network
 from fmnist.optim import Schedule, build_optimizer
 from fmnist.run import Run
@@ -31,6 +28,7 @@ from fmnist.runtime.weight_average import WeightAverage
 from fmnist.tracking.progress import Progress
 from fmnist.training.budget import fixed_steps, with_steps
 from fmnist.training.clock import Clock
+from fmnist.training.images import build_loader, load_splits
 from fmnist.training.micro_batch import choose_micro_batch
 from fmnist.training.non_finite import NonFiniteWatch
 from fmnist.training.parts import Training
@@ -59,32 +57,10 @@ def build(cfg: Config, run: Run, train_step: Callable[..., Any]) -> Training | N
     train_split, val_split, test_split = splits.values()
     info = replace(train_split.info, num_train=len(train_split), num_val=len(val_split), num_test=len(test_split))
     run.kept[DATA_FILE] = info.to_json()
-    if cfg.exact and cfg.exact % run.world_size:
-        raise ValueError(f"exact is {cfg.exact}; valid with {run.world_size} processes: a multiple of that")
-    micro = cfg.batch.global_batch_size // cfg.exact if cfg.exact else cfg.batch.micro_batch_size
-    loader = Loader(
-        train_split,
-        global_batch_size=cfg.batch.global_batch_size,
-        micro_batch_size=None if micro == "auto" else micro,
-        seed=cfg.seed,
-        rank=run.rank,
-        world_size=run.world_size,
-        sampling=cfg.data.sampling,
-        class_weights=class_weights(cfg.optim.class_weights, train_split.labels, len(train_split.class_names)),
-        exchange=None if placement.where == "device" else run.exchange,
-        mixes=cfg.augment.mixes,
-    )
+    loader = build_loader(cfg, run, train_split, placement)
 
     # where to begin: all processes see the same directory, data and weights, which are those of the run in it
-    digests = {name: split.digest for name, split in splits.items()}
-    corrections = train_split.corrections_sha256
-    statistics = (*info.mean, *info.std)
-    run.fingerprint = run.together(
-        lambda: fingerprint(digests, info.class_names, statistics, cfg.model.weights, corrections)
-    )
-    about = {"model": cfg.model.name, "world_size": run.world_size, "versions": versions()}
-    meta = about | {"config": recipe(cfg) | run.fingerprint}
-    checkpoints = Checkpoints(run.directory / "checkpoints", cfg.checkpoint.keep_last, meta)
+    checkpoints = _checkpoints(cfg, run, splits, info)
     asked, minutes = cfg, cfg.schedule.minutes
     total_steps = 1 if minutes else Schedule.from_config(cfg, loader.steps_per_epoch).total_steps
     finished, newest = find_start(cfg, run, checkpoints, total_steps)
@@ -94,27 +70,11 @@ def build(cfg: Config, run: Run, train_step: Callable[..., Any]) -> Training | N
         kept = read_state(newest).total_steps if newest is not None else None
         cfg = with_steps(cfg, kept or fixed_steps(cfg, run, loader, info, splits, train_step))
     schedule = Schedule.from_config(cfg, loader.steps_per_epoch)
-
-    # model, and what feeds it: pretrained weights only where no checkpoint will fill it
-    channels, _, side = info.shape
-    length = Length(schedule.total_steps, schedule.steps_per_epoch, side, info.num_train, channels, info.num_val)
-    idle = without_effect(cfg, length)
-    if cfg.optim.class_weights != "none" and loader.class_weights is None:
-        idle.append("optim.class_weights has no effect: all classes weigh the same")
-    if cfg.data.where == "spread" and run.world_size == 1:
-        idle.append("data.where spread has no effect: there is one process, which holds all images")
-    if cfg.data.sampling != loader.sampling:
-        idle.append("data.sampling balanced has no effect: all classes have as many images")
-    for line in idle:
+    for line in _idle_settings(cfg, run, loader, schedule, info):
         run.on_main(logger.warning, "%s", line)
-    model, augment = build_network(cfg, info, run.device, load_weights=newest is None)
-    said = depthwise_without_effect(model, cfg.model.depthwise, len(augment.mean), augment.sizes.values())
-    if newest is None and said:
-        run.on_main(logger.warning, "model.depthwise %s", said)
-    if newest is None and cfg.model.weights and _read_digest(model, cfg.model, info) != run.fingerprint[WEIGHTS]:
-        raise ValueError(f"model.weights: {cfg.model.weights} was replaced while it was read; start again")
 
-    # optimizer, and the moving average of the weights
+    # model, what feeds it, and what updates it
+    model, augment = _network(cfg, run, info, fresh=newest is None)
     optimizer = build_optimizer(model, cfg.optim)
     ema = WeightAverage(model, decay=cfg.optim.ema_decay, use_warmup=True) if cfg.optim.ema_decay else None
 
@@ -123,7 +83,7 @@ def build(cfg: Config, run: Run, train_step: Callable[..., Any]) -> Training | N
     state.total_steps = schedule.total_steps if minutes else None
     if newest is not None and not minutes and (said := continuation(newest, cfg, schedule, state.step)):
         logger.info("%s", said)
-    if micro == "auto":
+    if cfg.batch.micro_batch_size == "auto":
         state.micro_batch_size = choose_micro_batch(model, optimizer, augment, loader, state.micro_batch_size, run)
         loader = loader.cut(state.micro_batch_size)
     else:
@@ -143,29 +103,52 @@ def build(cfg: Config, run: Run, train_step: Callable[..., Any]) -> Training | N
         test_split=test_split,
         checkpoints=checkpoints,
         state=state,
-        clock=Clock(
-            cfg.batch.global_batch_size,
-            state.train_seconds,
-            peak_images_per_second(model, augment, run),
-            None if loader.staging is None else loader.staging.waited,
-        ),
-        progress=Progress(
-            lambda: state.step,
-            schedule.validates,
-            total_steps=schedule.total_steps,
-            steps_per_epoch=schedule.steps_per_epoch,
-            best=state.best_number(cfg.evaluation.best),
-            by=cfg.evaluation.best,
-        ),
+        clock=_clock(cfg, state, model, augment, loader, run),
+        progress=_progress(cfg, state, schedule),
         non_finite=NonFiniteWatch(run, loader, augment, run.directory, cfg.log.every_steps),
     )
 
 
-def _read_digest(model: nn.Module, cfg: ModelConfig, info: DataInfo) -> str:
-    """Return the digest of the weights that the model begins from; another run's are read now."""
-    if cfg.starts_from_run:
-        return start_from_run(model, cfg, info.class_names)
-    return digest_of_weights(cfg.weights or "")
+def _checkpoints(cfg: Config, run: Run, splits: dict[str, Split], info: DataInfo) -> Checkpoints:
+    """Return the run's checkpoints, and let the run know its fingerprint, which each of them holds."""
+    digests = {name: split.digest for name, split in splits.items()}
+    statistics, changed = (*info.mean, *info.std), splits["train"].corrections_sha256
+    run.fingerprint = run.together(
+        lambda: fingerprint(digests, info.class_names, statistics, cfg.model.weights, changed)
+    )
+    about = {"model": cfg.model.name, "world_size": run.world_size, "versions": versions()}
+    meta = about | {"config": recipe(cfg) | run.fingerprint}
+    return Checkpoints(run.directory / "checkpoints", cfg.checkpoint.keep_last, meta)
+
+
+def _idle_settings(cfg: Config, run: Run, loader: Loader, schedule: Schedule, info: DataInfo) -> list[str]:
+    """Say, one line each, which options have no effect, or another one, in this run."""
+    channels, _, side = info.shape
+    length = Length(schedule.total_steps, schedule.steps_per_epoch, side, info.num_train, channels, info.num_val)
+    lines = without_effect(cfg, length)
+    if cfg.optim.class_weights != "none" and loader.class_weights is None:
+        lines.append("optim.class_weights has no effect: all classes weigh the same")
+    if cfg.data.where == "spread" and run.world_size == 1:
+        lines.append("data.where spread has no effect: there is one process, which holds all images")
+    if cfg.data.sampling != loader.sampling:
+        lines.append("data.sampling balanced has no effect: all classes have as many images")
+    return lines
+
+
+def _network(cfg: Config, run: Run, info: DataInfo, *, fresh: bool) -> tuple[nn.Module, Augment]:
+    """Build the model and what feeds it; pretrained weights are read where it is fresh: no checkpoint will fill it."""
+    model, augment = build_network(cfg, info, run.device, load_weights=fresh)
+    if not fresh:
+        return model, augment
+    idle = depthwise_without_effect(model, cfg.model.depthwise, len(augment.mean), augment.sizes.values())
+    if idle:
+        run.on_main(logger.warning, "model.depthwise %s", idle)
+    if cfg.model.weights:
+        another = cfg.model.starts_from_run  # a run's weights are read now
+        digest = start_from_run(model, cfg.model, info.class_names) if another else digest_of_weights(cfg.model.weights)
+        if digest != run.fingerprint[WEIGHTS]:
+            raise ValueError(f"model.weights: {cfg.model.weights} was replaced while it was read; start again")
+    return model, augment
 
 
 def _compiling(augment: Augment, schedule: Schedule, done: int) -> list[int]:
@@ -174,25 +157,22 @@ def _compiling(augment: Augment, schedule: Schedule, done: int) -> list[int]:
     return [*(epoch * schedule.steps_per_epoch + 1 for epoch in augment.sizes), next(validation, 0)]
 
 
-def load_splits(cfg: Config, run: Run) -> tuple[dict[str, Split], Placement]:
-    """Load train, val and test, in this order, fetched where no folder was named, and move them to their place."""
-
-    def load() -> dict[str, Split]:
-        source = open_source(cfg.data, fetch=True)
-        for line in source.without_effect(cfg.data):
-            logger.warning("%s", line)
-        return {name: Split.load(name, source, read=False) for name in ("train", "val", "test")}
-
-    splits = run.together(load)
-    pyramid = pyramid_bytes(cfg.augment, splits["train"].images)
-    batch_size = cfg.evaluation.batch_size
-    placement = choose_place(cfg.data.where, splits, batch_size, pyramid, run, run.device)
-    return place(splits, placement, run, run.device, batch_size), placement
-
-
-def peak_images_per_second(model: nn.Module, augment: Augment, run: Run) -> float | None:
-    """Return what the peak arithmetic of all processes' hardware would allow; None where it is not known."""
+def _clock(cfg: Config, state: TrainState, model: nn.Module, augment: Augment, loader: Loader, run: Run) -> Clock:
+    """Return the clock, which knows the rate at which all processes would compute at their peak, if that is known."""
     peak = peak_flops(run.device_name, run.precision)
-    if peak is None:
-        return None
-    return peak * run.world_size / flops_per_image(model, len(augment.mean), augment.final_size)[1]
+    if peak is not None:
+        peak = peak * run.world_size / flops_per_image(model, len(augment.mean), augment.final_size)[1]
+    waited = None if loader.staging is None else loader.staging.waited
+    return Clock(cfg.batch.global_batch_size, state.train_seconds, peak, waited)
+
+
+def _progress(cfg: Config, state: TrainState, schedule: Schedule) -> Progress:
+    """Return what people see of the run."""
+    return Progress(
+        lambda: state.step,
+        schedule.validates,
+        total_steps=schedule.total_steps,
+        steps_per_epoch=schedule.steps_per_epoch,
+        best=state.best_number(cfg.evaluation.best),
+        by=cfg.evaluation.best,
+    )
