@@ -93,6 +93,16 @@ def test_the_page_holds_the_table() -> None:
     assert text.partition(begin)[2].partition(end)[0] == table()
 
 
+def test_a_clone_needs_its_folder_on_the_path_of_modules() -> None:
+    for folder, status in (None, 1), (ROOT, 0):  # the second as after `pip install .`
+        found = environment() | {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(folder or "")}
+        done = subprocess.run(
+            [sys.executable, "train.py", "--help"], cwd=ROOT, env=found, capture_output=True, text=True
+        )
+        assert done.returncode == status, done.stderr
+        assert ("No module named 'fmnist'" in done.stderr) == bool(status)
+
+
 def test_what_is_read_is_in_the_table_and_nothing_else_can_be_read() -> None:
     readers = (
         "ENVIRONMENT.get",

@@ -174,6 +174,17 @@ def test_names_are_escaped_and_a_page_without_validation_images_says_so(train_im
     assert '<section id="config">' not in text and '<section id="cost">' not in text
 
 
+@pytest.mark.parametrize("num_images", [199, 200])
+def test_a_temperature_from_few_images_is_said_in_text_and_page(
+    train_images: Split, tmp_path: Path, num_images: int
+) -> None:
+    outcome = small_outcome(train_images, tmp_path)
+    written(replace(outcome, validation=(outcome.logits[:num_images], outcome.labels[:num_images])))
+    for name in ("report.txt", "report.html"):
+        said = "temperature fitted on 199 validation images: with fewer than 200" in (tmp_path / name).read_text()
+        assert said == (num_images == 199)
+
+
 def test_quick_writes_no_page(train_images: Split, tmp_path: Path) -> None:
     found = written(small_outcome(train_images, tmp_path), quick=True)
     assert "subsets" not in found.metrics

@@ -15,6 +15,7 @@ from fmnist.apps.novelty import NoveltyReference, open_reference
 from fmnist.apps.predict.photo_sheet import BLACK, GREY, ORANGE, Cell, draw_sheet
 from fmnist.apps.predict.trust import PERSON, Trust, open_trust
 from fmnist.apps.views import Photo, check_cutting, count_kinds, read_photos, stack_views
+from fmnist.evaluation.calibration import few_images
 from fmnist.evaluation.occlusion import occlusion_map
 from fmnist.runtime.console import keep_at_interrupt, one_line
 from fmnist.runtime.files import csv_bytes, write_atomic
@@ -81,6 +82,8 @@ def predict(found: Sequence[tuple[str, str]], args: argparse.Namespace, left_out
             print(line)
         if args.calibrate and trained.temperature != 1:
             print(f"confidences are calibrated, at temperature {trained.temperature:.3f}; --no-calibrate leaves it out")
+            if few := few_images(trained.info.num_val):
+                print(few)
         print(f"written to {args.output}")
     return 0 if counts["predicted"] else 1
 
