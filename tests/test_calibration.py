@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fmnist.evaluation.calibration import average_probabilities, calibrate, fit_temperature
+from fmnist.evaluation.calibration import ENOUGH_IMAGES, average_probabilities, calibrate, few_images, fit_temperature
 
 
 def calibrated(num_images: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,6 +35,16 @@ def test_temperature_of_two_images_by_hand() -> None:
     # so 1 / T = ln 3 and T = 1 / 1.0986 = 0.9102.
     logits = torch.tensor([[1.0, 0.0]]).expand(4, 2)
     assert fit_temperature(logits, torch.tensor([0, 0, 0, 1])) == pytest.approx(1 / math.log(3), rel=1e-4)
+
+
+def test_too_few_images_are_said_at_the_number_where_ten_percent_begins() -> None:
+    assert few_images(200) == few_images(5000) == ""
+    rest = "with fewer than 200 it is uncertain by 10 % and more, and may make confidences worse"
+    assert few_images(199) == f"temperature fitted on 199 validation images: {rest}"
+    assert few_images(1) == f"temperature fitted on 1 validation image: {rest}"
+    # The reason for the number: 40 fits, each on 200 labels that follow the probabilities, spread by about 10 %.
+    fits = torch.tensor([math.log(fit_temperature(*calibrated(ENOUGH_IMAGES, seed))) for seed in range(40)])
+    assert 0.07 < float(fits.std()) < 0.13
 
 
 def test_averaged_probabilities_by_hand() -> None:

@@ -26,6 +26,7 @@ from fmnist.config.same_run import differences
 from fmnist.config.schema import Config, LogConfig, ModelConfig, check_values
 from fmnist.evaluation.numbers import reliability_bins
 from fmnist.report.figures import plot_reliability
+from fmnist.report.grid import draw_grid
 from fmnist.runtime import compute as compute_module
 from fmnist.runtime import hardware, launcher
 from fmnist.runtime.compute import Compute
@@ -91,6 +92,16 @@ def test_the_page_holds_the_table() -> None:
     text = (ROOT / "docs/environment.md").read_text()
     begin, end = "<!-- variables: begin -->\n", "\n<!-- variables: end -->"
     assert text.partition(begin)[2].partition(end)[0] == table()
+
+
+def test_a_clone_needs_its_folder_on_the_path_of_modules() -> None:
+    for folder, status in (None, 1), (ROOT, 0):  # the second as after `pip install .`
+        found = environment() | {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(folder or "")}
+        done = subprocess.run(
+            [sys.executable, "train.py", "--help"], cwd=ROOT, env=found, capture_output=True, text=True
+        )
+        assert done.returncode == status, done.stderr
+        assert ("No module named 'fmnist'" in done.stderr) == bool(status)
 
 
 def test_what_is_read_is_in_the_table_and_nothing_else_can_be_read() -> None:
@@ -501,6 +512,11 @@ def draw(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def draw_pictures(path: Path) -> bytes:
+    draw_grid(path, torch.zeros(3, 8, 8, 3), ["a", "b", "c"], "what the model trains on")
+    return path.read_bytes()
+
+
 def test_figures_are_those_of_matplotlibs_defaults(tmp_path: Path) -> None:
     expected = draw(tmp_path / "plain.png")
     rc = "axes.facecolor: black\nfont.size: 30\nno.such.key: 1\nbackend: module://nothing\nsavefig.dpi: 20\n"
@@ -519,9 +535,10 @@ def test_figures_are_those_of_matplotlibs_defaults(tmp_path: Path) -> None:
 
 
 def test_figures_leave_a_notebooks_style_alone(tmp_path: Path) -> None:
-    expected = draw(tmp_path / "plain.png")
-    with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30, "axes.grid": True}):
-        assert draw(tmp_path / "found.png") == expected
+    expected = [each(tmp_path / "plain.png") for each in (draw, draw_pictures)]
+    changed = {"axes.facecolor": "black", "font.size": 30, "axes.grid": True, "font.family": "serif"}
+    with matplotlib.rc_context(changed):
+        assert [each(tmp_path / "found.png") for each in (draw, draw_pictures)] == expected
         assert matplotlib.rcParams["font.size"] == 30
 
 

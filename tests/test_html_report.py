@@ -1,5 +1,6 @@
 """report.html: what it holds, that names are escaped, and how a real headless browser shows it."""
 
+import itertools
 import json
 import logging
 import math
@@ -15,6 +16,8 @@ import pytest
 import torch
 from browser import command_line
 from conftest import SMALL_RUN, train
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 import evaluate
 import fmnist.evaluation.retrieval
@@ -22,7 +25,10 @@ from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.data.split import Split
 from fmnist.evaluation.findings import Findings, findings
 from fmnist.evaluation.misclassified import confident_errors, confused_pairs
+from fmnist.evaluation.numbers import reliability_bins
 from fmnist.evaluation.outcome import Outcome
+from fmnist.evaluation.risk_coverage import risk_coverage
+from fmnist.report import page_figures
 from fmnist.report.page import context, place_on_scale, render
 from fmnist.report.write import write_evaluation
 
@@ -172,6 +178,43 @@ def test_names_are_escaped_and_a_page_without_validation_images_says_so(train_im
     assert "There are no validation images to fit a temperature on" in text
     assert "no temperature is fitted" in (tmp_path / "report.txt").read_text()
     assert '<section id="config">' not in text and '<section id="cost">' not in text
+
+
+@pytest.mark.parametrize("num_images", [199, 200])
+def test_a_temperature_from_few_images_is_said_in_text_and_page(
+    train_images: Split, tmp_path: Path, num_images: int
+) -> None:
+    outcome = small_outcome(train_images, tmp_path)
+    written(replace(outcome, validation=(outcome.logits[:num_images], outcome.labels[:num_images])))
+    for name in ("report.txt", "report.html"):
+        said = "temperature fitted on 199 validation images: with fewer than 200" in (tmp_path / name).read_text()
+        assert said == (num_images == 199)
+
+
+def test_no_two_labels_of_a_panel_touch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    finish = page_figures._svg
+    monkeypatch.setattr(page_figures, "_svg", lambda figure, axes: drawn.append(figure) or finish(figure, axes))
+    torch.manual_seed(0)
+    confidence = torch.rand(2000).double()
+    for chance in (0.0, 0.02, 0.5):  # no errors at all, few, and every second answer
+        page_figures.risk_against_coverage(risk_coverage(confidence, torch.rand(2000) >= chance))
+    page_figures.reliability(reliability_bins(torch.randn(500, 10).softmax(1), torch.arange(500) % 10))
+    lines = [{"step": n, "epoch": n / 9, "prefix": "train", "loss": 1 / n, "lr": 0.01 / n} for n in range(1, 99)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    page_figures.learning_curves(tmp_path / "metrics.jsonl")
+    assert len(drawn) == 6
+    for figure in drawn:
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        (axes,) = figure.axes
+        shown = []
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            shown += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+        boxes = [label.get_window_extent(renderer) for label in shown if label.get_text()]
+        assert len(boxes) >= 6 and not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    texts = [label.get_text() for label in drawn[1].axes[0].get_xticklabels()]
+    assert texts == ["0 %", "20 %", "40 %", "60 %", "80 %", "100 %"]
 
 
 def test_quick_writes_no_page(train_images: Split, tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """The command as a user runs it: pictures and bad files in, a CSV and a sheet out, an exit status."""
 
 import csv
+import io
 import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,8 @@ from test_photos import drawn
 from fmnist.apps.cutout import Cutout
 from fmnist.apps.novelty import open_reference
 from fmnist.apps.predict.__main__ import PARSER, main
-from fmnist.apps.predict.predictions import Prediction, header, predict_pictures, row
+from fmnist.apps.predict.photo_sheet import GREY, MARGIN, ORANGE, Cell, draw_sheet
+from fmnist.apps.predict.predictions import Prediction, header, predict_pictures, row, sheet_cell
 from fmnist.apps.views import CHUNK, Photo
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
 from fmnist.trained import open_trained
@@ -46,6 +49,53 @@ print(sheet[:8] == b"\\x89PNG\\r\\n\\x1a\\n", sorted({"matplotlib", "scipy"} & s
 def test_the_sheet_is_drawn_without_what_figures_need() -> None:
     done = subprocess.run([sys.executable, "-c", SHEET], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "True []\n"  # importing those for one font took longer than 300 pictures
+
+
+def on_the_sheet(picture: Image.Image, lines: list[tuple[str, str]], box: tuple[int, int, int, int] | None = None):  # type: ignore[no-untyped-def]
+    """The pixels of a sheet of one cell, below its heading: [height, width, 3]."""
+    cell = Cell(image=picture, box=box, view=None, lines=lines)
+    with Image.open(io.BytesIO(draw_sheet([cell], "title"))) as sheet:
+        return np.asarray(sheet)[2 * MARGIN + 18 :]
+
+
+def test_a_small_picture_fills_its_square_pixel_by_pixel() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+    drawn_pixels = on_the_sheet(Image.fromarray(pixels), [])
+    # 112 = 4 * 28: each pixel becomes a square of 4 x 4
+    assert np.array_equal(drawn_pixels[:112, MARGIN : MARGIN + 112], pixels.repeat(4, 0).repeat(4, 1))
+    assert (drawn_pixels[:112, MARGIN + 112 : MARGIN + 116] == 255).all()
+    # 14 x 28 pixels: 56 x 112, in the middle of the square, 28 grey pixels on either side
+    narrow = on_the_sheet(Image.fromarray(pixels[:, :14]), [])[:112, MARGIN : MARGIN + 112]
+    assert np.array_equal(narrow[:, 28:84], pixels[:, :14].repeat(4, 0).repeat(4, 1))
+    assert (narrow[:, :28] == 0xF0).all() and (narrow[:, 84:] == 0xF0).all()
+    # the frame of what the model sees is enlarged with it: from pixel 7 to 20, so from 28 to 83
+    framed = on_the_sheet(Image.new("RGB", (28, 28)), [], (7, 7, 21, 21))[:112, MARGIN : MARGIN + 112]
+    rows, columns = framed.any(2).nonzero()
+    assert {rows.min(), columns.min()} == {28} and {rows.max(), columns.max()} == {83}
+    # a large one is made smaller: 448 x 224 to 112 x 56
+    large = on_the_sheet(Image.new("RGB", (448, 224)), [])[:112, MARGIN : MARGIN + 112]
+    assert (large[28:84] == 0).all() and (large[:28] == 0xF0).all() and (large[84:] == 0xF0).all()
+
+
+def test_a_caption_says_what_was_asked_and_stays_in_its_cell() -> None:
+    photo = Photo(name="a/shoe.png", cutout=Cutout(view=np.zeros((28, 28), dtype=np.uint8), box=None, inverted=False))
+    item = Prediction(photo=photo, top=(("Sneaker", 0.6), ("Sandal", 0.4)), score=0.2, unfamiliar=True)
+    plain = [line for line, _ in sheet_cell(item).lines]
+    assert plain == ["shoe.png", "Sneaker 60 %", "then Sandal 40 %", "unfamiliar (0.20)"]
+    columns = ["set", "decision"]
+    asked = sheet_cell(replace(item, trust=("Sneaker | Sandal", "person")), columns).lines
+    assert [line for line, _ in asked] == [*plain[:3], "set: Sneaker | Sandal", "decision: person", plain[3]]
+    assert asked[4][1] == ORANGE  # and a class of that name is not
+    assert sheet_cell(replace(item, trust=("person",)), ["set"]).lines[3] == ("set: person", GREY)
+    assert sheet_cell(replace(item, trust=("automatic",)), ["decision"]).lines[3] == ("decision: automatic", GREY)
+    unread = sheet_cell(Prediction(photo=Photo(name="b", error="an empty file"), trust=("", "person")), columns)
+    assert [line for line, _ in unread.lines] == ["b", "an empty file", "decision: person"]
+
+    everything = " | ".join(CLASS_NAMES)
+    pixels = on_the_sheet(Image.new("RGB", (28, 28)), [(f"set: {everything}", GREY), ("decision: automatic", GREY)])
+    captions = pixels[112:]
+    assert (captions[:, MARGIN + 228 :] == 255).all() and (captions[:, MARGIN : MARGIN + 228] < 255).any()
+    assert len(captions) == 2 * 16 + 2 * MARGIN  # a row for each line
 
 
 READ = """

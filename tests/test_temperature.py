@@ -8,13 +8,16 @@ import onnxruntime
 import pytest
 import torch
 from conftest import SMALL_RUN
+from PIL import Image
+from small import command
 
 import fmnist
 from fmnist.apps.export.__main__ import main as export_main
 from fmnist.apps.monitor.drift import describe
 from fmnist.apps.novelty import NoveltyReference
+from fmnist.apps.predict.__main__ import main as predict
 from fmnist.data.fashion_mnist import load, load_split
-from fmnist.evaluation.calibration import fit_temperature
+from fmnist.evaluation.calibration import few_images, fit_temperature
 from fmnist.evaluation.numbers import calibration_error
 
 
@@ -46,6 +49,24 @@ def test_predictions_use_it_and_can_leave_it_out(run: fmnist.RunResults) -> None
     assert raw[1] == pytest.approx(float(logits.double().softmax(1).max()), abs=1e-9)
     checkpoint = max((run.directory / "checkpoints").glob("step_*"))
     assert fmnist.open_run(checkpoint).trained.temperature == 1  # it was fitted on other weights
+
+
+@pytest.mark.thorough
+def test_one_fitted_on_few_images_is_said_by_the_run_and_by_predict(tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(SMALL_RUN)
+    few = fmnist.train(
+        tmp_path / "small.yaml", output_dir=str(tmp_path / "run"), data={"val_size": 20}, evaluation={"test": False}
+    )
+    said = few_images(20)
+    assert "temperature fitted on 20 validation images: with fewer than 200" in said
+    assert (few.directory / "train.log").read_text().count(said) == 1
+    Image.fromarray(load("test")[0][0].numpy()).save(tmp_path / "a.png")
+    asked = (few.directory, tmp_path / "a.png", "--output", tmp_path / "out")
+    assert said in command(predict, *asked) and said not in command(predict, *asked, "--no-calibrate")
+
+
+def test_one_fitted_on_many_is_not_remarked(run: fmnist.RunResults) -> None:
+    assert "temperature fitted" not in (run.directory / "train.log").read_text()  # 1,000 images
 
 
 def test_onnx_has_it_inside_and_says_so(run: fmnist.RunResults, tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from scipy.stats import beta
 from small import command, write_small_data
 from torch import Tensor
 
+from fmnist.apps.predict import predictions
 from fmnist.apps.predict.__main__ import main as predict
+from fmnist.apps.predict.photo_sheet import Cell
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
 from fmnist.evaluation import risk_coverage as selective
 from fmnist.evaluation.conformal import (
@@ -251,6 +253,7 @@ def test_the_report_says_what_can_be_automated(tmp_path: Path) -> None:
             in text
         )
     assert "Ankle boot" in held["sets"][0]["in_every_set"] and "90 %: Ankle boot has too few validation images" in text
+    assert "temperature fitted on" not in render(context(found))  # of 900 images
     without = render(context(findings(an_outcome(tmp_path, None))))
     assert "There are no validation images to choose a confidence on" in without and "--max_error" not in without
 
@@ -316,6 +319,17 @@ def test_predict_gives_sets_and_decisions(learned: Path, pictures: Path, tmp_pat
     other = trained.probabilities(trained(split.images)[0], calibrate=False).max(1).values
     limit = confidence_threshold(other, predictions == split.labels, 0.05)
     assert f"from confidence {limit:.4f} on" in plain
+
+
+def test_the_sheet_says_what_the_table_says(
+    learned: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells: list[Cell] = []
+    monkeypatch.setattr(predictions, "draw_sheet", lambda drawn, title: cells.extend(drawn) or b"")
+    command(predict, learned, pictures, "--coverage", 0.9, "--max_error", 0.05, "--output", tmp_path)
+    for row, cell in zip(rows_of(tmp_path), cells, strict=False):
+        assert [line for line, _ in cell.lines][3:5] == [f"set: {row['set']}", f"decision: {row['decision']}"]
+    assert len(cells) == 120 and {len(cell.lines) for cell in cells} == {5, 6}  # some are unfamiliar
 
 
 def test_too_few_validation_images_are_said(learned: Path, pictures: Path, tmp_path: Path) -> None:

@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fmnist.evaluation.numbers import calibration_error
+from fmnist.runtime.console import counted
 from fmnist.trained import HIGHEST, LOWEST
+
+# A temperature's standard error is its share c / sqrt(N), c being 1.3 to 1.5 for our models on Fashion-MNIST (from the
+# Fisher information, and seen): about 10 % with 200 images. Of 60 random parts of 5,000, with 200 images none made the
+# ECE of the test images worse than no scaling, with 100 one in 15 to 20, with 8 three in four.
+ENOUGH_IMAGES = 200
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -36,6 +42,14 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     # Convex in 1 / T, so with a single minimum in log T, where equal steps are equal ratios.
     bounds = math.log(LOWEST), math.log(HIGHEST)
     return math.exp(float(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x))
+
+
+def few_images(num_images: int) -> str:
+    """Return the line that says how uncertain a temperature from so few validation images is; empty where enough."""
+    if num_images >= ENOUGH_IMAGES:
+        return ""
+    uncertain = f"with fewer than {ENOUGH_IMAGES} it is uncertain by 10 % and more, and may make confidences worse"
+    return f"temperature fitted on {counted(num_images, 'validation image')}: {uncertain}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from fmnist.report.figures import (
     GREEN,
     GREY,
     ORANGE,
+    PERCENT,
     Axes,
     Figure,
-    PercentFormatter,
     by_default_style,
     save_figure,
 )
@@ -61,7 +61,7 @@ def _draw_intervals(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.set_yticks(range(len(rows)), [_shorten(str(row.get("run", "-"))) for row in rows], fontsize=11)
     axes.set_ylim(-0.6, len(rows) - 0.3)
     axes.margins(x=0.08)
-    axes.xaxis.set_major_formatter(PercentFormatter())
+    axes.xaxis.set_major_formatter(PERCENT)
     axes.set_xlabel("top1, with its 95 % interval")
     axes.grid(axis="x", alpha=0.25)
 
@@ -87,6 +87,6 @@ def _draw_front(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str) -> None
             name, (costs[i], scores[i]), (offset, 0), textcoords="offset points", ha=side, va="center", bbox=shade
         )
     axes.set(xscale="log", xlim=(left, right), ylabel="top1")
-    axes.yaxis.set_major_formatter(PercentFormatter())
+    axes.yaxis.set_major_formatter(PERCENT)
     axes.grid(alpha=0.25)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)  # above, where no name can be

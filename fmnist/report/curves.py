@@ -109,6 +109,7 @@ def plot_learning_curves(metrics_path: Path, path: Path, title: str, note: str =
     last_step = max((line["step"] for line in train + val), default=0)
     for axes in panels:
         axes.set_xlabel("step")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(alpha=0.25)
         if last_step > 0:
             # The same span in every panel: one that starts at the first evaluation would mislead the eye.

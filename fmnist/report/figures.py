@@ -27,16 +27,16 @@ with hidden("MPLBACKEND", "MATPLOTLIBRC"):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
 logging.getLogger("matplotlib").setLevel(level)
 
-__all__ = ["Axes", "Figure", "PercentFormatter"]
+__all__ = ["Axes", "Figure"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
 # Okabe and Ito, "Color Universal Design" (2008): told apart with any common colour blindness.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 DPI = 150
+PERCENT = "{x:g} %"  # of an axis from 0 to 100
 MOST_CLASSES, WORST_CLASSES = 30, 20  # drawn whole; drawn of more
 OTHERS = "others"
 

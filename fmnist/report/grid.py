@@ -23,15 +23,13 @@ def draw_grid(path: Path, images: Tensor, titles: Sequence[str], heading: str, *
     cells = F.pad(cells, (0, 0, 0, 1, strip, 0), value=1.0)
     canvas = rearrange(cells, "(row column) height width channel -> (row height) (column width) channel", row=rows)
     pitch = size + strip
-    figure = Figure(
-        figsize=(max(4.0, 0.75 * columns), max(1.6, 0.75 * rows * pitch / size) + 0.4), layout="constrained"
-    )
+    figure = Figure(figsize=(max(4.0, 0.9 * columns), max(1.6, 0.9 * rows * pitch / size) + 0.4), layout="constrained")
     axes = figure.add_subplot()
     for i, text in enumerate(titles):
         row, column = divmod(i, columns)
         place = column * (size + 1), row * pitch + strip - 1
-        text = "\n".join(shorten(line, 20) for line in text.split("\n"))
-        axes.text(*place, text, fontsize=5, va="bottom", linespacing=0.9, parse_math=False)
+        text = "\n".join(shorten(line, 18) for line in text.split("\n"))
+        axes.text(*place, text, fontsize=6, va="bottom", linespacing=0.9, parse_math=False)
     axes.imshow(canvas.numpy(), interpolation="nearest")
     axes.set_axis_off()
     axes.set_title(heading, fontsize=9)

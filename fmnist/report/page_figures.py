@@ -13,7 +13,7 @@ from fmnist.evaluation.misclassified import channels_last
 from fmnist.evaluation.numbers import NUM_BINS, ReliabilityBins
 from fmnist.evaluation.risk_coverage import RiskCoverage
 from fmnist.report.curves import draw_loss, draw_top1, series
-from fmnist.report.figures import BLUE, ORANGE, Axes, Figure, PercentFormatter, by_default_style
+from fmnist.report.figures import BLUE, ORANGE, PERCENT, Axes, Figure, by_default_style
 from fmnist.tracking.metrics_file import read_metrics
 
 INK, MUTED, RULE = "#1f2933", "#52606d", "#d9dee4"
@@ -71,6 +71,7 @@ def _svg(figure: Figure, axes: Axes) -> str:
     axes.grid(axis="y", color=RULE, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, labelsize=9, labelcolor=MUTED)
+    axes.tick_params("x", pad=7)  # below the lowest label of the y axis, which is next to it where both begin at 0
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set(color=MUTED, fontsize=9)
     if legend := axes.get_legend():
@@ -135,11 +136,12 @@ def reliability(bins: ReliabilityBins) -> str:
 def risk_against_coverage(curve: RiskCoverage) -> str:
     """Draw the share of errors against the share of images answered, with its interval; return the figure's URI."""
     figure, axes = _panel()
-    axes.fill_between(curve.coverage, curve.low, curve.high, color=BLUE, alpha=0.18, linewidth=0)
-    axes.plot(curve.coverage, curve.risk, color=BLUE, linewidth=1.8)
+    coverage, risk, low, high = (100 * each for each in (curve.coverage, curve.risk, curve.low, curve.high))
+    axes.fill_between(coverage, low, high, color=BLUE, alpha=0.18, linewidth=0)
+    axes.plot(coverage, risk, color=BLUE, linewidth=1.8)
     # The interval of the first few answers reaches far up; the curve is what is looked for.
-    axes.set(xlim=(0, 1), ylim=(0, max(0.005, 1.3 * float(curve.high[len(curve.high) // 10 :].max()))))
+    axes.set(xlim=(0, 100), ylim=(0, max(0.5, 1.3 * float(high[len(high) // 10 :].max()))))
     axes.set(xlabel="images answered", ylabel="errors among them")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1))
+        axis.set_major_formatter(PERCENT)
     return _svg(figure, axes)

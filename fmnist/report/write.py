@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fmnist.config.schema import flatten
+from fmnist.evaluation.calibration import few_images
 from fmnist.evaluation.exact_copies import copies_line
 from fmnist.evaluation.findings import Findings
 from fmnist.evaluation.misclassified import worst_by_f1
@@ -153,6 +154,7 @@ def _notes(metrics: Mapping[str, Any]) -> str:
             f"ECE {calibration['ece_before']:.4f} -> {calibration['ece_after']:.4f}, "
             f"loss {calibration['loss_before']:.4f} -> {calibration['loss_after']:.4f}"
         )
+        lines += [few] if (few := few_images(calibration["num_images"])) else []
     if metrics["duplicates"]:
         lines.append("\n" + copies_line(metrics["duplicates"]))
     if metrics["retrieval"] is not None:

@@ -92,6 +92,11 @@ VARIABLES = tuple(
         ("CXX", "obeyed", "compiler of torch.compile"),
         ("PYTHONWARNINGS", "no effect", "on errors: a library's warning never ends a program"),
         ("PYTHONHASHSEED", "no effect", ""),
+        (
+            "PYTHONSAFEPATH",
+            "obeyed",
+            "by Python: in a clone the programs find no `fmnist`; `pip install .`, or unset it",
+        ),
         ("COLUMNS", "obeyed", "width of --help and of the progress bar"),
         ("TQDM_DISABLE", "obeyed", "any value: no progress bar of a training"),
         ("TQDM_*", "no effect", "removed at the start; tqdm ends a program at a value that it cannot read"),

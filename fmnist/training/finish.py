@@ -16,7 +16,7 @@ from fmnist.data.corrections import DROPPED
 from fmnist.data.info import SplitName
 from fmnist.data.placement import whole_images
 from fmnist.data.split import Split
-from fmnist.evaluation.calibration import fit_temperature
+from fmnist.evaluation.calibration import few_images, fit_temperature
 from fmnist.evaluation.findings import Findings, findings
 from fmnist.evaluation.numbers import SCORES, calibration_error
 from fmnist.evaluation.outcome import Outcome
@@ -101,6 +101,8 @@ def fit_on_validation(training: Training, cfg: Config, run: Run) -> float | None
     split = training.val_split
     if not len(split):
         return None
+    if few := few_images(len(split)):
+        logger.warning("%s", few)
     logits = predict(training.model, split, training.augment, replace(cfg.evaluation, tta="none"), run)
     return run.on_main(fit_temperature, logits.cpu(), split.labels.cpu())
 

@@ -84,12 +84,9 @@ def _draw_photo(sheet: Image.Image, draw: ImageDraw.ImageDraw, cell: Cell, left:
     frame = (left, top, left + SIDE - 1, top + SIDE - 1)
     draw.rectangle(frame, "#F0F0F0")
     if cell.image is not None:
-        photo = cell.image.copy()
-        photo.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        x, y = left + (SIDE - photo.width) // 2, top + (SIDE - photo.height) // 2
-        sheet.paste(photo, (x, y))
+        x, y = _paste(sheet, cell.image, left, top)
         if cell.box is not None:
-            scale = photo.width / cell.image.width
+            scale = SIDE / max(cell.image.size)
             a, b, c, d = (round(edge * scale) for edge in cell.box)
             draw.rectangle((x + a, y + b, max(x + c - 1, x + a), max(y + d - 1, y + b)), outline=BLUE)
     else:
@@ -102,12 +99,17 @@ def _draw_photo(sheet: Image.Image, draw: ImageDraw.ImageDraw, cell: Cell, left:
 
 
 def _draw_view(sheet: Image.Image, pixels: NDArray[np.uint8], left: int, top: int) -> None:
-    view = Image.fromarray(pixels if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    scale = SIDE / max(view.size)
-    width, height = (max(1, round(side * scale)) for side in view.size)
-    # small ones with their pixels to be seen
-    view = view.resize((width, height), Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
-    sheet.paste(view.convert("RGB"), (left + (SIDE - width) // 2, top + (SIDE - height) // 2))
+    _paste(sheet, Image.fromarray(pixels if pixels.ndim == 2 else pixels.transpose(1, 2, 0).copy()), left, top)
+
+
+def _paste(sheet: Image.Image, picture: Image.Image, left: int, top: int) -> tuple[int, int]:
+    """Fit a picture into its square, a small one with its pixels to be seen; return its left and top edge."""
+    scale = SIDE / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    fitted = picture.resize((width, height), Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
+    place = left + (SIDE - width) // 2, top + (SIDE - height) // 2
+    sheet.paste(fitted.convert("RGB"), place)
+    return place
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fmnist.apps.novelty import NoveltyReference, open_reference
 from fmnist.apps.predict.photo_sheet import BLACK, GREY, ORANGE, Cell, draw_sheet
-from fmnist.apps.predict.trust import Trust, open_trust
+from fmnist.apps.predict.trust import PERSON, Trust, open_trust
 from fmnist.apps.views import Photo, check_cutting, count_kinds, read_photos, stack_views
+from fmnist.evaluation.calibration import few_images
 from fmnist.evaluation.occlusion import occlusion_map
 from fmnist.runtime.console import keep_at_interrupt, one_line
 from fmnist.runtime.files import csv_bytes, write_atomic
@@ -81,6 +82,8 @@ def predict(found: Sequence[tuple[str, str]], args: argparse.Namespace, left_out
             print(line)
         if args.calibrate and trained.temperature != 1:
             print(f"confidences are calibrated, at temperature {trained.temperature:.3f}; --no-calibrate leaves it out")
+            if few := few_images(trained.info.num_val):
+                print(few)
         print(f"written to {args.output}")
     return 0 if counts["predicted"] else 1
 
@@ -145,13 +148,16 @@ def row(item: Prediction, num_top: int) -> list[str]:
     return [name, *cells, "yes" if item.unfamiliar else "no", f"{item.score:.6f}", cropped, *item.trust, ""]
 
 
-def sheet_cell(item: Prediction) -> Cell:
-    """Return the cell of the sheet for one picture."""
+def sheet_cell(item: Prediction, columns: Sequence[str] = ()) -> Cell:
+    """Return the cell of the sheet for one picture; `columns` are those of `Trust`, told as the CSV has them."""
     lines = [(os.path.basename(item.photo.name) or item.photo.name, GREY)]
+    asked = [pair for pair in zip(columns, item.trust, strict=True) if pair[1]]
+    trust = [(f"{name}: {said}", ORANGE if (name, said) == ("decision", PERSON) else GREY) for name, said in asked]
     if item.photo.cutout is None:
-        return Cell(image=item.photo.image, box=None, view=None, lines=[*lines, (item.photo.error, ORANGE)])
+        return Cell(image=item.photo.image, box=None, view=None, lines=[*lines, (item.photo.error, ORANGE), *trust])
     shares = [f"{label} {100 * probability:.0f} %" for label, probability in item.top[:2]]
     lines += [(shares[0], BLACK), (", ".join(["then " + share for share in shares[1:]]), GREY)]
+    lines += trust
     lines += [(f"unfamiliar ({item.score:.2f})", ORANGE)] if item.unfamiliar else []
     cutout, drops = item.photo.cutout, item.drops
     lines += [(f"covered: down by {100 * float(drops.max()):.0f} points", GREY)] if drops is not None else []
@@ -189,5 +195,6 @@ def write_predictions(
         raise KeyboardInterrupt(f"{path} holds the {len(rows):,} pictures that are done" if rows else "")
     if shown:
         part = f", the first {len(shown)} of {len(rows):,}" if len(rows) > len(shown) else ""
-        write_atomic(args.output / "predictions.png", draw_sheet([sheet_cell(item) for item in shown], title + part))
+        cells = [sheet_cell(item, columns) for item in shown]
+        write_atomic(args.output / "predictions.png", draw_sheet(cells, title + part))
     return counts
