@@ -103,6 +103,15 @@ def test_bfloat16_under_autocast_any_memory_format_and_no_bias(kernel: int) -> N
 
 
 @pytest.mark.usefixtures("interpreted")
+def test_gradients_have_the_strides_of_their_parameters() -> None:
+    """Those of sides of length 1, too: DDP compares all, and warns of a slower training where one differs."""
+    conv = layer(16, 3).to(memory_format=torch.channels_last)
+    out = results(conv, torch.randn(2, 16, 5, 6), torch.randn(2, 16, 5, 6))
+    assert conv.weight.stride() == (9, 1, 3, 1)
+    assert [part.stride() for part in out[2:]] == [(9, 1, 3, 1), (1,)]
+
+
+@pytest.mark.usefixtures("interpreted")
 def test_only_the_gradients_wanted_and_parameters_of_any_dtype() -> None:
     from fmnist.models.depthwise_triton import depthwise_triton
 
