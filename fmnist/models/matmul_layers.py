@@ -11,6 +11,7 @@ from timm.models.convnext import ConvNeXtBlock, ConvNeXtStage
 from torch import Tensor, nn
 
 from fmnist.models.depthwise import axes, by_channel, depthwise_matmul
+from fmnist.models.trial import layer_inputs
 from fmnist.models.triton_layers import KERNELS, TritonConv2d, fits_triton
 from fmnist.runtime.console import counted
 from fmnist.runtime.hardware import has_triton
@@ -159,27 +160,12 @@ def describe_matmul(model: nn.Module, channels: int, sizes: Iterable[int]) -> st
     """Say which layers of a model train as matrix products; empty where none does.
 
     Args:
-        model: left as it is; all of it in training mode, or in evaluation mode.
-        channels: of its images.
-        sizes: of its images, in pixels.
+        model, channels, sizes: see `layer_inputs`.
     """
     taken: dict[nn.Module, int] = {}
-
-    def note(conv: nn.Module, operands: tuple[Tensor, ...]) -> None:
-        if takes_matmul(cast(_OnSmallMaps, conv), operands[0]):
-            taken[conv] = max(taken.get(conv, 0), *operands[0].shape[2:])
-
-    hooks = [conv.register_forward_pre_hook(note) for conv in model.modules() if isinstance(conv, _OnSmallMaps)]
-    training, weight = model.training, next(model.parameters())
-    model.eval()  # which keeps BatchNorm's statistics and draws nothing
-    try:
-        for size in sizes if hooks else ():
-            with torch.no_grad():
-                model(torch.zeros(1, channels, size, size, device=weight.device, dtype=weight.dtype))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(training)
+    for conv, images in layer_inputs(model, _OnSmallMaps, channels, sizes):
+        if takes_matmul(cast(_OnSmallMaps, conv), images):
+            taken[conv] = max(taken.get(conv, 0), *images.shape[2:])
     others = sum(isinstance(module, LinearConv2d) for module in model.modules())
     side = max(taken.values(), default=0)
     parts = [f"{counted(len(taken), 'depthwise convolution')} (maps of up to {side} x {side})"] if taken else []
@@ -193,7 +179,7 @@ def depthwise_without_effect(model: nn.Module, choice: str, channels: int, sizes
     Args:
         model: as `use_fast_layers` left it.
         choice: the option.
-        channels, sizes: see `describe_matmul`.
+        channels, sizes: see `layer_inputs`.
     """
     if choice == "auto" or describe_matmul(model, channels, sizes):
         return ""
