@@ -2,12 +2,13 @@
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -199,6 +200,86 @@ def test_a_model_that_draws_on_the_host_is_not_recorded(train_images: Split, cap
         return Played(training.model)
 
     assert "on the host" in refuses(Config(model=MLP, augment=AugmentConfig()), train_images, caplog, change)
+
+
+class Schedules(nn.Module):
+    """A network of one's own that changes from step to step what no graph would change."""
+
+    def __init__(self, inner: nn.Module, what: str) -> None:
+        super().__init__()
+        self.inner, self.what, self.steps, self.last = inner, what, 0, torch.zeros(())
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("in_place", torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.what == "counts":
+            self.steps += 1
+        elif self.what == "puts new buffers":
+            self.scale = self.scale * 0.5 + 0.5
+        elif self.what == "draws by NumPy":
+            np.random.rand()  # noqa: NPY002 - what such a model would call
+        self.in_place.mul_(0.9)
+        self.last = logits = self.inner(images) * self.scale / (1 + self.steps)  # an output that is kept is no state
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("counts", "counts its steps on the host"),
+        ("puts new buffers", "new tensors in place of its buffers"),
+        ("draws by NumPy", "draws random numbers on the host"),
+    ],
+)
+def test_a_model_that_changes_on_the_host_is_not_recorded(
+    what: str, said: str, train_images: Split, caplog: pytest.LogCaptureFixture
+) -> None:
+    def change(training: Training) -> Any:
+        training.wrapped = Schedules(training.wrapped, what)
+        return Played(training.model)
+
+    assert said in refuses(Config(model=MLP, augment=AugmentConfig()), train_images, caplog, change)
+
+
+def test_state_in_place_and_kept_outputs_are_recorded(train_images: Split) -> None:
+    training = Training(Config(model=MLP, augment=AugmentConfig()), train_images)
+    training.wrapped = Schedules(training.wrapped, "nothing")
+    update = CapturedStep(train_step, Played(training.model))
+    training.run(update)
+    assert update.recorded is not None
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_recording_that_breaks_leaves_the_stream_where_it_was(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's own context does not, where CUDA cannot end the recording: all later steps would run in its stream."""
+    now, states = ["default"], []
+
+    @contextmanager
+    def graph(*_: Any, **__: Any) -> Iterator[None]:
+        now[0] = "of the recording"
+        yield
+        now[0] = "default"
+
+    generator = SimpleNamespace(graphsafe_set_state=states.append)
+    cuda = SimpleNamespace(
+        graph=graph,
+        CUDAGraph=lambda: SimpleNamespace(replay="replay"),
+        current_stream=lambda: now[0],
+        set_stream=lambda stream: now.__setitem__(0, stream),
+        current_device=lambda: 0,
+        default_generators=[generator],
+    )
+    monkeypatch.setattr("fmnist.runtime.cuda_graph.torch", SimpleNamespace(cuda=cuda, device=Mock(), Generator=Mock()))
+
+    def breaks() -> Metrics:
+        raise error
+
+    assert record_cuda_graph(dict)[1] == {} and not states
+    with pytest.raises(error):
+        record_cuda_graph(breaks)
+    assert now == ["default"] and len(states) == 1
 
 
 def test_a_recording_that_fails_costs_one_line(train_images: Split, caplog: pytest.LogCaptureFixture) -> None:

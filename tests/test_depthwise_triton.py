@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmnist.models.fast_layers import PLAIN, depthwise_without_effect, use_convolutions, use_fast_layers
-from fmnist.models.triton_layers import TritonConv2d, fits_triton, takes_triton
+from fmnist.models.triton_layers import TritonConv2d, describe_triton, fits_triton, takes_triton
 
 triton = pytest.importorskip("triton")
 CPU = torch.device("cpu")
@@ -100,6 +100,15 @@ def test_bfloat16_under_autocast_any_memory_format_and_no_bias(kernel: int) -> N
         assert largest_error(found, wanted) < 1e-2
         assert largest_error(found[2:], wanted[2:]) < 1e-5  # those of the parameters are not rounded
         assert all(torch.equal(a, b) for a, b in zip(found, several[0], strict=True))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_gradients_have_the_strides_of_their_parameters() -> None:
+    """Those of sides of length 1, too: DDP compares all, and warns of a slower training where one differs."""
+    conv = layer(16, 3).to(memory_format=torch.channels_last)
+    out = results(conv, torch.randn(2, 16, 5, 6), torch.randn(2, 16, 5, 6))
+    assert conv.weight.stride() == (9, 1, 3, 1)
+    assert [part.stride() for part in out[2:]] == [(9, 1, 3, 1), (1,)]
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -267,6 +276,26 @@ def test_a_setting_without_effect_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     assert said(wide) == f"triton has no effect: {fitting}"
     without = timm.create_model("resnet10t", in_chans=1)
     assert said(without) == "triton has no effect: the model has no plain depthwise convolution"
+
+
+@pytest.mark.parametrize(
+    ("choice", "sizes", "said"),
+    [
+        ("triton", [32], "4 depthwise convolutions by our kernel: .*, 8 times 10 s"),
+        ("triton", [32, 64], "4 depthwise convolutions by our kernel: .*, 12 times 10 s"),  # two maps are in both
+        ("auto", [64], "1 depthwise convolution by our kernel: .*, 2 times 10 s"),  # of 8 x 8, with 32 channels
+        ("conv", [32], ""),
+    ],
+)
+def test_the_start_says_what_is_compiled(
+    choice: Any, sizes: list[int], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    dims = [8, 8, 16, 16] if choice == "triton" else [8, 32, 32, 32]
+    model = timm.create_model("convnext_atto", in_chans=1, **SMALL | {"dims": dims}).to(memory_format=LAST)
+    use_fast_layers(model, choice, torch.device("cuda"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert re.fullmatch(said, describe_triton(model, 1, sizes))
 
 
 def compiled_for_a_gpu(name: str, side: int, channels: int, kernel: int, dtype: str) -> Any:

@@ -149,7 +149,8 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None
         of_images = _convolve(gradient, weight, None, True)
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         sums = _correlate(images, gradient, weight.shape[-1])
-        of_weight = sums[:-1].t().to(weight.dtype).contiguous().view(weight.shape)
+        # strides as the weight's, those of length 1 too: DDP compares them, and warns
+        of_weight = torch.empty_like(weight).copy_(sums[:-1].t().unflatten(1, weight.shape[1:]))
         if ctx.bias_dtype is not None:
             of_bias = sums[-1].to(ctx.bias_dtype)
     return of_images, of_weight, of_bias, None

@@ -97,7 +97,7 @@ def depthwise_without_effect(model: nn.Module, choice: str, channels: int, sizes
     Args:
         model: as `use_fast_layers` left it.
         choice: the option.
-        channels, sizes: see `describe_matmul`.
+        channels, sizes: see `layer_inputs`.
     """
     if choice == "auto" or describe_matmul(model, channels, sizes):
         return ""

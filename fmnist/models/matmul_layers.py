@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 from typing import Literal, cast
 
-import torch
 import torch.nn.functional as F
 from timm.layers.activations import GELU
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 from fmnist.models.depthwise import axes, by_channel, depthwise_matmul
+from fmnist.models.trial import layer_inputs
 from fmnist.runtime.console import counted
 
 MOST_PIXELS = {"auto": 64, "matmul": 256}  # of a map; its matrix has the square of it, per channel
@@ -85,27 +85,12 @@ def describe_matmul(model: nn.Module, channels: int, sizes: Iterable[int]) -> st
     """Say which layers of a model train as matrix products; empty where none does.
 
     Args:
-        model: left as it is; all of it in training mode, or in evaluation mode.
-        channels: of its images.
-        sizes: of its images, in pixels.
+        model, channels, sizes: see `layer_inputs`.
     """
     taken: dict[nn.Module, int] = {}
-
-    def note(conv: nn.Module, operands: tuple[Tensor, ...]) -> None:
-        if takes_matmul(cast(_OnSmallMaps, conv), operands[0]):
-            taken[conv] = max(taken.get(conv, 0), *operands[0].shape[2:])
-
-    hooks = [conv.register_forward_pre_hook(note) for conv in model.modules() if isinstance(conv, _OnSmallMaps)]
-    training, weight = model.training, next(model.parameters())
-    model.eval()  # which keeps BatchNorm's statistics and draws nothing
-    try:
-        for size in sizes if hooks else ():
-            with torch.no_grad():
-                model(torch.zeros(1, channels, size, size, device=weight.device, dtype=weight.dtype))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(training)
+    for conv, images in layer_inputs(model, _OnSmallMaps, channels, sizes):
+        if takes_matmul(cast(_OnSmallMaps, conv), images):
+            taken[conv] = max(taken.get(conv, 0), *images.shape[2:])
     others = sum(isinstance(module, LinearConv2d) for module in model.modules())
     side = max(taken.values(), default=0)
     parts = [f"{counted(len(taken), 'depthwise convolution')} (maps of up to {side} x {side})"] if taken else []

@@ -1,6 +1,6 @@
 """One image through a new model: a model that could not be trained or used afterwards is refused before training."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,33 @@ def try_model(model: nn.Module, name: str, num_channels: int, sizes: Sequence[in
         for module, mode in modes.items():
             module.training = mode
     return set.intersection(*seen)
+
+
+@torch.no_grad()
+def layer_inputs(
+    model: nn.Module, kind: type[nn.Module], channels: int, sizes: Iterable[int]
+) -> list[tuple[nn.Module, Tensor]]:
+    """Return the layers of a kind, each with what it reads of one image of each size; nothing runs where there is none.
+
+    Args:
+        model: left as it is; all of it in training mode, or in evaluation mode.
+        kind: of the layers.
+        channels: of its images.
+        sizes: of its images, in pixels.
+    """
+    found: list[tuple[nn.Module, Tensor]] = []
+    layers = [layer for layer in model.modules() if isinstance(layer, kind)]
+    hooks = [layer.register_forward_pre_hook(lambda layer, x: found.append((layer, x[0]))) for layer in layers]
+    training, weight = model.training, next(model.parameters())
+    model.eval()  # which keeps BatchNorm's statistics and draws nothing
+    try:
+        for size in sizes if hooks else ():
+            model(torch.zeros(1, channels, size, size, device=weight.device, dtype=weight.dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+    return found
 
 
 @torch.no_grad()

@@ -1,10 +1,13 @@
 """Which depthwise convolutions train by our Triton kernel: see depthwise_triton.py."""
 
-from typing import Literal
+from collections.abc import Iterable
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from fmnist.models.trial import layer_inputs
+from fmnist.runtime.console import counted
 from fmnist.runtime.environment import ENVIRONMENT
 
 KERNELS = (3, 5, 7, 9)
@@ -59,3 +62,18 @@ class TritonConv2d(nn.Conv2d):
         from fmnist.models.depthwise_triton import depthwise_triton
 
         return depthwise_triton(images, self.weight, self.bias)
+
+
+def describe_triton(model: nn.Module, channels: int, sizes: Iterable[int]) -> str:
+    """Say which layers of a model train by the kernel, and what that costs at a first start; empty where none does.
+
+    Args:
+        model, channels, sizes: see `layer_inputs`; to be called under the autocast of the training.
+    """
+    seen = [(cast(TritonConv2d, conv), images) for conv, images in layer_inputs(model, TritonConv2d, channels, sizes)]
+    taken = [(conv, images.shape[1:]) for conv, images in seen if takes_triton(conv, images)]
+    if not taken:
+        return ""
+    programs = 2 * len({(shape, conv.kernel_size) for conv, shape in taken})  # one is for the gradient of the weights
+    convolutions = counted(len({conv for conv, _ in taken}), "depthwise convolution")
+    return f"{convolutions} by our kernel: Triton compiles it for their maps at the first start, {programs} times 10 s"

@@ -108,7 +108,7 @@ class CapturedStep:
             return plain()
         table = augment.table(last)
         if self._seen == WARM_UP:
-            with watched(last.seed, last.indices.device, len(micro_batches)) as obstacles:
+            with watched(model, last.seed, last.indices.device, len(micro_batches)) as obstacles:
                 metrics = plain()
             if obstacles:
                 self._refuse(obstacles[0])

@@ -5,8 +5,10 @@ from fmnist.data.augment import pyramid_bytes
 from fmnist.data.placement import LABEL_BYTES
 from fmnist.models.flops import flops_per_image
 from fmnist.models.matmul_layers import describe_matmul
+from fmnist.models.triton_layers import describe_triton
 from fmnist.run import Run
 from fmnist.runtime.console import counted
+from fmnist.runtime.hardware import autocast
 from fmnist.training.memory import activation_bytes, memory_bytes
 from fmnist.training.parts import Training
 
@@ -20,7 +22,9 @@ def opening(training: Training, cfg: Config, run: Run) -> list[str]:
     origin = "from pretrained weights" if cfg.model.has_pretrained_input else "from scratch"
     origin = f"from {cfg.model.weights}" if cfg.model.starts_from_run else origin
     epochs = schedule.epoch(schedule.total_steps)
-    products = describe_matmul(t.model, len(augment.mean), tuple(augment.sizes.values()))
+    images = len(augment.mean), tuple(augment.sizes.values())
+    with autocast(run.device, augment.dtype):
+        layers = describe_triton(t.model, *images) or describe_matmul(t.model, *images)
     graphs = run.captures and cfg.model.cuda_graph == "auto" and loader.staging is None
     minutes = cfg.schedule.minutes
     within = f" in {minutes:g} minute{'' if minutes == 1 else 's'}" if minutes else ""
@@ -33,7 +37,7 @@ def opening(training: Training, cfg: Config, run: Run) -> list[str]:
         f"learning rate {schedule.peak_lr:.4g}, {schedule.shape}",
         "device": f"{run.device_name}: {counted(run.world_size, 'process', 'processes')}"
         f", {run.precision}; augmentation {BACKENDS[augment.backend]}{'; each step one CUDA graph' * graphs}"
-        + (f"; {products}" if products else ""),
+        + (f"; {layers}" if layers else ""),
         "directory": f"{run.directory}: "
         + (f"resuming at step {t.state.step:,} of {schedule.total_steps:,}" if t.state.step else "a new run"),
     }
