@@ -149,9 +149,9 @@ class ModelConfig:
     """Launch a step's kernels as one CUDA graph, with the same result; auto: where one process trains on a GPU."""
     depthwise: Literal["auto", "conv", "matmul", "triton"] = "auto"
     """Depthwise convolutions in training; auto: on a CPU as matrix products where those are faster (maps of 8 x 8 and
-    less), and ConvNeXt's 1 x 1 and patch convolutions as linear layers, on a CUDA device by our kernel where that is
-    faster; matmul: on any device, up to 16 x 16; triton: by our kernel, on a CUDA device, sides of 3, 5, 7 or 9 with
-    stride 1; conv: as convolutions. The weights are the same."""
+    less), and ConvNeXt's 1 x 1 and patch convolutions as linear layers; matmul: on any device, up to 16 x 16; triton:
+    by our kernel, on a CUDA device, sides of 3, 5, 7 or 9 with stride 1; conv: as convolutions. The weights are the
+    same."""
 
     @property
     def starts_from_run(self) -> bool:

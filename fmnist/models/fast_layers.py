@@ -53,19 +53,17 @@ def use_fast_layers(
 
     Args:
         model: changed in place; `use_convolutions` changes it back.
-        choice: auto: what is faster on the device; matmul: matrix products wherever they stay small; triton: the kernel
-            wherever it fits; conv: neither.
+        choice: auto: on a CPU matrix products where those are faster; matmul: matrix products wherever they stay small;
+            triton: the kernel wherever it fits; conv: neither.
         device: where it will be trained.
     """
     use_convolutions(model)
-    if choice == "conv":
+    if choice == "conv" or (choice == "auto" and device.type != "cpu"):
         return
-    if choice == "triton" or (choice == "auto" and device.type != "cpu"):
-        kernel = has_triton(device) and (choice == "triton" or torch.version.hip is None)  # auto: as measured
-        for conv in depthwise_layers(model) if kernel else ():
+    if choice == "triton":
+        for conv in depthwise_layers(model) if has_triton(device) else ():
             if fits_triton(conv):
                 conv.__class__ = TritonConv2d
-                conv.choice = choice  # type: ignore[assignment]
         return
     for conv in depthwise_layers(model):
         conv.__class__ = MatmulConv2dSame if isinstance(conv, Conv2dSame) else MatmulConv2d

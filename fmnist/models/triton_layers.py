@@ -1,7 +1,7 @@
 """Which depthwise convolutions train by our Triton kernel: see depthwise_triton.py."""
 
 from collections.abc import Iterable
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,37 +27,17 @@ def fits_triton(conv: nn.Conv2d) -> bool:
     )
 
 
-def takes_triton(conv: "TritonConv2d", images: Tensor) -> bool:
-    """Say whether a layer trains by the kernel: the one place that decides.
-
-    The numbers are those of `python -m experiments.depthwise_gpu` on an H200; they do not depend on the batch, so that
-    micro-batches and processes see the same arithmetic.
-
-    Args:
-        conv: put in by `use_fast_layers`.
-        images: its input.
-    """
-    if not (images.is_cuda or ENVIRONMENT.get("TRITON_INTERPRET") == "1"):
-        return False
-    if images.dim() != 4 or not images.numel() or images.dtype not in DTYPES:
-        return False
-    if conv.choice == "triton":
-        return True
-    kind = images.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else images.dtype
-    # measured from 7 x 7 to 112 x 112 pixels, with 96 to 768 channels: 1.8 to 7 times as fast as cuDNN, pass by pass
-    measured = conv.kernel_size[0] <= 7 and min(images.shape[2:]) >= 7 and conv.in_channels >= 32
-    aligned = conv.in_channels % 16 == 0 and images.is_contiguous(memory_format=torch.channels_last)
-    return dtype == torch.bfloat16 and measured and aligned
+def takes_triton(images: Tensor) -> bool:
+    """Say whether a layer that `use_fast_layers` put in trains by the kernel on these images."""
+    runs = images.is_cuda or ENVIRONMENT.get("TRITON_INTERPRET") == "1"
+    return runs and images.dim() == 4 and images.numel() > 0 and images.dtype in DTYPES
 
 
 class TritonConv2d(nn.Conv2d):
     """A depthwise convolution that trains by our kernel."""
 
-    choice: Literal["auto", "triton"]
-
     def forward(self, images: Tensor) -> Tensor:
-        if not self.training or not takes_triton(self, images):
+        if not self.training or not takes_triton(images):
             return super().forward(images)
         from fmnist.models.depthwise_triton import depthwise_triton
 
@@ -71,7 +51,7 @@ def describe_triton(model: nn.Module, channels: int, sizes: Iterable[int]) -> st
         model, channels, sizes: see `layer_inputs`; to be called under the autocast of the training.
     """
     seen = [(cast(TritonConv2d, conv), images) for conv, images in layer_inputs(model, TritonConv2d, channels, sizes)]
-    taken = [(conv, images.shape[1:]) for conv, images in seen if takes_triton(conv, images)]
+    taken = [(conv, images.shape[1:]) for conv, images in seen if takes_triton(images)]
     if not taken:
         return ""
     programs = 2 * len({(shape, conv.kernel_size) for conv, shape in taken})  # one is for the gradient of the weights
