@@ -125,7 +125,7 @@ def test_test_images_left_out_at_first_are_evaluated_when_they_are_wanted(
 @pytest.mark.thorough
 def test_the_same_command_twice_gives_the_same_bits(finished: tuple[Path, Path], tmp_path: Path) -> None:
     config, run = finished
-    train(*flags(config, tmp_path / "again"))
+    warm_train(*flags(config, tmp_path / "again"))
     assert same_weights(run, tmp_path / "again")
     assert metrics(run) == metrics(tmp_path / "again")
 
@@ -145,7 +145,7 @@ def test_killed_in_mid_epoch_and_continued_it_ends_with_the_same_bits(
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not (killed / "summary.json").exists()
-    done = train(*flags(config, killed))
+    done = warm_train(*flags(config, killed))
     assert "resuming from" in done.stderr
     assert same_weights(run, killed)
     assert metrics(run) == metrics(killed)
@@ -319,7 +319,7 @@ def test_a_loss_that_is_not_finite_stops_with_one_line_and_saves_nothing_broken(
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     more = ("--model.name", "convnext_tiny", "--augment.size", 224, "--batch.micro_batch_size", 32)
-    done = train("--output_dir", tmp_path / "run", "--dry_run", *more, "--optim.ema_decay", 0)
+    done = warm_train("--output_dir", tmp_path / "run", "--dry_run", *more, "--optim.ema_decay", 0)
     assert not (tmp_path / "run").exists()
     # ConvNeXt-Tiny: 28.6 M parameters with 1000 classes and three channels: 990 x 769 fewer in the head (27.83 M);
     # 8.89 GF forward (4.45 G multiply-adds) and three times that with backward, less the stem's image gradient.
