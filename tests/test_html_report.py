@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from browser import command_line
-from conftest import SMALL_RUN, train
+from conftest import SMALL_RUN
+from conftest import warm_train as train
 
 import evaluate
 import fmnist.evaluation.retrieval
