@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import train
+from conftest import warm_train as train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

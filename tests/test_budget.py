@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, train
+from conftest import ROOT
+from conftest import warm_train as train
 from small import write_small_data
 
 import fmnist

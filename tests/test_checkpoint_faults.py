@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment, progress, train
+from conftest import ROOT, environment, progress, train, warm_train
 from disk import LOSSES, Disk, Killed, audited, installed, left_after, read_tree, replay, write_tree
 
 import fmnist.checkpoint.store
@@ -238,7 +238,7 @@ def test_a_full_disk_ends_all_processes_with_one_line_and_the_older_checkpoint_l
 ) -> None:
     run = tmp_path / "run"
     more = ["--config", small_config, "--output_dir", run, "--batch.micro_batch_size", 16]
-    train(*more, "--max_minutes", 0.001)
+    warm_train(*more, "--max_minutes", 0.001)
     step = json.loads((run / "summary.json").read_text())["steps"]
     newest = Checkpoints(run / "checkpoints", 2, {}).newest_good()
     assert newest is not None
@@ -254,7 +254,7 @@ def test_a_full_disk_ends_all_processes_with_one_line_and_the_older_checkpoint_l
     assert "fmnist/" not in done.stderr.replace("tests/", ""), done.stderr  # no traceback of ours
     assert Checkpoints(run / "checkpoints", 2, {}).newest_good() == newest
     assert not list((run / "checkpoints").glob(".part_*"))
-    train(*more, processes=processes)  # with room again
+    warm_train(*more, processes=processes)  # with room again
     assert json.loads((run / "summary.json").read_text())["steps"] == 12 > step
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from browser import command_line
-from conftest import SMALL_RUN, train
+from conftest import SMALL_RUN
+from conftest import warm_train as train
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 

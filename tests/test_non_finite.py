@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, train
+from conftest import ROOT
+from conftest import warm_train as train
 from matplotlib.image import imread
 from safetensors.torch import load_file
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ROOT, environment, train
+from conftest import ROOT, environment, train, warm_train
 
 import fmnist.runtime.lost_process
 from fmnist.checkpoint.contents import read_state
@@ -70,7 +70,7 @@ def test_a_rank_that_compiles_in_the_first_step_and_for_a_new_size_is_waited_for
     """As with a cold cache: it takes longer than `timeout_s`, in steps in which compiling is to be expected."""
     growing = ("--data.limit", 192, "--augment.size", "{0: 20, 1: 28}", "--timeout_s", 3)  # six steps an epoch
     flags = ["--config", small_config, "--output_dir", tmp_path, "--batch.micro_batch_size", 16, *growing]
-    done = train("compiles", *flags, processes=2, script=ROOT / "tests/inject.py", check=False)
+    done = warm_train("compiles", *flags, processes=2, script=ROOT / "tests/inject.py", check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "compiles/summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("finished", 12)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, SMALL_RUN, environment
+from conftest import ROOT, SMALL_RUN, environment, warm_train
 
 pytestmark = pytest.mark.thorough
 
@@ -38,14 +38,19 @@ def wait_for(met: Callable[[], object], seconds: float, what: Callable[[], str])
         time.sleep(0.05)
 
 
-def start(launcher: str, folder: Path, run: Path) -> "subprocess.Popen[bytes]":
-    """Start the small run through a launcher; its messages go to a file beside the run directory."""
+def flags(folder: Path, run: Path) -> list[Path | str]:
+    """Return those of a small run, whose config is written to a folder."""
     config = folder / "small.yaml"
     config.write_text(SMALL_RUN.replace("steps: 12", f"steps: {STEPS}"))
+    return ["--config", config, "--output_dir", run]
+
+
+def start(launcher: str, folder: Path, run: Path) -> "subprocess.Popen[bytes]":
+    """Start the small run through a launcher; its messages go to a file beside the run directory."""
     # A job in the background of a shell script ignores SIGINT, and so would what it starts; a handler is not inherited.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nor may it ignore this one because the tests run under nohup
-    command = [sys.executable, *LAUNCHERS[launcher][0], str(ROOT / "train.py"), "--config", config, "--output_dir", run]
+    command = [sys.executable, *LAUNCHERS[launcher][0], str(ROOT / "train.py"), *flags(folder, run)]
     with run.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(command, env=environment() | SETTINGS, stdout=log, stderr=log, start_new_session=True)
 
@@ -58,9 +63,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def unbroken(whole: dict[str, Path], launcher: str) -> Path:
     if launcher not in whole:
-        run = whole["folder"] / launcher
-        assert start(launcher, whole["folder"], run).wait(240) == 0, run.with_suffix(".log").read_text()[-3000:]
-        whole[launcher] = run
+        whole[launcher] = whole["folder"] / launcher
+        warm_train(*flags(whole["folder"], whole[launcher]), processes=LAUNCHERS[launcher][1])
     return whole[launcher]
 
 
@@ -142,8 +146,11 @@ def test_a_signal_saves_and_stops_and_the_same_command_ends_with_the_same_weight
     assert 0 < summary["steps"] < STEPS
     assert (run / "REQUEUE").exists()
     assert (run / "checkpoints" / f"step_{summary['steps']:08d}" / "manifest.json").exists()
-    assert start(launcher, tmp_path, run).wait(240) == 0, run.with_suffix(".log").read_text()[-3000:]
-    assert f"resuming from {run}/checkpoints/step_{summary['steps']:08d}" in run.with_suffix(".log").read_text()
+    if target == "launcher":
+        assert start(launcher, tmp_path, run).wait(240) == 0, run.with_suffix(".log").read_text()[-3000:]
+    else:
+        warm_train(*flags(tmp_path, run), processes=LAUNCHERS[launcher][1])
+    assert f"resuming from {run}/checkpoints/step_{summary['steps']:08d}" in (run / "train.log").read_text()
     assert not (run / "REQUEUE").exists()
     weights = [(path / "model.safetensors").read_bytes() for path in (run, unbroken(whole, launcher))]
     assert weights[0] == weights[1]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, train
+from conftest import ROOT, train, warm_train
 from forks import Forks, difference
 from other_sets import write_npz
 from PIL import Image
@@ -446,7 +446,8 @@ def test_the_place_may_change_between_two_starts(forks: Forks, tmp_path: Path) -
 
 def injected(kind: str, tmp_path: Path, config: Path, *more: object) -> Any:
     flags = ["--config", config, "--output_dir", tmp_path, "--data.where", "spread", "--timeout_s", 3, *more]
-    return train(kind, *flags, processes=2, script=ROOT / "tests/inject.py", check=False)
+    launch = train if kind.endswith("_in_exchange") else warm_train  # who is lost is the launcher's to say
+    return launch(kind, *flags, processes=2, script=ROOT / "tests/inject.py", check=False)
 
 
 @pytest.mark.thorough
@@ -500,7 +501,7 @@ def test_a_cache_that_is_damaged_for_one_rank_only_is_one_line(tmp_path: Path) -
     )
     flags = ["--data.name", "folder", "--data.root", tmp_path / "photos", "--data.where", "spread", "--dry_run"]
     flags += ["--batch.global_batch_size", 8, "--output_dir", tmp_path / "run"]
-    train(*flags, processes=2, script=script)
+    warm_train(*flags, processes=2, script=script)
     (array,) = (tmp_path / "cache1").glob("*.npy")
     content = bytearray(array.read_bytes())
     for at in range(128, len(content), 144):

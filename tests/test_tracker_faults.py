@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_RUN, metrics, progress, train
+from conftest import SMALL_RUN, metrics, progress, train, warm_train
 
 from fmnist.config.schema import LogConfig
 from fmnist.runtime.probe import answers
@@ -136,7 +136,7 @@ def disabled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """An unbroken run with --log.wandb disabled, and its config."""
     folder = tmp_path_factory.mktemp("disabled")
     (folder / "small.yaml").write_text(SMALL_RUN)
-    train("--config", folder / "small.yaml", "--output_dir", folder / "run")
+    warm_train("--config", folder / "small.yaml", "--output_dir", folder / "run")
     return folder / "small.yaml", folder / "run"
 
 
@@ -219,7 +219,7 @@ def fill(disk: Path) -> None:
 
 
 def stopped_run(config: Path, run: Path) -> None:
-    train("--config", config, "--output_dir", run, "--max_minutes", 0.0011)
+    warm_train("--config", config, "--output_dir", run, "--max_minutes", 0.0011)
     assert json.loads((run / "summary.json").read_text())["status"] == "stopped"
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment, metrics, train
+from conftest import ROOT, environment, metrics, train, warm_train
 from safetensors.torch import load_file
+from warm import run_program
 
 from fmnist.data.find import locate
 
@@ -71,7 +72,7 @@ def test_a_run_leaves_what_the_contract_names(finished: tuple[Path, Path]) -> No
 def test_the_epoch_of_the_lowest_loss_is_kept_where_that_is_asked_for(tmp_path: Path, small_config: Path) -> None:
     run = tmp_path / "run"
     flags = ("--evaluation.every_steps", 2, "--optim.lr", 0.05, "--evaluation.test", "false")
-    train("--config", small_config, *flags, "--evaluation.best", "loss", "--output_dir", run)
+    warm_train("--config", small_config, *flags, "--evaluation.best", "loss", "--output_dir", run)
     val = [line for line in metrics(run) if line["prefix"] == "val"]
     best = min(val, key=lambda line: line["loss"])
     assert {"top1", "macro_f1", "balanced_accuracy", "loss"} <= best.keys() and "top5" not in best
@@ -81,7 +82,7 @@ def test_the_epoch_of_the_lowest_loss_is_kept_where_that_is_asked_for(tmp_path: 
     }
     kept = run / f"checkpoints/step_{best['step']:08d}/ema.safetensors"
     assert kept.read_bytes() == (run / "model.safetensors").read_bytes()
-    refused = train("--config", small_config, *flags, "--output_dir", run, check=False)
+    refused = warm_train("--config", small_config, *flags, "--output_dir", run, check=False)
     assert refused.returncode == 2 and "evaluation.best was loss, now top1" in refused.stderr
 
 
@@ -93,19 +94,13 @@ def test_evaluate_gives_what_training_gave_and_the_same_command_again_changes_no
     before = json.loads((run / "evaluation/test/metrics.json").read_text())
     stamp = (run / "summary.json").stat().st_mtime_ns
     shutil.rmtree(run / "evaluation")
-    done = subprocess.run(
-        [sys.executable, ROOT / "evaluate.py", run, "--batch_size", "333", "--quick"],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=300,
-    )
+    done = run_program(ROOT / "evaluate.py", run, "--batch_size", 333, "--quick", env=environment())
     assert done.returncode == 0, done.stderr
     after = json.loads((run / "evaluation/test/metrics.json").read_text())
     assert after["confusion_matrix"] == before["confusion_matrix"]
     assert after["top1"] == before["top1"] == json.loads((run / "summary.json").read_text())["test.top1"]
     assert np.sum(after["confusion_matrix"]) == 10_000
-    assert "is finished: test top1" in train(*flags(config, run)).stderr
+    assert "is finished: test top1" in warm_train(*flags(config, run)).stderr
     assert (run / "summary.json").stat().st_mtime_ns == stamp
 
 
@@ -116,12 +111,12 @@ def test_test_images_left_out_at_first_are_evaluated_when_they_are_wanted(
     config, run = finished
     tried = tmp_path / "tried"
     left_out = flags(config, tried, "--evaluation.test", "false")
-    train(*left_out)
+    warm_train(*left_out)
     assert not (tried / "evaluation").exists()
     summary = json.loads((tried / "summary.json").read_text())
     assert summary["status"] == "finished" and not any(key.startswith("test") for key in summary)
-    assert "is finished: the test images were not evaluated" in train(*left_out).stderr
-    train(*flags(config, tried))
+    assert "is finished: the test images were not evaluated" in warm_train(*left_out).stderr
+    warm_train(*flags(config, tried))
     of_both = [json.loads((folder / "summary.json").read_text()) for folder in (run, tried)]
     assert of_both[0]["test.top1"] == of_both[1]["test.top1"] and of_both[0]["val.top1"] == of_both[1]["val.top1"]
     assert same_weights(run, tried)
@@ -130,7 +125,7 @@ def test_test_images_left_out_at_first_are_evaluated_when_they_are_wanted(
 @pytest.mark.thorough
 def test_the_same_command_twice_gives_the_same_bits(finished: tuple[Path, Path], tmp_path: Path) -> None:
     config, run = finished
-    train(*flags(config, tmp_path / "again"))
+    warm_train(*flags(config, tmp_path / "again"))
     assert same_weights(run, tmp_path / "again")
     assert metrics(run) == metrics(tmp_path / "again")
 
@@ -150,7 +145,7 @@ def test_killed_in_mid_epoch_and_continued_it_ends_with_the_same_bits(
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not (killed / "summary.json").exists()
-    done = train(*flags(config, killed))
+    done = warm_train(*flags(config, killed))
     assert "resuming from" in done.stderr
     assert same_weights(run, killed)
     assert metrics(run) == metrics(killed)
@@ -173,7 +168,7 @@ def test_sigterm_saves_and_stops_and_the_same_command_continues(finished: tuple[
     assert summary["status"] == "stopped"
     assert 0 < summary["steps"] < 12
     assert (stopped / "REQUEUE").exists()
-    train(*flags(config, stopped, "--checkpoint.every_steps", 0))
+    warm_train(*flags(config, stopped, "--checkpoint.every_steps", 0))
     assert not (stopped / "REQUEUE").exists()
     assert same_weights(run, stopped)
 
@@ -190,8 +185,8 @@ def test_two_processes_give_the_losses_of_one_with_accumulation(tmp_path: Path, 
         "--evaluation.batch_size",
         77,
     )
-    train(*flags(small_config, tmp_path / "one", *more))
-    train(*flags(small_config, tmp_path / "two", *more), processes=2)
+    warm_train(*flags(small_config, tmp_path / "one", *more))
+    warm_train(*flags(small_config, tmp_path / "two", *more), processes=2)
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert len(one) == len(two) == 12 + 2 + 1  # train lines, validations, test
     for a, b in zip(one, two, strict=True):
@@ -206,13 +201,13 @@ def test_two_processes_give_the_losses_of_one_with_accumulation(tmp_path: Path, 
 @pytest.mark.thorough
 def test_two_processes_stop_at_the_same_step_and_one_goes_on_alone(tmp_path: Path, small_config: Path) -> None:
     more = ("--batch.micro_batch_size", 16, "--model.name", "mlp", "--model.options", "{}")
-    train(*flags(small_config, tmp_path / "whole", *more))
+    warm_train(*flags(small_config, tmp_path / "whole", *more))
     train(*flags(small_config, tmp_path / "parts", *more, "--max_minutes", 0.001), processes=2)
     summary = json.loads((tmp_path / "parts/summary.json").read_text())
     assert (summary["status"], summary["world_size"]) == ("stopped", 2)
     assert summary["steps"] == 2  # the limit is over at the first step; all processes agree at the second
     assert (tmp_path / "parts/REQUEUE").exists()
-    train(*flags(small_config, tmp_path / "parts", *more))
+    warm_train(*flags(small_config, tmp_path / "parts", *more))
     assert json.loads((tmp_path / "parts/summary.json").read_text())["status"] == "finished"
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts")]
     assert max((weights[0][key] - weights[1][key]).abs().max() for key in weights[0]) < 1e-5
@@ -265,7 +260,7 @@ def test_damaged_data_is_one_line_and_nothing_is_written(
     kind: str, expected: str, tmp_path: Path, small_config: Path
 ) -> None:
     run = tmp_path / "run"
-    done = train(*flags(small_config, run, "--data.root", damaged_data(tmp_path, kind)), check=False)
+    done = warm_train(*flags(small_config, run, "--data.root", damaged_data(tmp_path, kind)), check=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1, done.stderr
     assert expected in done.stderr
@@ -284,7 +279,7 @@ def test_damaged_data_is_one_line_and_nothing_is_written(
 def test_mistakes_are_one_line_with_status_2(
     more: list[str], expected: str, tmp_path: Path, small_config: Path
 ) -> None:
-    done = train(*flags(small_config, tmp_path / "run", *more), check=False)
+    done = warm_train(*flags(small_config, tmp_path / "run", *more), check=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1, done.stderr
     assert expected in done.stderr
@@ -300,7 +295,7 @@ def test_another_config_is_refused_by_name_and_the_run_is_left_alone(finished: t
         (["--optim.lr", 0.5], "optim.lr was 0.003, now 0.5"),
         (["--resume", "never"], "--overwrite true"),
     ):
-        done = train(*flags(config, run, *more), check=False)
+        done = warm_train(*flags(config, run, *more), check=False)
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
         assert expected in done.stderr
@@ -313,7 +308,7 @@ def test_a_loss_that_is_not_finite_stops_with_one_line_and_saves_nothing_broken(
 ) -> None:
     run = tmp_path / "run"
     more = ("--optim.name", "sgd", "--optim.lr", 100, "--optim.grad_clip_norm", 1e6, "--schedule.warmup_steps", 0)
-    done = train(*flags(small_config, run, *more, "--model.name", "mlp", "--model.options", "{}"), check=False)
+    done = warm_train(*flags(small_config, run, *more, "--model.name", "mlp", "--model.options", "{}"), check=False)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("train.py: error: ")
@@ -324,7 +319,7 @@ def test_a_loss_that_is_not_finite_stops_with_one_line_and_saves_nothing_broken(
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     more = ("--model.name", "convnext_tiny", "--augment.size", 224, "--batch.micro_batch_size", 32)
-    done = train("--output_dir", tmp_path / "run", "--dry_run", *more, "--optim.ema_decay", 0)
+    done = warm_train("--output_dir", tmp_path / "run", "--dry_run", *more, "--optim.ema_decay", 0)
     assert not (tmp_path / "run").exists()
     # ConvNeXt-Tiny: 28.6 M parameters with 1000 classes and three channels: 990 x 769 fewer in the head (27.83 M);
     # 8.89 GF forward (4.45 G multiply-adds) and three times that with backward, less the stem's image gradient.

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL_RUN, train
+from conftest import SMALL_RUN
+from conftest import warm_train as train
 from PIL import Image
 from small import command, write_small_data
 
