@@ -259,7 +259,11 @@ def test_an_option_that_would_be_ignored_or_misread_is_refused(
     ("flags", "said"),
     [
         (["--model.name", "convnext_tinny"], "model.name: unknown model 'convnext_tinny'; nearest: convnext_tiny"),
-        (["--model.name", "resnet18", "--model.weights", "no.pt"], "model.weights: there is no file no.pt"),
+        (["--model.name", "resnet18", "--model.weights", "no.pt"], "model.weights: there is no file no.pt\n"),
+        (
+            ["--config", "configs/efficientnet_lite0.yaml", "--model.weights", "no.safetensors"],
+            "there is no file no.safetensors; leave it out and timm fetches the weights of model.pretrained",
+        ),
         (["--model.name", "resnet18", "--model.weights", __file__], "is none of .safetensors, .pt, .pth"),
         (["--data.root", "/nonexistent"], "data.root: no Fashion-MNIST in /nonexistent: found no such folder"),
         (["--data.root", __file__], ": found a file"),

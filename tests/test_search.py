@@ -1,6 +1,7 @@
 """Neighbours are those of float64 to float32 rounding, precision is checked by hand, the command does what it says."""
 
 import csv
+import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -10,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 from small import NUM_TEST, NUM_TRAIN, VAL_SIZE, command, untrained, write_small_data
 
 from fmnist.apps.search.__main__ import main as search_main
-from fmnist.apps.search.catalogue import Catalogue, folder_catalogue, load_catalogue, save_catalogue
+from fmnist.apps.search.catalogue import UNKNOWN, Catalogue, folder_catalogue, load_catalogue, save_catalogue
+from fmnist.apps.search.hits import Hit, plot_hits
 from fmnist.config.schema import ModelConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load, load_indexed, load_split
 from fmnist.evaluation import features
@@ -184,6 +187,33 @@ def test_the_csv_is_there_where_the_sheet_fails(
     monkeypatch.setattr("fmnist.apps.search.queries.plot_hits", fail)
     assert "No space left" in search("query", run_directory, "test:1", "--output", tmp_path, status=1)
     assert len(rows_of(tmp_path / "search.csv")) == 10
+
+
+def test_captions_stay_in_their_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr("fmnist.apps.search.hits.save_figure", lambda _, figure: drawn.append(figure))
+    names = ("Ankle boot", "W" * 60, "Short-sleeved shirts of wool", "Bag")
+    items = Catalogue(
+        source="train", run="cnn", class_names=names, names=[f"train:{item}" for item in range(4)],
+        images=torch.zeros(4, 28, 28, dtype=torch.uint8), features=torch.zeros(4, 2, dtype=torch.float16),
+        labels=torch.arange(4), predictions=torch.arange(4, dtype=torch.int16),
+    )  # fmt: skip
+    hits = [
+        Hit(
+            query="pictures/emoji_hiking_boot.jpg", image=items.images[0], label=label, prediction=prediction,
+            positions=torch.arange(4), similarities=torch.ones(4),
+        )
+        for label, prediction in ((UNKNOWN, 0), (UNKNOWN, 1), (2, 3))
+    ]  # fmt: skip
+    plot_hits(hits, items, tmp_path / "search.png")
+    (figure,) = drawn
+    cells = [[text.get_text() for text in axes.texts] for axes in figure.axes]
+    assert cells[0] == ["Ankle boot", "as predicted\n...king_boot.jpg"] and cells[1] == ["Ankle boot", "1.0000"]
+    for row in range(3):  # each text lies in the figure, and beside that of the next cell
+        boxes = [axes.texts[0].get_window_extent() for axes in figure.axes[5 * row : 5 * row + 5]]
+        assert boxes[0].x0 >= 0 and boxes[-1].x1 <= figure.bbox.x1
+        assert all(left.x1 <= right.x0 for left, right in itertools.pairwise(boxes))
+    assert cells[4][0] == "Bag" and "..." in cells[2][0] and "..." in cells[3][0]
 
 
 def test_query_in_a_folder(run_directory: Path, index: Path, tmp_path: Path) -> None:

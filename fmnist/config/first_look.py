@@ -35,7 +35,8 @@ def look(cfg: Config) -> None:
         raise ValueError(f"data.corrections: there is no file {corrections}")
     if weights is not None and not begun:
         if not os.path.exists(weights):
-            raise ValueError(f"model.weights: there is no file {weights}")
+            without = "; leave it out and timm fetches the weights of model.pretrained" if cfg.model.pretrained else ""
+            raise ValueError(f"model.weights: there is no file {weights}{without}")
         if cfg.model.starts_from_run != os.path.isdir(weights):
             raise ValueError(f"model.weights: {weights} is none of {', '.join(WEIGHTS)}, and no run or checkpoint")
     own = [Path(cfg.output_dir, name) for name in ("", "model.safetensors", "checkpoints")] if cfg.output_dir else []

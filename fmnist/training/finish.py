@@ -101,7 +101,7 @@ def fit_on_validation(training: Training, cfg: Config, run: Run) -> float | None
     split = training.val_split
     if not len(split):
         return None
-    if few := few_images(len(split)):
+    if run.is_main and (few := few_images(len(split))):  # a warning of every process would be shown
         logger.warning("%s", few)
     logits = predict(training.model, split, training.augment, replace(cfg.evaluation, tta="none"), run)
     return run.on_main(fit_temperature, logits.cpu(), split.labels.cpu())

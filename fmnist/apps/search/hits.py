@@ -14,6 +14,7 @@ from fmnist.report.figures import BLUE, GREEN, ORANGE, Axes, Figure, by_default_
 COLUMN_NAMES = ("query", "rank", "item", "class", "predicted", "similarity", "error")  # of search.csv
 COLUMNS = 10  # images in one line of the sheet; more follow below
 CELL_INCHES, CAPTION_INCHES, HEAD_INCHES = 0.98, 0.46, 0.62
+SURE_TO_FIT = 7  # letters of a caption, as wide as they come
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +88,12 @@ def plot_hits(hits: Sequence[Hit], catalogue: Catalogue, path: Path) -> None:
     for row, hit in enumerate(hits):
         known = hit.label != UNKNOWN
         axes = cell(row * lines, 0.2)
-        predicted = shorten(catalogue.class_names[hit.prediction])
-        caption = shorten(catalogue.class_names[hit.label]) if known else f"predicted {predicted}"
-        _draw(axes, hit.image, BLUE, 2.5, caption, _short(hit.query, 16), "bold")
+        caption, query = catalogue.class_names[hit.label if known else hit.prediction], _short(hit.query, 16)
+        _draw(axes, hit.image, BLUE, 2.5, caption, query if known else f"as predicted\n{query}", "bold")
         for rank, (position, similarity) in enumerate(zip(hit.positions, hit.similarities, strict=True)):
             axes = cell(row * lines + rank // COLUMNS, (rank % COLUMNS + 1.4) * CELL_INCHES)
             label = int(catalogue.labels[position])
-            name = _short(catalogue.names[position], 16) if label == UNKNOWN else shorten(catalogue.class_names[label])
+            name = _short(catalogue.names[position], 16) if label == UNKNOWN else catalogue.class_names[label]
             color = "#666666"
             if known and label != UNKNOWN:
                 color = GREEN if label == hit.label else ORANGE
@@ -112,7 +112,11 @@ def _draw(axes: Axes, image: Tensor, color: str, width: float, first: str, secon
         "parse_math": False,
         "color": "black",
     }
-    axes.text(0.5, -0.06, first, fontsize=8, **(text | {"color": color, "weight": "bold"}))
+    name = axes.text(0.5, -0.06, shorten(first), fontsize=8, **(text | {"color": color, "weight": "bold"}))
+    length, room = len(name.get_text()), CELL_INCHES * axes.figure.dpi
+    while length > SURE_TO_FIT and name.get_window_extent().width > room:
+        length -= 1
+        name.set_text(shorten(first, length))
     axes.text(0.5, -0.22, second, fontsize=7.5, weight=weight, **text)
 
 
