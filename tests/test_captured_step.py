@@ -173,6 +173,20 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(train_images: Split) -> N
     assert_equal(expected, found)
 
 
+def test_gradients_that_are_cleared_between_steps_cost_no_update(train_images: Split) -> None:
+    """A zero_grad in an evaluation, say: it did no harm to plain steps, and the replayed ones would train nothing."""
+    plain, captured = (Training(CASES["mixing, flips in turn, an average"], train_images) for _ in range(2))
+    update = CapturedStep(train_step, Played(captured.model))
+    expected, found = [], []
+    for step in range(STEPS):
+        expected += plain.run(train_step, range(step, step + 1))
+        found += captured.run(update, range(step, step + 1))
+        captured.model.zero_grad(set_to_none=True)
+    assert update.recorded is not None
+    assert_equal(plain.tensors(), captured.tensors())
+    assert_equal(expected, found)
+
+
 def refuses(case: Config, images: Split, caplog: pytest.LogCaptureFixture, change: Callable[[Training], Any]) -> str:
     """Train with a change that leaves no graph, see the bits of plain steps, and return the one line that says why."""
     plain, captured = (Training(case, images) for _ in range(2))

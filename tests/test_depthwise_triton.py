@@ -13,8 +13,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmnist.models.fast_layers import PLAIN, depthwise_without_effect, use_convolutions, use_fast_layers
+from fmnist.models.residual import use_lean_residual
 from fmnist.models.triton_layers import TritonConv2d, describe_triton, fits_triton
 
 triton = pytest.importorskip("triton")
@@ -268,6 +271,62 @@ def test_the_start_says_what_is_compiled(
     model = timm.create_model("convnext_atto", in_chans=1, **SMALL)
     use_fast_layers(model, choice, torch.device("cuda"))
     assert re.fullmatch(said, describe_triton(model, 1, sizes))
+
+
+class Seen(TorchDispatchMode):
+    """Note what each operator makes of a batch's maps."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.batch, self.maps = batch, list[tuple[str, Tensor]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        if isinstance(out, Tensor) and out.dim() == 4 and len(out) == self.batch and min(out.shape) > 1:
+            self.maps.append((str(func), out))
+        return out
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "convnextv2_atto"])
+@pytest.mark.parametrize("conv_mlp", [False, True])
+def test_a_whole_convnext_on_a_cuda_device(name: str, conv_mlp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dtypes and layouts as they are there, of tensors without memory: maps are bf16, and all take the kernel."""
+    from fmnist.models import depthwise_triton  # noqa: F401 - which registers the operators
+
+    def as_cudnn(images: Tensor, weight: Tensor, _: Any) -> torch.memory_format:
+        pixels = any(
+            part.is_contiguous(memory_format=torch.channels_last) and not part.is_contiguous()
+            for part in (images, weight)
+        )
+        return torch.channels_last if pixels else torch.contiguous_format
+
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr("torch._C._conv_determine_backend_memory_format", as_cudnn)
+    options: dict[str, Any] = {"depths": [2, 1, 1, 1], "dims": [32, 48, 64, 64], "patch_size": 4}
+    model = timm.create_model(name, num_classes=10, drop_path_rate=0.2, conv_mlp=conv_mlp, **options)
+    with FakeTensorMode():
+        for module in model.modules():
+            for key, p in module._parameters.items():
+                if p is not None:
+                    there = torch.empty(p.shape, device="cuda")
+                    module._parameters[key] = nn.Parameter(
+                        there.to(memory_format=torch.channels_last) if p.dim() == 4 else there
+                    )
+        use_fast_layers(model, "triton", torch.device("cuda"))
+        use_lean_residual(model)
+        images = torch.empty(5, 3, 64, 64, device="cuda", dtype=torch.bfloat16).contiguous(
+            memory_format=torch.channels_last
+        )
+        with torch.autocast("cuda", torch.bfloat16), Seen(len(images)) as seen:
+            assert describe_triton(model, 3, [64]).startswith("5 depthwise convolutions by our kernel")
+            model.train()
+            seen.maps.clear()
+            model(images)
+    assert not [(operator, out.shape) for operator, out in seen.maps if out.dtype != torch.bfloat16]
+    ours = [out for operator, out in seen.maps if operator == "fmnist.depthwise.default"]
+    assert [tuple(out.shape[1:]) for out in ours] == [*[(32, 16, 16)] * 2, (48, 8, 8), (64, 4, 4), (64, 2, 2)]
+    assert all(out.is_contiguous(memory_format=torch.channels_last) for out in ours)
 
 
 def compiled_for_a_gpu(name: str, side: int, channels: int, kernel: int, dtype: str) -> Any:

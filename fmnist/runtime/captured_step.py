@@ -40,16 +40,23 @@ class Recorded:
         step: from micro-batches to metrics; it leaves gradients.
         micro_batches: such as it will be given, by reference.
         table: their augmentation parameters.
+        parameters: those that get gradients.
         record: see `CapturedStep`.
     """
 
     def __init__(
-        self, step: Callable[[list[Any]], Metrics], micro_batches: Sequence[Any], table: Tensor, record: Record
+        self,
+        step: Callable[[list[Any]], Metrics],
+        micro_batches: Sequence[Any],
+        table: Tensor,
+        parameters: Sequence[Tensor],
+        record: Record,
     ) -> None:
         self._table, self._made_from = torch.empty_like(table), torch.empty(0)
         batches = self._batches = [batch.standing(self._table) for batch in micro_batches]
         self._device = batches[-1].indices.device
         self._replay, self._metrics = record(lambda: step(batches))
+        self._gradients = [(p, p.grad) for p in parameters if p.grad is not None]
 
     def replay(self, micro_batches: Sequence[Any], table: Tensor) -> Metrics:
         """Compute the gradients of other micro-batches of the same shape, and return their metrics."""
@@ -58,6 +65,9 @@ class Recorded:
             self._made_from = table
         for own, batch in zip(self._batches, micro_batches, strict=True):
             own.take(batch)
+        for p, gradient in self._gradients:
+            if p.grad is not gradient:  # someone cleared it: the update would find none, and leave the weight
+                p.grad = gradient
         seed_generators(micro_batches[-1].seed, self._device)
         self._replay()
         return {name: value.clone() for name, value in self._metrics.items()}
@@ -121,6 +131,7 @@ class CapturedStep:
                     lambda batches: self._step(model, held, batches, augment, gradients, cfg),
                     micro_batches,
                     table,
+                    [p for group in optimizer.param_groups for p in group["params"]],
                     self._record,
                 )
             except Exception as error:  # nothing has run; a fault of the step itself comes again below
