@@ -1,31 +1,36 @@
 #!/usr/bin/env bash
 # What only a GPU can show, in stages of under ten minutes each: experiments/gpu.sh STAGE OUTPUT_FOLDER
 #   check    facts; pytest -m gpu; the default run: repeated, killed and resumed, exact, compiled
-#   ladder   where a ConvNeXt step's time goes: eager, lean, compiled, captured
-#   data     the loaders' race at 28 and 224 px, in grey and in colour; the training step with each
-#   recipes  ConvNeXt-Tiny at 224 px, EfficientNet-Lite0, three seeds of the default
-# Every command's output is kept in OUTPUT_FOLDER/STAGE.tgz; a command that fails is said, and the next one runs.
+#   kernels  our depthwise kernels and CUDA graphs against what they replace, after their tests
+#   ladder   where a ConvNeXt step's time goes: eager, compiled, with our depthwise kernels
+#   data     the loaders' race at 28 and 224 px
+#   recipes  three seeds of the default, ConvNeXt-Tiny from scratch at 128 and 224 px
+# Outputs are packed into OUTPUT_FOLDER/STAGE.tgz after every command, so that what a limit cuts off is the rest alone. A
+# command that fails is said, and the next one runs. Begin with kernels where Triton's cache is empty: it compiles many at
+# once, which training does one after another (ConvNeXt-Tiny: eight of about ten seconds for each image size).
 # DRY=1 runs the same commands on a CPU, made tiny: to see that they are right before a GPU is at hand.
 set -u -o pipefail
-cd "$(dirname "$0")/.."
-stage=${1:?check, ladder, data or recipes} out=$(realpath -m "${2:?a folder for the results}")
+cd "$(dirname "$0")/.." || exit
+stage=${1:?check, kernels, ladder, data or recipes} out=$(realpath -m "${2:?a folder for the results}")
 python=${PYTHON:-python3} work=$(mktemp -d)
 mkdir -p "$out"
-trap 'tar -C "$work" -czf "$out/$stage.tgz" --exclude "*.safetensors" --exclude checkpoints --exclude "*.pth" .' EXIT
 export PYTHONUNBUFFERED=1
-tiny=() cpu=()
+tiny=() cpu=() race=() tiles=() interpreted=() small=()
 if [ "${DRY:-}" ]; then
   export ACCELERATE_USE_CPU=true
-  tiny=(--data.limit 1000 --schedule.epochs 2 --augment.size 28) cpu=(--device cpu)
+  tiny=(--data.limit 300 --data.val_size 500 --batch.global_batch_size 50 --schedule.epochs 2 --augment.size 28 --evaluation.test false)
+  cpu=(--device cpu --only eager --rounds 1 --steps 1) race=(--sizes 28 --loaders ours-eager --rounds 2 --seconds 0.05) tiles=(--tiny) interpreted=(env TRITON_INTERPRET=1)
+  small=(--model.name convnext_atto --model.compile false)
 fi
 
-# do NAME SECONDS COMMAND...: the command's output in NAME.txt, its end shown, with the time and the exit status
+# run NAME SECONDS COMMAND...: the command's output in NAME.txt, its end shown, with the time and the exit status
 run() {
   local name=$1 limit=$2 begin=$SECONDS
   shift 2
-  timeout "$limit" "$@" >"$work/$name.txt" 2>&1
+  timeout -k 10 "$limit" "$@" >"$work/$name.txt" 2>&1
   echo "=== $name: exit status $?, $((SECONDS - begin)) s: $*"
   tail -n "${LINES_SHOWN:-6}" "$work/$name.txt" | cut -c1-200
+  tar -C "$work" -czf "$out/$stage.tgz" --exclude "*.safetensors" --exclude checkpoints . 2>/dev/null
 }
 train() { # train NAME SECONDS OPTIONS...
   local name=$1 limit=$2
@@ -43,26 +48,49 @@ killed() { # killed NAME OPTIONS...: ended by SIGKILL when its first checkpoint 
   train "$name" 200 "$@"
 }
 digest() { sed -n 's/.*"weights_sha256": "\(.\{16\}\).*/\1/p' "$work/$1/summary.json"; }
-same() { echo "$1 and $2: $(digest "$1") $(digest "$2") $([ "$(digest "$1")" = "$(digest "$2")" ] && echo equal || echo DIFFERENT)"; }
+same() { # same "ONE TWO": whether two runs have the same weights
+  local one two
+  one=$(digest "${1% *}") two=$(digest "${1#* }")
+  echo "$1: $one $two $([ "$one" ] && [ "$one" = "$two" ] && echo equal || echo DIFFERENT)"
+}
 
 check() {
-  run facts 60 bash -c "nvidia-smi; df -h /dev/shm; nproc; $python -m pip list 2>/dev/null | grep -iE '^(torch|triton|timm|accelerate|numpy)'"
-  LINES_SHOWN=40 run pytest 240 "$python" -m pytest -q -m gpu -n 4 -p no:cacheprovider &
+  local tests=(-n 4)
+  "$python" -c "import xdist" 2>/dev/null || tests=()
+  run facts 60 bash -c "nvidia-smi; df -h /dev/shm; nproc; $python -m pip list 2>/dev/null | grep -iE '^(torch|triton|timm|accelerate|numpy) '"
+  LINES_SHOWN=40 run pytest 240 "$python" -m pytest -q -m gpu ${tests[@]+"${tests[@]}"} -p no:cacheprovider &
   short=(--schedule.epochs 2 --augment.size 28)
   train once 200 "${short[@]}"
-  train again 200 "${short[@]}"
+  train again 200 "${short[@]}" --model.cuda_graph never
   killed resumed "${short[@]}"
   train exact 200 "${short[@]}" --exact 2
   killed exact_resumed "${short[@]}" --exact 2
   wait
-  for pair in "once again" "once resumed" "exact exact_resumed"; do same $pair; done | tee "$work/same.txt"
-  train mlp 120 --config configs/mlp.yaml --schedule.epochs 3
+  for pair in "once again" "once resumed" "exact exact_resumed"; do same "$pair"; done | tee "$work/same.txt"
   LINES_SHOWN=14 train cnn 120
   train cnn_compiled 200 --model.compile true
 }
 
-ladder() {
-  LINES_SHOWN=60 run ladder 570 "$python" -m experiments.convnext_ladder --output "$out/ladder.json" "${cpu[@]}"
+kernels() {
+  LINES_SHOWN=24 run depthwise 120 ${interpreted[@]+"${interpreted[@]}"} "$python" -m experiments.depthwise_gpu --table --seconds 90 --output "$out/depthwise_gpu.json" ${tiles[@]+"${tiles[@]}"}
+  LINES_SHOWN=12 run graphs 120 "$python" -m experiments.capture_speed --rounds 3 --output "$out/capture_speed.json"
+  LINES_SHOWN=20 run pytest 240 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/test_depthwise_triton.py tests/test_captured_step.py tests/test_residual.py
 }
 
-"$stage"
+ladder() {
+  LINES_SHOWN=60 run ladder 570 "$python" -m experiments.convnext_ladder --output "$out/ladder.json" ${cpu[@]+"${cpu[@]}"}
+}
+
+data() {
+  LINES_SHOWN=60 run data 400 "$python" -m fmnist benchmark data --output "$out/benchmark" ${race[@]+"${race[@]}"}
+}
+
+recipes() {
+  for seed in 0 1 2; do train "cnn_$seed" 90 --seed "$seed"; done
+  train convnext_tiny 420 --config configs/convnext_tiny.yaml --model.pretrained false --model.depthwise triton ${small[@]+"${small[@]}"}
+}
+
+case $stage in
+  check | kernels | ladder | data | recipes) "$stage" ;;
+  *) echo "$stage is no stage: check, kernels, ladder, data or recipes" >&2 && exit 2 ;;
+esac

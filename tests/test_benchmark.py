@@ -424,6 +424,7 @@ def benchmark(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, cwd=ROOT)
 
 
+@pytest.mark.thorough
 def test_a_whole_run_writes_the_table_the_json_and_the_chart(tmp_path: Path) -> None:
     stem = tmp_path / "small"
     loaders = ["synthetic", "ours-eager", "torchvision-pil-2", "torchvision-v2-batch"]

@@ -133,6 +133,7 @@ def test_only_the_gradients_wanted_and_parameters_of_any_dtype() -> None:
     assert largest_error(found, results(half, images.bfloat16(), torch.ones(1, 6, 4, 5).bfloat16(), exact=True)) < 1e-2
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("interpreted")
 def test_torch_compiles_it_whole_and_its_layout_is_known() -> None:
     from fmnist.models import depthwise_triton  # noqa: F401 - which registers the operators

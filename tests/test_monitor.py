@@ -42,6 +42,7 @@ def alarms(reference: NoveltyReference, logits: torch.Tensor, features: torch.Te
     return bool(drift_test(batch, rate).alarms.any())
 
 
+@pytest.mark.thorough
 def test_false_alarms_come_at_the_stated_rate(
     reference: NoveltyReference, seen: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -250,6 +250,7 @@ def test_evaluation_and_exports_keep_timms_bits() -> None:
     assert [node.target for node in exported.graph.nodes] == [node.target for node in program.graph.nodes]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("options", [{}, V2 | {"conv_mlp": True}])
 def test_a_compiler_takes_it_whole(options: dict[str, Any]) -> None:
     model = convnext(**options, drop_path_rate=0.1).train()

@@ -1,6 +1,5 @@
 """Recording a CUDA graph, and what stands in the way of one."""
 
-import pickle
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -78,9 +77,10 @@ def watched(model: nn.Module, seed: int, device: torch.device, micro_batches: in
             obstacles.append("a graph would keep more of the device's memory than it leaves")
 
 
-def _host_draws() -> bytes:
+def _host_draws() -> str:
     """Return where the generators stand that Python and NumPy share."""
-    return pickle.dumps((random.getstate(), np.random.get_state()))
+    keys = np.asarray(np.random.get_state(legacy=True)[1])
+    return f"{random.getstate()} {keys.tobytes().hex()} {np.random.get_state(legacy=True)[2:]}"
 
 
 def _host_state(model: nn.Module) -> list[Any]:
