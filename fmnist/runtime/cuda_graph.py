@@ -79,8 +79,9 @@ def watched(model: nn.Module, seed: int, device: torch.device, micro_batches: in
 
 def _host_draws() -> str:
     """Return where the generators stand that Python and NumPy share."""
-    keys = np.asarray(np.random.get_state(legacy=True)[1])
-    return f"{random.getstate()} {keys.tobytes().hex()} {np.random.get_state(legacy=True)[2:]}"
+    shared = np.random.get_state(legacy=False)
+    place, keys = shared["state"]["pos"], shared["state"]["key"].tobytes().hex()
+    return f"{random.getstate()} {keys} {place} {shared['has_gauss']}"
 
 
 def _host_state(model: nn.Module) -> list[Any]:
