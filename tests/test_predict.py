@@ -99,15 +99,17 @@ def test_a_caption_says_what_was_asked_and_stays_in_its_cell() -> None:
 
 
 READ = """
-import resource, sys, torch
+import resource, statistics, sys, torch
 from fmnist.apps.views import read_photos
 from fmnist.data.fashion_mnist import INFO
 torch.set_num_threads(2)
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
+found = []
+for _ in range(9):
     before = faults()
     number = sum(len(photos) for photos in read_photos([(sys.argv[1], "")] * 96, INFO))
-print((faults() - before) / number)
+    found.append((faults() - before) / number)
+print(statistics.median(found[2:]))  # a pass may find an arena of a thread that ended trimmed
 """
 
 
