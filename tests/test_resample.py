@@ -57,8 +57,8 @@ def uniforms(count: int, seed: int = 0) -> Tensor:
 
 
 def make_plan(cfg: AugmentConfig, size: int, **more: object) -> Plan:
-    mixes, colours = cfg.mixup_alpha + cfg.cutmix_alpha > 0, changes_colours(cfg)
-    return Plan(size=size, erases=cfg.erase > 0, mixes=mixes, colours=colours, **{**GREY, **more})
+    made = Augment(cfg, num_classes=10, **{**GREY, **more}).plan(size, (size, size))  # type: ignore[arg-type]
+    return replace(made, whole_pixels=False)
 
 
 def largest_difference(
