@@ -48,7 +48,7 @@ def describe_triton(model: nn.Module, channels: int, sizes: Iterable[int]) -> st
     """Say which layers of a model train by the kernel, and what that costs at a first start; empty where none does.
 
     Args:
-        model, channels, sizes: see `layer_inputs`; to be called under the autocast of the training.
+        model, channels, sizes: see `layer_inputs`.
     """
     seen = [(cast(TritonConv2d, conv), images) for conv, images in layer_inputs(model, TritonConv2d, channels, sizes)]
     taken = [(conv, images.shape[1:]) for conv, images in seen if takes_triton(images)]

@@ -63,6 +63,9 @@ def watched(model: nn.Module, seed: int, device: torch.device, micro_batches: in
     on_host = _host_draws() != drawn_before
     if on_cuda:
         on_host, drawn = on_host or drawn, torch.cuda.default_generators[device.index].get_offset() > 0
+    for warning in said:  # the others are not ours to keep
+        if SYNC not in str(warning.message):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     if any(SYNC in str(warning.message) for warning in said):
         obstacles.append("a step of this model waits for the device")
     if on_host:

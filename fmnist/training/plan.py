@@ -8,7 +8,6 @@ from fmnist.models.matmul_layers import describe_matmul
 from fmnist.models.triton_layers import describe_triton
 from fmnist.run import Run
 from fmnist.runtime.console import counted
-from fmnist.runtime.hardware import autocast
 from fmnist.training.memory import activation_bytes, memory_bytes
 from fmnist.training.parts import Training
 
@@ -23,8 +22,7 @@ def opening(training: Training, cfg: Config, run: Run) -> list[str]:
     origin = f"from {cfg.model.weights}" if cfg.model.starts_from_run else origin
     epochs = schedule.epoch(schedule.total_steps)
     images = len(augment.mean), tuple(augment.sizes.values())
-    with autocast(run.device, augment.dtype):
-        layers = describe_triton(t.model, *images) or describe_matmul(t.model, *images)
+    layers = describe_triton(t.model, *images) or describe_matmul(t.model, *images)
     graphs = run.captures and cfg.model.cuda_graph == "auto" and loader.staging is None
     minutes = cfg.schedule.minutes
     within = f" in {minutes:g} minute{'' if minutes == 1 else 's'}" if minutes else ""
