@@ -232,11 +232,13 @@ def test_the_backend_is_chosen_in_one_place(monkeypatch: pytest.MonkeyPatch) -> 
     host, gpu = torch.device("cpu"), torch.device("cuda")
     assert [choose_backend("auto", device) for device in (host, gpu)] == ["eager", "triton"]
     assert [choose_backend(wish, host) for wish in ("compiled", "eager")] == ["compiled", "eager"]
-    with pytest.raises(ValueError, match="augment.backend is triton, which needs a GPU; valid here: auto"):
+    with pytest.raises(
+        ValueError, match="augment.backend is triton, which needs a CUDA device and .* triton; valid here: auto"
+    ):
         choose_backend("triton", host)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert choose_backend("auto", gpu) == "eager"
-    with pytest.raises(ValueError, match="needs the package triton"):
+    with pytest.raises(ValueError, match="needs a CUDA device and the package triton"):
         choose_backend("triton", gpu)
 
 

@@ -1,6 +1,5 @@
 """Augmentation on the device: what the model trains on, made from uint8 images and a table of parameters."""
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -23,7 +22,7 @@ from fmnist.data.colour import changes_colours, grey_of
 from fmnist.data.fashion_mnist import MEAN
 from fmnist.data.pyramid import at_level, build_pyramid, bytes_to, level_of, shrink
 from fmnist.data.whole_pixels import check_whole_pixels
-from fmnist.runtime.environment import ENVIRONMENT
+from fmnist.runtime.hardware import has_triton
 
 # Of images, pyramid, indices, partners, table and plan: see `augment_reference`.
 Make = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor, Plan], Tensor]
@@ -188,14 +187,14 @@ def choose_backend(wish: str, device: torch.device) -> str:
 
     The kernel wherever there is a GPU and Triton; else plain torch, which needs no compiler and starts at once.
     """
-    installed = importlib.util.find_spec("triton") is not None
-    runs = device.type != "cpu" or ENVIRONMENT.get("TRITON_INTERPRET") == "1"
-    if wish == "triton" and not (installed and runs):
-        missing = "a GPU" if installed else "the package triton"
-        raise ValueError(f"augment.backend is triton, which needs {missing}; valid here: auto, compiled, eager")
+    if wish == "triton" and not has_triton(device):
+        raise ValueError(
+            "augment.backend is triton, which needs a CUDA device and the package triton; "
+            "valid here: auto, compiled, eager"
+        )
     if wish != "auto":
         return wish
-    return "triton" if installed and device.type != "cpu" else "eager"
+    return "triton" if device.type != "cpu" and has_triton(device) else "eager"
 
 
 def _implementation(backend: str) -> Make:
