@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fmnist.checkpoint.contents import MODEL, read_meta, read_state, verify, weights_to_use
-from fmnist.checkpoint.fingerprint import IMAGES, about_data, kept_fingerprint
+from fmnist.checkpoint.fingerprint import IMAGES, about_data, class_changes, kept_fingerprint
 from fmnist.checkpoint.run_directory import SUMMARY, read_summary
 from fmnist.checkpoint.store import newer_than_weights
 from fmnist.checkpoint.tensors import load_strict, non_finite, read_tensors_and_digest
@@ -112,7 +112,10 @@ class Trained:
         return self.check_split(name, split)
 
     def check_split(self, name: SplitName, split: Split) -> Split:
-        """Refuse a split that holds no images."""
+        """Refuse a split that holds no images, or is of other classes than the run."""
+        if split.class_names != self.class_names:
+            differ = class_changes(self.class_names, split.class_names)
+            raise ValueError(f"{split.location} does not hold the classes of {self.name}: {differ}")
         if not len(split) and name == "val":
             raise ValueError(f"{self.name} was trained with data.val_size 0: it has no validation images")
         if not len(split):

@@ -450,8 +450,10 @@ def test_options_of_a_base_class():
 def test_settings_without_effect():
     assert "model.pretrained: mlp" in error_of("mlp", pretrained=True)
     assert "model.weights: cnn" in error_of("cnn", weights="w.pt")
-    assert "model.drop_path_rate: cnn" in error_of("cnn", drop_path_rate=0.1)
-    assert "model.drop_path_rate: vgg11" in error_of("vgg11", drop_path_rate=0.1)
+    assert "model.drop_path_rate 0.1 has no effect: cnn" in error_of("cnn", drop_path_rate=0.1)
+    assert "model.drop_path_rate 0.1 has no effect: vgg11" in error_of("vgg11", drop_path_rate=0.1)
+    one_block = error_of("test_vit", 160, drop_path_rate=0.1, options={"depth": 1})  # its rates go from 0 to 0
+    assert one_block == "model.drop_path_rate 0.1 has no effect: test_vit has no stochastic depth; valid: 0"
 
 
 def test_sizes_that_a_model_cannot_take():

@@ -233,12 +233,15 @@ def test_phases_longer_than_the_run_are_refused() -> None:
     [
         ({"name": "mlp", "options": {"widht": 3}}, "model.options: mlp has no widht; valid: width"),
         ({"name": "cnn", "pretrained": True}, "model.pretrained: cnn has no pretrained weights"),
-        ({"name": "cnn", "drop_path_rate": 0.1}, "model.drop_path_rate: cnn has no stochastic depth"),
+        (
+            {"name": "cnn", "drop_path_rate": 0.1},
+            "model.drop_path_rate 0.1 has no effect: cnn has no stochastic depth; valid: 0",
+        ),
     ],
 )
 def test_options_that_a_model_would_ignore_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        build_network(Config(model=ModelConfig(**options)), INFO, CPU, load_weights=False)
+        build_network(Config(model=ModelConfig(**options)), INFO, CPU, load_weights=True)
 
 
 # Augmentation by whole pixels

@@ -49,3 +49,31 @@ def test_what_it_lacks_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         build(Tiny, monkeypatch, name="classifier")
     with pytest.raises(ValueError, match="model.name: tiny cannot be used: its features do not lead to its logits"):
         build(Unused, monkeypatch)
+
+
+class Deep(Tiny):
+    def __init__(self, num_classes: int, drop_path_rate: float) -> None:
+        super().__init__(num_classes)
+        self.drop_path_rate = drop_path_rate
+
+
+@pytest.mark.parametrize(("option", "what"), [("drop_rate", "dropout"), ("drop_path_rate", "stochastic depth")])
+def test_a_rate_that_it_does_not_take_is_refused_at_a_start_and_said_of_an_old_run(
+    option: str, what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(REGISTRY, "tiny", Tiny)
+    cfg = ModelConfig(name="tiny", **{option: 0.3})
+    line = f"model.{option} 0.3 has no effect: tiny has no {what}"
+    data: dict[str, Any] = {"num_classes": 10, "mean": (0.286,), "std": (0.353,), "image_size": 28}
+    with pytest.raises(ValueError, match=f"^{line}; valid: 0$"):
+        build_model(cfg, **data)
+    assert not caplog.records
+    model, _ = build_model(cfg, **data, load_weights=False)  # as evaluation and a resumed run build it
+    assert isinstance(model, Tiny) and caplog.messages == [line]
+
+
+def test_a_rate_that_it_takes_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REGISTRY, "deep", Deep)
+    cfg = ModelConfig(name="deep", drop_path_rate=0.3)
+    model, _ = build_model(cfg, num_classes=10, mean=(0.286,), std=(0.353,), image_size=28)
+    assert isinstance(model, Deep) and model.drop_path_rate == 0.3

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from fmnist.checkpoint.contents import read_meta
 from fmnist.checkpoint.run_directory import SUMMARY
 from fmnist.checkpoint.start_weights import find_start_weights
+from fmnist.runtime.console import one_line
 from fmnist.runtime.files import cannot_read, read_json, sha256_of, write_atomic
 
 FINGERPRINT, IN_SUMMARY = "fingerprint.json", "fingerprint"
@@ -18,6 +20,7 @@ CLASSES, STATISTICS = "class names in data.root", "mean and std in data.root"
 WEIGHTS, CORRECTIONS = "model.weights", "data.corrections"
 IMAGES = {"train": "training images in data.root", "val": "validation images in data.root",
           "test": "test images in data.root"}  # fmt: skip
+IN_DATA_FILE = {CLASSES: "class_names"} | {images: f"num_{name}" for name, images in IMAGES.items()}
 
 
 def fingerprint(
@@ -48,6 +51,43 @@ def about_data(class_names: Sequence[str], statistics: Sequence[float]) -> dict[
     """Return the digests of what data.json says and a model depends on; see `fingerprint`."""
     told = {CLASSES: class_names, STATISTICS: statistics}
     return {name: sha256(json.dumps(list(values)).encode()).hexdigest() for name, values in told.items()}
+
+
+def what_changed(
+    before: Mapping[str, str], now: Mapping[str, str], about: Mapping[str, Any], about_now: Mapping[str, Any]
+) -> list[str]:
+    """Name what differs between two fingerprints: classes and counts where they say it, else digests.
+
+    Args:
+        before, now: fingerprints; what only one of them names is not compared.
+        about, about_now: what data.json says of each; empty where that is not known.
+    """
+    differ = [name for name in before if before[name] != now.get(name, before[name])]
+    if IMAGES["train"] in differ and STATISTICS in differ:  # which follow from the images
+        differ.remove(STATISTICS)
+    lines = []
+    for name in sorted(differ, key=lambda name: name != CLASSES):
+        old, new = (content.get(IN_DATA_FILE.get(name, "")) for content in (about, about_now))
+        if isinstance(old, Sequence) and isinstance(new, Sequence):
+            lines.append(f"{name}: {class_changes(old, new)}")
+        elif isinstance(old, int) and isinstance(new, int) and old != new:
+            lines.append(f"{name}: {old:,} before, now {new:,}")
+        else:
+            same = f" ({old:,} as before, of other content or in another order)" if isinstance(old, int) else ""
+            lines.append(f"{name} was {short(before[name])}, now {short(now[name])}{same}")
+    return lines
+
+
+def class_changes(before: Sequence[str], now: Sequence[str]) -> str:
+    """Say how two lists of class names differ."""
+    lost, new = ([str(name) for name in one if name not in other] for one, other in ((before, now), (now, before)))
+    named = [f"{what} {', '.join(names):.200}" for what, names in (("without", lost), ("with", new)) if names]
+    return one_line(" and ".join(named)) or "the same in another order"
+
+
+def short(digest: str) -> str:
+    """Return a digest as a message shows it."""
+    return digest if len(digest) != 64 else f"sha256 {digest[:12]}"
 
 
 def digest_of_weights(weights: str) -> str:

@@ -73,6 +73,8 @@ def open_source(cfg: DataConfig, *, fetch: bool = False) -> Source:
         raise ValueError(f"data.name is {cfg.name!r:.80}; valid: {', '.join(SOURCES)}")
     if cfg.name in NEEDS_ROOT and cfg.root is None:  # as in what is exported, which names no place of a machine
         raise ValueError(f"data.name is {cfg.name}, which needs {NEEDS_ROOT[cfg.name]}: --data.root PATH")
+    if cfg.name in NEEDS_ROOT and not os.path.lexists(os.path.expanduser(cfg.root or "")):
+        raise ValueError(f"data.root: there is no {cfg.root}; if it was moved, give its new place: --data.root PATH")
     source = SOURCES[cfg.name](cfg if cfg.folds is None else replace(cfg, val_size=0), fetch)
     if cfg.folds is not None:
         read = hold_fold_out(source.read, cfg.folds, cfg.fold or 0, own_val=source.own_val)

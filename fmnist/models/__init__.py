@@ -2,7 +2,9 @@
 
 import difflib
 import inspect
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Collection
+from typing import Any
 
 import timm
 from torch import nn
@@ -22,8 +24,10 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "cnn": Cnn,
     "hybrid": Hybrid,
 }
+RATES = {"drop_rate": "dropout", "drop_path_rate": "stochastic depth"}
 # Parameters that build_model passes to a model of the registry; the others are model.options.
-GIVEN = {"num_classes", "drop_rate", "image_size", "in_channels"}
+GIVEN = {"num_classes", "image_size", "in_channels", *RATES}
+logger = logging.getLogger("fmnist")
 
 
 def model_names() -> list[str]:
@@ -49,7 +53,8 @@ def build_model(
         mean, std: of the training images per channel (1 or 3), in [0, 1]; pretrained weights bring their own.
         image_size: height and width of the images at the end of training and in evaluation, in pixels.
         image_sizes: other sizes used during training (progressive resolution).
-        load_weights: false builds the same structure without reading pretrained weights, for a checkpoint to fill.
+        load_weights: false builds the same structure without reading pretrained weights, for a checkpoint to fill; a
+            dropout that the model does not have is then said, for the run was trained without it.
 
     Returns:
         The model, in training mode, from images [B, C, H, W] to logits [B, num_classes], and its
@@ -64,7 +69,10 @@ def build_model(
         if not timm.is_model(cfg.name):
             near = difflib.get_close_matches(cfg.name, model_names(), n=3, cutoff=0.4)
             raise ValueError(f"model.name: unknown model {cfg.name!r}; nearest: {', '.join(near) or 'none'}")
-        return build_timm(cfg, num_classes, Normalization(mean, std), sizes, load_weights)
+        model, normalization = build_timm(cfg, num_classes, Normalization(mean, std), sizes, load_weights)
+        if not any(getattr(module, "drop_prob", 0) for module in model.modules()):  # as with one block: its rate is 0
+            _check_unused(cfg, {"drop_path_rate"}, refuse=load_weights)
+        return model, normalization
 
     constructor = REGISTRY[cfg.name]
     parameters = set(inspect.signature(constructor).parameters)
@@ -77,10 +85,9 @@ def build_model(
             f"model.{key}: {cfg.name} has no pretrained weights; only timm models have. It can start from a run or a "
             "checkpoint: model.weights DIRECTORY"
         )
-    if cfg.drop_path_rate > 0:
-        raise ValueError(f"model.drop_path_rate: {cfg.name} has no stochastic depth; leave it at 0")
-    given = {"num_classes": num_classes, "drop_rate": cfg.drop_rate, "image_size": image_size}
-    given["in_channels"] = len(mean)
+    _check_unused(cfg, RATES.keys() - parameters, refuse=load_weights)
+    given: dict[str, Any] = {"num_classes": num_classes, "image_size": image_size, "in_channels": len(mean)}
+    given |= {key: getattr(cfg, key) for key in RATES}
     given = {key: value for key, value in given.items() if key in parameters}
     try:
         model = constructor(**given, **cfg.options)
@@ -88,3 +95,13 @@ def build_model(
         raise ValueError(f"model.options: {cfg.name} cannot be built with {cfg.options}: {error}") from error
     try_model(model, cfg.name, len(mean), sizes)
     return model, Normalization(mean, std)
+
+
+def _check_unused(cfg: ModelConfig, unused: Collection[str], *, refuse: bool) -> None:
+    """Refuse rates that the model has no use for, or say so."""
+    for key in RATES.keys() & unused:
+        if rate := getattr(cfg, key):
+            line = f"model.{key} {rate} has no effect: {cfg.name} has no {RATES[key]}"
+            if refuse:
+                raise ValueError(f"{line}; valid: 0")
+            logger.warning("%s", line)

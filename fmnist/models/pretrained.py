@@ -106,7 +106,7 @@ def _refusal(cfg: ModelConfig, key: str, sizes: list[int], error: Exception) -> 
         what = "several image sizes" if key == "dynamic_img_size" else "another image size than timm's"
         return ValueError(f"augment.size: {cfg.name} does not take {what} ({', '.join(map(str, sizes))} px)")
     if key in ("drop_rate", "drop_path_rate"):
-        return ValueError(f"model.{key}: {cfg.name} does not take it; leave it at 0")
+        return ValueError(f"model.{key} {getattr(cfg, key)} has no effect: {cfg.name} does not take it; valid: 0")
     if key in cfg.options:
         valid = ", ".join(sorted(_parameters(timm.create_model(cfg.name)) - {key}))
         return ValueError(f"model.options: {cfg.name} does not take {key}; valid: {valid}")

@@ -112,7 +112,7 @@ def measure(
     """Time steps, an evaluation and a save of a network of the same kind, on all processes together."""
     random_state = torch.get_rng_state()
     long = with_steps(cfg, 10**9)
-    network, augment = build_network(long, info, run.device, load_weights=False)
+    network, augment = build_network(long, info, run.device, load_weights=True)  # wrong ones are refused now
     optimizer = build_optimizer(network, cfg.optim)
     ema = WeightAverage(network, decay=cfg.optim.ema_decay, use_warmup=True) if cfg.optim.ema_decay else None
     if cfg.batch.micro_batch_size == "auto":

@@ -3,25 +3,28 @@
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from fmnist.checkpoint.contents import EMA, MANIFEST, MODEL, OPTIMIZER, STATE, TrainState, read_meta, read_state
-from fmnist.checkpoint.fingerprint import kept_fingerprint
+from fmnist.checkpoint.fingerprint import kept_fingerprint, short, what_changed
 from fmnist.checkpoint.run_directory import has_run, is_finished, read_summary, same_recipe
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.checkpoint.tensors import load_optimizer_tensors, load_strict, read_tensors
 from fmnist.config.same_run import changes, lengthened, of_all_ranks, recipe
 from fmnist.config.schema import Config
+from fmnist.data.info import DATA_FILE
 from fmnist.optim import Schedule
 from fmnist.run import Run
 from fmnist.runtime.console import one_line
 from fmnist.runtime.environment import ENVIRONMENT
-from fmnist.runtime.files import sha256_of
+from fmnist.runtime.files import read_json, sha256_of
 
 logger = logging.getLogger("fmnist")
 
@@ -40,7 +43,7 @@ def find_start(cfg: Config, run: Run, checkpoints: Checkpoints, total_steps: int
             directories, data or options.
     """
     run.agree_on_options(of_all_ranks(cfg))
-    made_of = {f"as {name}": _short(digest) for name, digest in run.fingerprint.items()}
+    made_of = {f"as {name}": short(digest) for name, digest in run.fingerprint.items()}
     run.agree(made_of, "all processes have to read the same data and weights")
     place, shared = f"in {run.directory}", "output_dir must be shared by all processes"
     finished, again = run.together(lambda: _status(cfg, run, total_steps))
@@ -74,8 +77,10 @@ def _status(cfg: Config, run: Run, total_steps: int) -> tuple[bool, bool]:
     directory = run.directory
     if not has_run(directory):
         return False, cfg.overwrite
-    before = {name: _short(value) for name, value in kept_fingerprint(directory).items()}
-    changed = changes(before, {name: _short(value) for name, value in run.fingerprint.items()})
+    about: dict[str, Any] = {}
+    with suppress(ValueError):  # a run from before it was kept
+        about = read_json(directory / DATA_FILE)
+    changed = what_changed(kept_fingerprint(directory), run.fingerprint, about, run.kept.get(DATA_FILE, {}))
     if cfg.overwrite:
         restarted = ENVIRONMENT.get("SLURM_RESTART_COUNT", "0") > "0"  # by SLURM, not by a person
         ended = read_summary(directory).get("status") == "finished" and not restarted
@@ -88,10 +93,6 @@ def _status(cfg: Config, run: Run, total_steps: int) -> tuple[bool, bool]:
         )
     may_grow = cfg.schedule.minutes is None
     return is_finished(directory, test=cfg.evaluation.test, total_steps=total_steps, may_grow=may_grow), False
-
-
-def _short(digest: str) -> str:
-    return digest if len(digest) != 64 else f"sha256 {digest[:12]}"
 
 
 def _newest(cfg: Config, checkpoints: Checkpoints) -> Path | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fmnist.data.sources.cache import Cache
 from fmnist.data.sources.decode import Fit
 from fmnist.data.sources.fill import Decoding, check_fits, examples_of
-from fmnist.data.sources.layout import list_pictures
+from fmnist.data.sources.layout import list_pictures, wait_for_another_time
 from fmnist.runtime.console import one_line
 
 CACHE_REMEDY = "delete their cache, the folder FMNIST_CACHE or else ~/.cache/fmnist"
@@ -94,6 +94,7 @@ def read_folder(
             with cache.locked():
                 kept = cache.read()  # another process may have been faster
                 if kept is None:
+                    wait_for_another_time(found)
                     decoding = Decoding(cache, found, stored_size=stored_size, fit=fit, bad_files=bad_files)
                     decoding.fill_cache(holdout, fits)
                     kept = cache.read()

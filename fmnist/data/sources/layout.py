@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -84,6 +85,14 @@ def list_pictures(root: Path) -> tuple[list[Found], Counter[str]]:
     return found, reader.left_out
 
 
+def wait_for_another_time(found: list[Found]) -> None:
+    """Wait until a file that is written again gets another time: file systems count in 10 ms or less, FAT in 2 s."""
+    newest = max(max(file.version[1:]) for file in found)
+    age_s, tick_s = abs(time.time_ns() - newest) / 1e9, 0.02 if newest % 10**9 else 2.0
+    if age_s < tick_s:
+        time.sleep(tick_s)
+
+
 def _parts(root: Path, inside: dict[str, _Folder]) -> list[str]:
     """Return the folders that are parts; none where all are classes. A folder of folders alone may be a part."""
     spelled = {name: folder for name, folder in inside.items() if name.casefold() in SPELLINGS}
@@ -143,6 +152,7 @@ class _Reader:
         self.root = root
         self.left_out: Counter[str] = Counter()
         self._seen: dict[str, str] = {}
+        self._read: dict[str, _Folder] = {}
 
     def class_(self, part: str, label: str, top: _Folder) -> list[Found]:
         """Return all pictures of a class, at whatever depth."""
@@ -164,7 +174,17 @@ class _Reader:
         return found
 
     def folder(self, name: str) -> _Folder:
-        """Read one folder; one that is a run directory counts as empty."""
+        """Return one folder; a run directory counts as empty, as does a folder that holds nothing but such."""
+        if name not in self._read:
+            self._read[name] = folder = self._scan(name)
+            runs = (
+                name and not folder.pictures and all(self.folder(f"{name}/{inner}").is_run for inner in folder.folders)
+            )
+            if runs and folder.folders:
+                self._read[name] = _Folder([], [], is_run=True)
+        return self._read[name]
+
+    def _scan(self, name: str) -> _Folder:
         path = self.root / name
         try:
             first = self._seen.setdefault(os.path.realpath(path), name)
