@@ -121,10 +121,3 @@ def place(
             here = replace(here, images=split.at_rows(rows).to(device), unread=None)
         placed[name] = here
     return placed
-
-
-def whole_images(split: Split, processes: Processes) -> torch.Tensor:
-    """Return all images of an evaluation split on the CPU of the main process; called by all of them."""
-    if split.rows is not None:
-        return processes.to_main(split.images.cpu())
-    return split.images.cpu() if split.unread is None else split.unread.read()
