@@ -22,6 +22,7 @@ from fmnist.data.sources.folder import check_part, read_folder
 from fmnist.data.subset import subset
 from fmnist.runtime.console import one_line
 from fmnist.runtime.hardware import too_large
+from fmnist.runtime.processes import Processes
 
 OWN_VAL = "the data set has validation images of its own"
 
@@ -59,12 +60,14 @@ class Source:
         return [f"data.{name} {value} has no effect: {self.unused[name]}" for name, value in given.items()]
 
 
-def open_source(cfg: DataConfig, *, fetch: bool = False) -> Source:
+def open_source(cfg: DataConfig, *, fetch: bool = False, processes: Processes | None = None) -> Source:
     """Find the files of a data set.
 
     Args:
         cfg: which, and where.
         fetch: download it, where it can be and no folder was named.
+        processes: of a run, which all open it, within `together`, and take their rows of it: arrays stay in their file
+            where that can be, and each process looks through its share of the images for mean and deviation.
 
     Raises:
         ValueError: an unknown name, or files that are missing or cannot be used; one line.
@@ -73,7 +76,7 @@ def open_source(cfg: DataConfig, *, fetch: bool = False) -> Source:
         raise ValueError(f"data.name is {cfg.name!r:.80}; valid: {', '.join(SOURCES)}")
     if cfg.name in NEEDS_ROOT and cfg.root is None:  # as in what is exported, which names no place of a machine
         raise ValueError(f"data.name is {cfg.name}, which needs {NEEDS_ROOT[cfg.name]}: --data.root PATH")
-    source = SOURCES[cfg.name](cfg if cfg.folds is None else replace(cfg, val_size=0), fetch)
+    source = SOURCES[cfg.name](cfg if cfg.folds is None else replace(cfg, val_size=0), fetch, processes)
     if cfg.folds is not None:
         read = hold_fold_out(source.read, cfg.folds, cfg.fold or 0, own_val=source.own_val)
         source = replace(source, read=read, unused={}, digests={})
@@ -204,9 +207,14 @@ def _folder(cfg: DataConfig) -> Source:
     )
 
 
-SOURCES: dict[str, Callable[[DataConfig, bool], Source]] = {
-    INFO.name: _fashion_mnist,
-    **dict.fromkeys(TORCHVISION, lambda cfg, fetch: _arrays(cfg, read_torchvision(cfg.name, cfg.root, fetch=fetch))),
-    "folder": lambda cfg, fetch: _folder(cfg),
-    "npz": lambda cfg, fetch: _arrays(cfg, read_npz(os.path.expanduser(cfg.root or ""))),
+SOURCES: dict[str, Callable[[DataConfig, bool, Processes | None], Source]] = {
+    INFO.name: lambda cfg, fetch, _: _fashion_mnist(cfg, fetch),
+    **dict.fromkeys(
+        TORCHVISION,
+        lambda cfg, fetch, processes: _arrays(
+            cfg, read_torchvision(cfg.name, cfg.root, fetch=fetch, processes=processes)
+        ),
+    ),
+    "folder": lambda cfg, *_: _folder(cfg),
+    "npz": lambda cfg, _, processes: _arrays(cfg, read_npz(os.path.expanduser(cfg.root or ""), processes)),
 }

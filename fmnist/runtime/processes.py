@@ -23,6 +23,10 @@ from fmnist.runtime.lost_process import describe_loss, is_lost_process, share_st
 T = TypeVar("T")
 
 
+class SaidByAll(ValueError):
+    """An error that all processes have heard of, and raise alike."""
+
+
 class Processes:
     """This process among the others; every method is called by all of them.
 
@@ -96,16 +100,20 @@ class Processes:
     def together(self, action: Callable[[], T]) -> T:
         """Do something on every process; where it fails on one it fails on all, with that one's words.
 
+        Within it some may be done together too: a process that has failed before it came there counts as failed there.
+
         Raises:
             ValueError: the first of the processes' errors.
         """
         failure = ""
         try:
             result = action()
+        except SaidByAll:
+            raise
         except (ValueError, OSError) as error:
             failure = str(error)
         if said := next(filter(None, self.gather(failure)), ""):
-            raise ValueError(said)
+            raise SaidByAll(said)
         return result
 
     def agree(self, seen: Mapping[str, str], remedy: str) -> None:
