@@ -17,18 +17,20 @@ class Mapped:
         array: uint8 [M, H, W] or [M, C, H, W], in place in the file.
         at: int64 [N], their positions in it.
         stays: it is a file of ours, which nobody changes while a run goes on.
+        sha256: the digest of these very images and their labels, where whoever checked the file has made it.
     """
 
     array: Tensor
     at: Tensor
     stays: bool = True
+    sha256: str = ""
 
     def __len__(self) -> int:
         return len(self.at)
 
     def __getitem__(self, chosen: Tensor) -> "Mapped":
         """Return some of them, which stay in the file: int64 positions, or bool [N]."""
-        return replace(self, at=self.at[chosen])
+        return replace(self, at=self.at[chosen], sha256="")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,7 +58,7 @@ Part = tuple[Tensor | Mapped, Tensor, Tensor]
 def joined(one: Tensor | Mapped, other: Tensor | Mapped) -> Tensor | Mapped:
     """Put images of one data set one after another."""
     if isinstance(one, Mapped) and isinstance(other, Mapped):
-        return replace(one, at=torch.cat((one.at, other.at)))
+        return replace(one, at=torch.cat((one.at, other.at)), sha256="")
     return torch.cat([part.read() if isinstance(part, Mapped) else part for part in (one, other)])
 
 

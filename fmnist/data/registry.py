@@ -41,7 +41,6 @@ class Source:
         unused: options of the section `data` that this data set has no use for, and why.
         own_val: its validation images lie in a file of their own, with positions of their own.
         corrections: decisions about its labels, which `Split.load` applies; `read` gives them as they are.
-        digests: of the splits that `read` compares with it, as `Split.digest`: they are not hashed again.
     """
 
     info: DataInfo
@@ -52,7 +51,6 @@ class Source:
     unused: Mapping[str, str] = field(default_factory=dict)
     own_val: bool = False
     corrections: Corrections | None = None
-    digests: Mapping[str, str] = field(default_factory=dict)
 
     def without_effect(self, cfg: DataConfig) -> list[str]:
         """Say, one line each, which options that were given this data set has no use for."""
@@ -79,7 +77,7 @@ def open_source(cfg: DataConfig, *, fetch: bool = False, processes: Processes | 
     source = SOURCES[cfg.name](cfg if cfg.folds is None else replace(cfg, val_size=0), fetch, processes)
     if cfg.folds is not None:
         read = hold_fold_out(source.read, cfg.folds, cfg.fold or 0, own_val=source.own_val)
-        source = replace(source, read=read, unused={}, digests={})
+        source = replace(source, read=read, unused={})
     if cfg.corrections is not None:
         parts = {name: source.read(name)[1:] for name in get_args(SplitName)}
         try:
@@ -100,9 +98,7 @@ def _limited(source: Source, limit: int | float) -> Source:
         part = subset(labels, limit)
         return images[part], labels[part], published[part]
 
-    return replace(
-        source, read=read, digests={name: value for name, value in source.digests.items() if name != "train"}
-    )
+    return replace(source, read=read)
 
 
 def _fashion_mnist(cfg: DataConfig, fetch: bool) -> Source:
@@ -180,10 +176,12 @@ def _folder(cfg: DataConfig) -> Source:
     images = found.images[:, 0] if channels == 1 else found.images
 
     def read_split(name: SplitName) -> Part:
-        at = places.get(name, torch.zeros(0, dtype=torch.int64))
+        at, sha256 = places.get(name, torch.zeros(0, dtype=torch.int64)), ""
         if len(at):
-            check_part(found, name if name in found.parts else "train", root)
-        return Mapped(array=images, at=at), found.labels[at], at
+            part = name if name in found.parts else "train"
+            cut = {split: at for split, at in places.items() if part == (split if split in found.parts else "train")}
+            sha256 = check_part(found, part, cut, root)[name]
+        return Mapped(array=images, at=at, sha256=sha256), found.labels[at], at
 
     info = DataInfo(
         name="folder",
@@ -203,7 +201,6 @@ def _folder(cfg: DataConfig) -> Source:
         read=read_split,
         files=found.files,
         unused=unused,
-        digests={name: found.digests[name] for name, at in found.parts.items() if places[name] is at},
     )
 
 
