@@ -7,6 +7,8 @@ if __name__ == "__main__":
 
 import argparse
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 from fmnist.evaluation.options import parse_args
 from fmnist.runtime.console import log_to_console, one_line, one_line_errors, open_door, same_arguments
@@ -16,9 +18,9 @@ if __name__ == "__main__":
     with same_arguments():
         ARGS = parse_args()  # before torch is imported: help and a mistake are answered at once
 
-from fmnist.evaluation.exact_copies import exact_copies_of
+from fmnist.evaluation.exact_copies import ExactCopies, exact_copies_of
 from fmnist.evaluation.findings import Findings, findings
-from fmnist.evaluation.near_copies import near_copies_of
+from fmnist.evaluation.near_copies import NearCopies, near_copies_of
 from fmnist.evaluation.outcome import Outcome, Request, ensemble, evaluate
 from fmnist.evaluation.ranking import check_comparable, comparison_rows, split_to_use
 from fmnist.evaluation.retrieval import query_split, retrieval_key, retrieval_of
@@ -26,9 +28,52 @@ from fmnist.report.comparison import write_comparison
 from fmnist.report.retrieval_table import RETRIEVAL_FILE, read_precision, write_precision
 from fmnist.report.write import write_evaluation
 from fmnist.runtime.compute import Compute
-from fmnist.trained import open_together
+from fmnist.trained import Trained, open_together
 
 logger = logging.getLogger("fmnist")
+
+
+Copies = tuple[NearCopies | None, Sequence[ExactCopies]]
+
+
+def copies_of(trained: Trained, request: Request, compute: Compute) -> Copies:
+    """Look for copies of the images, on all processes; once for all runs on the same images."""
+    if request.quick:
+        return None, ()
+    data, near = trained.data(request.root), None
+    if trained.info.is_fashion_mnist and request.split != "train":
+        near = near_copies_of(request.split, data, compute.device, compute)
+    return near, exact_copies_of(data, compute)
+
+
+def precision_of(
+    trained: Trained, outcome: Outcome | None, request: Request, compute: Compute
+) -> dict[str, Any] | None:
+    """Measure retrieval precision, on all processes; what is kept of the same weights and images is not measured."""
+    if request.quick or request.split != query_split(trained):
+        return None
+    logger.info("%s: measuring retrieval precision", trained.name)
+
+    def kept() -> dict[str, Any] | None:
+        assert outcome is not None  # this is the main process
+        return read_precision(outcome.directory / RETRIEVAL_FILE, retrieval_key(trained, request.root))
+
+    found = compute.on_main(kept)
+    if not any(compute.gather(found is not None)):
+        found = retrieval_of(trained, outcome, request.root, compute)
+        if found is not None and outcome is not None:
+            write_precision(found, outcome.directory / RETRIEVAL_FILE)
+    return found
+
+
+def report(outcome: Outcome, copies: Copies, request: Request, retrieval: dict[str, Any] | None = None) -> Findings:
+    """Compute the rest and write the files, on the main process."""
+    logger.info("%s: computing the numbers, drawing the figures", outcome.name)
+    found = findings(outcome, copies[0], retrieval, copies[1], request.root, quick=request.quick)
+    write_evaluation(found)
+    print((outcome.directory / "report.txt").read_text())
+    print(f"written to {one_line(str(outcome.directory), 4096)}\n", flush=True)
+    return found
 
 
 def main(args: argparse.Namespace | None = None) -> None:
@@ -43,35 +88,18 @@ def main(args: argparse.Namespace | None = None) -> None:
         request = Request(**about | {"split": split_to_use(opened, args.split)}, written=True)
         check_comparable(opened, request.split)
 
-        def report(outcome: Outcome) -> Findings:
-            """Compute the rest and write the files, on the main process."""
-            copies, data = None, (outcome.trained or opened[0]).data(request.root)
-            exact = () if request.quick else exact_copies_of(data)
-            if not request.quick and outcome.info.is_fashion_mnist and request.split != "train":
-                copies = near_copies_of(request.split, data, compute.device)
-            retrieval = None
-            if outcome.trained and outcome.cost is not None and request.split == query_split(outcome.trained):
-                logger.info("%s: measuring retrieval precision", outcome.name)
-                kept = outcome.directory / RETRIEVAL_FILE
-                retrieval = read_precision(kept, retrieval_key(outcome.trained, request.root))
-                if retrieval is None and (retrieval := retrieval_of(outcome, request.root)) is not None:
-                    write_precision(retrieval, kept)
-            logger.info("%s: computing the numbers, drawing the figures", outcome.name)
-            found = findings(outcome, copies, retrieval, exact, request.root, quick=request.quick)
-            write_evaluation(found)
-            print((outcome.directory / "report.txt").read_text())
-            print(f"written to {one_line(str(outcome.directory), 4096)}\n", flush=True)
-            return found
-
         found = []
         for position, trained in enumerate(opened, 1):
             rest = "" if request.quick else ", then timing the model"
             logger.info("%s (%d of %d): %s images%s", trained.name, position, len(opened), request.split, rest)
             outcome = evaluate(trained, compute, request)  # on all processes
+            copies = copies_of(trained, request, compute)
+            retrieval = precision_of(trained, outcome, request, compute)
             if outcome is not None:  # the main one
-                found.append(report(outcome))
+                found.append(report(outcome, copies, request, retrieval))
         if args.ensemble and found:
-            found.append(report(ensemble([each.outcome for each in found], args.comparison)))
+            together = ensemble([each.outcome for each in found], args.comparison)
+            found.append(report(together, copies_of(opened[0], request, compute), request))  # they are known
         if len(found) > 1:
             compared, results = [each.outcome for each in found], [each.metrics for each in found]
             rows = comparison_rows(compared, results)

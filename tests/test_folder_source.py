@@ -11,9 +11,12 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -867,13 +870,13 @@ def test_damaged_pixels_are_refused_however_they_are_divided(
             damaged.read(name)  # type: ignore[arg-type]
 
 
-# Of the parts train, val and test: those whose images and labels are the very ones that the cache's digest is of.
+# Of the splits train, val and test: those whose images and labels are what the cache's parts were checked as, or a cut.
 @pytest.mark.parametrize(
     ("parts", "options", "known"),
     [
         (("",), {}, {"train", "val", "test"}),
-        (("train",), {}, set()),  # validation images are held out of its train, and it has no test
-        (("train", "test"), {}, {"test"}),
+        (("train",), {}, {"train", "val"}),  # validation images are held out of its train, and it has no test
+        (("train", "test"), {}, {"train", "val", "test"}),
         (("train", "val", "test"), {}, {"train", "val", "test"}),
         (("train", "val"), {"limit": 3}, {"val"}),
         (("train", "val"), {"corrections": "audit.csv"}, {"val"}),
@@ -895,6 +898,49 @@ def test_pixels_compared_with_their_digest_are_not_hashed_again(
     assert {name for name, split in splits.items() if "digest" in vars(split)} == known
     for split in splits.values():
         assert split.digest == Split(images=split.images, labels=split.labels).digest
+
+
+@pytest.mark.parametrize(
+    ("parts", "hashed"),
+    [
+        (("",), 1),
+        (("train", "val", "test"), 1),
+        (("train", "test"), 1 + 2 / 3),  # train, two of three pictures, by its digest and by those of its two splits
+    ],
+)
+def test_a_start_reads_the_pixels_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: tuple[str, ...], hashed: float
+) -> None:
+    for part, count in zip(parts, (8, 4, 4) if len(parts) == 2 else (8, 8, 8), strict=False):
+        two_classes(tmp_path / "root" / part, count)
+    bytes_of: Counter[str] = Counter()
+
+    def counting(module: str) -> Any:
+        def make(start: bytes = b"") -> Any:
+            real = hashlib.sha256(start)
+
+            def update(data: Any) -> None:
+                bytes_of[module] += memoryview(data).nbytes * (memoryview(data).format == "B")  # pixels, and few others
+                real.update(data)
+
+            return SimpleNamespace(update=update, hexdigest=real.hexdigest)
+
+        return SimpleNamespace(sha256=make)
+
+    for module in ("mapped", "sources.folder", "sources.facts"):
+        monkeypatch.setattr(f"fmnist.data.{module}.hashlib", counting(module))
+    pixels = 12 * 12 * 3 * len(list((tmp_path / "root").rglob("*.png")))
+    digests = []
+    for expected in ({"sources.facts": 1, "sources.folder": hashed - 1}, {"sources.folder": hashed}):
+        bytes_of.clear()
+        source = open_source(DataConfig(name="folder", root=str(tmp_path / "root"), val_size=4))
+        splits = [Split.load(name, source, read=False) for name in ("train", "val", "test")]  # type: ignore[arg-type]
+        placed = [replace(split, sha256=split.digest) for split in splits]  # as `place` does
+        digests.append([split.digest for split in placed])  # as the fingerprint does
+        assert {module: round(count / pixels, 1) for module, count in bytes_of.items() if count > 200} == {
+            module: round(times, 1) for module, times in expected.items() if times
+        }
+    assert digests[0] == digests[1]
 
 
 @pytest.mark.parametrize(

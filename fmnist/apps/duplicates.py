@@ -76,7 +76,7 @@ def near_copies(data: DataConfig, args: argparse.Namespace) -> Table:
     name: Literal["test", "val"] = args.split or "test"
     split, training = load_pair(name, data)
     start = time.perf_counter()
-    found = find_near_copies(split.images.to(device), training.images.to(device))
+    found = find_near_copies(split.images, training.images, device=device)
     seconds = time.perf_counter() - start
     pairs = zip(found.indices.tolist(), found.partners.tolist(), found.correlations.tolist(), strict=True)
     rows = [

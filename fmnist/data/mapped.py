@@ -16,26 +16,39 @@ class Mapped:
     Attributes:
         array: uint8 [M, H, W] or [M, C, H, W], in place in the file.
         at: int64 [N], their positions in it.
+        stays: it is a file of ours, which nobody changes while a run goes on.
+        sha256: the digest of these very images and their labels, where whoever checked the file has made it.
     """
 
     array: Tensor
     at: Tensor
+    stays: bool = True
+    sha256: str = ""
 
     def __len__(self) -> int:
         return len(self.at)
 
     def __getitem__(self, chosen: Tensor) -> "Mapped":
         """Return some of them, which stay in the file: int64 positions, or bool [N]."""
-        return replace(self, at=self.at[chosen])
+        return replace(self, at=self.at[chosen], sha256="")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Their shape as one tensor."""
+        return len(self), *self.array.shape[1:]
 
     @property
     def outline(self) -> Tensor:
         """A tensor of their type and shape without content."""
-        return torch.empty((len(self), *self.array.shape[1:]), dtype=self.array.dtype, device="meta")
+        return torch.empty(self.shape, dtype=self.array.dtype, device="meta")
 
     def read(self, rows: range | None = None) -> Tensor:
         """Read them, or those at some positions, into memory."""
-        return self.array[self.at if rows is None else self.at[rows.start : rows.stop : rows.step]]
+        at = self.at if rows is None else self.at[rows.start : rows.stop : rows.step]
+        images = torch.empty((len(at), *self.array.shape[1:]), dtype=self.array.dtype)
+        for some, part in zip(images.split(CHUNK), at.split(CHUNK), strict=True):
+            some.copy_(self.array[part])  # nothing beside them is as large as they are
+        return images
 
 
 # Images uint8 [N, H, W] or [N, C, H, W], labels int64 [N], published int64 [N].
@@ -45,7 +58,7 @@ Part = tuple[Tensor | Mapped, Tensor, Tensor]
 def joined(one: Tensor | Mapped, other: Tensor | Mapped) -> Tensor | Mapped:
     """Put images of one data set one after another."""
     if isinstance(one, Mapped) and isinstance(other, Mapped):
-        return replace(one, at=torch.cat((one.at, other.at)))
+        return replace(one, at=torch.cat((one.at, other.at)), sha256="")
     return torch.cat([part.read() if isinstance(part, Mapped) else part for part in (one, other)])
 
 
@@ -53,10 +66,10 @@ def digest_of(images: Tensor | Mapped, labels: Tensor) -> str:
     """Return the sha256 of images and labels, with their types and shapes."""
     found = hashlib.sha256()
     if isinstance(images, Mapped):
-        found.update(f"{images.array.dtype} {[len(images), *images.array.shape[1:]]} ".encode())
+        found.update(f"{images.array.dtype} {list(images.shape)} ".encode())
         for part in images.at.split(CHUNK):
-            found.update(images.array[part].numpy().data)
-        images = images.array[:0]
+            found.update(images.array[part].contiguous().numpy().data)
+        images = torch.empty(0, dtype=torch.uint8)
     else:
         found.update(f"{images.dtype} {list(images.shape)} ".encode())
     found.update(images.cpu().contiguous().numpy().data)

@@ -117,14 +117,10 @@ def place(
                 first, last = (mine[0], min(len(split), mine[-1] + batch_size)) if mine else (0, 0)
                 rows = range(first, last)
         here = replace(split, labels=split.labels.to(device), rows=rows, sha256=split.digest)
-        if placement.where != "host":  # there a file serves as it is: its pages are shared by a machine's processes
+        # in host memory a file of ours serves as it is: its pages are shared by a machine's processes
+        if placement.where != "host":
             here = replace(here, images=split.at_rows(rows).to(device), unread=None)
+        elif split.unread is not None and not split.unread.stays:
+            here = replace(here, images=split.at_rows(rows), unread=None)
         placed[name] = here
     return placed
-
-
-def whole_images(split: Split, processes: Processes) -> torch.Tensor:
-    """Return all images of an evaluation split on the CPU of the main process; called by all of them."""
-    if split.rows is not None:
-        return processes.to_main(split.images.cpu())
-    return split.images.cpu() if split.unread is None else split.unread.read()

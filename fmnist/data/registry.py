@@ -22,6 +22,7 @@ from fmnist.data.sources.folder import check_part, read_folder
 from fmnist.data.subset import subset
 from fmnist.runtime.console import one_line
 from fmnist.runtime.hardware import too_large
+from fmnist.runtime.processes import Processes
 
 OWN_VAL = "the data set has validation images of its own"
 
@@ -40,7 +41,6 @@ class Source:
         unused: options of the section `data` that this data set has no use for, and why.
         own_val: its validation images lie in a file of their own, with positions of their own.
         corrections: decisions about its labels, which `Split.load` applies; `read` gives them as they are.
-        digests: of the splits that `read` compares with it, as `Split.digest`: they are not hashed again.
     """
 
     info: DataInfo
@@ -51,7 +51,6 @@ class Source:
     unused: Mapping[str, str] = field(default_factory=dict)
     own_val: bool = False
     corrections: Corrections | None = None
-    digests: Mapping[str, str] = field(default_factory=dict)
 
     def without_effect(self, cfg: DataConfig) -> list[str]:
         """Say, one line each, which options that were given this data set has no use for."""
@@ -59,12 +58,14 @@ class Source:
         return [f"data.{name} {value} has no effect: {self.unused[name]}" for name, value in given.items()]
 
 
-def open_source(cfg: DataConfig, *, fetch: bool = False) -> Source:
+def open_source(cfg: DataConfig, *, fetch: bool = False, processes: Processes | None = None) -> Source:
     """Find the files of a data set.
 
     Args:
         cfg: which, and where.
         fetch: download it, where it can be and no folder was named.
+        processes: of a run, which all open it, within `together`, and take their rows of it: arrays stay in their file
+            where that can be, and each process looks through its share of the images for mean and deviation.
 
     Raises:
         ValueError: an unknown name, or files that are missing or cannot be used; one line.
@@ -75,10 +76,10 @@ def open_source(cfg: DataConfig, *, fetch: bool = False) -> Source:
         raise ValueError(f"data.name is {cfg.name}, which needs {NEEDS_ROOT[cfg.name]}: --data.root PATH")
     if cfg.name in NEEDS_ROOT and not os.path.lexists(os.path.expanduser(cfg.root or "")):
         raise ValueError(f"data.root: there is no {cfg.root}; if it was moved, give its new place: --data.root PATH")
-    source = SOURCES[cfg.name](cfg if cfg.folds is None else replace(cfg, val_size=0), fetch)
+    source = SOURCES[cfg.name](cfg if cfg.folds is None else replace(cfg, val_size=0), fetch, processes)
     if cfg.folds is not None:
         read = hold_fold_out(source.read, cfg.folds, cfg.fold or 0, own_val=source.own_val)
-        source = replace(source, read=read, unused={}, digests={})
+        source = replace(source, read=read, unused={})
     if cfg.corrections is not None:
         parts = {name: source.read(name)[1:] for name in get_args(SplitName)}
         try:
@@ -99,9 +100,7 @@ def _limited(source: Source, limit: int | float) -> Source:
         part = subset(labels, limit)
         return images[part], labels[part], published[part]
 
-    return replace(
-        source, read=read, digests={name: value for name, value in source.digests.items() if name != "train"}
-    )
+    return replace(source, read=read)
 
 
 def _fashion_mnist(cfg: DataConfig, fetch: bool) -> Source:
@@ -179,10 +178,12 @@ def _folder(cfg: DataConfig) -> Source:
     images = found.images[:, 0] if channels == 1 else found.images
 
     def read_split(name: SplitName) -> Part:
-        at = places.get(name, torch.zeros(0, dtype=torch.int64))
+        at, sha256 = places.get(name, torch.zeros(0, dtype=torch.int64)), ""
         if len(at):
-            check_part(found, name if name in found.parts else "train", root)
-        return Mapped(array=images, at=at), found.labels[at], at
+            part = name if name in found.parts else "train"
+            cut = {split: at for split, at in places.items() if part == (split if split in found.parts else "train")}
+            sha256 = check_part(found, part, cut, root)[name]
+        return Mapped(array=images, at=at, sha256=sha256), found.labels[at], at
 
     info = DataInfo(
         name="folder",
@@ -202,13 +203,17 @@ def _folder(cfg: DataConfig) -> Source:
         read=read_split,
         files=found.files,
         unused=unused,
-        digests={name: found.digests[name] for name, at in found.parts.items() if places[name] is at},
     )
 
 
-SOURCES: dict[str, Callable[[DataConfig, bool], Source]] = {
-    INFO.name: _fashion_mnist,
-    **dict.fromkeys(TORCHVISION, lambda cfg, fetch: _arrays(cfg, read_torchvision(cfg.name, cfg.root, fetch=fetch))),
-    "folder": lambda cfg, fetch: _folder(cfg),
-    "npz": lambda cfg, fetch: _arrays(cfg, read_npz(os.path.expanduser(cfg.root or ""))),
+SOURCES: dict[str, Callable[[DataConfig, bool, Processes | None], Source]] = {
+    INFO.name: lambda cfg, fetch, _: _fashion_mnist(cfg, fetch),
+    **dict.fromkeys(
+        TORCHVISION,
+        lambda cfg, fetch, processes: _arrays(
+            cfg, read_torchvision(cfg.name, cfg.root, fetch=fetch, processes=processes)
+        ),
+    ),
+    "folder": lambda cfg, *_: _folder(cfg),
+    "npz": lambda cfg, _, processes: _arrays(cfg, read_npz(os.path.expanduser(cfg.root or ""), processes)),
 }

@@ -114,8 +114,9 @@ class Split:
         if name == "train" and corrected is not None:
             kept = corrected != DROPPED
             images, labels, published, corrected = images[kept], corrected[kept], published[kept], None
-        unread = None
+        unread, known = None, ""
         if isinstance(images, Mapped):
+            known = images.sha256 if name != "train" or source.corrections is None else ""  # else: other labels
             images, unread = (images.read(), None) if read else (images.outline, images)
         height, width = images.shape[-2:]
         info = replace(source.info, shape=(source.info.shape[0], height, width))
@@ -131,6 +132,6 @@ class Split:
             corrections_sha256="none" if source.corrections is None else source.corrections.sha256,
             title=functools.partial(source.title, name),
         )
-        if name in source.digests and (name != "train" or source.corrections is None):
-            vars(split)["digest"] = source.digests[name]  # `read` has hashed them a moment ago
+        if known:
+            vars(split)["digest"] = known  # for as long as it holds these images
         return split

@@ -7,14 +7,16 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import Any, get_args
 
-from torch import Tensor
+import torch
 
 from fmnist.config.schema import DataConfig
 from fmnist.data.info import SplitName
+from fmnist.data.mapped import CHUNK
 from fmnist.data.registry import open_source
 from fmnist.data.split import Split
+from fmnist.runtime.processes import ALONE, Processes
 
 # What is looked at, and where: the model learns from train, and its best epoch is chosen on val.
 PAIRS: tuple[tuple[SplitName, SplitName], ...] = (("val", "train"), ("test", "train"), ("test", "val"))
@@ -50,16 +52,17 @@ class ExactCopies:
         }
 
 
-def exact_copies(splits: Mapping[SplitName, Split]) -> list[ExactCopies]:
+def exact_copies(splits: Mapping[SplitName, Split], processes: Processes = ALONE) -> list[ExactCopies]:
     """Compare the pixels of each split's images with those of the splits before it, by their digests.
 
     Args:
         splits: train, val and test, or some of them; an empty one is left out.
+        processes: each hashes its share of the images, and all learn the digests.
 
     Returns:
         One for each pair of splits.
     """
-    places = {name: _by_digest(split.images) for name, split in splits.items() if len(split)}
+    places = {name: _by_digest(split, processes) for name, split in splits.items() if len(split)}
     labels = {name: split.labels.tolist() for name, split in splits.items()}
     found = []
     for name, other in PAIRS:
@@ -86,10 +89,14 @@ def exact_copies(splits: Mapping[SplitName, Split]) -> list[ExactCopies]:
 
 
 @functools.cache  # the same for all runs on the same images
-def exact_copies_of(data: DataConfig) -> tuple[ExactCopies, ...]:
+def exact_copies_of(data: DataConfig, processes: Processes = ALONE) -> tuple[ExactCopies, ...]:
     """Compare the splits of a data set; see `exact_copies`."""
-    source = open_source(data)
-    return tuple(exact_copies({name: Split.load(name, source) for name in ("train", "val", "test")}))
+
+    def load() -> dict[SplitName, Split]:
+        source = open_source(data)
+        return {name: Split.load(name, source, read=False) for name in get_args(SplitName)}
+
+    return tuple(exact_copies(processes.together(load), processes))
 
 
 def copies_line(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -101,8 +108,13 @@ def copies_line(rows: Sequence[Mapping[str, Any]]) -> str:
     return "exact copies: " + ("; ".join(parts) or "there is one split only")
 
 
-def _by_digest(images: Tensor) -> dict[bytes, list[int]]:
+def _by_digest(split: Split, processes: Processes) -> dict[bytes, list[int]]:
+    digests = [torch.empty(0, 16, dtype=torch.uint8)]
+    for start in processes.share(range(0, len(split), CHUNK)):
+        images = split.at_rows(range(start, min(start + CHUNK, len(split)))).cpu().contiguous().flatten(1).numpy()
+        found = b"".join(blake2b(pixels, digest_size=16).digest() for pixels in images)
+        digests.append(torch.frombuffer(bytearray(found), dtype=torch.uint8).view(-1, 16))
     places: dict[bytes, list[int]] = defaultdict(list)
-    for index, pixels in enumerate(images.cpu().contiguous().flatten(1).numpy()):
-        places[blake2b(pixels, digest_size=16).digest()].append(index)
+    for index, digest in enumerate(processes.gather_rows(torch.cat(digests)).numpy()):
+        places[digest.tobytes()].append(index)
     return places

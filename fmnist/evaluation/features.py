@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fmnist.runtime.files import write_atomic
+from fmnist.runtime.processes import ALONE, Processes
 from fmnist.trained import Trained
 
 logger = logging.getLogger("fmnist")
@@ -47,27 +48,36 @@ def unit(features: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=1)
 
 
-def features_of(trained: Trained, name: str, images: Tensor) -> Features:
+def features_of(trained: Trained, name: str, images: Tensor, processes: Processes = ALONE) -> Features:
     """Return the features of images: those kept for these very weights and images, else computed and kept.
 
     Args:
         trained: the run or checkpoint.
         name: of the file in its folder `features`, e.g. the split's.
         images: uint8 [N, H, W].
+        processes: each computes its share, and the main one keeps them.
 
     Raises:
         ValueError: a feature is not finite.
     """
-    if (kept := kept_features(trained, name, images)) is not None:
-        return kept
-    found = compute_features(trained, images)
-    tensors = {"features": found.features.contiguous(), "logits": found.logits.contiguous()}
+    kept = processes.on_main(kept_features, trained, name, images)
+    known = any(processes.gather(kept is not None))
+    starts = [] if known else processes.share(range(0, len(images), CHUNK))  # whole chunks: the bits of one process
+    share = images[starts[0] : starts[-1] + CHUNK] if starts else images[:0]
+    mine = processes.together(lambda: compute_features(trained, share) if kept is None else kept)
+    rows = (processes.gather_rows(tensor.contiguous()) for tensor in (mine.features, mine.logits))
+    found = Features(**dict(zip(("features", "logits"), rows, strict=True)))
+    if not known:
+        processes.on_main(_keep, trained, name, images, found)
+    return found
+
+
+def _keep(trained: Trained, name: str, images: Tensor, found: Features) -> None:
     path = _file(trained, name)
     try:
-        write_atomic(path, save(tensors, metadata=_key(trained, images)))
+        write_atomic(path, save(vars(found), metadata=_key(trained, images)))
     except OSError as error:  # a run that may not be written to is used all the same
         logger.warning("%s is not kept (%s): it is computed again next time", path, error.strerror)
-    return found
 
 
 def kept_features(trained: Trained, name: str, images: Tensor) -> Features | None:
@@ -117,4 +127,4 @@ def _key(trained: Trained, images: Tensor) -> dict[str, str]:
 
 def images_sha256(images: Tensor) -> str:
     """Return the sha256 of the pixels of images, uint8 [N, H, W] on the CPU."""
-    return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(images.contiguous().numpy().data).hexdigest()

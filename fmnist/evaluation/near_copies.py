@@ -11,11 +11,13 @@ from torch import Tensor
 from fmnist.config.schema import DataConfig
 from fmnist.data.registry import open_source
 from fmnist.data.split import Split
+from fmnist.runtime.processes import ALONE, Processes
 
 logger = logging.getLogger("fmnist")
 NEAR_COPY, SIMILAR = 0.99, 0.98  # correlations above which an image counts as a near copy, or as similar
 BASIS_SIZE = 96
-CHUNK = 2048  # training images of one matrix product: 10,000 x 2,048 float32 are 82 MB
+CHUNK = 2048  # images of one side of a matrix product
+REFERENCES = 4 * CHUNK  # training images of the other side, which are with it on the device: 2,048 x 8,192 are 67 MB
 MARGIN = 1e-4  # of the float32 bound, whose rounding is near 1e-6
 PAIR_SIDE, MAX_PAIRS = 48, 200_000
 
@@ -48,11 +50,11 @@ def _centred(images: Tensor) -> Tensor:
     return flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-6)
 
 
-def _principal_basis(unit: Tensor, size: int) -> Tensor:
+def _principal_basis(second_moment: Tensor) -> Tensor:
     """Return orthonormal columns near the leading principal axes: a few power iterations, products only."""
-    start = torch.randn(unit.shape[1], size, generator=torch.Generator().manual_seed(0))
-    axes = start.to(unit.device)
-    second_moment = unit.T @ unit
+    size = min(BASIS_SIZE, len(second_moment))
+    start = torch.randn(len(second_moment), size, generator=torch.Generator().manual_seed(0))
+    axes = start.to(second_moment.device)
     for _ in range(3):
         axes = torch.linalg.qr(second_moment @ axes).Q
     return axes
@@ -66,7 +68,13 @@ def _with_rest(unit: Tensor, basis: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def find_near_copies(images: Tensor, training: Tensor, threshold: float = SIMILAR) -> NearCopies:
+def find_near_copies(
+    images: Tensor,
+    training: Tensor,
+    threshold: float = SIMILAR,
+    device: torch.device | None = None,
+    processes: Processes = ALONE,
+) -> NearCopies:
     """Find the images that correlate with a training image above a threshold; exact, in chunks of products.
 
     Correlation is a product of centred unit vectors. Cut into principal coordinates and a rest, the product of the
@@ -74,40 +82,61 @@ def find_near_copies(images: Tensor, training: Tensor, threshold: float = SIMILA
     from above, and only the few pairs whose bound passes are computed whole.
 
     Args:
-        images: uint8 [N, H, W] on the device.
-        training: uint8 [T, H, W] on the same device.
+        images: uint8 [N, H, W].
+        training: uint8 [T, H, W].
         threshold: Pearson correlation, below 1.
+        device: where it is computed, a part at a time; None is that of the images.
+        processes: each looks through its share of the training images, and all learn what was found.
 
     Returns:
-        What was found, on the CPU.
+        What was found, on the CPU: the same for every device and process count.
     """
-    queries, references = _centred(images), _centred(training)
-    basis = _principal_basis(references, min(BASIS_SIZE, queries.shape[1]))
-    bounds = _with_rest(queries, basis)
-    rows, columns = [], []
-    for start in range(0, len(references), CHUNK):
-        bound = bounds @ _with_rest(references[start : start + CHUNK], basis).T
-        row, column = torch.nonzero(bound > threshold - MARGIN, as_tuple=True)
-        alike = (queries[row] * references[start + column]).sum(dim=1) > threshold - MARGIN
-        rows.append(row[alike])
-        columns.append(start + column[alike])
-    row, column = torch.cat(rows).cpu(), torch.cat(columns).cpu()
-    # The few that are left again in float64: on which side of the threshold one falls depends on no device.
-    exact = _exact(images[row.to(images.device)].cpu(), training[column.to(images.device)].cpu())
-    order = exact.argsort(descending=True, stable=True)
+    device = device or images.device
+    mine = list(processes.share(range(0, len(training), REFERENCES)))
+    # of these training images alone: any basis bounds, and the nearest to theirs most closely
+    moments = [unit.T @ unit for unit in (_centred(training[at : at + REFERENCES].to(device)) for at in mine)]
+    basis = _principal_basis(torch.stack(moments).sum(0)) if moments else None
+    pairs, exact = [torch.zeros(0, 2, dtype=torch.int64)], [torch.zeros(0, dtype=torch.float64)]
+    for at in mine:
+        assert basis is not None
+        references = _centred(training[at : at + REFERENCES].to(device))
+        bounding = _with_rest(references, basis).T
+        for first in range(0, len(images), CHUNK):
+            queries = _centred(images[first : first + CHUNK].to(device))
+            bound = _with_rest(queries, basis) @ bounding
+            row, column = torch.nonzero(bound > threshold - MARGIN, as_tuple=True)
+            alike = (queries[row] * references[column]).sum(dim=1) > threshold - MARGIN
+            row, column = (first + row[alike]).cpu(), (at + column[alike]).cpu()
+            pairs.append(torch.stack((row, column), dim=1))
+            exact.append(
+                correlations(*(of[each.to(of.device)].cpu() for of, each in ((images, row), (training, column))))
+            )
+    found = [processes.gather_rows(torch.cat(part)) for part in (pairs, exact)]
+    return _best(found[0], found[1], threshold, len(images))
+
+
+def _best(pairs: Tensor, exact: Tensor, threshold: float, num_images: int) -> NearCopies:
+    """Return each image with its most alike partner, of int64 [P, 2] pairs and their float64 [P] correlations."""
+    order = (pairs[:, 0] << 32 | pairs[:, 1]).argsort()  # whoever found them, and in whatever order
+    order = order[exact[order].argsort(descending=True, stable=True)]
     order = order[exact[order] > threshold]
+    row, column = pairs.unbind(1)
     seen: dict[int, int] = {}  # an image of the split, and where it comes first: with its most alike partner
     for position, image in enumerate(row[order].tolist()):
         seen.setdefault(image, position)
     best = order[list(seen.values())]
-    return NearCopies(indices=row[best], partners=column[best], correlations=exact[best], num_images=len(images))
+    return NearCopies(indices=row[best], partners=column[best], correlations=exact[best], num_images=num_images)
 
 
-def _exact(left: Tensor, right: Tensor) -> Tensor:
-    pair = [part.flatten(1).double() for part in (left, right)]
-    pair = [part - part.mean(dim=1, keepdim=True) for part in pair]
-    norms = pair[0].norm(dim=1) * pair[1].norm(dim=1)
-    return (pair[0] * pair[1]).sum(dim=1) / norms.clamp(min=1e-12)
+def correlations(left: Tensor, right: Tensor) -> Tensor:
+    """Return Pearson's correlation of pairs of uint8 images, float64 [P] on the CPU, from exact sums.
+
+    So on which side of a threshold one falls depends on no device, and on no batch that it is computed in.
+    """
+    x, y = (part.flatten(1).long() for part in (left, right))
+    covariance, *variances = (x.shape[1] * (a * b).sum(1) - a.sum(1) * b.sum(1) for a, b in ((x, y), (x, x), (y, y)))
+    norms = variances[0].double().sqrt() * variances[1].double().sqrt()
+    return covariance.double() / norms.clamp(min=1)
 
 
 def load_pair(name: Literal["test", "val"], data: DataConfig) -> tuple[Split, Split]:
@@ -130,17 +159,20 @@ def load_pair(name: Literal["test", "val"], data: DataConfig) -> tuple[Split, Sp
 
 
 @functools.cache  # the same for all runs on the same images
-def near_copies_of(name: Literal["test", "val"], data: DataConfig, device: torch.device) -> NearCopies:
+def near_copies_of(
+    name: Literal["test", "val"], data: DataConfig, device: torch.device, processes: Processes = ALONE
+) -> NearCopies:
     """Search the training images for near copies of a split's.
 
     Args:
         name: see `load_pair`.
         data: the data set.
         device: where it is computed.
+        processes: see `find_near_copies`.
     """
     logger.info("%s images: searching near copies of training images", name)
-    split, training = load_pair(name, data)
-    return find_near_copies(split.images.to(device), training.images.to(device))
+    split, training = processes.together(lambda: load_pair(name, data))
+    return find_near_copies(split.images, training.images, device=device, processes=processes)
 
 
 @torch.inference_mode()
@@ -157,7 +189,7 @@ def find_pairs(images: Tensor, threshold: float = SIMILAR) -> tuple[Tensor, Tens
     """
     small = torch.cat([_shrunk(part) for part in images.split(CHUNK)]) if len(images) else images
     unit = _centred(small)
-    basis = _principal_basis(unit, min(BASIS_SIZE, unit.shape[1]))
+    basis = _principal_basis(unit.T @ unit)
     bounds = _with_rest(unit, basis)
     found, count = [torch.zeros(0, 2, dtype=torch.int64)], 0
     for first in range(0, len(unit), CHUNK):
@@ -178,7 +210,7 @@ def find_pairs(images: Tensor, threshold: float = SIMILAR) -> tuple[Tensor, Tens
             continue
         break
     pairs = torch.cat(found)
-    exact = _exact(small.cpu()[pairs[:, 0]], small.cpu()[pairs[:, 1]])
+    exact = correlations(small.cpu()[pairs[:, 0]], small.cpu()[pairs[:, 1]])
     order = exact.argsort(descending=True, stable=True)
     order = order[exact[order] > threshold]
     return pairs[order], exact[order]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fmnist.evaluation.features import unit
+from fmnist.runtime.processes import ALONE, Processes
 
-QUERIES_AT_ONCE = 256
+QUERIES_AT_ONCE, ITEMS_AT_ONCE = 256, 8192  # of a product: the same ones, and so the same bits, on any process count
 
 
 class Neighbours:
@@ -15,14 +18,25 @@ class Neighbours:
 
     Args:
         features: [N, D], any float type; need not be of length 1.
-        device: where the product is computed; float32 [N, D] stay there.
+        device: where the product is computed; float32 [N, D] stay there, of each process its share.
+        processes: share the items.
+        made_by: makes the features of some items, where `features` are still the images.
     """
 
-    def __init__(self, features: Tensor, device: torch.device) -> None:
-        self.unit = unit(features.to(device))
+    def __init__(
+        self,
+        features: Tensor,
+        device: torch.device,
+        processes: Processes = ALONE,
+        made_by: Callable[[Tensor], Tensor] = lambda items: items,
+    ) -> None:
+        starts = processes.share(range(0, len(features), ITEMS_AT_ONCE))
+        self._count, self._processes, self._first = len(features), processes, starts[0] if starts else 0
+        mine = features[starts[0] : starts[-1] + ITEMS_AT_ONCE] if starts else features[:0]
+        self._unit = unit(made_by(mine).to(device))
 
     def __len__(self) -> int:
-        return len(self.unit)
+        return self._count
 
     @torch.no_grad()
     def __call__(self, queries: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -45,15 +59,35 @@ class Neighbours:
         similarities, positions = [torch.zeros(0, k)], [torch.zeros(0, k, dtype=torch.int64)]
         for start in range(0, len(queries), QUERIES_AT_ONCE):
             part = slice(start, start + QUERIES_AT_ONCE)
-            cosines = unit(queries[part].to(self.unit.device)) @ self.unit.T
-            if exclude is not None:
-                itself = exclude[part].to(cosines.device)
-                known = itself >= 0
-                cosines[known.nonzero().flatten(), itself[known]] = -torch.inf
-            values, items = cosines.topk(k, dim=1)
+            itself = None if exclude is None else exclude[part].to(self._unit.device)
+            values, items = self._nearest(unit(queries[part].to(self._unit.device)), k, itself)
             similarities.append(values.cpu())
             positions.append(items.cpu())
-        return torch.cat(similarities), torch.cat(positions)
+        # [Q, W x k]: the nearest of each process's share
+        every = (self._processes.gather_rows(torch.cat(part)) for part in (similarities, positions))
+        values, items = (torch.cat(found.split(len(queries) or 1), dim=1) for found in every)
+        return _first(values, items, k)
+
+    def _nearest(self, queries: Tensor, k: int, itself: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the k nearest of this process's items, filled up with none where it has fewer."""
+        values = torch.full((len(queries), k), -torch.inf, device=queries.device)
+        items = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
+        for start in range(0, len(self._unit), ITEMS_AT_ONCE):
+            cosines = queries @ self._unit[start : start + ITEMS_AT_ONCE].T
+            if itself is not None:
+                at = itself - self._first - start
+                here = (at >= 0) & (at < cosines.shape[1]) & (itself >= 0)
+                cosines[here.nonzero().flatten(), at[here]] = -torch.inf
+            near, places = cosines.topk(min(k, cosines.shape[1]), dim=1)
+            both = torch.cat((values, near), dim=1), torch.cat((items, places + self._first + start), dim=1)
+            values, items = _first(*both, k)
+        return values, items
+
+
+def _first(values: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k highest of each row, and their items; of equal ones those that come first."""
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    return values[:, :k], items.gather(1, order[:, :k])
 
 
 def precision_at_k(

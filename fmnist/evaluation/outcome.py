@@ -16,7 +16,7 @@ from fmnist.data.info import DataInfo, SplitName
 from fmnist.data.registry import Source, open_source
 from fmnist.data.split import Split
 from fmnist.evaluation.calibration import average_probabilities
-from fmnist.evaluation.cost import Cost, measure_cost, sum_of_costs
+from fmnist.evaluation.cost import BATCH_SIZES, Cost, measure_cost, sum_of_costs
 from fmnist.metrics import predict
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.ownership import check_writable
@@ -58,7 +58,7 @@ class Outcome:
         model: its architecture.
         directory: where the files go.
         split, tta: as requested.
-        images: uint8 [N, H, W] or [N, C, H, W].
+        images: uint8 [N, H, W] or [N, C, H, W]; none where quick, which shows none.
         labels: int64 [N].
         logits: float32 [N, C], by `tta`.
         by_tta: the same for none and for flip; empty where quick.
@@ -154,14 +154,14 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
         elif trained.info.num_val:
             val_split = _same_everywhere("val", source, compute)
             validation = logits_of(val_split, cfg.tta), val_split.labels.cpu()
-        cost = compute.on_main(measure_cost, trained, split.images, compute.device_name)
+        cost = compute.on_main(measure_cost, trained, split.between(0, max(BATCH_SIZES)), compute.device_name)
     outcome = Outcome(
         name=trained.name,
         model=trained.cfg.model.name,
         directory=directory,
         split=request.split,
         tta=cfg.tta,
-        images=split.images.cpu(),
+        images=split.at_rows(range(0)),
         labels=split.labels.cpu(),
         logits=logits,
         by_tta=by_tta,
@@ -175,14 +175,15 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
         published=split.published,
         files=tuple(map(split.file, range(len(split)))) if split.files else (),
     )
-    return compute.on_main(lambda: outcome)
+    shown = range(0) if request.quick else None  # on the host of the main process, which draws pictures of them
+    return compute.on_main(lambda: replace(outcome, images=split.at_rows(shown)))
 
 
 def _same_everywhere(name: SplitName, source: Source, compute: Compute) -> Split:
-    """Load a split on every process, each from its own place, and compare what they hold."""
-    split = compute.together(lambda: Split.load(name, source, compute.device))
+    """Load a split on every process, each from its own place, and compare what they hold; images stay on the host."""
+    split = compute.together(lambda: Split.load(name, source, read=False))
     compute.agree({f"as {name} images": f"sha256 {split.digest[:12]}"}, "all processes have to read the same data")
-    return split
+    return replace(split, labels=split.labels.to(compute.device), sha256=split.digest)
 
 
 def ensemble(outcomes: list[Outcome], folder: Path) -> Outcome:

@@ -14,6 +14,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from fmnist.evaluation.features import features_of, images_sha256
 from fmnist.evaluation.neighbours import Neighbours, precision_at_k
 from fmnist.evaluation.outcome import Outcome
+from fmnist.runtime.processes import ALONE, Processes
 from fmnist.trained import Trained
 
 logger = logging.getLogger("fmnist")
@@ -33,23 +34,37 @@ def _pixels(images: Tensor) -> Tensor:
     if images[:1].numel() <= PIXELS:
         return images.flatten(1).half()  # 0 to 255 are exact in float16
     small = [adaptive_avg_pool2d(part.float(), SMALL).half() for part in images.split(256)]
-    return torch.cat(small).flatten(1)
+    return torch.cat(small or [images.half()]).flatten(1)
 
 
-def retrieval_of(outcome: Outcome, root: str | None = None) -> dict[str, Any] | None:
+def retrieval_of(
+    trained: Trained, outcome: Outcome | None, root: str | None = None, processes: Processes = ALONE
+) -> dict[str, Any] | None:
     """Measure retrieval precision of test images among the training images, where that takes minutes and not hours.
 
     Args:
-        outcome: an evaluation with its cost.
+        trained: the run.
+        outcome: its evaluation with its cost; on the main process.
         root: where the data set lies; None takes the run's.
+        processes: share the work.
 
     Returns:
-        What `measure_precision` returns. None for an ensemble and for other images than `query_split`'s; and, with a
-        line on the console, where the measured speed says that it takes more than `LIMIT_S`, or it cannot be measured.
+        What `measure_precision` returns. None for other images than `query_split`'s; and, with a line on the console,
+        where the measured speed says that it takes more than `LIMIT_S`, or it cannot be measured.
     """
-    trained, cost = outcome.trained, outcome.cost
-    if trained is None or cost is None or outcome.split != query_split(trained):
+    if not any(processes.gather(outcome is not None and _is_quick(trained, outcome))):
         return None
+    try:
+        return measure_precision(trained, root=root, processes=processes)
+    except ValueError as error:
+        logger.warning("retrieval precision is left out: %s", error)
+        return None
+
+
+def _is_quick(trained: Trained, outcome: Outcome) -> bool:
+    cost = outcome.cost
+    if cost is None or outcome.split != query_split(trained):
+        return False
     count = len(outcome.labels) + trained.info.num_train
     seconds = count / cost.timings[-1].images_per_second
     if seconds > LIMIT_S:
@@ -60,21 +75,19 @@ def retrieval_of(outcome: Outcome, root: str | None = None) -> dict[str, Any] | 
             seconds / 60,
             trained.weights.parent,
         )
-        return None
-    try:
-        return measure_precision(trained, root=root)
-    except ValueError as error:
-        logger.warning("retrieval precision is left out: %s", error)
-        return None
+    return seconds <= LIMIT_S
 
 
-def measure_precision(trained: Trained, *, k: int = 10, root: str | None = None) -> dict[str, Any]:
+def measure_precision(
+    trained: Trained, *, k: int = 10, root: str | None = None, processes: Processes = ALONE
+) -> dict[str, Any]:
     """Search the training images for every image of `query_split`, by the run's features and by raw pixels.
 
     Args:
         trained: the run.
         k: nearest items counted.
         root: where the data set lies; None takes the run's.
+        processes: share the work; the numbers are the same for any count of them.
 
     Returns:
         A JSON-ready dict: `k`, `num_queries`, `num_items`, `run`, the hashes of `retrieval_key`, and under `features`
@@ -84,10 +97,15 @@ def measure_precision(trained: Trained, *, k: int = 10, root: str | None = None)
         ValueError: k is out of range, the images cannot be had, or the features are not finite.
     """
     queried = query_split(trained)
-    items, item_labels, images, labels = *trained.split("train", root).tensors, *trained.split(queried, root).tensors
+    (items, item_labels), (images, labels) = processes.together(
+        lambda: [trained.split(name, root).tensors for name in ("train", queried)]
+    )
+    catalogue, queries = (
+        features_of(trained, name, of, processes).features for name, of in (("train", items), (queried, images))
+    )
     spaces = {
-        "features": tuple(features_of(trained, *part).features for part in (("train", items), (queried, images))),
-        "pixels": (_pixels(items), _pixels(images)),
+        "features": (Neighbours(catalogue, trained.device, processes), queries),
+        "pixels": (Neighbours(items, trained.device, processes, made_by=_pixels), _pixels(images)),
     }
     result: dict[str, Any] = {
         "k": k,
@@ -97,8 +115,8 @@ def measure_precision(trained: Trained, *, k: int = 10, root: str | None = None)
         "run": trained.name,
         **retrieval_key(trained, root),
     }
-    for space, (catalogue, queries) in spaces.items():
-        precision = precision_at_k(Neighbours(catalogue, trained.device), item_labels, queries, labels, k)
+    for space, (neighbours, queries) in spaces.items():
+        precision = precision_at_k(neighbours, item_labels, queries, labels, k)
         result[space] = summarize_precision(precision, labels, trained.class_names)
     return result
 

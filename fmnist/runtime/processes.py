@@ -23,6 +23,10 @@ from fmnist.runtime.lost_process import describe_loss, is_lost_process, share_st
 T = TypeVar("T")
 
 
+class SaidByAll(ValueError):
+    """An error that all processes have heard of, and raise alike."""
+
+
 class Processes:
     """This process among the others; every method is called by all of them.
 
@@ -96,16 +100,20 @@ class Processes:
     def together(self, action: Callable[[], T]) -> T:
         """Do something on every process; where it fails on one it fails on all, with that one's words.
 
+        Within it some may be done together too: a process that has failed before it came there counts as failed there.
+
         Raises:
             ValueError: the first of the processes' errors.
         """
         failure = ""
         try:
             result = action()
+        except SaidByAll:
+            raise
         except (ValueError, OSError) as error:
             failure = str(error)
         if said := next(filter(None, self.gather(failure)), ""):
-            raise ValueError(said)
+            raise SaidByAll(said)
         return result
 
     def agree(self, seen: Mapping[str, str], remedy: str) -> None:
@@ -138,15 +146,15 @@ class Processes:
         first, last = (len(items) * rank // self.world_size for rank in (self.rank, self.rank + 1))
         return items[first:last]
 
-    def to_main(self, rows: Tensor) -> Tensor:
-        """Put the rows of all processes one after another on the main one; the others keep their own; on the CPU."""
-        counts = self.gather(len(rows))
-        if self.rank:
-            dist.send(rows.contiguous(), 0, group=self.control)
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Put the rows of all processes one after another, by rank, on every one of them; all on the CPU."""
+        if self.world_size == 1:
             return rows
-        parts = [rows, *(rows.new_empty((count, *rows.shape[1:])) for count in counts[1:])]
-        for source, part in enumerate(parts[1:], 1):
-            dist.recv(part, source, group=self.control)
+        counts = self.gather(len(rows))
+        parts = [rows.new_empty((count, *rows.shape[1:])) for count in counts]
+        parts[self.rank] = rows.contiguous()
+        for source, part in enumerate(parts):
+            dist.broadcast(part, source, group=self.control)
         return torch.cat(parts)
 
     def join(self) -> None:
@@ -173,3 +181,6 @@ class Processes:
         gathered = [torch.empty_like(rows) for _ in range(self.world_size)]
         dist.all_gather(gathered, rows)
         return torch.stack(gathered, dim=1).flatten(0, 1)
+
+
+ALONE = Processes(0, 1)  # where one process does it all

@@ -11,7 +11,7 @@ from fmnist.checkpoint.contents import TrainState, read_state
 from fmnist.checkpoint.fingerprint import WEIGHTS, digest_of_weights, fingerprint
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.config.conflicts import Length, without_effect
-from fmnist.config.same_run import recipe
+from fmnist.config.same_run import of_all_ranks, recipe
 from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader
@@ -52,6 +52,8 @@ def build(cfg: Config, run: Run, train_step: Callable[..., Any]) -> Training | N
     Raises:
         ValueError: data, weights, options or checkpoints that cannot be used; one line each.
     """
+    run.agree_on_options(of_all_ranks(cfg))  # before anything is done together
+
     # data: all three splits, so that a damaged file is found now and not after the training
     splits, placement = load_splits(cfg, run)
     train_split, val_split, test_split = splits.values()

@@ -14,7 +14,6 @@ from fmnist.config.schema import Config
 from fmnist.config.shipped import command
 from fmnist.data.corrections import DROPPED
 from fmnist.data.info import SplitName
-from fmnist.data.placement import whole_images
 from fmnist.data.split import Split
 from fmnist.evaluation.calibration import few_images, fit_temperature
 from fmnist.evaluation.findings import Findings, findings
@@ -151,7 +150,7 @@ def evaluate_test(training: Training, cfg: Config, run: Run) -> Findings | None:
         directory=run.directory / "evaluation" / name,
         split=name,
         tta=cfg.evaluation.tta,
-        images=whole_images(split, run),
+        images=split.images[:0].cpu(),  # they may lie on other processes, and no picture is drawn here
         labels=split.labels.cpu(),
         logits=logits,
         class_names=split.class_names,

@@ -18,7 +18,7 @@ def load_splits(cfg: Config, run: Run) -> tuple[dict[str, Split], Placement]:
     """Load train, val and test, in this order, fetched where no folder was named, and move them to their place."""
 
     def load() -> dict[str, Split]:
-        source = open_source(cfg.data, fetch=True)
+        source = open_source(cfg.data, fetch=True, processes=run)
         for line in source.without_effect(cfg.data):
             logger.warning("%s", line)
         return {name: Split.load(name, source, read=False) for name in ("train", "val", "test")}

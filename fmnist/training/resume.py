@@ -17,7 +17,7 @@ from fmnist.checkpoint.fingerprint import kept_fingerprint, short, what_changed
 from fmnist.checkpoint.run_directory import has_run, is_finished, read_summary, same_recipe
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.checkpoint.tensors import load_optimizer_tensors, load_strict, read_tensors
-from fmnist.config.same_run import changes, lengthened, of_all_ranks, recipe
+from fmnist.config.same_run import changes, lengthened, recipe
 from fmnist.config.schema import Config
 from fmnist.data.info import DATA_FILE
 from fmnist.optim import Schedule
@@ -42,7 +42,6 @@ def find_start(cfg: Config, run: Run, checkpoints: Checkpoints, total_steps: int
         ValueError: the run is of other data or weights, its checkpoints cannot be used, or the processes see different
             directories, data or options.
     """
-    run.agree_on_options(of_all_ranks(cfg))
     made_of = {f"as {name}": short(digest) for name, digest in run.fingerprint.items()}
     run.agree(made_of, "all processes have to read the same data and weights")
     place, shared = f"in {run.directory}", "output_dir must be shared by all processes"

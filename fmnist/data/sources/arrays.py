@@ -16,12 +16,15 @@ from filelock import FileLock
 from torch import Tensor
 
 from fmnist.data.info import DataInfo, mean_and_std
+from fmnist.data.mapped import CHUNK, Mapped
+from fmnist.data.sources.npz_file import read_arrays
 from fmnist.runtime.console import one_line
 from fmnist.runtime.files import cannot_read
+from fmnist.runtime.processes import ALONE, Processes
 
 logger = logging.getLogger("fmnist")
 # Under train, val, test: images uint8 [N, H, W] or [N, 3, H, W], and labels int64 [N].
-Parts = dict[str, tuple[Tensor, Tensor]]
+Parts = dict[str, tuple[Tensor | Mapped, Tensor]]
 
 # data.name: torchvision's class, its arguments for the two parts, its title, licence.
 TRAIN_OR_NOT: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
@@ -39,13 +42,16 @@ TORCHVISION: dict[str, tuple[str, dict[str, dict[str, Any]], str, str]] = {
 }
 
 
-def read_torchvision(name: str, root: str | None, *, fetch: bool) -> tuple[DataInfo, Parts]:
+def read_torchvision(
+    name: str, root: str | None, *, fetch: bool, processes: Processes | None = None
+) -> tuple[DataInfo, Parts]:
     """Read a data set with torchvision, which checks the files' digests.
 
     Args:
         name: a key of TORCHVISION.
         root: the folder that torchvision calls root; None is data/ in the working directory.
         fetch: let torchvision download it from its mirrors, where no root is given.
+        processes: see `open_source`.
 
     Raises:
         ValueError: it is not there, is damaged, or cannot be fetched; one line.
@@ -65,10 +71,10 @@ def read_torchvision(name: str, root: str | None, *, fetch: bool) -> tuple[DataI
         remedy = "" if download else "; leave data.root out and train.py fetches it into data/"
         reason = f"torchvision cannot read it in {folder}: {one_line(error, 300)}{remedy}"
         raise ValueError(f"data.name {name}: {reason}") from None
-    parts = {part: _tensors(data, transposed=name == "emnist") for part, data in read.items()}
+    parts: Parts = {part: _tensors(data, transposed=name == "emnist") for part, data in read.items()}
     classes = getattr(read["train"], "classes", None) or [str(label) for label in range(10)]
-    source = f"torchvision.datasets.{kind}"
-    return describe(parts, name, title, tuple(map(str, classes)), source=source, licence=licence), parts
+    about = {"source": f"torchvision.datasets.{kind}", "licence": licence}
+    return describe(parts, name, title, tuple(map(str, classes)), processes=processes or ALONE, **about), parts
 
 
 def _tensors(data: Any, *, transposed: bool) -> tuple[Tensor, Tensor]:
@@ -80,18 +86,21 @@ def _tensors(data: Any, *, transposed: bool) -> tuple[Tensor, Tensor]:
     return (images.mT if transposed else images).contiguous(), torch.as_tensor(np.asarray(labels)).long()
 
 
-def read_npz(path: str) -> tuple[DataInfo, Parts]:
+def read_npz(path: str, processes: Processes | None = None) -> tuple[DataInfo, Parts]:
     """Read the arrays train_images, train_labels and perhaps val_ and test_ ones, as MedMNIST ships them.
 
     Images are uint8 [N, H, W] or [N, H, W, 3], labels whole numbers [N] or [N, 1] from 0; an array class_names of texts
     names the classes.
 
+    Args:
+        path: the file.
+        processes: see `open_source`.
+
     Raises:
         ValueError: no such file, or an array that is missing or of another kind; one line.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
+        arrays = read_arrays(path, in_place=processes is not None)
     except OSError as error:
         raise cannot_read(Path(path), error) from None
     except (ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
@@ -103,6 +112,7 @@ def read_npz(path: str) -> tuple[DataInfo, Parts]:
     if alone := [part for part in ("val", "test") if f"{part}_labels" in arrays and part not in parts]:
         raise ValueError(f"data.root: {path} has {alone[0]}_labels, but no {alone[0]}_images")
     parts = {part: found for part, found in parts.items() if part == "train" or len(found[1])}
+    about = {"source": Path(path).name}
     if not parts.get("train"):
         raise ValueError(
             f"data.root: {path} holds {', '.join(arrays) or 'nothing'}; expected train_images, train_labels"
@@ -112,7 +122,7 @@ def read_npz(path: str) -> tuple[DataInfo, Parts]:
         raise ValueError(f"data.root: {path} holds images of different shapes: {shapes}")
     num_classes = max((int(labels.max()) for _, labels in parts.values() if len(labels)), default=-1) + 1
     names = _class_names(arrays.get("class_names", np.arange(num_classes)), num_classes, path)
-    return describe(parts, "npz", Path(path).stem, names, source=Path(path).name), parts
+    return describe(parts, "npz", Path(path).stem, names, processes=processes or ALONE, **about), parts
 
 
 def _class_names(found: np.ndarray, num_classes: int, path: str) -> tuple[str, ...]:
@@ -128,7 +138,7 @@ def _class_names(found: np.ndarray, num_classes: int, path: str) -> tuple[str, .
     return names
 
 
-def _checked(arrays: Mapping[str, np.ndarray], part: str, path: str) -> tuple[Tensor, Tensor]:
+def _checked(arrays: Mapping[str, np.ndarray], part: str, path: str) -> tuple[Tensor | Mapped, Tensor]:
     images, labels = arrays[f"{part}_images"], arrays.get(f"{part}_labels", np.zeros(0, np.float32))
     shape, where = list(images.shape), f"data.root: {path}"
     if (
@@ -147,13 +157,22 @@ def _checked(arrays: Mapping[str, np.ndarray], part: str, path: str) -> tuple[Te
     tensor = torch.from_numpy(images)
     if images.ndim == 4:
         tensor = tensor[..., 0] if shape[3] == 1 else tensor.movedim(-1, 1)
-    return tensor.contiguous(), torch.from_numpy(labels.astype(np.int64))
+    numbers = torch.from_numpy(labels.astype(np.int64))
+    if isinstance(images, np.memmap):
+        return Mapped(array=tensor, at=torch.arange(len(numbers)), stays=False), numbers
+    return tensor.contiguous(), numbers
 
 
 def describe(
-    parts: Parts, name: str, title: str, class_names: tuple[str, ...], source: str, licence: str = ""
+    parts: Parts,
+    name: str,
+    title: str,
+    class_names: tuple[str, ...],
+    source: str,
+    licence: str = "",
+    processes: Processes = ALONE,
 ) -> DataInfo:
-    """Return what to know of a data set that was read.
+    """Return what to know of a data set that was read; by all processes, each of which has read it.
 
     Raises:
         ValueError: it has fewer than two classes, or a class without a training image.
@@ -164,7 +183,7 @@ def describe(
         raise ValueError(f"{title} has {len(class_names)} class and {len(labels)} training images; needed: two classes")
     if (missing := torch.nonzero(counts == 0).flatten()).numel():
         raise ValueError(f"{title} has no training image of class {class_names[int(missing[0])]!r}")
-    mean, std = statistics(images)
+    mean, std = statistics(images, processes)
     height, width = images.shape[-2:]
     return DataInfo(
         name=name,
@@ -179,22 +198,30 @@ def describe(
     )
 
 
-def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def statistics(images: Tensor | Mapped, processes: Processes = ALONE) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation per channel, in [0, 1], from exact sums, to four digits.
 
     Args:
         images: uint8 [N, H, W] or [N, C, H, W].
+        processes: each looks through its share of the images; sums of whole numbers depend on no order.
 
     Raises:
         ValueError: all channels are the same everywhere; a single one has std 1.
     """
-    channels = images.unbind(1) if images.ndim == 4 else [images]
-    values, found, varies = np.arange(256, dtype=np.int64), [], False
-    for channel in channels:
-        counts = sum(np.bincount(part.numpy().ravel(), minlength=256) for part in channel.split(4096))
-        varies |= int(np.count_nonzero(counts)) > 1
-        found.append(mean_and_std(*(int((counts * values**power).sum()) for power in (0, 1, 2))))
-    if not varies:
+
+    def count() -> list[list[int]]:
+        counts = torch.zeros(images.shape[1] if len(images.shape) == 4 else 1, 256, dtype=torch.int64)
+        for start in processes.share(range(0, len(images), CHUNK)):
+            rows = range(start, min(start + CHUNK, len(images)))
+            part = images.read(rows) if isinstance(images, Mapped) else images[rows.start : rows.stop]
+            for channel, pixels in zip(counts, part.unbind(1) if part.ndim == 4 else [part], strict=True):
+                channel += torch.bincount(pixels.flatten(), minlength=256)
+        return counts.tolist()
+
+    shares = processes.gather(processes.together(count))
+    channels = [[sum(counts) for counts in zip(*each, strict=True)] for each in zip(*shares, strict=True)]
+    if all(sum(map(bool, counts)) == 1 for counts in channels):
         raise ValueError("all training images are one and the same colour")
-    means, stds = zip(*found, strict=True)
+    sums = ([sum(c * value**power for value, c in enumerate(counts)) for power in (0, 1, 2)] for counts in channels)
+    means, stds = zip(*(mean_and_std(*each) for each in sums), strict=True)
     return means, stds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fmnist.data.mapped import CHUNK
 from fmnist.data.sources.cache import Cache
 from fmnist.data.sources.decode import Fit
 from fmnist.data.sources.fill import Decoding, check_fits, examples_of
@@ -39,7 +40,8 @@ class Decoded:
         skipped: files that could not be read, and why.
         digests: of each part, as `Split.digest`.
         has_parts: they are folders of its own; else `holdout` made them.
-        checked: parts that were compared with their digest.
+        new: they were decoded, and their digests made from the file, a moment ago.
+        checked: of the parts that were compared with their digest, that of each split they are cut into.
     """
 
     images: Tensor
@@ -52,7 +54,8 @@ class Decoded:
     skipped: tuple[tuple[str, str], ...]
     digests: dict[str, str]
     has_parts: bool
-    checked: set[str] = field(default_factory=set)
+    new: bool
+    checked: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def read_folder(
@@ -89,7 +92,7 @@ def read_folder(
             logger.info("%s", one_line(f"{root}: ignored files that are no pictures: {kinds}", 1000))
         options = {"stored_size": stored_size, "fit": fit, "bad_files": bad_files, "holdout": holdout}
         cache = Cache(root, options, found)
-        kept = cache.read()  # without a lock, which a cache that somebody else made may not allow
+        kept, new = cache.read(), False  # without a lock, which a cache that somebody else made may not allow
         if kept is None:
             with cache.locked():
                 kept = cache.read()  # another process may have been faster
@@ -97,10 +100,10 @@ def read_folder(
                     wait_for_another_time(found)
                     decoding = Decoding(cache, found, stored_size=stored_size, fit=fit, bad_files=bad_files)
                     decoding.fill_cache(holdout, fits)
-                    kept = cache.read()
+                    kept, new = cache.read(), True
         if kept is None:
             raise ValueError(f"{cache.array} was removed while it was read")
-        decoded = _decoded(*kept, has_parts=bool(found[0].part))
+        decoded = _decoded(*kept, has_parts=bool(found[0].part), new=new)
         check_fits(tuple(decoded.images.shape), fits)
     except ValueError as error:
         raise ValueError(one_line(error, 1500)) from None
@@ -109,26 +112,54 @@ def read_folder(
     return decoded
 
 
-def check_part(decoded: Decoded, name: str, root: Path) -> None:
+def check_part(decoded: Decoded, name: str, splits: Mapping[str, Tensor], root: Path) -> dict[str, str]:
     """Compare the pixels of a part with their digest, the first time: a disk may have damaged the cache since.
 
+    Args:
+        decoded: the folder.
+        name: of the part.
+        splits: by name, the int64 positions, ascending, of those that it is cut into.
+        root: the folder's path.
+
+    Returns:
+        The digest of each of them, as `Split.digest`: of the same reading, so that nothing is read for it again.
+
     Raises:
-        ValueError: they differ; one line.
+        ValueError: the pixels differ; one line.
     """
-    if name in decoded.checked:
-        return
-    at, (channels, *side) = decoded.parts[name], decoded.images.shape[1:]
-    found = hashlib.sha256(f"torch.uint8 {[len(at), *([channels] * (channels > 1)), *side]} ".encode())
-    for part in at.split(1024):
-        found.update(decoded.images[part].numpy().data)
-    found.update(f"torch.int64 {[len(at)]} ".encode())
-    found.update(decoded.labels[at].numpy().data)
-    if found.hexdigest() != decoded.digests[name]:
-        raise ValueError(f"data.root: the decoded {name} images of {one_line(str(root))} are damaged: {CACHE_REMEDY}")
-    decoded.checked.add(name)
+    if name not in decoded.checked:
+        whole = decoded.parts[name]
+        wanted = {split: at for split, at in splits.items() if not torch.equal(at, whole)}
+        if not decoded.new:
+            wanted[""] = whole
+        found = _digests(decoded, whole, wanted)
+        if found.setdefault("", decoded.digests[name]) != decoded.digests[name]:
+            raise ValueError(
+                f"data.root: the decoded {name} images of {one_line(str(root))} are damaged: {CACHE_REMEDY}"
+            )
+        decoded.checked[name] = {split: found.get(split, found[""]) for split in splits}
+    return decoded.checked[name]
 
 
-def _decoded(images: NDArray[np.uint8], facts: dict[str, Any], *, has_parts: bool) -> Decoded:
+def _digests(decoded: Decoded, read: Tensor, splits: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the digest of each of some splits of the images at `read`, of one reading; int64 positions, ascending."""
+    channels, *side = decoded.images.shape[1:]
+    image = [*([channels] * (channels > 1)), *side]
+    found = {name: hashlib.sha256(f"torch.uint8 {[len(at), *image]} ".encode()) for name, at in splits.items()}
+    member = {name: torch.isin(read, at) for name, at in splits.items()}
+    for first in range(0, len(read) if splits else 0, CHUNK):
+        some = slice(first, first + CHUNK)
+        pixels = decoded.images[read[some]]
+        for name, digest in found.items():
+            own = member[name][some]
+            digest.update((pixels if own.all() else pixels[own]).numpy().data)
+    for name, at in splits.items():
+        found[name].update(f"torch.int64 {[len(at)]} ".encode())
+        found[name].update(decoded.labels[at].numpy().data)
+    return {name: digest.hexdigest() for name, digest in found.items()}
+
+
+def _decoded(images: NDArray[np.uint8], facts: dict[str, Any], *, has_parts: bool, new: bool) -> Decoded:
     return Decoded(
         images=torch.from_numpy(images),
         labels=torch.tensor(facts["labels"], dtype=torch.int64),
@@ -140,4 +171,5 @@ def _decoded(images: NDArray[np.uint8], facts: dict[str, Any], *, has_parts: boo
         skipped=tuple((name, reason) for name, reason in facts["skipped"]),
         digests=facts["digests"],
         has_parts=has_parts,
+        new=new,
     )

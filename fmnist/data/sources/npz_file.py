@@ -1,0 +1,55 @@
+"""The arrays of a .npz file, of which large ones may stay in it."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+LOCAL_HEADER = 30  # bytes of what stands before a member, and before its name
+PIECE = 1 << 22  # bytes read at a time
+
+
+def read_arrays(path: str, *, in_place: bool) -> dict[str, NDArray]:
+    """Read the arrays of a .npz file by their names.
+
+    Args:
+        path: the file.
+        in_place: leave those of uint8 that are not compressed in the file, mapped, after a look at their checksum.
+
+    Raises:
+        Exception: what NumPy, zipfile and the system raise where it is none, or is damaged.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        mapped = {name: _mapped(file.zip, f"{name}.npy") for name in file.files} if in_place else {}
+        return {name: file[name] if (array := mapped.get(name)) is None else array for name in file.files}
+
+
+def _mapped(archive: zipfile.ZipFile, name: str) -> NDArray[np.uint8] | None:
+    """Return an array in its place; None where it has to be read, and NumPy says what is wrong with it."""
+    info, file = archive.NameToInfo.get(name), archive.fp
+    if info is None or info.compress_type != zipfile.ZIP_STORED or file is None:
+        return None
+    file.seek(info.header_offset)
+    header = file.read(LOCAL_HEADER)
+    begin = info.header_offset + LOCAL_HEADER + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+    file.seek(begin)
+    try:
+        version = np.lib.format.read_magic(file)
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    except ValueError:
+        return None
+    at = file.tell()
+    size = prod(shape)
+    if version != (1, 0) or dtype != np.uint8 or fortran_order or not size or at - begin + size != info.file_size:
+        return None
+    file.seek(begin)
+    left, checksum = info.file_size, 0
+    while left and (piece := file.read(min(PIECE, left))):
+        left, checksum = left - len(piece), zlib.crc32(piece, checksum)
+    if left or checksum != info.CRC:
+        return None
+    return np.memmap(file, np.uint8, "c", at, shape)  # private pages: what writes into it does not reach the file
