@@ -182,7 +182,7 @@ def main() -> None:
         elif args.plan:
             print(plan(queue.left, args.jobs if args.jobs > 1 else os.cpu_count() or 1))
         elif args.slices:
-            from experiments.recipe_figures import draw_searches  # late: matplotlib
+            from experiments.search_figure import draw_searches  # late: matplotlib
 
             print(*draw_searches(queue.entries, args.results, args.slices), sep="\n")
         else:

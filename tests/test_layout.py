@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "benchmark": {"config", "data", "models", "network", "optim", "report", "runtime", "step"},
     "train.py": {"checkpoint", "config", "metrics", "optim", "run", "runtime", "step", "training"},
     "evaluate.py": {"evaluation", "report", "runtime", "trained"},
-    "experiments": {"apps", "benchmark", "config", "data", "metrics", "models", "optim", "runtime", "trained"},
+    "experiments": {"apps", "benchmark", "config", "data", "models", "optim", "report", "runtime", "trained"},
 }
 FLOORS = (
     {"config", "runtime"},
