@@ -23,7 +23,7 @@ PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 def take_lock(directory: Path) -> int | None:
     """Take the right to train in a directory, as an open file; None where another queue, or its trainer, has it."""
     directory.mkdir(parents=True, exist_ok=True)
-    lock = os.open(directory / "queue.lock", os.O_RDWR | os.O_CREAT)
+    lock = os.open(directory / "queue.lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
