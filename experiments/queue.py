@@ -1,235 +1,198 @@
-"""Run every experiment of queue.yaml that has no result yet, in order, one at a time.
+"""Run every experiment of queue.yaml that has no result yet, in order.
 
-python -m experiments.queue [--only NAME ...]     run; stopped or killed, the same command goes on where it was
-python -m experiments.queue --table               print what is finished: mean and standard deviation over seeds
+python -m experiments.queue [--jobs 2] [--only NAME ...]  stopped or killed, the same command goes on where it was
+python -m experiments.queue --plan                        what is left, and the processor minutes of it by estimate
+python -m experiments.queue --table                       what is finished: mean and standard deviation over seeds
+python -m experiments.queue --slices FOLDER               a figure of each search over a grid: top1 by each option
 
-NAME is an entry, or one seed of it (cnn_seed0). An entry of queue.yaml:
-
-- name: cnn_wide             # results/queue/cnn_wide_seed0.json, runs/queue/cnn_wide_seed0/
-  config: configs/cnn.yaml   # the recipe ...
-  flags: {optim.lr: 0.008}   # ... and options that beat it
-  seeds: [0, 1, 2]
-  search: true               # chosen on validation: the test images are not evaluated, and the result has none
-  note: why                  # optional
-
-An entry keeps its meaning: once a result is there, an entry of that name with other options is an error.
+NAME is an entry, a group of them, or one seed (cnn_seed0). Several queues may run at once: none trains what another is
+training. experiments/queue_entries.py says how an entry is written.
 """
 
 import argparse
-import ctypes
-import datetime
 import json
 import os
 import signal
-import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
-import numpy as np
-
-from fmnist.config import strict_yaml
-from fmnist.config.parse import parse_config
-from fmnist.config.same_run import recipe
-from fmnist.config.schema import Config, flatten
+from experiments.median_stopping import lags
+from experiments.queue_entries import Entry, chosen, has_result, in_order, names, read_queue, result_path
+from experiments.queue_job import ROOT, Job, take_lock
+from experiments.queue_results import curve, plan, result_of, table
 from fmnist.runtime.files import read_json, write_atomic
-from fmnist.runtime.provenance import processor
 
-ROOT = Path(__file__).resolve().parent.parent
-FROM_SUMMARY = ("model", "parameters", "epochs", "steps", "val.top1", "images_per_second", "train_seconds")
-FROM_TEST = ("test.top1", "test.loss", "test.num_images")
-PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+POLL_S = 0.5
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One recipe of the queue and its seeds."""
+@dataclass
+class Queue:
+    """The runs that are wanted, and those that are going on.
 
-    name: str
-    config: str
-    seeds: list[int] = field(default_factory=lambda: [0])
-    flags: dict[str, Any] = field(default_factory=dict)
-    search: bool = False
-    note: str = ""
-
-    def arguments(self, seed: int, directory: Path) -> list[str]:
-        """Return what train.py is called with."""
-        flags = {**self.flags, **({"evaluation.test": False} if self.search else {}), "seed": seed}
-        given = [part for key, value in flags.items() for part in (f"--{key}", json.dumps(value).strip('"'))]
-        return ["--config", self.config, *given, "--output_dir", str(directory)]
-
-
-def read_queue(path: Path) -> list[Entry]:
-    """Read the entries.
-
-    Raises:
-        ValueError: a key that there is not, or a name given twice.
+    Attributes:
+        entries: all of the file; `left` are the runs of them that are wanted and have no result.
+        jobs: how many are trained at once; with several each has its share of the cores.
+        stopped_by: the signal that asked for the end, by name.
     """
-    content = strict_yaml.load_file(path)
-    if not isinstance(content, list):
-        raise ValueError(f"{path}: expected a list of entries, - name: ...")
-    try:
-        entries = [Entry(**item) for item in content]
-    except TypeError as error:
-        raise ValueError(f"{path}: {str(error).removeprefix('Entry.__init__() ')}") from None
-    names = [entry.name for entry in entries]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"{path}: {', '.join(sorted(twice))} is there twice")
-    return entries
 
+    entries: list[Entry]
+    results: Path
+    runs: Path
+    jobs: int = 1
+    only: list[str] | None = None
+    running: list[Job] = field(default_factory=list)
+    failed: int = 0
+    stopped_by: str = ""
 
-def resolved(entry: Entry, seed: int) -> dict[str, Any]:
-    """Return the options that decide a run's result and differ from the defaults, as JSON reads them back."""
-    cfg = parse_config(entry.arguments(seed, Path("runs")), prog=entry.name, to_run=False)
-    options, defaults = recipe(cfg), flatten(Config())
-    return json.loads(json.dumps({key: value for key, value in options.items() if value != defaults[key]}))
+    def __post_init__(self) -> None:
+        known = {name for entry, seed in in_order(self.entries) for name in names(entry, seed)}
+        if unknown := set(self.only or ()) - known:
+            raise ValueError(f"--only {min(unknown)}: the queue has no such entry, group or seed")
+        wanted = [run for run in in_order(self.entries) if self.only is None or names(*run) & set(self.only)]
+        self.left = [run for run in wanted if not self._has_result(*run)]
 
+    def _has_result(self, entry: Entry, seed: int) -> bool:
+        """Say whether a run is done; ValueError where it was of other options."""
+        path = result_path(self.results, entry.name, seed)
+        ready = chosen(entry, self.entries, self.results)
+        return path.is_file() if ready is None else has_result(ready, seed, path)
 
-def has_result(entry: Entry, seed: int, path: Path) -> bool:
-    """Say whether the result is there.
+    def work(self) -> None:
+        """Run what is left, until all is done or a signal asks for the end.
 
-    Raises:
-        ValueError: it is one of other options.
-    """
-    if not path.is_file():
-        return False
-    before, now = read_json(path)["options"], resolved(entry, seed)
-    if changed := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
-        raise ValueError(f"{path.name} is of another {', '.join(changed)}: give the entry another name, or delete it")
-    return True
+        A run that fails does not keep the next from running. What another queue is training is waited for, and taken
+        over if that queue dies.
+        """
+        previous = {number: signal.signal(number, self._note_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self.share()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
+    def share(self) -> None:
+        """Do as `work`, in any thread, and without listening to signals."""
+        try:
+            while (self.left or self.running) and not self.stopped_by:
+                while len(self.running) < self.jobs and (job := self._next()):
+                    self.running.append(job)
+                if not self.running and self._stuck():
+                    break
+                time.sleep(POLL_S)
+                self._look()
+        finally:  # whatever happened here, the trainers save
+            for job in self.running:
+                job.stop()
+            for job in self.running:
+                job.ended(wait=True)
+                self._conclude(job)
 
-def run(entry: Entry, seed: int, directory: Path) -> bool:
-    """Train until the run is finished, or say that it is not; note what each start of it took.
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        self.stopped_by = signal.Signals(number).name
 
-    The trainer goes on from its own newest checkpoint. It gets SIGTERM when this process dies, and saves one.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "train.py", *entry.arguments(seed, directory)]
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    die_with_me = (lambda: libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))) if libc else None
-    usage, began = directory / "usage.jsonl", time.monotonic()
-    _append(usage, {"event": "start", "date": datetime.datetime.now().isoformat(timespec="seconds")})
-    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=die_with_me)
-    try:
-        _, status, used = os.wait4(process.pid, 0)
-    except BaseException:  # Ctrl-C reaches the trainer too: let it save
-        process.terminate()
-        process.wait()
-        raise
-    _append(usage, {"event": "end", "wall": time.monotonic() - began, "cpu": used.ru_utime + used.ru_stime})
-    return status == 0 and read_json(directory / "summary.json").get("status") == "finished"
-
-
-def _append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def result_of(entry: Entry, seed: int, directory: Path) -> dict[str, Any]:
-    """Return the result of a finished run."""
-    summary = read_json(directory / "summary.json")
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    events = [json.loads(line) for line in (directory / "usage.jsonl").read_text().splitlines()]
-    ends = [event for event in events if event["event"] == "end"]
-    whole = 2 * len(ends) == len(events)  # else a start was killed with this process, and what it took is not known
-    result: dict[str, Any] = {
-        "name": entry.name,
-        "seed": seed,
-        "search": entry.search,
-        "note": entry.note,
-        "command": " ".join(["python", "train.py", *entry.arguments(seed, directory)]),
-        "options": resolved(entry, seed),
-        "date": datetime.date.today().isoformat(),
-        "hardware": {"device": summary["device"], "processor": processor(), "cpu_cores": os.cpu_count()},
-        "versions": summary["versions"],
-        "git_revision": summary["git_revision"],
-        **{key: summary[key] for key in FROM_SUMMARY},
-        "val": [{key: line[key] for key in ("epoch", "top1", "loss")} for line in lines if line["prefix"] == "val"],
-        "starts": len(events) - len(ends),
-        "wall_seconds": round(sum(end["wall"] for end in ends), 1) if whole else None,
-        "cpu_seconds": round(sum(end["cpu"] for end in ends), 1) if whole else None,
-    }
-    if not entry.search:
-        test = read_json(directory / "evaluation" / "test" / "metrics.json")
-        result |= {key: summary[key] for key in FROM_TEST} | {"test.top1_interval": test["top1_interval"]}
-        result |= {f"test.{key}": test[key] for key in ("macro_f1", "balanced_accuracy")}
-        result["test.macro_f1_interval"] = macro_f1_interval(test["confusion_matrix"])
-    return result
-
-
-def macro_f1_interval(confusion: list[list[int]], resamples: int = 10_000) -> list[float]:
-    """Return the 2.5 and 97.5 % points of macro F1 over resampled test images, of their confusion matrix."""
-    counts = np.array(confusion)
-    drawn = np.random.default_rng(0).multinomial(counts.sum(), counts.ravel() / counts.sum(), size=resamples)
-    drawn = drawn.reshape(resamples, *counts.shape)
-    hits, rows, columns = np.einsum("nii->ni", drawn), drawn.sum(2), drawn.sum(1)
-    present = rows > 0  # a class without an image in the sample counts as in the metric itself: not at all
-    f1 = np.where(present, 2 * hits / np.maximum(rows + columns, 1), 0).sum(1) / present.sum(1)
-    return [float(point) for point in np.percentile(f1, [2.5, 97.5])]
-
-
-def table(entries: list[Entry], results: Path) -> str:
-    """Return one row per entry: seeds done, mean and standard deviation of accuracy, mean processor seconds."""
-
-    def cell(found: list[dict[str, Any]], key: str, scale: float, digits: int) -> str:
-        values = [scale * result[key] for result in found if result.get(key) is not None]
-        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{spread}" if values else "-"
-
-    rows = ["| entry | seeds | val top1, % | test top1, % | processor s | note |", "|---|---|---|---|---|---|"]
-    for entry in entries:
-        paths = [results / f"{entry.name}_seed{seed}.json" for seed in entry.seeds]
-        found = [read_json(path) for path in paths if path.is_file()]
-        cells = [cell(found, "val.top1", 100, 2), cell(found, "test.top1", 100, 2), cell(found, "cpu_seconds", 1, 0)]
-        rows.append(f"| {entry.name} | {len(found)}/{len(paths)} | {' | '.join(cells)} | {entry.note} |")
-    return "\n".join(rows)
-
-
-def work(entries: list[Entry], results: Path, runs: Path, only: list[str] | None = None) -> int:
-    """Run what has no result, and return how many runs failed; one that fails does not keep the next from running."""
-    failed = 0
-    results.mkdir(parents=True, exist_ok=True)
-    for entry in entries:
-        for seed in entry.seeds:
-            name = f"{entry.name}_seed{seed}"
-            if only is not None and not {entry.name, name} & set(only):
+    def _next(self) -> Job | None:
+        """Start the first run that can be; None where there is none."""
+        for run in list(self.left):
+            entry, seed = chosen(run[0], self.entries, self.results), run[1]
+            if entry is None or (lock := take_lock(self.runs / f"{entry.name}_seed{seed}")) is None:
                 continue
-            if has_result(entry, seed, results / f"{name}.json"):
+            self.left.remove(run)
+            if has_result(entry, seed, result_path(self.results, entry.name, seed)):  # another queue's, meanwhile
+                os.close(lock)
                 continue
-            print(f"--- {name}", flush=True)
-            if not run(entry, seed, runs / name):
-                print(f"--- {name} did not finish", flush=True)
-                failed += 1
-                continue
-            result = result_of(entry, seed, runs / name)
-            write_atomic(results / f"{name}.json", json.dumps(result, indent=2) + "\n")
-    return failed
+            print(f"--- {entry.name}_seed{seed}", flush=True)
+            threads = max(1, (os.cpu_count() or 1) // self.jobs) if self.jobs > 1 else None
+            return Job(entry, seed, self.runs / f"{entry.name}_seed{seed}", lock, threads)
+        return None
+
+    def _stuck(self) -> bool:
+        """Say whether all that is left waits for trials that failed; those that others train are waited for."""
+        left = {entry.name for entry, _ in self.left}
+        waiting = [entry for entry, _ in self.left if chosen(entry, self.entries, self.results) is None]
+        stuck = bool(self.left) and len(waiting) == len(self.left) and not any(left & set(e.trials) for e in waiting)
+        if stuck:
+            print("--- trials without a result, so not run: " + ", ".join(sorted(left)), flush=True)
+            self.failed += len(self.left)
+        return stuck
+
+    def _look(self) -> None:
+        """Take the results of what has ended, and stop trials that lag."""
+        for job in [job for job in self.running if job.ended()]:
+            self._conclude(job)
+            self.running.remove(job)
+        for job in self.running:
+            if job.entry.stop_after is not None and not job.lagging and self._lags(job, job.entry.stop_after):
+                print(f"--- {job.entry.name}_seed{job.seed} lags behind and is stopped", flush=True)
+                job.lagging = True
+                job.stop()
+
+    def _lags(self, job: Job, after: float) -> bool:
+        """Say whether a trial may be stopped, by the results and the running curves of the others of its grid."""
+        trial, others = curve(job.directory), []
+        if len(trial) <= job.validations:  # nothing new: it may not even listen to signals yet
+            return False
+        for other in self.entries:
+            if (
+                other.group == job.entry.group
+                and other.label == job.entry.label
+                and other.search
+                and other != job.entry
+            ):
+                path = result_path(self.results, other.name, job.seed)
+                running = self.runs / f"{other.name}_seed{job.seed}"
+                others.append(read_json(path)["val"] if path.is_file() else curve(running))
+        return lags(trial, others, after)
+
+    def _conclude(self, job: Job) -> None:
+        """Write the result of a run that has ended, if it has one, and let go of its directory."""
+        name, status = f"{job.entry.name}_seed{job.seed}", job.status()
+        if status == "finished" or (status == "stopped" and job.lagging and not self.stopped_by):
+            result = result_of(job.entry, job.seed, job.directory)
+            write_atomic(result_path(self.results, job.entry.name, job.seed), json.dumps(result, indent=2) + "\n")
+        elif not self.stopped_by:
+            print(f"--- {name} did not finish", flush=True)
+            self.failed += 1
+        job.release()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these entries, or seeds of them, alone")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these entries, groups, or seeds of an entry, alone")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each with its share of the cores")
     for option, default in (
         ("queue", "experiments/queue.yaml"),
         ("results", "experiments/results/queue"),
         ("runs", "runs/queue"),
     ):
         parser.add_argument(f"--{option}", type=Path, default=Path(default), help=f"default: {default}")
+    parser.add_argument("--plan", action="store_true", help="print what is left, run nothing")
     parser.add_argument("--table", action="store_true", help="print the results, run nothing")
+    parser.add_argument("--slices", type=Path, metavar="FOLDER", help="draw each search over a grid, run nothing")
     args = parser.parse_args()
     os.chdir(ROOT)
     try:
-        entries = read_queue(args.queue)
+        if args.jobs < 1:
+            raise ValueError(f"--jobs is {args.jobs}; valid: 1 or more")
+        queue = Queue(read_queue(args.queue), args.results, args.runs, args.jobs, args.only)
         if args.table:
-            print(table(entries, args.results))
-        elif failed := work(entries, args.results, args.runs, args.only):
-            sys.exit(f"{failed} run(s) did not finish; the same command tries them again")
+            print(table(queue.entries, args.results))
+        elif args.plan:
+            print(plan(queue.left, args.jobs if args.jobs > 1 else os.cpu_count() or 1))
+        elif args.slices:
+            from experiments.search_figure import draw_searches  # late: matplotlib
+
+            print(*draw_searches(queue.entries, args.results, args.slices), sep="\n")
+        else:
+            queue.work()
     except ValueError as error:
         sys.exit(f"experiments.queue: {error}")
+    if queue.stopped_by:
+        sys.exit(f"stopped by {queue.stopped_by}; the same command goes on")
+    if queue.failed:
+        sys.exit(f"{queue.failed} run(s) did not finish; the same command tries them again")
 
 
 if __name__ == "__main__":

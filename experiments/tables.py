@@ -16,7 +16,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from experiments import prediction_sets
+from experiments import prediction_sets, recipe_tables
 from fmnist.runtime.files import read_json, write_atomic
 from fmnist.runtime.provenance import measured_now, processor
 
@@ -158,6 +158,7 @@ def updated_pages() -> dict[Path, str]:
             "classes": prediction_sets.classes_table(),
             "automation": prediction_sets.automation_table(),
         },
+        "docs/recipes.md": recipe_tables.marks(recipe_tables.queued()),
     }
     pages = {}
     for name, marks in contents.items():
@@ -181,7 +182,7 @@ def main() -> None:
     comparer = commands.add_parser("compare", help="record a comparison")
     comparer.add_argument("file", type=Path)
     comparer.add_argument("command")
-    commands.add_parser("table", help="make the tables of README.md and docs/ anew")
+    commands.add_parser("table", help="make the tables of README.md and docs/ anew, and the figures of recipes")
     args = parser.parse_args()
     if args.job == "record":
         print(record(args.run, args.name, args.command, args.note))
@@ -190,6 +191,9 @@ def main() -> None:
     else:
         for page, text in updated_pages().items():
             page.write_text(text)
+        from experiments.recipe_figures import draw_figures  # late: matplotlib
+
+        draw_figures(recipe_tables.queued(), ROOT / "docs")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from fmnist.data.fashion_mnist import INFO
 from fmnist.evaluation.cost import Cost, Timing, sum_of_costs
 from fmnist.evaluation.numbers import summarize
 from fmnist.evaluation.outcome import Outcome, ensemble
-from fmnist.evaluation.ranking import check_comparable, comparison_rows, mcnemar, pareto_front, seed_groups
+from fmnist.evaluation.ranking import check_comparable, comparison_rows, mcnemar, pareto_front
+from fmnist.evaluation.seeds import repeated_seeds, seed_groups
 from fmnist.report.comparison import comparison_table
 from fmnist.report.comparison import write_comparison as write_rows
 from fmnist.report.comparison_figure import plot_comparison
@@ -117,7 +118,54 @@ def test_seeds_are_grouped_and_other_changes_are_not(tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "comparison.json").read_text())["seeds"]
     assert [row["top1_range"] for row in stored] == [[pytest.approx(0.93), pytest.approx(0.95)]]
     assert stored[0]["top1_spread"] == pytest.approx(0.01)
+    assert stored[0]["flops_per_image"] == 1_000_000 and "val_top1" not in stored[0]  # no run has one
     assert seed_groups([outcomes[0], replace(outcomes[0], name="again")]) == []  # one seed twice is no sample
+
+
+def test_the_mean_of_seeds_has_what_all_of_them_have(tmp_path: Path) -> None:
+    outcomes = [
+        outcome("s0", range(0, 10), cfg=Config(seed=0), val_top1=0.91, spent=cost(1_000_000, 2.0)),
+        outcome("s1", range(0, 20), cfg=Config(seed=1), val_top1=0.94, spent=cost(1_000_000, 4.0)),
+    ]
+    text = write_comparison(outcomes, results(outcomes), tmp_path)
+    (row,) = json.loads((tmp_path / "comparison.json").read_text())["seeds"]
+    assert row["val_top1"] == pytest.approx(0.925) and row["parameters"] == 1000
+    assert row["latency_ms_1"] == pytest.approx(3.0) and "chosen" not in row and "num_images" not in row
+    (mean,) = (line.split() for line in text.splitlines() if line.startswith("mean of 2 seeds"))
+    # 92.5 % by validation, 92.5 % on test with a deviation of 5 / sqrt(2) = 3.54 points
+    assert mean[mean.index("cnn") :][:8] == ["cnn", "1,000", "1.00", "92.50", "%", "-", "92.50", "%"]
+    assert "3.54" in mean
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fingerprint": {"model.weights": "a" * 64}},  # another run to begin from
+        {"fingerprint": {"data.corrections": "b" * 64}},
+        {"fingerprint": {"training images in data.root": "c" * 64}},
+        {"checkpoint": "step_00000010"},  # not as far
+        {"summary": {"status": "stopped"}},
+    ],
+)
+def test_runs_of_other_data_weights_or_length_are_no_seeds_of_one_recipe(change: dict[str, Any]) -> None:
+    made_of = {"model.weights": "none", "data.corrections": "none", "training images in data.root": "d" * 64}
+    known = {"fingerprint": made_of, "summary": {"status": "finished"}}
+    runs = [outcome(f"s{seed}", range(seed), cfg=Config(seed=seed)) for seed in range(3)]
+    runs = [replace(run, trained=replace(run.trained, **known)) for run in runs]
+    assert seed_groups(runs) == [[0, 1, 2]]
+    change = {key: made_of | value if key == "fingerprint" else value for key, value in change.items()}
+    other = replace(runs[2], trained=replace(runs[2].trained, **change))
+    assert seed_groups([*runs[:2], other]) == [[0, 1]]
+    old = replace(runs[2], trained=replace(runs[2].trained, fingerprint={}))  # from before there was one
+    assert seed_groups([*runs[:2], old]) == [[0, 1, 2]]
+
+
+def test_a_seed_that_is_there_twice_is_said(tmp_path: Path) -> None:
+    runs = [outcome(name, range(5), cfg=Config(seed=seed)) for name, seed in (("a", 0), ("b", 1), ("copy", 0))]
+    assert seed_groups(runs) == []
+    text = write_comparison(runs, results(runs), tmp_path)
+    assert "No mean of a, b, copy: seed 0 is there twice.\n" in text and "\nmean of" not in text
+    assert repeated_seeds([runs[0], runs[2]]) == []  # a run and its copy: nothing is left out
 
 
 def test_the_options_that_differ_and_the_choice_by_validation_are_columns(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "benchmark": {"config", "data", "models", "network", "optim", "report", "runtime", "step"},
     "train.py": {"checkpoint", "config", "metrics", "optim", "run", "runtime", "step", "training"},
     "evaluate.py": {"evaluation", "report", "runtime", "trained"},
-    "experiments": {"apps", "benchmark", "config", "data", "metrics", "models", "optim", "runtime", "trained"},
+    "experiments": {"apps", "benchmark", "config", "data", "models", "optim", "report", "runtime", "trained"},
 }
 FLOORS = (
     {"config", "runtime"},
@@ -58,7 +58,10 @@ HOMES: dict[str, set[str]] = {
         *("fmnist/data/augment_triton.py", "fmnist/models/depthwise_kernels.py", "fmnist/models/depthwise_triton.py"),
         "experiments/depthwise_gpu.py",
     },
-    "signal.signal": {f"fmnist/runtime/{name}.py" for name in ("console", "interrupts", "stop_vote")},
+    "signal.signal": {
+        *(f"fmnist/runtime/{name}.py" for name in ("console", "interrupts", "stop_vote")),
+        "experiments/queue.py",
+    },
     "os.environ": {"fmnist/runtime/environment.py"},
     "os.getenv": set(),
     "matplotlib": {"fmnist/report/figures.py", "experiments/drawn_pictures.py", "experiments/scaling.py"},

@@ -1,9 +1,8 @@
-"""Several evaluations of the same images side by side: what may be chance, what seeds change, which none beats."""
+"""Several evaluations of the same images side by side: what may be chance, which none beats."""
 
 from __future__ import annotations
 
 import logging
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from fmnist.config.same_run import differences, recipe
+from fmnist.config.same_run import recipe
 from fmnist.config.schema import Config
 from fmnist.data.info import SplitName
 from fmnist.evaluation.numbers import SCORES
@@ -64,26 +63,6 @@ def mcnemar(first: Tensor, second: Tensor) -> tuple[int, int, float]:
     num_discordant = only_first + only_second
     p = float(binomtest(only_first, num_discordant, 0.5).pvalue) if num_discordant else 1.0
     return only_first, only_second, p
-
-
-def seed_groups(outcomes: Sequence[Outcome]) -> list[list[int]]:
-    """Return the positions of runs that differ by the seed only, for groups of two and more."""
-    groups: list[list[int]] = []
-    for i, outcome in enumerate(outcomes):
-        if outcome.trained is None:
-            continue
-        for group in groups:
-            other = outcomes[group[0]]
-            assert other.trained is not None
-            changed = differences(other.trained.cfg, outcome.trained.cfg)
-            if outcome.tta == other.tta and all(line.startswith("seed was ") for line in changed):
-                group.append(i)
-                break
-        else:
-            groups.append([i])
-    seeds = [[outcomes[i].trained.cfg.seed for i in group] for group in groups]  # type: ignore[union-attr]
-    # The same seed twice is two checkpoints of a run, or a copy: not a sample of seeds.
-    return [group for group, drawn in zip(groups, seeds, strict=True) if len(group) > 1 and len({*drawn}) == len(drawn)]
 
 
 def comparison_rows(outcomes: Sequence[Outcome], results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -144,29 +123,6 @@ def own_options(configs: Sequence[Config | None]) -> list[dict[str, Any]]:
     known = [each for each in recipes if each]
     differ = [key for key in (known or [{}])[0] if any(each[key] != known[0][key] for each in known)]
     return [{key: each[key] for key in differ if each} for each in recipes]
-
-
-def seed_rows(outcomes: Sequence[Outcome], results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each group of runs that differ by the seed only: means, and the spread of top1."""
-    rows = []
-    for group in seed_groups(outcomes):
-        first = outcomes[group[0]]
-        top1 = [results[i]["top1"] for i in group]
-        rows.append(
-            {
-                "run": f"mean of {len(group)} seeds ({', '.join(outcomes[i].name for i in group)})",
-                "model": first.model,
-                "top1": statistics.mean(top1),
-                "top1_spread": statistics.stdev(top1),
-                "top1_range": [min(top1), max(top1)],
-                **{
-                    key: statistics.mean(results[i][key] for i in group)
-                    for key in (*SCORES[1:], "loss", "ece")
-                    if all(key in results[i] for i in group)
-                },
-            }
-        )
-    return rows
 
 
 def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:

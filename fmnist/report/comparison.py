@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fmnist.evaluation.outcome import Outcome
-from fmnist.evaluation.ranking import seed_rows
+from fmnist.evaluation.seeds import repeated_seeds, seed_rows
 from fmnist.report.comparison_figure import plot_comparison
 from fmnist.runtime.files import write_atomic
 
@@ -83,10 +83,11 @@ def write_comparison(
     Returns:
         The text of comparison.txt.
     """
-    seeds = seed_rows(outcomes, results)
+    seeds = seed_rows(rows, outcomes, results)
     lines = [comparison_table([*rows, *seeds]), ""]
     if seeds:
         lines.append("+-: the standard deviation over seeds.")
+    lines += repeated_seeds(outcomes)
     lines.append(
         f"{rows[0]['num_images']:,} {outcomes[0].split} images, most accurate first. Against the next: images that "
         "only this row gets right : only the next row, McNemar's exact p."
