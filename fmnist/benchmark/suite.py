@@ -13,13 +13,10 @@ from typing import Any
 
 import torch
 
+from fmnist.benchmark import gate, libraries, output, timing
 from fmnist.benchmark.command_line import DEFAULTS, LOADERS, PROGRAM
-from fmnist.benchmark.gate import check
-from fmnist.benchmark.libraries import PIPELINES
-from fmnist.benchmark.output import add_ratios, describe, draw, gpu_clocks, render_table, scaled
 from fmnist.benchmark.photographs import PHOTO_OUTPUT, photographs
 from fmnist.benchmark.pipelines import Pipeline, Setting
-from fmnist.benchmark.timing import bytes_per_image, measure_ceilings, race, summarize
 from fmnist.benchmark.trainer import Trainer
 from fmnist.config.schema import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig
 from fmnist.data.split import Split
@@ -39,16 +36,13 @@ class Suite:
         colour = options.mode == "colour"
         self.split = photographs(compute.device) if colour else Split.load("train", DataConfig(), compute.device)
         self.dtype = torch.bfloat16 if compute.precision == "bf16" else torch.float32
-        self.copy_rate, self.flops_rate = measure_ceilings(compute.device, self.dtype)
+        self.copy_rate, self.flops_rate = timing.measure_ceilings(compute.device, self.dtype)
         ceilings = {"copy_bytes_per_second": self.copy_rate, "matmul_flops_per_second": self.flops_rate}
-        self.result = describe(compute, argv, vars(self.options))
+        self.result = output.describe(compute, argv, vars(self.options))
         self.result |= {"ceilings": ceilings, "gate": [], "skipped": {}, "tables": []}
-        copy, product = scaled(self.copy_rate, "B/s"), scaled(self.flops_rate, "FLOP/s")
+        copy, product = output.scaled(self.copy_rate, "B/s"), output.scaled(self.flops_rate, "FLOP/s")
+        self.say = partial(compute.on_main, print, flush=True)
         self.say(f"{compute.device_name}, {compute.precision}; measured: copy {copy}, matrix product {product}")
-
-    def say(self, text: str) -> None:
-        """Print on the main process."""
-        self.compute.on_main(print, text, flush=True)
 
     def run(self) -> int:
         """Run the races; return the exit status, 1 where the gate refused a loader."""
@@ -61,7 +55,7 @@ class Suite:
         refused = sorted({finding["name"] for finding in self.result["gate"] if not finding["passed"]})
         if self.result["tables"]:
             chart = self.path.with_suffix(".png")
-            self.compute.on_main(draw, self.result, chart)
+            self.compute.on_main(output.draw, self.result, chart)
             self.say(f"\nwrote {self.path} and {chart}")
         elif not refused:
             raise ValueError(f"nothing to race: none of {', '.join(self.options.loaders)} runs here")
@@ -82,9 +76,8 @@ class Suite:
         setting = partial(shared, rank=compute.rank, world_size=compute.world_size)
         if options.mode != "train":
             colour = "colour photographs, " * (options.mode == "colour")
-            loaders = [name for name in options.loaders if name != "synthetic"]
-            if colour:  # its crop resizes
-                loaders = [name for name in loaders if "resize-first" not in name]
+            no_loaders = ("synthetic", "resize-first" if colour else "synthetic")  # its crop resizes
+            loaders = [name for name in options.loaders if not name.endswith(no_loaders)]
             ours = [name for name in loaders if name.startswith("ours")]
             races = [(loaders, options.batch, False)]
             if options.large_batch and not colour:
@@ -109,12 +102,12 @@ class Suite:
         passed = []
         for name in names:
             try:
-                pipeline = PIPELINES[name](name, setting)
+                pipeline = libraries.PIPELINES[name](name, setting)
             except (ValueError, ImportError) as missing:
                 self.skip(name, str(missing))
                 continue
             if name != "synthetic":
-                finding = check(pipeline)
+                finding = gate.check(pipeline)
                 if not all(self.compute.gather(finding["passed"])):
                     finding |= {"passed": False, "reason": finding["reason"] or "refused on another process"}
                 self.result["gate"].append(finding)
@@ -139,25 +132,27 @@ class Suite:
         table |= {"batch_size": setting.batch_size, "dtype": str(setting.dtype).removeprefix("torch.")}
         trainer = Trainer(cfg, self.compute) if cfg else None
         step = trainer.train_on if trainer else lambda pipeline: len(pipeline.next()[1])
-        samples, table["rows"] = race(pipelines, step, options.rounds, options.seconds, self.compute), []
+        samples, table["rows"] = timing.race(pipelines, step, options.rounds, options.seconds, self.compute), []
         if cfg and trainer:
             variant = "compiled" if cfg.model.compile else "eager"
             table |= {"model": cfg.model.name, "variant": variant, "flops_per_image": trainer.flops}
             if not math.isfinite(float(trainer.loss)):  # what was timed is not training
                 raise FloatingPointError(f"{title}: the loss is {float(trainer.loss)} at the end")
         for pipeline in pipelines:
-            row = {"name": pipeline.name, "description": LOADERS[pipeline.name]} | summarize(samples[pipeline.name])
+            row: dict[str, Any] = {"name": pipeline.name, "description": LOADERS[pipeline.name]}
+            row |= timing.summarize(samples[pipeline.name])
             rate = row["images_per_second"]["median"] / processes
-            if trainer:
-                row |= {"mfu": rate * trainer.flops / self.flops_rate}
-                row["roofline_images_per_second"] = self.flops_rate / trainer.flops * processes
-            elif needed := bytes_per_image(pipeline):
+            needed, ceiling = (
+                (trainer.flops, self.flops_rate) if trainer else (timing.bytes_per_image(pipeline), self.copy_rate)
+            )
+            if needed:
+                row["mfu" if trainer else "share_of_copy_ceiling"] = rate * needed / ceiling
+                row["roofline_images_per_second"] = ceiling / needed * processes
+            if needed and not trainer:
                 row |= {"bytes_per_image": needed, "bytes_rule": pipeline.bytes_rule, "bytes_per_second": rate * needed}
-                row["share_of_copy_ceiling"] = rate * needed / self.copy_rate
-                row["roofline_images_per_second"] = self.copy_rate / needed * processes
             table["rows"].append(row)
-        add_ratios(table, "synthetic" if trainer else "torchvision-pil-2", self.baseline, processes)
+        output.add_ratios(table, "synthetic" if trainer else "torchvision-pil-2", self.baseline, processes)
         self.result["tables"].append(table)
-        self.result["hardware"]["clocks_after"] = gpu_clocks()
-        self.say(render_table(table))
+        self.result["hardware"]["clocks_after"] = output.gpu_clocks()
+        self.say(output.render_table(table))
         self.compute.on_main(write_atomic, self.path, json.dumps(self.result, indent=2) + "\n")

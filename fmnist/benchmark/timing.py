@@ -45,23 +45,21 @@ def run_round(pipeline: Pipeline, step: Step, warmup: int, steps: int, compute: 
         Over all processes: `images`, and `seconds` (by device events on a GPU) and `wall_seconds` of the slowest one;
         `steps`; `peak_memory_bytes` of the device on this process, None on a CPU.
     """
-    device, counts, memory = compute.device, list[int](), None
+    device, counts, on_gpu = compute.device, list[int](), compute.device.type != "cpu"
     pipeline.start()
     try:
         for _ in range(round_up(warmup, pipeline.multiple)):
             step(pipeline)
-        if device.type != "cpu":
+        if on_gpu:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
         compute.join()
         timed = seconds_of(lambda: counts.extend(step(pipeline) for _ in range(steps)), device)
-        if device.type != "cpu":
-            memory = torch.cuda.max_memory_allocated(device)
     finally:
         pipeline.stop()
     images, seconds, wall_seconds = zip(*compute.gather((sum(counts), *timed)), strict=True)
-    measured = {"images": sum(images), "seconds": max(seconds), "wall_seconds": max(wall_seconds)}
-    return measured | {"steps": steps, "peak_memory_bytes": memory}
+    measured = {"images": sum(images), "seconds": max(seconds), "wall_seconds": max(wall_seconds), "steps": steps}
+    return measured | {"peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None}
 
 
 def round_up(steps: int, multiple: int) -> int:
