@@ -54,6 +54,7 @@ def scaled(value: float, unit: str = "") -> str:
     return f"{value / 1000**power:.3g} {('', 'k', 'M', 'G', 'T')[power]}{unit}".rstrip()
 
 
+NOT_TIMED = dict.fromkeys(("min", "median", "max"), math.nan)
 COLUMNS: Columns = {
     "description": ("loader", str),
     "median": ("images/s", "{:,.0f}".format),
@@ -66,14 +67,15 @@ COLUMNS: Columns = {
     "mfu": ("MFU", "{:.1%}".format),
     "peak_memory_bytes": ("peak memory", lambda value: scaled(value, "B")),
     "efficiency": ("efficiency", "{:.1%}".format),
+    "failed": ("failed", str),
 }
 
 
 def render_table(table: Mapping[str, Any]) -> str:
     """Return the table of one race as text; empty columns are left out."""
     against = f"; ratios to {table['ratio_to']}" if table["ratio_to"] else ""
-    rows = [row | row["images_per_second"] for row in table["rows"]]
-    return f"\n{table['title']} ({table['dtype']}{against})\n{text_table(rows, COLUMNS, ['description'])}"
+    rows = [row | row.get("images_per_second", {}) for row in table["rows"]]
+    return f"\n{table['title']} ({table['dtype']}{against})\n{text_table(rows, COLUMNS, ['description', 'failed'])}"
 
 
 def add_ratios(table: dict[str, Any], name: str, baseline: Mapping[str, Any] | None, world_size: int) -> None:
@@ -83,14 +85,15 @@ def add_ratios(table: dict[str, Any], name: str, baseline: Mapping[str, Any] | N
     if title not in single or baseline and baseline["world_size"] != 1:
         raise ValueError(f"--baseline: {title!r} was not measured on one process; run the same command on one")
     table["ratio_to"] = name if name in medians else None
-    for row, median in zip(table["rows"], medians.values(), strict=True):
+    for row in (row for row in table["rows"] if row["name"] in medians):
+        median = medians[row["name"]]
         row["ratio"] = median / medians[name] if name in medians else None
         if row["name"] in single[title]:
             row["efficiency"] = median / (world_size * single[title][row["name"]])
 
 
 def _medians(table: Mapping[str, Any]) -> dict[str, float]:
-    return {row["name"]: row["images_per_second"]["median"] for row in table["rows"]}
+    return {row["name"]: row["images_per_second"]["median"] for row in table["rows"] if "failed" not in row}
 
 
 @by_default_style
@@ -99,7 +102,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
     Orange is the roofline, what the measured copy (loaders alone) or matrix product (training) would allow.
     """
-    tables = result.get("tables")
+    tables = [table for table in result.get("tables", []) if _medians(table)]
     if not tables:
         raise ValueError("this result holds no table to draw")
     heights = [1.5 + 0.42 * len(table["rows"]) for table in tables]  # inches
@@ -115,7 +118,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
 def _draw_table(axes: Axes, table: Mapping[str, Any]) -> None:
     rows, places, alone = table["rows"], np.arange(len(table["rows"])), table["mode"] == "data"
-    low, median, high = (np.array([row["images_per_second"][key] for row in rows]) for key in ("min", "median", "max"))
+    rates = [row.get("images_per_second", NOT_TIMED) for row in rows]
+    low, median, high = (np.array([rate[key] for rate in rates]) for key in NOT_TIMED)
     roofs = np.array([row.get("roofline_images_per_second") or np.nan for row in rows])
     bars = [{"ours": BLUE, "synthetic": GREEN}.get(row["name"].partition("-")[0], GREY) for row in rows]
     axes.barh(places, median, height=0.68, color=bars, xerr=(median - low, high - median), error_kw={"linewidth": 1.4})
@@ -124,15 +128,18 @@ def _draw_table(axes: Axes, table: Mapping[str, Any]) -> None:
     ends = high
     if alone:  # loaders lie orders of magnitude apart, and far from their roofline, whose mark no text should cross
         axes.set_xscale("log")
-        axes.set_xlim(low.min() / 3, 6 * np.nanmax([high, roofs]))
+        axes.set_xlim(np.nanmin(low) / 3, 6 * np.nanmax([high, roofs]))
         ends = np.where((high < roofs) & (roofs < 6 * high), roofs, high)
         label += "; orange: measured copy / bytes per image"
     else:
-        axes.set_xlim(0, 1.3 * high.max())
-        label += f"; the measured matrix product allows {scaled(roofs[0])}" if roofs[0] > 0 else ""
+        axes.set_xlim(0, 1.3 * np.nanmax(high))
+        label += f"; the measured matrix product allows {scaled(np.nanmax(roofs))}" if (roofs > 0).any() else ""
     for place, row in enumerate(rows):
         ratio = "" if row.get("ratio") is None else f"  ({row['ratio']:.3g}x)"
-        axes.text(ends[place], place, f" {scaled(median[place])}{ratio}", va="center")
+        if "failed" in row:
+            axes.text(0, place, " failed", va="center", transform=axes.get_yaxis_transform())
+        else:
+            axes.text(ends[place], place, f" {scaled(median[place])}{ratio}", va="center")
     axes.set_yticks(places, [row["description"].replace(", ", ",\n", 1) for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel(label, loc="right")

@@ -83,6 +83,7 @@ class Pipeline(ABC):
 
     multiple: int = 1  # timed steps are a multiple of this: worker processes deliver in bursts
     bytes_rule: Literal["formula", "operations", "none"] = "operations"  # how the bytes per image are known
+    bytes_per_image: float | None = None  # as the gate found it
     chain: Chain = "warp, then resize"
     own_rounding = 0.0  # beyond the gate's tolerance, in [0, 1] units
     contrast_about: Literal["its own grey", "the data set's grey"] = "its own grey"

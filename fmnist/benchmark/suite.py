@@ -45,24 +45,26 @@ class Suite:
         self.say(f"{compute.device_name}, {compute.precision}; measured: copy {copy}, matrix product {product}")
 
     def run(self) -> int:
-        """Run the races; return the exit status, 1 where the gate refused a loader."""
+        """Run the races; return the exit status, 1 where the gate refused a loader or one failed."""
         for title, names, setting, cfg in self.plans():
             try:
-                if pipelines := self.checked(names, setting):
-                    self.race(title, pipelines, setting, cfg)
+                self.race(title, names, setting, cfg)
             except torch.OutOfMemoryError:
                 self.skip(title, "not enough device memory")
         refused = sorted({finding["name"] for finding in self.result["gate"] if not finding["passed"]})
-        if self.result["tables"]:
-            chart = self.path.with_suffix(".png")
-            self.compute.on_main(output.draw, self.result, chart)
-            self.say(f"\nwrote {self.path} and {chart}")
-        elif not refused:
+        rows = [row for table in self.result["tables"] for row in table["rows"]]
+        failed = sorted({row["name"] for row in rows if "failed" in row})
+        if not rows and not refused:
             raise ValueError(f"nothing to race: none of {', '.join(self.options.loaders)} runs here")
-        if refused:
-            line = f"{PROGRAM}: error: the gate refused {', '.join(refused)}: wrong images or labels\n"
-            self.compute.on_main(sys.stderr.write, line)
-        return 1 if refused else 0
+        chart = self.path.with_suffix(".png")
+        if drawn := not all("failed" in row for row in rows):
+            self.compute.on_main(output.draw, self.result, chart)
+        if rows:
+            self.say(f"\nwrote {self.path}" + f" and {chart}" * drawn)
+        for said, names in ("the gate refused {}: wrong images or labels", refused), ("{} failed: see above", failed):
+            if names:
+                self.compute.on_main(sys.stderr.write, f"{PROGRAM}: error: {said.format(', '.join(names))}\n")
+        return 1 if refused or failed else 0
 
     def plans(self) -> Iterator[tuple[str, list[str], Setting, Config | None]]:
         """Yield title, loaders and setting of each race, with the config of the model to train, if any.
@@ -96,10 +98,10 @@ class Suite:
                 title = f"training {name}, {size} px, {variant}, batch {options.batch}"
                 yield title, names, setting(size=int(size), batch_size=options.batch), cfg
 
-    def checked(self, names: Sequence[str], setting: Setting) -> list[Pipeline]:
-        """Build the loaders, and return those that pass the gate on every process."""
+    def checked(self, names: Sequence[str], setting: Setting) -> dict[str, Pipeline | str]:
+        """Build the loaders; return by name those that pass the gate on every process, or why one failed there."""
         torch.compiler.reset()  # a compiler keeps few versions of a function, then runs it uncompiled without a word
-        passed = []
+        checked: dict[str, Pipeline | str] = {}
         for name in names:
             try:
                 pipeline = libraries.PIPELINES[name](name, setting)
@@ -107,7 +109,11 @@ class Suite:
                 self.skip(name, str(missing))
                 continue
             if name != "synthetic":
-                finding = gate.check(pipeline)
+                finding: dict[str, Any] = {}
+                failure = timing.failure_of(partial(self.examine, pipeline, finding))
+                if failure := next(filter(None, self.compute.gather(failure)), ""):
+                    checked[name] = failure
+                    continue
                 if not all(self.compute.gather(finding["passed"])):
                     finding |= {"passed": False, "reason": finding["reason"] or "refused on another process"}
                 self.result["gate"].append(finding)
@@ -116,8 +122,13 @@ class Suite:
                 self.say(f"{head}: {error}, {finding['reason'] or 'labels in order'}")
                 if not finding["passed"]:
                     continue
-            passed.append(pipeline)
-        return passed
+            checked[name] = pipeline
+        return checked
+
+    def examine(self, pipeline: Pipeline, finding: dict[str, Any]) -> None:
+        """Fill in what the gate finds, and count the bytes that an image costs."""
+        finding |= gate.check(pipeline)
+        pipeline.bytes_per_image = timing.bytes_per_image(pipeline)
 
     def skip(self, what: str, reason: str) -> None:
         """Say once why something is not raced, and record it."""
@@ -125,34 +136,47 @@ class Suite:
             self.say(f"skipped  {what}: {reason}")
         self.result["skipped"][what] = reason
 
-    def race(self, title: str, pipelines: Sequence[Pipeline], setting: Setting, cfg: Config | None) -> None:
+    def race(self, title: str, names: Sequence[str], setting: Setting, cfg: Config | None) -> None:
         """Race the loaders, or a model fed by each; print the table and save all there is so far."""
         options, processes = self.options, self.compute.world_size
+        entries = self.checked(names, setting)
+        if not entries:
+            return
         table: dict[str, Any] = {"mode": "train" if cfg else "data", "title": title, "size": setting.size}
         table |= {"batch_size": setting.batch_size, "dtype": str(setting.dtype).removeprefix("torch.")}
         trainer = Trainer(cfg, self.compute) if cfg else None
         step = trainer.train_on if trainer else lambda pipeline: len(pipeline.next()[1])
-        samples, table["rows"] = timing.race(pipelines, step, options.rounds, options.seconds, self.compute), []
+        fatal: tuple[type[Exception], ...] = ()
+        if trainer:  # of several processes the others would wait inside the step for one whose loader failed
+            fatal = (Exception,) if processes > 1 else (torch.OutOfMemoryError,)
+        pipelines = [entry for entry in entries.values() if isinstance(entry, Pipeline)]
+        results = timing.race(pipelines, step, options.rounds, options.seconds, self.compute, fatal)
         if cfg and trainer:
             variant = "compiled" if cfg.model.compile else "eager"
             table |= {"model": cfg.model.name, "variant": variant, "flops_per_image": trainer.flops}
             if not math.isfinite(float(trainer.loss)):  # what was timed is not training
                 raise FloatingPointError(f"{title}: the loss is {float(trainer.loss)} at the end")
-        for pipeline in pipelines:
-            row: dict[str, Any] = {"name": pipeline.name, "description": LOADERS[pipeline.name]}
-            row |= timing.summarize(samples[pipeline.name])
-            rate = row["images_per_second"]["median"] / processes
-            needed, ceiling = (
-                (trainer.flops, self.flops_rate) if trainer else (timing.bytes_per_image(pipeline), self.copy_rate)
-            )
-            if needed:
-                row["mfu" if trainer else "share_of_copy_ceiling"] = rate * needed / ceiling
-                row["roofline_images_per_second"] = ceiling / needed * processes
-            if needed and not trainer:
-                row |= {"bytes_per_image": needed, "bytes_rule": pipeline.bytes_rule, "bytes_per_second": rate * needed}
-            table["rows"].append(row)
+        table["rows"] = [self.row(name, entry, results.get(name), trainer) for name, entry in entries.items()]
         output.add_ratios(table, "synthetic" if trainer else "torchvision-pil-2", self.baseline, processes)
         self.result["tables"].append(table)
         self.result["hardware"]["clocks_after"] = output.gpu_clocks()
         self.say(output.render_table(table))
         self.compute.on_main(write_atomic, self.path, json.dumps(self.result, indent=2) + "\n")
+
+    def row(self, name: str, pipeline: Pipeline | str, rounds: Any, trainer: Trainer | None) -> dict[str, Any]:
+        """Return a loader's row: what its rounds say, or why it failed."""
+        row: dict[str, Any] = {"name": name, "description": LOADERS[name]}
+        if isinstance(pipeline, str) or isinstance(rounds, str):
+            return row | {"failed": pipeline if isinstance(pipeline, str) else rounds}
+        row |= timing.summarize(rounds)
+        rate = row["images_per_second"]["median"] / self.compute.world_size
+        needed, ceiling = pipeline.bytes_per_image, self.copy_rate
+        if trainer:
+            needed, ceiling = trainer.flops, self.flops_rate
+            row["mfu"] = rate * needed / ceiling
+        elif needed:
+            row |= {"bytes_per_image": needed, "bytes_rule": pipeline.bytes_rule, "bytes_per_second": rate * needed}
+            row["share_of_copy_ceiling"] = rate * needed / ceiling
+        if needed:
+            row["roofline_images_per_second"] = ceiling / needed * self.compute.world_size
+        return row
