@@ -121,7 +121,7 @@ def benchmark_table(mode: str, title: str, ratio: str) -> str:
         result = read_json(path)
         for part in result["tables"]:
             lines.append(f"| **{part['title'].removeprefix(title).lstrip(', ')}, {machine(result)}** | | |")
-            for row in part["rows"]:
+            for row in (row for row in part["rows"] if "failed" not in row):
                 rate = row["images_per_second"]
                 spread = f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})"
                 against = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"

@@ -1,6 +1,9 @@
 """The benchmark: its gate, what it counts, what it writes. No test here depends on how fast anything is."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -19,11 +22,11 @@ from fmnist.benchmark import __main__ as entry
 from fmnist.benchmark import trainer as trainer_module
 from fmnist.benchmark.command_line import LOADERS, parse
 from fmnist.benchmark.gate import CASES, check, expected, transform_error
-from fmnist.benchmark.libraries import PIPELINES, V2
+from fmnist.benchmark.libraries import PIPELINES, V2, PilLoader
 from fmnist.benchmark.output import add_ratios, draw, render_table, scaled
 from fmnist.benchmark.photographs import photographs
 from fmnist.benchmark.pipelines import Fixed, Pipeline, Setting
-from fmnist.benchmark.timing import ByteCounter, bytes_per_image, race, round_up, summarize
+from fmnist.benchmark.timing import ByteCounter, bytes_per_image, failure_of, race, round_up, summarize
 from fmnist.benchmark.trainer import Trainer
 from fmnist.config.schema import Config, ModelConfig
 from fmnist.data.split import Split
@@ -476,6 +479,160 @@ def test_a_refused_loader_is_not_timed_and_the_status_is_1(tmp_path: Path, monke
     assert [item["name"] for item in result["gate"] if not item["passed"]] == ["torchvision-v2-batch"]
 
 
+# --- loaders that fail --------------------------------------------------------------------------------------------
+
+
+class Failing(Fake):
+    def step(self) -> int:
+        if self.steps == 9:  # 6 to find the pace, 2 of warm-up and the first timed one are done
+            raise OSError("the disk is gone\nsee the system's log")
+        return super().step()
+
+
+def test_a_loader_that_raises_while_it_is_timed_fails_alone(compute: Compute) -> None:
+    diary: list[str] = []
+    fakes = [Failing("a", diary, [8]), Fake("b", diary, [8])]
+    samples = race(fakes, lambda fake: fake.step(), rounds=3, seconds=0.0, compute=compute)  # type: ignore[attr-defined]
+    assert samples["a"] == "OSError: the disk is gone"
+    assert [sample["images"] for sample in samples["b"]] == [3 * 8] * 3
+    turns = [f"{name} {what}" for name in "ab" for what in ("starts", "stops")]
+    assert diary == 2 * turns + 2 * turns[2:]  # a fails in the first timed round, is stopped, and not started again
+
+
+class WontStart(Fake):
+    def start(self) -> None:
+        raise RuntimeError
+
+    def stop(self) -> None:
+        raise AttributeError("nothing to stop")
+
+
+class WontStop(Fake):
+    def stop(self) -> None:
+        raise RuntimeError("cannot join the workers")
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(WontStart, "RuntimeError"), (WontStop, "RuntimeError: cannot join the workers")]
+)
+def test_the_first_reason_is_reported(kind: type[Fake], reason: str, compute: Compute) -> None:
+    fakes = [kind("a", [], [8]), Fake("b", [], [8])]
+    samples = race(fakes, lambda fake: fake.step(), rounds=1, seconds=0.0, compute=compute)  # type: ignore[attr-defined]
+    assert samples["a"] == reason and len(samples["b"]) == 1
+
+
+def test_what_is_fatal_is_no_row(compute: Compute) -> None:
+    with pytest.raises(OSError, match="the disk is gone"):
+        race([Failing("a", [], [8])], lambda fake: fake.step(), 3, 0.0, compute, fatal=(OSError,))  # type: ignore[attr-defined]
+
+
+class Unreadable(torch.utils.data.Dataset[int]):
+    def __getitem__(self, index: int) -> int:
+        raise ValueError(f"picture {index} cannot be read")
+
+    def __len__(self) -> int:
+        return 4
+
+
+def test_a_workers_own_error_is_the_reason() -> None:
+    reason = failure_of(lambda: next(iter(torch.utils.data.DataLoader(Unreadable(), num_workers=1))))
+    assert reason == "ValueError: picture 0 cannot be read"
+    assert failure_of(lambda: None) == ""
+
+
+class WorkersDie(PilLoader):
+    """Its workers kill themselves in the first timed round: the gate and the search for the pace come before."""
+
+    starts = 0
+
+    def start(self) -> None:
+        self.starts += 1
+        super().start()
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if self.starts == 3 and torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+class RaisesAtTheGate(V2):
+    def apply_fixed(self, indices: Tensor, fixed: Fixed) -> Tensor:
+        raise TypeError("another version of the library")
+
+
+def test_a_dead_worker_is_one_failed_row_and_all_others_are_timed(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setitem(PIPELINES, "torchvision-pil-2", WorkersDie)
+    monkeypatch.setitem(PIPELINES, "torchvision-v2-image", RaisesAtTheGate)
+    monkeypatch.setattr(entry, "log_to_console", lambda: None)
+    argv = ["data", "--sizes", "28", "--batch", "16", "--rounds", "2", "--seconds", "0.01", "--large_batch", "0"]
+    loaders = ["torchvision-pil-2", "ours-eager", "torchvision-v2-image", "torchvision-v2-batch"]
+    assert entry.main([*argv, "--loaders", *loaders, "--output", str(tmp_path / "dead")]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == [
+        "fmnist benchmark: error: torchvision-pil-2, torchvision-v2-image failed: see above"
+    ]
+    (raced,) = json.loads((tmp_path / "dead.json").read_text())["tables"]
+    dead, eager, raises, batch = raced["rows"]
+    assert [item["name"] for item in raced["rows"]] == loaders
+    assert re.fullmatch(r"RuntimeError: DataLoader worker \(pid \d+\) is killed by signal: Killed\.", dead["failed"])
+    assert raises["failed"] == "TypeError: another version of the library"
+    assert "images_per_second" not in dead and "images_per_second" not in raises
+    for timed in (eager, batch):
+        assert len(timed["rounds"]) == 2 and timed["images_per_second"]["median"] > 0
+        assert timed["ratio"] is None  # to the loader that failed
+    said = [line for line in captured.out.splitlines() if "killed by signal" in line]
+    assert len(said) == 1 and said[0].startswith("torchvision DataLoader, PIL, 2 workers")
+    assert (tmp_path / "dead.png").stat().st_size > 10_000
+
+
+@pytest.mark.thorough
+def test_where_all_fail_there_is_a_table_and_no_chart(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setitem(PIPELINES, "torchvision-v2-image", RaisesAtTheGate)
+    monkeypatch.setattr(entry, "log_to_console", lambda: None)
+    argv = ["data", "--sizes", "28", "--batch", "16", "--loaders", "torchvision-v2-image"]
+    assert entry.main([*argv, "--output", str(tmp_path / "all")]) == 1
+    assert "another version of the library" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"all.json"}
+
+
+FAILS_ON_RANK_1 = """
+import sys
+from fmnist.benchmark import __main__ as entry
+from fmnist.benchmark.libraries import PIPELINES, V2
+
+class Fails(V2):
+    def next(self):
+        if self.setting.rank == 1 and self.position == 3:  # after the gate's three batches
+            raise OSError("no disk on this machine")
+        return super().next()
+
+PIPELINES["torchvision-v2-batch"] = Fails
+raise SystemExit(entry.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("mode", ["data", "train"])
+def test_a_loader_that_fails_on_one_process_fails_on_all(mode: str, tmp_path: Path) -> None:
+    (tmp_path / "race.py").write_text(FAILS_ON_RANK_1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    quick = ["--sizes", "28", "--models", "mlp@28", "--batch", "16", "--rounds", "1", "--seconds", "0.01"]
+    quick += ["--large_batch", "0", "--loaders", "torchvision-v2-batch", "ours-eager"]
+    command += [str(tmp_path / "race.py"), mode, *quick, "--output", str(tmp_path / "two")]
+    env = environment()
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200, cwd=ROOT)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "no disk on this machine" in done.stdout + done.stderr
+    if mode == "train":  # the other process waits inside the step: there is no row to be had
+        return
+    (raced,) = json.loads((tmp_path / "two.json").read_text())["tables"]
+    failed, timed = raced["rows"]
+    assert failed["failed"] == "OSError: no disk on this machine"
+    assert timed["rounds"][0]["images"] == 2 * 16 * timed["rounds"][0]["steps"]
+
+
 def row(name: str, median: float, **more: Any) -> dict[str, Any]:
     rate = {"median": median, "min": 0.9 * median, "max": 1.1 * median, "spread": 0.2}
     return {"name": name, "description": f"the {name} loader", "images_per_second": rate} | more
@@ -515,6 +672,27 @@ def test_numbers_have_three_digits_and_a_prefix() -> None:
         "3.2e+04 TB/s",
     ]
     assert scaled(1234.0) == "1.23 k"
+
+
+def test_a_failed_row_says_why_and_has_no_number(tmp_path: Path) -> None:
+    dead = {"name": "kornia", "description": "the kornia loader", "failed": "RuntimeError: gone"}
+    for mode, name in (("train", "synthetic"), ("data", "torchvision-pil-2")):
+        raced = table([dead, row(name, 100.0)], mode=mode)
+        add_ratios(raced, name, None, 1)
+        assert raced["rows"][1]["ratio"] == 1.0 and "ratio" not in raced["rows"][0]
+        title, head, _, first, second = render_table(raced).strip().splitlines()
+        assert "failed" in head
+        assert first.split() == ["the", "kornia", "loader", "-", "-", "-", "-", "RuntimeError:", "gone"]
+        assert second.split()[-5:] == ["100", "110", "20.0%", "1", "-"]
+        result = {
+            "hardware": {"device": "a GPU", "cpu_cores": 1},
+            "versions": {"torch": "2"},
+            "date": "",
+            "world_size": 1,
+        }
+        draw(result | {"tables": [raced]}, tmp_path / f"{mode}.png")
+        with pytest.raises(ValueError, match="no table"):
+            draw(result | {"tables": [table([dead])]}, tmp_path / "none.png")
 
 
 def test_the_chart_draws_any_number_of_races(tmp_path: Path) -> None:

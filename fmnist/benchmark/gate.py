@@ -6,6 +6,7 @@ float64 form of their own chain, which the JSON names. bfloat16 output is allowe
 that of colours, which it cuts to whole values after each change.
 """
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.ndimage import map_coordinates
 
-from fmnist.benchmark.pipelines import Chain, Fixed, Pipeline
+from fmnist.benchmark.pipelines import COLOURS, Chain, Fixed, Pipeline
 from fmnist.data.colour import LUMA, grey_of
 from fmnist.data.fashion_mnist import MEAN
 
@@ -33,13 +34,8 @@ CASES = (
 )
 # Photographs, by colour: crops of no more pixels than the output, since libraries differ in how they shrink.
 SHOWN = (20, 32, 200, 180)
-COLOUR_CASES = (
-    Fixed(crop=SHOWN),
-    Fixed(crop=SHOWN, flip=True),
-    *(Fixed(crop=SHOWN, brightness=factor) for factor in (0.85, 1.2)),
-    *(Fixed(crop=SHOWN, contrast=factor) for factor in (0.85, 1.2)),
-    *(Fixed(crop=SHOWN, saturation=factor) for factor in (0.85, 1.2)),
-)
+CHANGES: list[dict[str, Any]] = [{colour: factor} for colour in COLOURS for factor in (0.85, 1.2)]
+COLOUR_CASES = [Fixed(crop=SHOWN, **change) for change in ({}, {"flip": True}, *CHANGES)]
 
 
 def check(pipeline: Pipeline) -> dict[str, Any]:
@@ -68,8 +64,8 @@ def transform_error(pipeline: Pipeline) -> tuple[float, float, float]:
     for fixed in CASES if setting.channels == 1 else COLOUR_CASES:
         right, known = expected(source, fixed, setting.size, pipeline.chain)
         right = recoloured(right.reshape(len(source), -1, setting.size, setting.size), fixed, grey)
-        images = pipeline.apply_fixed(indices, fixed.enlarged(pipeline.enlargement))
-        normalized = images.double().cpu().numpy()
+        scale = setting.size / source.shape[-1] if pipeline.chain == "resize, then warp" else 1.0
+        normalized = pipeline.apply_fixed(indices, fixed.enlarged(scale)).double().cpu().numpy()
         if normalized.shape != right.shape or not np.isfinite(normalized).all():
             return float("inf"), float("inf"), 0.0
         error = np.abs(normalized * std + mean - right)[..., known]
@@ -127,6 +123,7 @@ def expected(images: NDArray[np.uint8], fixed: Fixed, size: int, chain: Chain) -
 def _warped(images: Array, inside: Array, fixed: Fixed, size: int) -> tuple[Array, Array]:
     """Return images [B, S, S] and the share [1, S, S] of each pixel read that is theirs, at another size."""
     left, top, width, height = fixed.crop or (0, 0, images.shape[-1], images.shape[-1])
+    images, inside = (part[:, top : top + height, left : left + width] for part in (images, inside))
     centre = (np.arange(size) + 0.5) / size - 0.5  # from the middle of what is shown
     y, x = np.meshgrid(centre * height - fixed.shift_y, centre * width - fixed.shift_x, indexing="ij")
     # y points down: this turn undoes a counter-clockwise one
@@ -135,12 +132,9 @@ def _warped(images: Array, inside: Array, fixed: Fixed, size: int) -> tuple[Arra
     x = -x if fixed.flip else x
     within = (np.abs(x) <= (width - 1) / 2 + 1e-9) & (np.abs(y) <= (height - 1) / 2 + 1e-9)
     within |= fixed is RESIZE  # a resize continues the edges: it has no outside
-    places = y + top + (height - 1) / 2, x + left + (width - 1) / 2
-    images, inside = (
-        np.stack([map_coordinates(image, places, order=1, mode="nearest") for image in part])
-        for part in (images, inside)
-    )
-    return images, inside * within
+    places = y + (height - 1) / 2, x + (width - 1) / 2
+    read = partial(map_coordinates, coordinates=places, order=1, mode="nearest")
+    return np.stack([*map(read, images)]), np.stack([*map(read, inside)]) * within
 
 
 def recoloured(images: Array, fixed: Fixed, grey: float | None) -> Array:

@@ -14,15 +14,12 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms import v2
 
+from fmnist.benchmark.command_line import LOADERS
 from fmnist.benchmark.pipelines import Fixed, Ours, Pipeline, Setting, Synthetic, library_steps
 from fmnist.data.augment import with_channels
 from fmnist.data.split import Split
 
-
-def torchvision_transforms(library: Any, setting: Setting, *to_tensor: Any, resize_first: bool = False) -> Any:
-    """Return the race's augmentation from a library: torchvision.transforms or torchvision.transforms.v2."""
-    bilinear = {"interpolation": library.InterpolationMode.BILINEAR}
-    return library.Compose(library_steps(library, setting, bilinear, resize_first, list(to_tensor)))
+BILINEAR = {"interpolation": transforms.InterpolationMode.BILINEAR}
 
 
 def fix_torchvision(transform: Any, fixed: Fixed, size: int) -> Any:
@@ -52,13 +49,13 @@ class PilLoader(Pipeline):
 
     bytes_rule = "none"  # its work is the host's
 
-    def __init__(self, name: str, setting: Setting, *, workers: int | None = None, resize_first: bool = False) -> None:
-        super().__init__(name, setting, resize_first=resize_first)
-        if workers is None and setting.workers <= 2:
+    def __init__(self, name: str, setting: Setting) -> None:
+        super().__init__(name, setting)
+        self.multiple = setting.workers if name == "torchvision-pil" else 2
+        if name == "torchvision-pil" and setting.workers <= 2:
             raise ValueError(f"{setting.workers} cores: the same as 2 workers")
-        self.multiple = workers or setting.workers
         self.own_rounding = 1 / 255 if setting.channels == 3 else 0.0
-        self.transform = torchvision_transforms(transforms, setting, transforms.ToTensor(), resize_first=resize_first)
+        self.transform = transforms.Compose(library_steps(transforms, self, BILINEAR, transforms.ToTensor()))
         # on the host, the order too: reading an index from the device would wait for the model
         split = Split(images=setting.split.images.cpu(), labels=setting.split.labels.cpu())
         self.order, self._batches = replace(setting, split=split).loader(), cast(Any, None)
@@ -105,13 +102,13 @@ class OnDevice(Pipeline):
 class V2(OnDevice):
     """torchvision v2: one draw for a whole batch, or one for each image."""
 
-    def __init__(self, name: str, setting: Setting, *, per_image: bool = False) -> None:
+    def __init__(self, name: str, setting: Setting) -> None:
         super().__init__(name, setting)
-        self.per_image, self.transform = per_image, torchvision_transforms(v2, setting)
+        self.transform = v2.Compose(library_steps(v2, self, BILINEAR))
 
     def apply(self, indices: Tensor, transform: Callable[[Tensor], Tensor]) -> Tensor:
-        each = (lambda images: torch.stack([transform(image) for image in images])) if self.per_image else transform
-        return super().apply(indices, each)
+        one_by_one = self.name.endswith("image")
+        return super().apply(indices, lambda x: torch.stack([*map(transform, x)]) if one_by_one else transform(x))
 
     def apply_fixed(self, indices: Tensor, fixed: Fixed) -> Tensor:
         return self.apply(indices, fix_torchvision(self.transform, fixed, self.setting.size))
@@ -120,27 +117,28 @@ class V2(OnDevice):
 class Kornia(OnDevice):
     """kornia, which draws for each sample."""
 
-    def __init__(self, name: str, setting: Setting, *, resize_first: bool = False) -> None:
-        super().__init__(name, setting, resize_first=resize_first)
+    def __init__(self, name: str, setting: Setting) -> None:
+        super().__init__(name, setting)
         import kornia.augmentation as K  # late: it may not be installed
 
         # align_corners=True, its default, is another geometry
-        steps = library_steps(K, setting, {"align_corners": False}, resize_first, [], p=1.0)
+        steps = library_steps(K, self, {"align_corners": False}, p=1.0)
         self.transform = K.AugmentationSequential(*steps, data_keys=["input"]).to(setting.device)
 
     def apply_fixed(self, indices: Tensor, fixed: Fixed) -> Tensor:
         parameters = self.transform.forward_parameters(with_channels(self.setting.split.images[indices]).shape)
         x0, y0, x1, y1 = fixed.box_pixels(self.setting.size)
-        shift, box = torch.tensor([fixed.shift_x, fixed.shift_y]), {"xs": x0, "ys": y0, "widths": x1 - x0}
         left, top, width, height = fixed.crop or (0, 0, 1, 1)
         right, bottom = left + width - 1, top + height - 1
         corners = torch.tensor([[left, top], [right, top], [right, bottom], [left, bottom]])
+        box = {"xs": x0, "ys": y0, "widths": x1 - x0, "heights": y1 - y0}
+        shift = torch.tensor([fixed.shift_x, fixed.shift_y])
         values: dict[str, dict[str, Any]] = {
             "RandomResizedCrop": {"src": corners},
             "ColorJitter": fixed.factors() | {"hue_factor": 0.0},
             "RandomHorizontalFlip": {"batch_prob": fixed.flip},
             "RandomAffine": {"angle": -fixed.angle, "translations": shift},  # clockwise, like torchvision
-            "RandomErasing": {"batch_prob": fixed.box is not None, "heights": y1 - y0, **box},
+            "RandomErasing": {"batch_prob": fixed.box is not None} | box,
         }
         for item in parameters:
             for key, value in values.get(item.name.rpartition("_")[0], {}).items():
@@ -148,16 +146,8 @@ class Kornia(OnDevice):
         return self.apply(indices, partial(self.transform, params=parameters))
 
 
-PIPELINES: dict[str, Callable[[str, Setting], Pipeline]] = {
-    "synthetic": Synthetic,
-    "ours-triton": partial(Ours, backend="triton"),
-    "ours-compiled": partial(Ours, backend="compiled"),
-    "ours-eager": partial(Ours, backend="eager"),
-    "torchvision-pil": PilLoader,
-    "torchvision-pil-2": partial(PilLoader, workers=2),
-    "torchvision-pil-2-resize-first": partial(PilLoader, workers=2, resize_first=True),
-    "torchvision-v2-batch": V2,
-    "torchvision-v2-image": partial(V2, per_image=True),
-    "kornia": Kornia,
-    "kornia-resize-first": partial(Kornia, resize_first=True),
+# By the beginning of a loader's name; the rest says which variant.
+KINDS = {"synthetic": Synthetic, "ours": Ours, "torchvision-pil": PilLoader, "torchvision-v2": V2, "kornia": Kornia}
+PIPELINES: dict[str, Any] = {
+    name: next(kind for begin, kind in KINDS.items() if name.startswith(begin)) for name in LOADERS
 }

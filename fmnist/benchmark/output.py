@@ -4,13 +4,15 @@ import importlib.metadata
 import math
 import shlex
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fmnist.benchmark.command_line import PROGRAM
+from fmnist.report.comparison import Columns, text_table
 from fmnist.report.figures import BLUE, GREEN, GREY, ORANGE, Axes, Figure, by_default_style, save_figure
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.hardware import available_cores
@@ -52,44 +54,46 @@ def scaled(value: float, unit: str = "") -> str:
     return f"{value / 1000**power:.3g} {('', 'k', 'M', 'G', 'T')[power]}{unit}".rstrip()
 
 
+NOT_TIMED = dict.fromkeys(("min", "median", "max"), math.nan)
+COLUMNS: Columns = {
+    "description": ("loader", str),
+    "median": ("images/s", "{:,.0f}".format),
+    "max": ("best", "{:,.0f}".format),
+    "spread": ("spread", "{:.1%}".format),
+    "ratio": ("ratio", "{:.3g}".format),
+    "bytes_per_image": ("bytes/image", lambda value: scaled(value, "B")),
+    "bytes_per_second": ("bytes/s", lambda value: scaled(value, "B/s")),
+    "share_of_copy_ceiling": ("of copy", "{:.1%}".format),
+    "mfu": ("MFU", "{:.1%}".format),
+    "peak_memory_bytes": ("peak memory", lambda value: scaled(value, "B")),
+    "efficiency": ("efficiency", "{:.1%}".format),
+    "failed": ("failed", str),
+}
+
+
 def render_table(table: Mapping[str, Any]) -> str:
     """Return the table of one race as text; empty columns are left out."""
-    formats: dict[str, tuple[str, Callable[[Any], str]]] = {
-        "description": ("loader", str),
-        "median": ("images/s", "{:,.0f}".format),
-        "max": ("best", "{:,.0f}".format),
-        "spread": ("spread", "{:.1%}".format),
-        "ratio": ("ratio", "{:.3g}".format),
-        "bytes_per_image": ("bytes/image", lambda value: scaled(value, "B")),
-        "bytes_per_second": ("bytes/s", lambda value: scaled(value, "B/s")),
-        "share_of_copy_ceiling": ("of copy", "{:.1%}".format),
-        "mfu": ("MFU", "{:.1%}".format),
-        "peak_memory_bytes": ("peak memory", lambda value: scaled(value, "B")),
-        "efficiency": ("efficiency", "{:.1%}".format),
-    }
-    rows, columns = [row | row["images_per_second"] for row in table["rows"]], []
-    for key, (head, text) in formats.items():
-        cells = [head, *("-" if row.get(key) is None else text(row[key]) for row in rows)]
-        if set(cells[1:]) != {"-"}:
-            width = max(map(len, cells))
-            columns.append([cell.ljust(width) if key == "description" else cell.rjust(width) for cell in cells])
     against = f"; ratios to {table['ratio_to']}" if table["ratio_to"] else ""
-    return "\n".join([f"\n{table['title']} ({table['dtype']}{against})", *map("  ".join, zip(*columns, strict=True))])
+    rows = [row | row.get("images_per_second", {}) for row in table["rows"]]
+    return f"\n{table['title']} ({table['dtype']}{against})\n{text_table(rows, COLUMNS, ['description', 'failed'])}"
 
 
 def add_ratios(table: dict[str, Any], name: str, baseline: Mapping[str, Any] | None, world_size: int) -> None:
     """Add to each row its ratio to one loader, and its efficiency against the same command's JSON on one process."""
-    medians = {row["name"]: row["images_per_second"]["median"] for row in table["rows"]}
+    title, medians = table["title"], _medians(table)
+    single = {other["title"]: _medians(other) for other in baseline["tables"]} if baseline else {title: {}}
+    if title not in single or baseline and baseline["world_size"] != 1:
+        raise ValueError(f"--baseline: {title!r} was not measured on one process; run the same command on one")
     table["ratio_to"] = name if name in medians else None
-    tables = {other["title"]: other for other in baseline["tables"]} if baseline else {table["title"]: {"rows": []}}
-    if table["title"] not in tables or baseline and baseline["world_size"] != 1:
-        raise ValueError(f"--baseline: {table['title']!r} was not measured on one process; run the same command on one")
-    single = {row["name"]: row["images_per_second"]["median"] for row in tables[table["title"]]["rows"]}
-    for row in table["rows"]:
+    for row in (row for row in table["rows"] if row["name"] in medians):
         median = medians[row["name"]]
         row["ratio"] = median / medians[name] if name in medians else None
-        if row["name"] in single:
-            row["efficiency"] = median / (world_size * single[row["name"]])
+        if row["name"] in single[title]:
+            row["efficiency"] = median / (world_size * single[title][row["name"]])
+
+
+def _medians(table: Mapping[str, Any]) -> dict[str, float]:
+    return {row["name"]: row["images_per_second"]["median"] for row in table["rows"] if "failed" not in row}
 
 
 @by_default_style
@@ -98,7 +102,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
     Orange is the roofline, what the measured copy (loaders alone) or matrix product (training) would allow.
     """
-    tables = result.get("tables")
+    tables = [table for table in result.get("tables", []) if _medians(table)]
     if not tables:
         raise ValueError("this result holds no table to draw")
     heights = [1.5 + 0.42 * len(table["rows"]) for table in tables]  # inches
@@ -113,30 +117,30 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
 
 def _draw_table(axes: Axes, table: Mapping[str, Any]) -> None:
-    rows, highest = table["rows"], max(row["images_per_second"]["max"] for row in table["rows"])
-    roofs = [row.get("roofline_images_per_second") for row in rows]
+    rows, places, alone = table["rows"], np.arange(len(table["rows"])), table["mode"] == "data"
+    rates = [row.get("images_per_second", NOT_TIMED) for row in rows]
+    low, median, high = (np.array([rate[key] for rate in rates]) for key in NOT_TIMED)
+    roofs = np.array([row.get("roofline_images_per_second") or np.nan for row in rows])
+    bars = [{"ours": BLUE, "synthetic": GREEN}.get(row["name"].partition("-")[0], GREY) for row in rows]
+    axes.barh(places, median, height=0.68, color=bars, xerr=(median - low, high - median), error_kw={"linewidth": 1.4})
+    axes.vlines(roofs, places - 0.4, places + 0.4, color=ORANGE, linewidth=2.5)
     label = f"images/s ({table['dtype']}" + (f"; x: against {table['ratio_to']})" if table["ratio_to"] else ")")
-    if table["mode"] == "data":  # loaders lie orders of magnitude apart, and far from their roofline
+    ends = high
+    if alone:  # loaders lie orders of magnitude apart, and far from their roofline, whose mark no text should cross
         axes.set_xscale("log")
-        lowest = min(row["images_per_second"]["min"] for row in rows)
-        axes.set_xlim(lowest / 3, 6 * max([highest, *filter(None, roofs)]))
+        axes.set_xlim(np.nanmin(low) / 3, 6 * np.nanmax([high, roofs]))
+        ends = np.where((high < roofs) & (roofs < 6 * high), roofs, high)
         label += "; orange: measured copy / bytes per image"
     else:
-        axes.set_xlim(0, 1.3 * highest)
-        label += f"; the measured matrix product allows {scaled(roofs[0])}" if roofs[0] else ""
-    for place, (row, roof) in enumerate(zip(rows, roofs, strict=True)):
-        rate, ratio = row["images_per_second"], row.get("ratio")
-        color = BLUE if row["name"].startswith("ours") else GREEN if row["name"] == "synthetic" else GREY
-        axes.barh(place, rate["median"], height=0.68, color=color)
-        axes.plot([rate["min"], rate["max"]], [place, place], color="black", linewidth=1.4)
-        if roof:
-            axes.plot([roof, roof], [place - 0.4, place + 0.4], color=ORANGE, linewidth=2.5)
-        text = f" {scaled(rate['median'])}" + ("" if ratio is None else f"  ({ratio:.3g}x)")
-        if roof and axes.get_xscale() == "log" and rate["max"] < roof < 6 * rate["max"]:  # the mark would cut the text
-            axes.text(rate["min"], place, f"{text} ", va="center", ha="right", color="white")
+        axes.set_xlim(0, 1.3 * np.nanmax(high))
+        label += f"; the measured matrix product allows {scaled(np.nanmax(roofs))}" if (roofs > 0).any() else ""
+    for place, row in enumerate(rows):
+        ratio = "" if row.get("ratio") is None else f"  ({row['ratio']:.3g}x)"
+        if "failed" in row:
+            axes.text(0, place, " failed", va="center", transform=axes.get_yaxis_transform())
         else:
-            axes.text(rate["max"], place, text, va="center")
-    axes.set_yticks(range(len(rows)), [row["description"].replace(", ", ",\n", 1) for row in rows])
+            axes.text(ends[place], place, f" {scaled(median[place])}{ratio}", va="center")
+    axes.set_yticks(places, [row["description"].replace(", ", ",\n", 1) for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel(label, loc="right")
     axes.set_title(table["title"], fontsize=11.5, fontweight="bold", loc="left")

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -79,23 +79,23 @@ class Setting:
 
 
 class Pipeline(ABC):
-    """A loader in the race, a key of PIPELINES; with `resize_first` it warps the resized image."""
+    """A loader in the race, a key of LOADERS; one whose name ends in resize-first warps the resized image."""
 
     multiple: int = 1  # timed steps are a multiple of this: worker processes deliver in bursts
     bytes_rule: Literal["formula", "operations", "none"] = "operations"  # how the bytes per image are known
+    bytes_per_image: float | None = None  # as the gate found it
     chain: Chain = "warp, then resize"
     own_rounding = 0.0  # beyond the gate's tolerance, in [0, 1] units
     contrast_about: Literal["its own grey", "the data set's grey"] = "its own grey"
 
-    def __init__(self, name: str, setting: Setting, *, resize_first: bool = False) -> None:
-        self.name, self.setting, self.enlargement = name, setting, 1.0
-        if resize_first:
-            self.chain, self.enlargement = "resize, then warp", setting.size / setting.split.images.shape[-1]
-            if self.enlargement == 1:
-                raise ValueError("nothing to resize at this size")
+    def __init__(self, name: str, setting: Setting) -> None:
+        self.name, self.setting, self.position, self.order = name, setting, 0, setting.loader()
         if setting.channels == 3:  # the crop is the one warp there
             self.chain = "one warp"
-        self.position, self.order = 0, setting.loader()
+        elif name.endswith("resize-first"):
+            self.chain = "resize, then warp"
+            if setting.size == setting.split.images.shape[-1]:
+                raise ValueError("nothing to resize at this size")
 
     def start(self) -> None:
         """Begin at the first batch; called before every round."""
@@ -145,18 +145,18 @@ class Ours(Pipeline):
     chain = "one warp"
     contrast_about = "the data set's grey"
 
-    def __init__(self, name: str, setting: Setting, *, backend: Literal["triton", "compiled", "eager"]) -> None:
+    def __init__(self, name: str, setting: Setting) -> None:
         super().__init__(name, setting)
-        if backend == "triton" and setting.device.type == "cpu":
+        if name == "ours-triton" and setting.device.type == "cpu":
             raise ValueError("the Triton kernel needs a GPU")
         options: dict[str, Any] = {"rotation": ROTATION, "shift": SHIFT, "erase": ERASE}
         if setting.channels == 3:
             options = {"crop": CROP, "crop_aspect": CROP_ASPECT} | dict.fromkeys(COLOURS, JITTER)
-        cfg = AugmentConfig(size=setting.size, flip=FLIP, backend=backend, **options)
+        cfg = AugmentConfig(size=setting.size, flip=FLIP, backend=cast(Any, name.removeprefix("ours-")), **options)
         mean, std = setting.split.info.mean, setting.split.info.std
         kinds: dict[str, Any] = {"dtype": setting.dtype, "device": setting.device}
         self._augment = Augment(cfg, num_classes=NUM_CLASSES, mean=mean, std=std, fill=mean, **kinds)
-        self.bytes_rule = "operations" if backend == "eager" else "formula"
+        self.bytes_rule = "operations" if name == "ours-eager" else "formula"
 
     def next(self) -> tuple[Tensor, Tensor]:
         return self._augment(self.micro_batch())
@@ -194,17 +194,17 @@ def fixed_uniforms(fixed: Fixed, side: int) -> Tensor:
 
 
 def library_steps(
-    library: Any, setting: Setting, resampling: dict[str, Any], resize_first: bool, to_tensor: list[Any], **always: Any
+    library: Any, pipeline: Pipeline, resampling: dict[str, Any], *to_tensor: Any, **always: Any
 ) -> list[Any]:
     """Return the race's augmentation in the words that torchvision.transforms, its v2 and kornia have in common."""
-    size, info = (setting.size, setting.size), setting.split.info
+    side, info = (pipeline.setting.size, pipeline.setting.size), pipeline.setting.split.info
     flip, normalize = library.RandomHorizontalFlip(p=FLIP), library.Normalize(info.mean, info.std)
-    if setting.channels == 3:
-        crop = library.RandomResizedCrop(size, (CROP, 1.0), (1 / CROP_ASPECT, CROP_ASPECT), **resampling)
+    if pipeline.setting.channels == 3:
+        crop = library.RandomResizedCrop(side, (CROP, 1.0), (1 / CROP_ASPECT, CROP_ASPECT), **resampling)
         return [crop, flip, library.ColorJitter(JITTER, JITTER, JITTER), *to_tensor, normalize]
-    resize = library.Resize(size, **resampling)
+    resize = library.Resize(side, **resampling)
     affine = library.RandomAffine(ROTATION, translate=(SHIFT, SHIFT), **resampling, **always)
     # its value 0 is the mean by then
     erase = library.RandomErasing(p=ERASE, scale=table.ERASE_AREAS, ratio=table.ERASE_ASPECTS)
-    warp = [resize, flip, affine] if resize_first else [flip, affine, resize]
+    warp = [resize, flip, affine] if pipeline.chain == "resize, then warp" else [flip, affine, resize]
     return [*warp, *to_tensor, normalize, erase]

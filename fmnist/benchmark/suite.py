@@ -13,13 +13,10 @@ from typing import Any
 
 import torch
 
+from fmnist.benchmark import gate, libraries, output, timing
 from fmnist.benchmark.command_line import DEFAULTS, LOADERS, PROGRAM
-from fmnist.benchmark.gate import check
-from fmnist.benchmark.libraries import PIPELINES
-from fmnist.benchmark.output import add_ratios, describe, draw, gpu_clocks, render_table, scaled
 from fmnist.benchmark.photographs import PHOTO_OUTPUT, photographs
 from fmnist.benchmark.pipelines import Pipeline, Setting
-from fmnist.benchmark.timing import bytes_per_image, measure_ceilings, race, summarize
 from fmnist.benchmark.trainer import Trainer
 from fmnist.config.schema import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig
 from fmnist.data.split import Split
@@ -39,36 +36,35 @@ class Suite:
         colour = options.mode == "colour"
         self.split = photographs(compute.device) if colour else Split.load("train", DataConfig(), compute.device)
         self.dtype = torch.bfloat16 if compute.precision == "bf16" else torch.float32
-        self.copy_rate, self.flops_rate = measure_ceilings(compute.device, self.dtype)
+        self.copy_rate, self.flops_rate = timing.measure_ceilings(compute.device, self.dtype)
         ceilings = {"copy_bytes_per_second": self.copy_rate, "matmul_flops_per_second": self.flops_rate}
-        self.result = describe(compute, argv, vars(self.options))
+        self.result = output.describe(compute, argv, vars(self.options))
         self.result |= {"ceilings": ceilings, "gate": [], "skipped": {}, "tables": []}
-        copy, product = scaled(self.copy_rate, "B/s"), scaled(self.flops_rate, "FLOP/s")
+        copy, product = output.scaled(self.copy_rate, "B/s"), output.scaled(self.flops_rate, "FLOP/s")
+        self.say = partial(compute.on_main, print, flush=True)
         self.say(f"{compute.device_name}, {compute.precision}; measured: copy {copy}, matrix product {product}")
 
-    def say(self, text: str) -> None:
-        """Print on the main process."""
-        self.compute.on_main(print, text, flush=True)
-
     def run(self) -> int:
-        """Run the races; return the exit status, 1 where the gate refused a loader."""
+        """Run the races; return the exit status, 1 where the gate refused a loader or one failed."""
         for title, names, setting, cfg in self.plans():
             try:
-                if pipelines := self.checked(names, setting):
-                    self.race(title, pipelines, setting, cfg)
+                self.race(title, names, setting, cfg)
             except torch.OutOfMemoryError:
                 self.skip(title, "not enough device memory")
         refused = sorted({finding["name"] for finding in self.result["gate"] if not finding["passed"]})
-        if self.result["tables"]:
-            chart = self.path.with_suffix(".png")
-            self.compute.on_main(draw, self.result, chart)
-            self.say(f"\nwrote {self.path} and {chart}")
-        elif not refused:
+        rows = [row for table in self.result["tables"] for row in table["rows"]]
+        failed = sorted({row["name"] for row in rows if "failed" in row})
+        if not rows and not refused:
             raise ValueError(f"nothing to race: none of {', '.join(self.options.loaders)} runs here")
-        if refused:
-            line = f"{PROGRAM}: error: the gate refused {', '.join(refused)}: wrong images or labels\n"
-            self.compute.on_main(sys.stderr.write, line)
-        return 1 if refused else 0
+        chart = self.path.with_suffix(".png")
+        if drawn := not all("failed" in row for row in rows):
+            self.compute.on_main(output.draw, self.result, chart)
+        if rows:
+            self.say(f"\nwrote {self.path}" + f" and {chart}" * drawn)
+        for said, names in ("the gate refused {}: wrong images or labels", refused), ("{} failed: see above", failed):
+            if names:
+                self.compute.on_main(sys.stderr.write, f"{PROGRAM}: error: {said.format(', '.join(names))}\n")
+        return 1 if refused or failed else 0
 
     def plans(self) -> Iterator[tuple[str, list[str], Setting, Config | None]]:
         """Yield title, loaders and setting of each race, with the config of the model to train, if any.
@@ -82,9 +78,8 @@ class Suite:
         setting = partial(shared, rank=compute.rank, world_size=compute.world_size)
         if options.mode != "train":
             colour = "colour photographs, " * (options.mode == "colour")
-            loaders = [name for name in options.loaders if name != "synthetic"]
-            if colour:  # its crop resizes
-                loaders = [name for name in loaders if "resize-first" not in name]
+            no_loaders = ("synthetic", "resize-first" if colour else "synthetic")  # its crop resizes
+            loaders = [name for name in options.loaders if not name.endswith(no_loaders)]
             ours = [name for name in loaders if name.startswith("ours")]
             races = [(loaders, options.batch, False)]
             if options.large_batch and not colour:
@@ -103,18 +98,22 @@ class Suite:
                 title = f"training {name}, {size} px, {variant}, batch {options.batch}"
                 yield title, names, setting(size=int(size), batch_size=options.batch), cfg
 
-    def checked(self, names: Sequence[str], setting: Setting) -> list[Pipeline]:
-        """Build the loaders, and return those that pass the gate on every process."""
+    def checked(self, names: Sequence[str], setting: Setting) -> dict[str, Pipeline | str]:
+        """Build the loaders; return by name those that pass the gate on every process, or why one failed there."""
         torch.compiler.reset()  # a compiler keeps few versions of a function, then runs it uncompiled without a word
-        passed = []
+        checked: dict[str, Pipeline | str] = {}
         for name in names:
             try:
-                pipeline = PIPELINES[name](name, setting)
+                pipeline = libraries.PIPELINES[name](name, setting)
             except (ValueError, ImportError) as missing:
                 self.skip(name, str(missing))
                 continue
             if name != "synthetic":
-                finding = check(pipeline)
+                finding: dict[str, Any] = {}
+                failure = timing.failure_of(partial(self.examine, pipeline, finding))
+                if failure := next(filter(None, self.compute.gather(failure)), ""):
+                    checked[name] = failure
+                    continue
                 if not all(self.compute.gather(finding["passed"])):
                     finding |= {"passed": False, "reason": finding["reason"] or "refused on another process"}
                 self.result["gate"].append(finding)
@@ -123,8 +122,13 @@ class Suite:
                 self.say(f"{head}: {error}, {finding['reason'] or 'labels in order'}")
                 if not finding["passed"]:
                     continue
-            passed.append(pipeline)
-        return passed
+            checked[name] = pipeline
+        return checked
+
+    def examine(self, pipeline: Pipeline, finding: dict[str, Any]) -> None:
+        """Fill in what the gate finds, and count the bytes that an image costs."""
+        finding |= gate.check(pipeline)
+        pipeline.bytes_per_image = timing.bytes_per_image(pipeline)
 
     def skip(self, what: str, reason: str) -> None:
         """Say once why something is not raced, and record it."""
@@ -132,32 +136,47 @@ class Suite:
             self.say(f"skipped  {what}: {reason}")
         self.result["skipped"][what] = reason
 
-    def race(self, title: str, pipelines: Sequence[Pipeline], setting: Setting, cfg: Config | None) -> None:
+    def race(self, title: str, names: Sequence[str], setting: Setting, cfg: Config | None) -> None:
         """Race the loaders, or a model fed by each; print the table and save all there is so far."""
         options, processes = self.options, self.compute.world_size
+        entries = self.checked(names, setting)
+        if not entries:
+            return
         table: dict[str, Any] = {"mode": "train" if cfg else "data", "title": title, "size": setting.size}
         table |= {"batch_size": setting.batch_size, "dtype": str(setting.dtype).removeprefix("torch.")}
         trainer = Trainer(cfg, self.compute) if cfg else None
         step = trainer.train_on if trainer else lambda pipeline: len(pipeline.next()[1])
-        samples, table["rows"] = race(pipelines, step, options.rounds, options.seconds, self.compute), []
+        fatal: tuple[type[Exception], ...] = ()
+        if trainer:  # of several processes the others would wait inside the step for one whose loader failed
+            fatal = (Exception,) if processes > 1 else (torch.OutOfMemoryError,)
+        pipelines = [entry for entry in entries.values() if isinstance(entry, Pipeline)]
+        results = timing.race(pipelines, step, options.rounds, options.seconds, self.compute, fatal)
         if cfg and trainer:
             variant = "compiled" if cfg.model.compile else "eager"
             table |= {"model": cfg.model.name, "variant": variant, "flops_per_image": trainer.flops}
             if not math.isfinite(float(trainer.loss)):  # what was timed is not training
                 raise FloatingPointError(f"{title}: the loss is {float(trainer.loss)} at the end")
-        for pipeline in pipelines:
-            row = {"name": pipeline.name, "description": LOADERS[pipeline.name]} | summarize(samples[pipeline.name])
-            rate = row["images_per_second"]["median"] / processes
-            if trainer:
-                row |= {"mfu": rate * trainer.flops / self.flops_rate}
-                row["roofline_images_per_second"] = self.flops_rate / trainer.flops * processes
-            elif needed := bytes_per_image(pipeline):
-                row |= {"bytes_per_image": needed, "bytes_rule": pipeline.bytes_rule, "bytes_per_second": rate * needed}
-                row["share_of_copy_ceiling"] = rate * needed / self.copy_rate
-                row["roofline_images_per_second"] = self.copy_rate / needed * processes
-            table["rows"].append(row)
-        add_ratios(table, "synthetic" if trainer else "torchvision-pil-2", self.baseline, processes)
+        table["rows"] = [self.row(name, entry, results.get(name), trainer) for name, entry in entries.items()]
+        output.add_ratios(table, "synthetic" if trainer else "torchvision-pil-2", self.baseline, processes)
         self.result["tables"].append(table)
-        self.result["hardware"]["clocks_after"] = gpu_clocks()
-        self.say(render_table(table))
+        self.result["hardware"]["clocks_after"] = output.gpu_clocks()
+        self.say(output.render_table(table))
         self.compute.on_main(write_atomic, self.path, json.dumps(self.result, indent=2) + "\n")
+
+    def row(self, name: str, pipeline: Pipeline | str, rounds: Any, trainer: Trainer | None) -> dict[str, Any]:
+        """Return a loader's row: what its rounds say, or why it failed."""
+        row: dict[str, Any] = {"name": name, "description": LOADERS[name]}
+        if isinstance(pipeline, str) or isinstance(rounds, str):
+            return row | {"failed": pipeline if isinstance(pipeline, str) else rounds}
+        row |= timing.summarize(rounds)
+        rate = row["images_per_second"]["median"] / self.compute.world_size
+        needed, ceiling = pipeline.bytes_per_image, self.copy_rate
+        if trainer:
+            needed, ceiling = trainer.flops, self.flops_rate
+            row["mfu"] = rate * needed / ceiling
+        elif needed:
+            row |= {"bytes_per_image": needed, "bytes_rule": pipeline.bytes_rule, "bytes_per_second": rate * needed}
+            row["share_of_copy_ceiling"] = rate * needed / ceiling
+        if needed:
+            row["roofline_images_per_second"] = ceiling / needed * self.compute.world_size
+        return row

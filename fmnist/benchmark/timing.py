@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from fmnist.benchmark.pipelines import Pipeline
 from fmnist.runtime.compute import Compute
+from fmnist.runtime.console import one_line
 
 TABLE_BYTES, INDEX_BYTES = 64, 8  # a sample's row of parameters and its index, as the kernel reads them
 # These read as many bytes as they write, not the whole tensor that they are given.
@@ -38,30 +39,67 @@ def seconds_of(action: Callable[[], object], device: torch.device) -> tuple[floa
     return first.elapsed_time(last) / 1000, time.perf_counter() - begun
 
 
-def run_round(pipeline: Pipeline, step: Step, warmup: int, steps: int, compute: Compute) -> Sample:
+class LoaderFailed(Exception):
+    """A loader that cannot be timed, on this process or another; the message says why, in one line."""
+
+
+def failure_of(action: Callable[[], object], fatal: tuple[type[Exception], ...] = ()) -> str:
+    """Call what is a loader's own, which may raise anything; return why it failed, in one line, or an empty string.
+
+    Args:
+        action: to call.
+        fatal: errors that are passed on.
+    """
+    try:
+        action()
+    except fatal:
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error  # "exited unexpectedly" comes of "is killed by signal"
+        source = cause if str(cause) else error
+        lines = str(source).strip().splitlines() or [""]
+        if any(line.startswith("Original Traceback") for line in lines):  # of a worker, its own error at the end
+            return one_line(lines[-1])
+        return one_line(f"{type(source).__name__}: {lines[0]}".removesuffix(": "))
+    return ""
+
+
+def run_round(
+    pipeline: Pipeline, step: Step, warmup: int, steps: int, compute: Compute, fatal: tuple[type[Exception], ...] = ()
+) -> Sample:
     """Do untimed steps, then timed ones.
 
     Returns:
         Over all processes: `images`, and `seconds` (by device events on a GPU) and `wall_seconds` of the slowest one;
         `steps`; `peak_memory_bytes` of the device on this process, None on a CPU.
+
+    Raises:
+        LoaderFailed: on all processes, where the loader failed on one of them.
     """
-    device, counts, memory = compute.device, list[int](), None
-    pipeline.start()
-    try:
+    device, counts, timed, on_gpu = compute.device, list[int](), list[float](), compute.device.type != "cpu"
+
+    def warm_up() -> None:
+        pipeline.start()
         for _ in range(round_up(warmup, pipeline.multiple)):
             step(pipeline)
-        if device.type != "cpu":
+        if on_gpu:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
-        compute.join()
-        timed = seconds_of(lambda: counts.extend(step(pipeline) for _ in range(steps)), device)
-        if device.type != "cpu":
-            memory = torch.cuda.max_memory_allocated(device)
-    finally:
-        pipeline.stop()
-    images, seconds, wall_seconds = zip(*compute.gather((sum(counts), *timed)), strict=True)
-    measured = {"images": sum(images), "seconds": max(seconds), "wall_seconds": max(wall_seconds)}
-    return measured | {"steps": steps, "peak_memory_bytes": memory}
+
+    def measure() -> None:
+        timed.extend(seconds_of(lambda: counts.extend(step(pipeline) for _ in range(steps)), device))
+
+    failure = failure_of(warm_up, fatal)
+    compute.join()
+    failure = failure or failure_of(measure, fatal)
+    unstopped = failure_of(pipeline.stop, fatal)  # of no interest where it had not even started
+    found = compute.gather((failure or unstopped, sum(counts), timed))
+    if reason := next((said for said, *_ in found if said), ""):
+        raise LoaderFailed(reason)
+    seconds, wall_seconds = zip(*(times for *_, times in found), strict=True)
+    images = sum(number for _, number, _ in found)
+    measured = {"images": images, "seconds": max(seconds), "wall_seconds": max(wall_seconds), "steps": steps}
+    return measured | {"peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None}
 
 
 def round_up(steps: int, multiple: int) -> int:
@@ -70,26 +108,45 @@ def round_up(steps: int, multiple: int) -> int:
 
 
 def race(
-    pipelines: Sequence[Pipeline], step: Step, rounds: int, seconds: float, compute: Compute
-) -> dict[str, list[Sample]]:
-    """Time the step with each loader in turn, `rounds` times, for about `seconds` each; return the rounds by name.
+    pipelines: Sequence[Pipeline],
+    step: Step,
+    rounds: int,
+    seconds: float,
+    compute: Compute,
+    fatal: tuple[type[Exception], ...] = (),
+) -> dict[str, list[Sample] | str]:
+    """Time the step with each loader in turn, `rounds` times, for about `seconds` each.
 
     Untimed rounds come first: they compile what has to be compiled, and find how many steps take that long.
+
+    Returns:
+        By loader, its rounds, or why it failed: from then on it takes no part.
     """
-    steps = {}
-    for pipeline in pipelines:
+    steps: dict[str, int] = {}
+    results: dict[str, list[Sample] | str] = {pipeline.name: [] for pipeline in pipelines}
+
+    def pace(pipeline: Pipeline) -> None:
         count = round_up(MIN_STEPS, pipeline.multiple)
-        while (sample := run_round(pipeline, step, count, count, compute))["seconds"] < seconds / 4:
+        while (sample := run_round(pipeline, step, count, count, compute, fatal))["seconds"] < seconds / 4:
             count *= 4
         fitting = math.ceil(seconds * count / sample["seconds"])  # the same on all processes
         steps[pipeline.name] = round_up(max(MIN_STEPS, fitting), pipeline.multiple)
-    samples: dict[str, list[Sample]] = {name: [] for name in steps}
-    for _ in range(rounds):
+
+    for number in range(rounds + 1):
         for pipeline in pipelines:
-            count = steps[pipeline.name]
-            warmup = min(MAX_WARMUP, max(2, count // 3))
-            samples[pipeline.name].append(run_round(pipeline, step, warmup, count, compute))
-    return samples
+            result = results[pipeline.name]
+            if isinstance(result, str):
+                continue
+            try:
+                if number == 0:
+                    pace(pipeline)
+                    continue
+                count = steps[pipeline.name]
+                warmup = min(MAX_WARMUP, max(2, count // 3))
+                result.append(run_round(pipeline, step, warmup, count, compute, fatal))
+            except LoaderFailed as failure:
+                results[pipeline.name] = str(failure)
+    return results
 
 
 def summarize(samples: Sequence[Sample]) -> dict[str, Any]:

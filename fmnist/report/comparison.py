@@ -15,7 +15,8 @@ from fmnist.runtime.files import write_atomic
 # The costs against which a row may lie on the Pareto front, in a word each.
 FRONTS = {"flops_per_image": "FLOPs", "latency_ms_1": "ms"}
 # Table columns: key, heading, how a value is written. Names to the left, numbers to the right.
-COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+Columns = Mapping[str, tuple[str, Callable[[Any], str]]]
+COLUMNS: Columns = {
     "run": ("run", str),
     "model": ("model", str),
     "parameters": ("parameters", "{:,}".format),
@@ -45,28 +46,34 @@ def shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lay several evaluations out as a fixed-width text table, in the order given.
+def text_table(rows: Sequence[Mapping[str, Any]], columns: Columns, left: Sequence[str]) -> str:
+    """Lay rows out as a fixed-width text table, in the order given.
 
     Args:
-        rows: One mapping per run with the keys of COLUMNS; what is missing or None shows as "-", and a column
-            that no row has is left out, but for `run`.
+        rows: What is missing or None shows as "-", and a column that no row has is left out, but for the first.
+        columns: By key of a row, as COLUMNS.
+        left: Keys of the columns that hold names.
 
     Returns:
-        A header, a rule and one line per run, without a last newline.
+        A header, a rule and one line per row, without a last newline.
     """
-    keys = [key for key in COLUMNS if key == "run" or any(row.get(key) is not None for row in rows)]
-    heads = [COLUMNS[key][0] for key in keys]
-    body = [["-" if row.get(key) is None else COLUMNS[key][1](row[key]) for key in keys] for row in rows]
+    first = next(iter(columns))
+    keys = [key for key in columns if key == first or any(row.get(key) is not None for row in rows)]
+    heads = [columns[key][0] for key in keys]
+    body = [["-" if row.get(key) is None else columns[key][1](row[key]) for key in keys] for row in rows]
     widths = [max(map(len, column)) for column in zip(heads, *body, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
         # Names to the left, numbers to the right, so that digits stand under digits.
         triples = zip(keys, cells, widths, strict=True)
-        left = ("run", "model", "chosen", "options", "front")
         return "  ".join(cell.ljust(width) if key in left else cell.rjust(width) for key, cell, width in triples)
 
     return "\n".join([line(heads), "  ".join("-" * width for width in widths), *map(line, body)])
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lay several evaluations out as a text table: one mapping per run with the keys of COLUMNS."""
+    return text_table(rows, COLUMNS, ("run", "model", "chosen", "options", "front"))
 
 
 def write_comparison(
