@@ -1100,3 +1100,41 @@ def test_processes_share_one_decoding(tmp_path: Path, cache: Path) -> None:
     digests = [json.loads(out.splitlines()[-1])[0] for out, _ in told]
     assert digests[0] == digests[1] == read(root, stored_size=16).digests
     assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".lock", ".npy"]
+
+
+@pytest.mark.thorough
+def test_two_runs_wait_for_a_third_that_is_killed_and_share_one_decoding(tmp_path: Path, cache: Path) -> None:
+    root = two_classes(tmp_path / "root", 30)
+    flags = ("--config", ROOT / "configs" / "mlp.yaml", "--log.wandb", "disabled", "--threads", 1)
+    flags += ("--data.name", "folder", "--data.root", root, "--data.stored_size", 16, "--model.precision", "fp32")
+    flags += ("--schedule.steps", 4, "--schedule.warmup_epochs", 0, "--batch.global_batch_size", 8)
+    first = program(root, 600)  # it holds the lock, and decodes one picture in ten minutes
+    try:
+        started = time.monotonic()
+        while not list(cache.glob(".*.part")) if cache.exists() else True:
+            assert time.monotonic() < started + 60 and first.poll() is None
+            time.sleep(0.05)
+        logs = [(tmp_path / name).open("w+") for name in "ab"]
+        runs = [
+            subprocess.Popen(
+                [sys.executable, "train.py", *map(str, flags), "--output_dir", str(tmp_path / f"run{number}")],
+                stdout=log,
+                stderr=log,
+                env=environment(),
+                cwd=ROOT,
+            )
+            for number, log in enumerate(logs)
+        ]
+        while not all("waiting for another process that reads" in Path(log.name).read_text() for log in logs):
+            assert time.monotonic() < started + 200 and all(run.poll() is None for run in runs)
+            time.sleep(0.2)
+        assert not list(cache.glob("*.json"))
+    finally:
+        first.kill()
+        first.communicate()
+    assert [run.wait(timeout=200) for run in runs] == [0, 0], [Path(log.name).read_text()[-2000:] for log in logs]
+    said = [Path(log.name).read_text() for log in logs]
+    assert sorted(f"decoding 60 pictures of {root}" in text for text in said) == [False, True]
+    assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".lock", ".npy"]
+    weights = [(tmp_path / f"run{number}" / "model.safetensors").read_bytes() for number in range(2)]
+    assert weights[0] == weights[1]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,13 +11,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, SMALL_RUN, environment, metrics, train
+from PIL import Image
 from slurm_cluster import Cluster, missing_programs
 from test_signals import mentioning
 
+from fmnist.checkpoint.fingerprint import kept_fingerprint
 from fmnist.config.parse import load_config
+from fmnist.config.schema import DataConfig
+from fmnist.data.registry import open_source
+from fmnist.runtime.files import read_json
 from fmnist.runtime.launcher import signal_warning
 
 pytestmark = [
@@ -224,6 +231,49 @@ def test_a_job_runs_in_the_folder_that_chdir_names(cluster: Cluster, config: Pat
     array = cluster.submit("--array=3", ROOT / "slurm/array.sbatch", config, folder=tmp_path)
     cluster.wait_until(lambda: job_is_over(cluster, array), "the array", 60)
     assert f"{tmp_path} is not the root of the repository" in cluster.log(array)
+
+
+ODD = "a root with  spaces, 'quotes', \"more\", $HOME `id` * ? \\ ; & \u00fc"
+
+
+@pytest.mark.parametrize(("name", "nodes"), [("folder", 2), ("npz", 1)])
+def test_options_reach_the_run_as_they_were_typed(
+    cluster: Cluster, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, nodes: int
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (80, 12, 12), dtype=np.uint8)
+    home, run, root = tmp_path / ODD, tmp_path / ODD / "run", tmp_path / ODD / "set.npz"
+    home.mkdir()
+    if name == "npz":
+        np.savez(root, train_images=images, train_labels=np.arange(80) % 2, class_names=np.array(["it's one", "two"]))
+    else:
+        for number, image in enumerate(images):
+            (root := home / "set").joinpath(("it's one", "two")[number % 2]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(root / ("it's one", "two")[number % 2] / f"{number:02} 'a'.png")
+    decisions = home / "my decisions.csv"
+    monkeypatch.setenv("FMNIST_CACHE", str(tmp_path / "elsewhere"))
+    source = open_source(DataConfig(name=name, root=str(root), val_size=8))
+    _, labels, positions = source.read("train")
+    given, other = (source.info.class_names[at] for at in (labels[0], 1 - labels[0]))
+    decisions.write_text(f"split,index,label,suggested,decision\ntrain,{positions[0]},{given},{other},relabel\n")
+    own = Path(shutil.copy(config, home / "my config.yaml"))
+    options = {"--data.name": name, "--data.root": root, "--data.corrections": decisions, "--output_dir": run}
+    options |= {"--schedule.steps": 12, "--data.val_size": 8, "--exact": 2, "--batch.global_batch_size": 8}
+    job = cluster.submit(
+        f"--nodes={nodes}",
+        SCRIPT,
+        own,
+        *(word for option in options.items() for word in option),
+        FMNIST_PROCESSES_PER_NODE=str(2 // nodes),
+        FMNIST_CACHE=str(tmp_path / "cache"),
+    )
+    assert cluster.wait_for(job)["JobState"] == "COMPLETED", cluster.log(job)
+    kept = load_config(run / "config.yaml")
+    assert (kept.data.root, kept.data.corrections) == (str(root), str(decisions))
+    assert (summary(run)["status"], summary(run)["world_size"], summary(run)["steps"]) == ("finished", 2, 12)
+    assert read_json(run / "data.json")["class_names"] == ["it's one", "two"]
+    assert kept_fingerprint(run)["data.corrections"] != "none"
+    # once for all processes of a node; the two nodes here are one machine with one cache
+    assert cluster.log(job).count("decoding 80 pictures of") == (name == "folder")
 
 
 def said(cluster: Cluster, job: int) -> list[str]:
