@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from fmnist.data.placement import choose_place, place
 from fmnist.data.split import Split
 from fmnist.runtime.exchange import Exchange
 from fmnist.runtime.processes import Processes
+from fmnist.training import plan
 
 CPU = torch.device("cpu")
 EVERYTHING = AugmentConfig(
@@ -168,6 +170,34 @@ def test_each_rank_holds_its_share_and_two_buffers(train_images: Split, exchange
     batches_of(loaders, augment, range(31, 93))
     assert [[buffer.data_ptr() for buffer in loader.staging._buffers] for loader in loaders] == kept
     assert [loader.exchange._outgoing.data_ptr() for loader in loaders] == room
+
+
+def test_a_probe_tells_what_a_step_exchanges(train_images: Split, exchanges: Any) -> None:
+    kinds: dict[str, Any] = {"global_batch_size": 96, "micro_batch_size": 8, "seed": 3, "mixes": True}
+    loaders = spread(train_images, exchanges(3), **kinds)
+    with ThreadPoolExecutor(3) as threads:
+        probed = list(threads.map(lambda loader: loader.staging.probe(), loaders))
+    for loader, (num_bytes, seconds) in zip(loaders, probed, strict=True):
+        asked = loader._wanted(0)[loader.rank]
+        elsewhere = [position for position in asked.tolist() if position % 3 != loader.rank]
+        assert len(asked) == 16 and num_bytes == 784 * len(elsewhere) > 0 and 0 < seconds < 60
+    # and it disturbs nothing
+    augment = Augment(EVERYTHING, num_classes=10, mean=(0.286,), std=(0.353,))
+    check_equal(batches_of(loaders, augment, range(2)), batches_of([Loader(train_images, **kinds)], augment, range(2)))
+
+
+def test_the_plan_says_what_an_exchange_takes(train_images: Split) -> None:
+    def said(where: str, *probed: tuple[int, float]) -> str:
+        staging = None if where == "device" else SimpleNamespace(probe=lambda: probed[0])
+        rows = range(0, 2000, 2) if where == "spread" else None
+        loader = SimpleNamespace(staging=staging, split=replace(train_images, rows=rows), accumulation_steps=4)
+        run = SimpleNamespace(world_size=len(probed), gather=lambda mine: list(probed))
+        return plan.exchange(loader, run)  # type: ignore[arg-type]
+
+    # the slowest process's 5 ms, the largest share of 2 MB: 4 x 2 MB in 4 x 5 ms; 2 MB / 5 ms = 0.4 GB/s
+    told = "; exchange of 8 MB a step, about 20 ms at 0.4 GB/s, measured in a probe"
+    assert said("spread", (2_000_000, 0.004), (1_900_000, 0.005)) == told
+    assert said("spread", (0, 0.004)) == said("host", (1, 1.0), (1, 1.0)) == said("device", (1, 1.0), (1, 1.0)) == ""
 
 
 def test_what_is_staged_while_a_batch_is_used_does_not_touch_it(train_images: Split) -> None:
@@ -377,6 +407,10 @@ def test_final_weights_and_batches_are_those_of_images_on_the_device(
     said = (tmp_path / "spread/run.log").read_text()  # what it wrote to the console
     told = f"spread over {processes} processes, 0." if processes > 1 else "data.where spread has no effect"
     assert told in said
+    probed = re.findall(
+        r"; exchange of 0.0\d+ MB a step, about [\d.e-]+ ms at [\d.e-]+ GB/s, measured in a probe", said
+    )
+    assert len(probed) == (processes > 1)
 
 
 @pytest.mark.thorough

@@ -83,7 +83,7 @@ class Staging:
         wanted = [positions, *[nobody] * (self._exchange.world_size - 1)]
         mine = wanted[self._exchange.rank]
         out = self._empty(len(mine))
-        order, ready = self._submit(wanted, mine, out, None).result()
+        order, ready = self._submit(wanted, mine, out).result()
         if self._stream is not None:
             torch.accelerator.current_stream(self._device).wait_event(ready)
         return self._staged(out, mine, order)
@@ -92,6 +92,24 @@ class Staging:
         """Return black images as many as a micro-batch has, for a trial of the memory; nothing is brought."""
         mine = self._wanted(0)[self._exchange.rank]
         return self._staged(torch.zeros_like(self._empty(len(mine))), mine, torch.arange(len(mine)))
+
+    def probe(self) -> tuple[int, float]:
+        """Time one micro-batch's way here, where nothing else goes on; called by all processes.
+
+        Returns:
+            The bytes of it that lie on other processes, and the seconds that it takes on this one.
+        """
+        wanted = self._wanted(0)
+        mine = wanted[self._exchange.rank]
+        out, seconds = self._empty(len(mine)), 0.0
+        for _ in range(2):  # the first connects the processes
+            since = time.perf_counter()
+            _, ready = self._submit(wanted, mine, out).result()
+            if ready is not None:
+                ready.synchronize()
+            seconds = time.perf_counter() - since
+        elsewhere = mine % self._exchange.world_size != self._exchange.rank
+        return int(elsewhere.sum()) * out[:1].numel(), seconds
 
     def waited(self) -> float:
         """Return how long the host has waited for images so far, seconds."""
@@ -107,11 +125,12 @@ class Staging:
         mine = wanted[self._exchange.rank]
         while len(self._buffers) < 2:
             self._buffers.append(self._empty(len(mine)))
-        # what the step has been given to do before this reads the buffer; what it is given later does not
-        free = None if self._stream is None else torch.accelerator.current_stream(self._device).record_event()
-        return number, mine, self._submit(wanted, mine, self._buffers[number % 2], free)
+        return number, mine, self._submit(wanted, mine, self._buffers[number % 2])
 
-    def _submit(self, wanted: Sequence[Tensor], mine: Tensor, out: Tensor, free: Any) -> "Future[Arrived]":
+    def _submit(self, wanted: Sequence[Tensor], mine: Tensor, out: Tensor) -> "Future[Arrived]":
+        # what the device has been given to do before this reads that memory; what it is given later does not
+        free = None if self._stream is None else torch.accelerator.current_stream(self._device).record_event()
+
         def bring() -> Arrived:
             with self._stream or nullcontext():
                 if self._stream is not None and free is not None:

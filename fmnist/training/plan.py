@@ -2,6 +2,7 @@
 
 from fmnist.config.schema import Config
 from fmnist.data.augment import pyramid_bytes
+from fmnist.data.batches import Loader
 from fmnist.data.placement import LABEL_BYTES
 from fmnist.models.flops import flops_per_image
 from fmnist.models.matmul_layers import describe_matmul
@@ -28,7 +29,7 @@ def opening(training: Training, cfg: Config, run: Run) -> list[str]:
     within = f" in {minutes:g} minute{'' if minutes == 1 else 's'}" if minutes else ""
     rows = {
         "data": f"{loader.split.location}: {len(loader.split):,} training, {len(t.val_split):,} validation, "
-        f"{len(t.test_split):,} test images{t.placement}",
+        f"{len(t.test_split):,} test images{t.placement}{exchange(loader, run)}",
         "model": f"{cfg.model.name} {origin}, {parameters:,} parameters, {counted(len(augment.mean), 'input channel')}",
         "recipe": f"{epochs:.4g} epoch{'' if epochs == 1 else 's'} = {schedule.total_steps:,} steps{within} of "
         f"{loader.global_batch_size} images at {sizes(t.augment.sizes)}; {cfg.optim.name}, "
@@ -40,6 +41,22 @@ def opening(training: Training, cfg: Config, run: Run) -> list[str]:
         + (f"resuming at step {t.state.step:,} of {schedule.total_steps:,}" if t.state.step else "a new run"),
     }
     return [f"{name:<9}  {text}" for name, text in rows.items()]
+
+
+def exchange(loader: Loader, run: Run) -> str:
+    """Say how much the processes exchange in a step, and how long a probe says that takes; empty where they do not.
+
+    Called by all processes: those images travel beside the step, which waits only where they take longer than it does;
+    how long it did is `data_wait_ms` in metrics.jsonl.
+    """
+    if loader.staging is None or loader.split.rows is None or run.world_size == 1:
+        return ""
+    num_bytes, seconds = (max(found) for found in zip(*run.gather(loader.staging.probe()), strict=True))
+    steps = loader.accumulation_steps
+    return (
+        f"; exchange of {steps * num_bytes / 1e6:.3g} MB a step, about {1000 * steps * seconds:.3g} ms at "
+        f"{num_bytes / seconds / 1e9:.3g} GB/s, measured in a probe"
+    )
 
 
 def print_plan(training: Training, cfg: Config, run: Run) -> None:
