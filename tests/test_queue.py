@@ -234,6 +234,7 @@ def test_lagging_is_below_the_median_of_those_that_came_as_far() -> None:
 def test_a_curve_has_the_seconds_of_its_steps(tmp_path: Path) -> None:
     lines = [
         {"step": 10, "prefix": "train", "loss": 1, "step_time_s": 0.5},  # 10 steps: 5 s
+        {"step": 15, "epoch": 1.0, "prefix": "val", "top1": 0.1, "loss": 9},  # a resumed run logs a step again
         {"step": 15, "epoch": 1.0, "prefix": "val", "top1": 0.5, "loss": 2},  # 5 of the next window: 5 s more
         {"step": 20, "prefix": "train", "loss": 1, "step_time_s": 1.0},  # 10 s
         {"step": 24, "epoch": 1.6, "prefix": "val", "top1": 0.6, "loss": 1},  # 4 beyond the last, at its speed: 4 s
@@ -243,7 +244,7 @@ def test_a_curve_has_the_seconds_of_its_steps(tmp_path: Path) -> None:
         {"epoch": 1.0, "top1": 0.5, "loss": 2, "seconds": 10.0},
         {"epoch": 1.6, "top1": 0.6, "loss": 1, "seconds": 19.0},
     ]
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[1]))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[2]))
     assert curve(tmp_path) == [{"epoch": 1.0, "top1": 0.5, "loss": 2}] and curve(tmp_path / "none") == []
 
 
@@ -282,20 +283,20 @@ def test_everything_is_run_once_and_a_search_has_no_test_images(queue: list[str]
 def test_a_real_trial_that_lags_is_stopped_and_the_search_is_drawn(small_config: Path, tmp_path: Path) -> None:
     (tmp_path / "queue.yaml").write_text(
         f"- {{name: rates, config: {small_config}, search: true, stop_after: 0.001, grid: {{optim.lr: [0.003, 0.002,"
-        " 0.004, 0.0000001]}, flags: {schedule.steps: 300, evaluation.every_steps: 10, checkpoint.every_steps: 0}}\n"
+        " 0.004, 0.0000001]}, flags: {schedule.steps: 80, evaluation.every_steps: 10, checkpoint.every_steps: 0}}\n"
     )
     places = [
         f"--{name}={tmp_path / file}" for name, file in (("queue", "queue.yaml"), ("results", "r"), ("runs", "s"))
     ]
     command = [sys.executable, "-m", "experiments.queue", *places]
-    done = call(command)
+    done = call(command, "--jobs", "2")
     assert done.returncode == 0, done.stderr
     results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "r").iterdir()}
     lagging = results.pop("rates_lr_1e_07_seed0")
     assert "--- rates_lr_1e_07_seed0 lags behind and is stopped" in done.stdout
     assert lagging["stopped_at_epoch"] < lagging["options"]["schedule.steps"] / (59_000 // 32)
-    assert lagging["steps"] < 300 and lagging["val.top1"] == max(point["top1"] for point in lagging["val"])
-    assert len(results) == 3 and all(len(result["val"]) == 30 for result in results.values())
+    assert lagging["steps"] < 80 and lagging["val.top1"] == max(point["top1"] for point in lagging["val"])
+    assert len(results) == 3 and all(len(result["val"]) == 8 for result in results.values())
     assert all(result["val.top1"] > lagging["val.top1"] for result in results.values())
     again = call(command, "--slices", str(tmp_path / "figures"))
     assert again.stdout.split() == [str(tmp_path / "figures" / "rates.png")]
@@ -344,8 +345,15 @@ def test_an_entry_keeps_its_meaning(queue: list[str], tmp_path: Path) -> None:
         ("- {name: a, config: c}\n- {name: a, config: d}", "a is there twice"),
         ("- a", "expected a list of entries"),
         ("- {name: a, config: c, stop_after: 2}", "a: stop_after has no effect: there is no grid"),
-        ("- {name: a, config: c, grid: [1, 2]}", r"a: grid is \[1, 2\]; expected names with what they stand for"),
-        ("- {name: a, config: c, variants: {}}", "a: variants is {}; expected names"),
+        ("- {name: a, config: c, grid: [1, 2]}", r"a: grid is \[1, 2\]; expected a list of values by option"),
+        ("- {name: a, config: c, grid: {optim.lr: 0.1}}", "a: grid is {'optim.lr': 0.1}; expected a list of values"),
+        ("- {name: a, config: c, grid: {optim.lr: []}}", "a: grid is {'optim.lr': .*}; expected a list of values"),
+        ("- {name: a, config: c, variants: {}}", "a: variants is {}; expected flags by label"),
+        ("- {name: a, config: c, variants: {x: 1}}", "a: variants is {'x': 1}; expected flags by label"),
+        ("- {name: a, config: c, variants: {x: {}}, minutes: {y: 1}}", "a: minutes names y, which is no variant"),
+        ("- {name: a, config: c, seeds: []}", r"a: seeds is \[\]; expected different whole numbers"),
+        ("- {name: a, config: c, seeds: [1, 1]}", r"a: seeds is \[1, 1\]; expected different whole numbers"),
+        ("- {name: a, config: c, seeds: 3}", "a: seeds is 3; expected different whole numbers"),
     ],
 )
 def test_a_mistake_in_the_queue_is_one_line(text: str, message: str, tmp_path: Path) -> None:
