@@ -51,8 +51,11 @@ class Queue:
         known = {name for entry, seed in in_order(self.entries) for name in names(entry, seed)}
         if unknown := set(self.only or ()) - known:
             raise ValueError(f"--only {min(unknown)}: the queue has no such entry, group or seed")
-        wanted = [run for run in in_order(self.entries) if self.only is None or names(*run) & set(self.only)]
-        self.left = [run for run in wanted if not self._has_result(*run)]
+        self.left = [run for run in in_order(self.entries) if self.wants(*run) and not self._has_result(*run)]
+
+    def wants(self, entry: Entry, *seeds: int) -> bool:
+        """Say whether --only names one of these runs of an entry; of any seed where none is given."""
+        return self.only is None or any(names(entry, seed) & set(self.only) for seed in seeds or entry.seeds)
 
     def _has_result(self, entry: Entry, seed: int) -> bool:
         """Say whether a run is done; ValueError where it was of other options."""
@@ -150,8 +153,12 @@ class Queue:
         """Write the result of a run that has ended, if it has one, and let go of its directory."""
         name, status = f"{job.entry.name}_seed{job.seed}", job.status()
         if status == "finished" or (status == "stopped" and job.lagging and not self.stopped_by):
-            result = result_of(job.entry, job.seed, job.directory)
-            write_atomic(result_path(self.results, job.entry.name, job.seed), json.dumps(result, indent=2) + "\n")
+            try:
+                result = result_of(job.entry, job.seed, job.directory)
+                write_atomic(result_path(self.results, job.entry.name, job.seed), json.dumps(result, indent=2) + "\n")
+            except (KeyError, ValueError, OSError) as error:  # one bad run costs the night no other
+                print(f"--- {name} has no result: {type(error).__name__} {error}", flush=True)
+                self.failed += 1
         elif not self.stopped_by:
             print(f"--- {name} did not finish", flush=True)
             self.failed += 1
@@ -178,7 +185,7 @@ def main() -> None:
             raise ValueError(f"--jobs is {args.jobs}; valid: 1 or more")
         queue = Queue(read_queue(args.queue), args.results, args.runs, args.jobs, args.only)
         if args.table:
-            print(table(queue.entries, args.results))
+            print(table([entry for entry in queue.entries if queue.wants(entry)], args.results))
         elif args.plan:
             print(plan(queue.left, args.jobs if args.jobs > 1 else os.cpu_count() or 1))
         elif args.slices:

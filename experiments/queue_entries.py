@@ -110,9 +110,7 @@ def written(
         ValueError: one line.
     """
     whole = Entry(**entry, group=entry.get("name", ""))
-    for key, value in (("variants", variants), ("grid", grid)):
-        if value is not None and not (isinstance(value, dict) and value):
-            raise ValueError(f"{whole.name}: {key} is {value!r:.100}; expected names with what they stand for")
+    _check(whole, variants, grid, minutes)
     if stop_after is not None and not grid:
         raise ValueError(f"{whole.name}: stop_after has no effect: there is no grid, whose trials it would stop")
     for label, flags in (variants or {"": {}}).items():
@@ -141,6 +139,20 @@ def written(
         yield from trials
         if not one.search:
             yield replace(one, trials=tuple(trial.name for trial in trials))
+
+
+def _check(entry: Entry, variants: Any, grid: Any, minutes: Any) -> None:
+    """Refuse what an entry cannot mean."""
+    seeds = entry.seeds
+    if not (isinstance(seeds, list) and seeds and {*map(type, seeds)} == {int} and len({*seeds}) == len(seeds)):
+        raise ValueError(f"{entry.name}: seeds is {seeds!r:.100}; expected different whole numbers, at least one")
+    for key, value, kind in (("variants", variants, dict), ("grid", grid, list)):
+        parts = value.values() if isinstance(value, dict) else ()
+        if value is not None and not (parts and all(isinstance(part, kind) for part in parts) and ([] not in parts)):
+            what = "flags by label" if key == "variants" else "a list of values by option"
+            raise ValueError(f"{entry.name}: {key} is {value!r:.100}; expected {what}")
+    if isinstance(minutes, dict) and (unknown := minutes.keys() - (variants or {}).keys()):
+        raise ValueError(f"{entry.name}: minutes names {min(map(str, unknown))}, which is no variant")
 
 
 def _named(option: str, value: Any) -> str:

@@ -38,7 +38,8 @@ def curve(directory: Path) -> list[dict[str, float]]:
     ends = sorted(times)
     passed = np.cumsum(np.diff([0, *ends]) * [times[end] for end in ends])
     points = []
-    for line in sorted((line for line in lines if line["prefix"] == "val"), key=lambda line: line["step"]):
+    validations = {line["step"]: line for line in lines if line["prefix"] == "val"}  # of a step logged twice the later
+    for _, line in sorted(validations.items()):
         points.append({key: line[key] for key in ("epoch", "top1", "loss")})
         if ends:
             beyond = max(0, line["step"] - ends[-1]) * times[ends[-1]]

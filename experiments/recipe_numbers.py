@@ -134,13 +134,15 @@ class Curve:
 
 
 def learning_curve(found: list[dict[str, Any]]) -> Curve | None:
-    """Return the learning curve of the seeds of one recipe; None without a result.
+    """Return the learning curve of the seeds of one recipe that have the first one's epochs; None without a result.
 
     The processor time of a whole run is shared out by the seconds of its steps; by epochs in results that are older
     than these, all of one image size.
     """
     if not found:
         return None
+    epochs = [point["epoch"] for point in found[0]["val"]]
+    found = [result for result in found if [point["epoch"] for point in result["val"]] == epochs]
     top1 = 100 * np.array([[point["top1"] for point in result["val"]] for result in found])
     times = []
     for result in found:
@@ -149,7 +151,7 @@ def learning_curve(found: list[dict[str, Any]]) -> Curve | None:
             spent = np.array([point[unit] for point in result["val"]])
             times.append(result["cpu_seconds"] / 60 * spent / spent[-1])
     return Curve(
-        epochs=[point["epoch"] for point in found[0]["val"]],
+        epochs=epochs,
         minutes=list(np.mean(times, axis=0)) if times else None,
         mean=list(top1.mean(0)),
         low=list(top1.min(0)),

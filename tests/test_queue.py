@@ -68,6 +68,7 @@ while done < epochs and not stopped:
 summary = {"status": "finished" if done == epochs else "stopped", "val.top1": lr * done / epochs, "steps": done}
 summary |= dict.fromkeys(("model", "parameters", "epochs", "images_per_second", "train_seconds"), 1)
 summary |= {"device": "cpu", "versions": {}, "git_revision": "", "test.top1": lr, "test.loss": 1, "test.num_images": 2}
+summary.pop("test.loss" if "broken" in run.name else "", None)
 (run / "evaluation" / "test").mkdir(parents=True, exist_ok=True)
 test = {"top1_interval": [0, 1], "confusion_matrix": [[1, 0], [0, 1]], "macro_f1": 1, "balanced_accuracy": 1}
 (run / "evaluation" / "test" / "metrics.json").write_text(json.dumps(test))
@@ -145,13 +146,17 @@ def test_the_best_trial_gives_its_options(stand_in: Any, tmp_path: Path) -> None
         stand_in("- {name: a, config: CONFIG, seeds: [0, 1], grid: {optim.lr: [0.2, 0.6, 0.4]}}")
 
 
-def test_a_trial_that_failed_leaves_its_final_run_out(stand_in: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_fails_leaves_the_rest_alone(stand_in: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     queue = stand_in(
-        "- {name: fails, config: CONFIG, grid: {optim.lr: [0.2, 0.6]}}\n- {name: after, config: CONFIG}", jobs=2
+        "- {name: fails, config: CONFIG, grid: {optim.lr: [0.2, 0.6]}}\n- {name: broken, config: CONFIG}\n"
+        "- {name: after, config: CONFIG}",
+        jobs=2,
     )
     queue.work()
-    assert queue.failed == 3  # two trials, and the run that wanted their best
-    assert "trials without a result, so not run: fails" in capsys.readouterr().out
+    assert queue.failed == 4  # two trials, the run that wanted their best, and one without a number
+    said = capsys.readouterr().out
+    assert "trials without a result, so not run: fails" in said
+    assert "--- broken_seed0 has no result: KeyError 'test.loss'" in said
     assert [path.stem for path in queue.results.iterdir()] == ["after_seed0"]
     with pytest.raises(ValueError, match="--only nowhere: the queue has no such entry"):
         stand_in("- {name: after, config: CONFIG}", only=["nowhere", "after"])
@@ -229,6 +234,7 @@ def test_lagging_is_below_the_median_of_those_that_came_as_far() -> None:
 def test_a_curve_has_the_seconds_of_its_steps(tmp_path: Path) -> None:
     lines = [
         {"step": 10, "prefix": "train", "loss": 1, "step_time_s": 0.5},  # 10 steps: 5 s
+        {"step": 15, "epoch": 1.0, "prefix": "val", "top1": 0.1, "loss": 9},  # a resumed run logs a step again
         {"step": 15, "epoch": 1.0, "prefix": "val", "top1": 0.5, "loss": 2},  # 5 of the next window: 5 s more
         {"step": 20, "prefix": "train", "loss": 1, "step_time_s": 1.0},  # 10 s
         {"step": 24, "epoch": 1.6, "prefix": "val", "top1": 0.6, "loss": 1},  # 4 beyond the last, at its speed: 4 s
@@ -238,7 +244,7 @@ def test_a_curve_has_the_seconds_of_its_steps(tmp_path: Path) -> None:
         {"epoch": 1.0, "top1": 0.5, "loss": 2, "seconds": 10.0},
         {"epoch": 1.6, "top1": 0.6, "loss": 1, "seconds": 19.0},
     ]
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[1]))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[2]))
     assert curve(tmp_path) == [{"epoch": 1.0, "top1": 0.5, "loss": 2}] and curve(tmp_path / "none") == []
 
 
@@ -271,6 +277,32 @@ def test_everything_is_run_once_and_a_search_has_no_test_images(queue: list[str]
     mean = 50 * (final["test.top1"] + results["final_seed1"]["test.top1"])  # of two, in percent
     assert rows[2].startswith("| final | 2/2 | ") and f" {mean:.2f} ± " in rows[2]
     assert rows[3].startswith("| tried | 1/1 | ") and rows[3].endswith(" | - | " + rows[3].split(" | ", 4)[4])
+
+
+@pytest.mark.thorough
+def test_a_real_trial_that_lags_is_stopped_and_the_search_is_drawn(small_config: Path, tmp_path: Path) -> None:
+    (tmp_path / "queue.yaml").write_text(
+        f"- {{name: rates, config: {small_config}, search: true, stop_after: 0.001, grid: {{optim.lr: [0.003, 0.002,"
+        " 0.004, 0.0000001]}, flags: {schedule.steps: 80, evaluation.every_steps: 10, checkpoint.every_steps: 0}}\n"
+    )
+    places = [
+        f"--{name}={tmp_path / file}" for name, file in (("queue", "queue.yaml"), ("results", "r"), ("runs", "s"))
+    ]
+    command = [sys.executable, "-m", "experiments.queue", *places]
+    done = call(command, "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "r").iterdir()}
+    lagging = results.pop("rates_lr_1e_07_seed0")
+    assert "--- rates_lr_1e_07_seed0 lags behind and is stopped" in done.stdout
+    assert lagging["stopped_at_epoch"] < lagging["options"]["schedule.steps"] / (59_000 // 32)
+    assert lagging["steps"] < 80 and lagging["val.top1"] == max(point["top1"] for point in lagging["val"])
+    assert len(results) == 3 and all(len(result["val"]) == 8 for result in results.values())
+    assert all(result["val.top1"] > lagging["val.top1"] for result in results.values())
+    again = call(command, "--slices", str(tmp_path / "figures"))
+    assert again.stdout.split() == [str(tmp_path / "figures" / "rates.png")]
+    assert (tmp_path / "figures" / "rates.png").stat().st_size > 10_000
+    rows = call(command, "--table", "--only", "rates_lr_0.002").stdout.splitlines()
+    assert len(rows) == 3 and rows[2].startswith("| rates_lr_0.002 | 1/1 | ")
 
 
 @pytest.mark.thorough
@@ -313,8 +345,15 @@ def test_an_entry_keeps_its_meaning(queue: list[str], tmp_path: Path) -> None:
         ("- {name: a, config: c}\n- {name: a, config: d}", "a is there twice"),
         ("- a", "expected a list of entries"),
         ("- {name: a, config: c, stop_after: 2}", "a: stop_after has no effect: there is no grid"),
-        ("- {name: a, config: c, grid: [1, 2]}", r"a: grid is \[1, 2\]; expected names with what they stand for"),
-        ("- {name: a, config: c, variants: {}}", "a: variants is {}; expected names"),
+        ("- {name: a, config: c, grid: [1, 2]}", r"a: grid is \[1, 2\]; expected a list of values by option"),
+        ("- {name: a, config: c, grid: {optim.lr: 0.1}}", "a: grid is {'optim.lr': 0.1}; expected a list of values"),
+        ("- {name: a, config: c, grid: {optim.lr: []}}", "a: grid is {'optim.lr': .*}; expected a list of values"),
+        ("- {name: a, config: c, variants: {}}", "a: variants is {}; expected flags by label"),
+        ("- {name: a, config: c, variants: {x: 1}}", "a: variants is {'x': 1}; expected flags by label"),
+        ("- {name: a, config: c, variants: {x: {}}, minutes: {y: 1}}", "a: minutes names y, which is no variant"),
+        ("- {name: a, config: c, seeds: []}", r"a: seeds is \[\]; expected different whole numbers"),
+        ("- {name: a, config: c, seeds: [1, 1]}", r"a: seeds is \[1, 1\]; expected different whole numbers"),
+        ("- {name: a, config: c, seeds: 3}", "a: seeds is 3; expected different whole numbers"),
     ],
 )
 def test_a_mistake_in_the_queue_is_one_line(text: str, message: str, tmp_path: Path) -> None:

@@ -140,6 +140,7 @@ def test_a_curve_has_epochs_and_shares_of_the_processor_time() -> None:
     without = learning_curve([result(0.8, val=old)])
     assert without is not None and without.minutes == [1.0, 2.0]  # by epochs
     assert learning_curve([]) is None
+    assert learning_curve([result(0.8), result(0.9, val=old[:1])]) == learning_curve([result(0.8)])  # a line is missing
     panel = axes()
     draw_curves(panel, {"a": found, "b": None, "c": killed}, "minutes")
     (line,) = panel.get_lines()
