@@ -21,12 +21,13 @@ from fmnist import step
 from fmnist.benchmark import __main__ as entry
 from fmnist.benchmark import trainer as trainer_module
 from fmnist.benchmark.command_line import LOADERS, parse
+from fmnist.benchmark.failures import failure_of
 from fmnist.benchmark.gate import CASES, check, expected, transform_error
 from fmnist.benchmark.libraries import PIPELINES, V2, PilLoader
 from fmnist.benchmark.output import add_ratios, draw, render_table, scaled
 from fmnist.benchmark.photographs import photographs
 from fmnist.benchmark.pipelines import Fixed, Pipeline, Setting
-from fmnist.benchmark.timing import ByteCounter, bytes_per_image, failure_of, race, round_up, summarize
+from fmnist.benchmark.timing import ByteCounter, bytes_per_image, race, round_up, summarize
 from fmnist.benchmark.trainer import Trainer
 from fmnist.config.schema import Config, ModelConfig
 from fmnist.data.split import Split
@@ -477,6 +478,58 @@ def test_a_refused_loader_is_not_timed_and_the_status_is_1(tmp_path: Path, monke
     result = json.loads((tmp_path / "wrong.json").read_text())
     assert [row["name"] for row in result["tables"][0]["rows"]] == ["ours-eager"]
     assert [item["name"] for item in result["gate"] if not item["passed"]] == ["torchvision-v2-batch"]
+
+
+# --- recompilations -----------------------------------------------------------------------------------------------
+
+
+def test_graphs_compiled_while_the_clock_runs_are_counted(compute: Compute) -> None:
+    torch._dynamo.reset()
+    add_one = torch.compile(lambda numbers: numbers + 1, backend="eager", dynamic=False)  # a graph for each size
+
+    class OfManySizes(Fake):
+        def step(self) -> int:
+            self.steps += 1
+            add_one(torch.zeros({8: 8, 10: 10, 11: 11}.get(self.steps, 1)))
+            return 8
+
+    samples = race([OfManySizes("a", [], [])], lambda fake: fake.step(), 2, 0.0, compute)  # type: ignore[attr-defined]
+    # six steps find the pace; the rounds time steps 9 to 11 and 14 to 16, after two of warm-up each
+    assert [sample["recompilations"] for sample in samples["a"]] == [2, 0]
+    torch._dynamo.reset()
+
+
+class ShrinksOnce(V2):
+    """Another size of its fifth batch, each time it starts: at least one new graph in every round."""
+
+    starts = 0
+
+    def start(self) -> None:
+        super().start()
+        self.starts += 1
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        images, labels = super().next()
+        count = len(labels) - self.starts * (self.position == 5)
+        return images[:count], labels[:count]
+
+
+@pytest.mark.thorough
+def test_rows_of_compiled_variants_say_how_often_they_compiled(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, backend="eager", **options))
+    monkeypatch.setitem(PIPELINES, "torchvision-v2-batch", ShrinksOnce)
+    monkeypatch.setattr(entry, "log_to_console", lambda: None)
+    argv = ["train", "--models", "mlp@28", "--variants", "eager", "compiled", "--batch", "256", "--rounds", "2"]
+    argv += ["--seconds", "0.01", "--loaders", "ours-eager", "torchvision-v2-batch"]
+    assert entry.main([*argv, "--output", str(tmp_path / "compiled")]) == 0
+    eager, compiled = json.loads((tmp_path / "compiled.json").read_text())["tables"]
+    assert all("recompilations" not in item for item in eager["rows"])
+    assert [item["recompilations"] for item in compiled["rows"]] == [0, 2]  # one in each round
+    assert [item["recompilations"] for item in compiled["rows"][1]["rounds"]] == [1, 1]
+    before, after = capsys.readouterr().out.split("training mlp, 28 px, compiled")
+    assert "recompiled" not in before
+    assert [line.split()[-1] for line in after.strip().splitlines()[1:5]] == ["recompiled", "-" * 10, "0", "2"]
 
 
 # --- loaders that fail --------------------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ COLUMNS: Columns = {
     "mfu": ("MFU", "{:.1%}".format),
     "peak_memory_bytes": ("peak memory", lambda value: scaled(value, "B")),
     "efficiency": ("efficiency", "{:.1%}".format),
+    "recompilations": ("recompiled", str),  # while the clock ran
     "failed": ("failed", str),
 }
 

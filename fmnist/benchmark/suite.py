@@ -15,6 +15,7 @@ import torch
 
 from fmnist.benchmark import gate, libraries, output, timing
 from fmnist.benchmark.command_line import DEFAULTS, LOADERS, PROGRAM
+from fmnist.benchmark.failures import failure_of
 from fmnist.benchmark.photographs import PHOTO_OUTPUT, photographs
 from fmnist.benchmark.pipelines import Pipeline, Setting
 from fmnist.benchmark.trainer import Trainer
@@ -110,7 +111,7 @@ class Suite:
                 continue
             if name != "synthetic":
                 finding: dict[str, Any] = {}
-                failure = timing.failure_of(partial(self.examine, pipeline, finding))
+                failure = failure_of(partial(self.examine, pipeline, finding))
                 if failure := next(filter(None, self.compute.gather(failure)), ""):
                     checked[name] = failure
                     continue
@@ -169,6 +170,8 @@ class Suite:
         if isinstance(pipeline, str) or isinstance(rounds, str):
             return row | {"failed": pipeline if isinstance(pipeline, str) else rounds}
         row |= timing.summarize(rounds)
+        if name == "ours-compiled" or trainer and trainer.compiled:
+            row["recompilations"] = sum(sample["recompilations"] for sample in rounds)
         rate = row["images_per_second"]["median"] / self.compute.world_size
         needed, ceiling = pipeline.bytes_per_image, self.copy_rate
         if trainer:

@@ -3,17 +3,19 @@
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fmnist.benchmark.failures import LoaderFailed, failure_of
 from fmnist.benchmark.pipelines import Pipeline
 from fmnist.runtime.compute import Compute
-from fmnist.runtime.console import one_line
 
 TABLE_BYTES, INDEX_BYTES = 64, 8  # a sample's row of parameters and its index, as the kernel reads them
 # These read as many bytes as they write, not the whole tensor that they are given.
@@ -39,31 +41,6 @@ def seconds_of(action: Callable[[], object], device: torch.device) -> tuple[floa
     return first.elapsed_time(last) / 1000, time.perf_counter() - begun
 
 
-class LoaderFailed(Exception):
-    """A loader that cannot be timed, on this process or another; the message says why, in one line."""
-
-
-def failure_of(action: Callable[[], object], fatal: tuple[type[Exception], ...] = ()) -> str:
-    """Call what is a loader's own, which may raise anything; return why it failed, in one line, or an empty string.
-
-    Args:
-        action: to call.
-        fatal: errors that are passed on.
-    """
-    try:
-        action()
-    except fatal:
-        raise
-    except Exception as error:
-        cause = error.__cause__ or error  # "exited unexpectedly" comes of "is killed by signal"
-        source = cause if str(cause) else error
-        lines = str(source).strip().splitlines() or [""]
-        if any(line.startswith("Original Traceback") for line in lines):  # of a worker, its own error at the end
-            return one_line(lines[-1])
-        return one_line(f"{type(source).__name__}: {lines[0]}".removesuffix(": "))
-    return ""
-
-
 def run_round(
     pipeline: Pipeline, step: Step, warmup: int, steps: int, compute: Compute, fatal: tuple[type[Exception], ...] = ()
 ) -> Sample:
@@ -71,12 +48,14 @@ def run_round(
 
     Returns:
         Over all processes: `images`, and `seconds` (by device events on a GPU) and `wall_seconds` of the slowest one;
-        `steps`; `peak_memory_bytes` of the device on this process, None on a CPU.
+        `steps`; `recompilations`, the graphs that torch.compile made while the clock ran; `peak_memory_bytes` of the
+        device on this process, None on a CPU.
 
     Raises:
         LoaderFailed: on all processes, where the loader failed on one of them.
     """
     device, counts, timed, on_gpu = compute.device, list[int](), list[float](), compute.device.type != "cpu"
+    graphs = Counter[str]()
 
     def warm_up() -> None:
         pipeline.start()
@@ -87,18 +66,23 @@ def run_round(
             torch.cuda.reset_peak_memory_stats(device)
 
     def measure() -> None:
+        graphs.subtract(counters["stats"])
         timed.extend(seconds_of(lambda: counts.extend(step(pipeline) for _ in range(steps)), device))
+        graphs.update(counters["stats"])
 
     failure = failure_of(warm_up, fatal)
     compute.join()
     failure = failure or failure_of(measure, fatal)
     unstopped = failure_of(pipeline.stop, fatal)  # of no interest where it had not even started
-    found = compute.gather((failure or unstopped, sum(counts), timed))
-    if reason := next((said for said, *_ in found if said), ""):
+    said = failure or unstopped
+    found: list[dict[str, Any]] = compute.gather(
+        {"said": said, "images": sum(counts), "recompilations": graphs["unique_graphs"], "times": timed}
+    )
+    if reason := next(filter(None, (process["said"] for process in found)), ""):
         raise LoaderFailed(reason)
-    seconds, wall_seconds = zip(*(times for *_, times in found), strict=True)
-    images = sum(number for _, number, _ in found)
-    measured = {"images": images, "seconds": max(seconds), "wall_seconds": max(wall_seconds), "steps": steps}
+    measured: Sample = {key: sum(process[key] for process in found) for key in ("images", "recompilations")}
+    seconds, wall_seconds = zip(*(process["times"] for process in found), strict=True)
+    measured |= {"seconds": max(seconds), "wall_seconds": max(wall_seconds), "steps": steps}
     return measured | {"peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None}
 
 

@@ -23,6 +23,7 @@ class Trainer:
 
     Attributes:
         augment: the config's own data path.
+        compiled: whether the model is.
         flops: of one image, forward and backward.
         loss: of the last step, on the device.
     """
@@ -35,7 +36,7 @@ class Trainer:
         self.model, self.gradients = compute.prepare(model, compiled=cfg.model.compile)
         self.step = compute.captured(train_step, cfg.model.cuda_graph)
         self.model.train()
-        self.cfg, self.loss = cfg.optim, torch.zeros(())
+        self.cfg, self.compiled, self.loss = cfg.optim, cfg.model.compile, torch.zeros(())
 
     def train(self, micro_batches: Sequence[MicroBatch], augment: Augment) -> None:
         """Update the weights once."""
