@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from scipy.stats import binom
 
-from fmnist.apps.predict import trust
+from fmnist.apps import trust
 from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.runtime.files import read_json, write_atomic
 from fmnist.runtime.provenance import measured_now

@@ -130,8 +130,8 @@ def test_what_evaluate_reaches_trains_nothing() -> None:
     assert not reached & {"run", "step", "optim", "training", "apps", "train.py"}
 
 
-def test_apps_share_views_cutout_and_novelty_and_nothing_else() -> None:
-    shared = {"views", "cutout", "novelty"}
+def test_apps_share_views_cutout_novelty_and_trust_and_nothing_else() -> None:
+    shared = {"views", "cutout", "novelty", "trust"}
     for path, tree in sources():
         if room(path) != "apps":
             continue

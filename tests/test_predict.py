@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, environment
+from other_sets import untrained_on
 from pictures import learned_run
 from PIL import Image
 from small import command
@@ -24,6 +25,7 @@ from fmnist.apps.predict.photo_sheet import GREY, MARGIN, ORANGE, Cell, draw_she
 from fmnist.apps.predict.predictions import Prediction, header, predict_pictures, row, sheet_cell
 from fmnist.apps.views import CHUNK, Photo
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
+from fmnist.runtime.files import csv_bytes
 from fmnist.trained import open_trained
 
 
@@ -213,3 +215,48 @@ def test_a_row_has_a_cell_for_every_column() -> None:
         good = Prediction(photo=Photo(name="a", cutout=cutout), top=top[:count])
         bad = Prediction(photo=Photo(name="b", error="an empty file"))
         assert len(row(good, count)) == len(row(bad, count)) == len(header(count))
+        names = header(count, (), CLASS_NAMES)
+        good = replace(good, probabilities=(0.1,) * 10)
+        assert len(row(good, count, CLASS_NAMES)) == len(row(bad, count, CLASS_NAMES)) == len(names)
+        assert header(count) == names[:-10] and names[-10:] == [f"p_{name}" for name in CLASS_NAMES]
+
+
+def test_each_class_has_its_probability(run_directory: Path, tmp_path: Path) -> None:
+    images = load_split("test", None, 2000)[0][:9]
+    for index, image in enumerate(images.numpy()):
+        Image.fromarray(image).save(tmp_path / f"{index}.png")
+    (tmp_path / "x.png").write_bytes(b"")
+    for flags in ([], ["--no-calibrate"]):
+        more = ("--probabilities", "--sheet", 0, "--coverage", 0.9, *flags)
+        command(main, run_directory, tmp_path, *more, "--output", tmp_path / "out")
+        with (tmp_path / "out" / "predictions.csv").open(newline="") as stream:
+            *rows, unread = csv.DictReader(stream)
+        trained = open_trained(run_directory, "cpu")
+        expected = trained.probabilities(trained(images)[0], calibrate=not flags)
+        columns = [f"p_{name}" for name in CLASS_NAMES]
+        assert list(unread)[-11:] == ["error", *columns] and {unread[name] for name in columns} == {""}
+        for found, chances in zip(rows, expected.tolist(), strict=True):
+            given = [float(found[name]) for name in columns]
+            assert given == pytest.approx(chances, rel=1e-8) and sum(given) == pytest.approx(1, abs=1e-8)
+            assert found["prediction"] == CLASS_NAMES[given.index(max(given))]
+            assert found["confidence"] == f"{max(given):.6f}" == found["p1"]
+
+
+def test_classes_of_any_name_have_a_column(tmp_path: Path) -> None:
+    names = ['a, "b"', "=1+1", "file", "error", "two; three", "L\u00fc", "p1", "back\\slash"]
+    path = tmp_path / "set.npz"
+    images = np.random.default_rng(0).integers(0, 256, (40, 12, 12), dtype=np.uint8)
+    np.savez(path, train_images=images, train_labels=np.arange(40) % 8, val_images=images[:8],
+             val_labels=np.arange(8), class_names=np.array(names))  # fmt: skip
+    run = untrained_on(path, tmp_path / "run")
+    Image.fromarray(images[0]).save(tmp_path / "a.png")
+    command(main, run, tmp_path / "a.png", "--probabilities", "--sheet", 0, "--output", tmp_path / "out")
+    header_cells, cells = csv.reader((tmp_path / "out" / "predictions.csv").read_text().splitlines())
+    assert header_cells[-8:] == [f"p_{name}" for name in names] and len(set(header_cells)) == len(header_cells)
+    assert sum(map(float, cells[-8:])) == pytest.approx(1, abs=1e-8)
+
+
+def test_a_name_that_breaks_a_line_does_not_break_the_table() -> None:
+    """No data set of ours has such a class; a file of somebody else's may name one."""
+    table = csv_bytes(header(1, (), ["a\nb", "c\rd"]), [["x"]]).decode()
+    assert len(table.splitlines()) == 2 and table.splitlines()[0].endswith(",p_a\\nb,p_c\\rd")

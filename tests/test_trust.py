@@ -1,5 +1,6 @@
 """Prediction sets and automatic answers: exact thresholds, the promise kept by simulation, predict's columns."""
 
+import copy
 import csv
 import json
 import math
@@ -17,9 +18,12 @@ from scipy.stats import beta
 from small import command, write_small_data
 from torch import Tensor
 
+import fmnist
 from fmnist.apps.predict import predictions
+from fmnist.apps.predict.__main__ import PARSER
 from fmnist.apps.predict.__main__ import main as predict
 from fmnist.apps.predict.photo_sheet import Cell
+from fmnist.apps.trust import RANGES
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
 from fmnist.evaluation import risk_coverage as selective
 from fmnist.evaluation.conformal import (
@@ -321,6 +325,40 @@ def test_predict_gives_sets_and_decisions(learned: Path, pictures: Path, tmp_pat
     assert f"from confidence {limit:.4f} on" in plain
 
 
+def test_python_gives_the_sets_and_decisions_of_the_command(learned: Path, pictures: Path, tmp_path: Path) -> None:
+    run, files = fmnist.open_run(learned, "cpu"), sorted(pictures.glob("*.png"))[:40]
+    for asked in ({"coverage": 0.99}, {"coverage": 0.9, "max_error": 0.05, "calibrate": False}):
+        flags = ["--no-calibrate" if name == "calibrate" else f"--{name}={value}" for name, value in asked.items()]
+        command(predict, learned, *files, *flags, "--sheet", 0, "--output", tmp_path, "--force")
+        answers, rows = run.predict(files, **asked), rows_of(tmp_path)
+        assert len(answers) == len(rows) == 40
+        for answer, row in zip(answers, rows, strict=True):
+            assert (row.get("set"), row.get("decision")) == (answer.set and " | ".join(answer.set), answer.decision)
+            assert [name for name, _ in answer] == [row[f"top{place}"] for place in (1, 2, 3)]
+    assert {answer.decision for answer in answers} == {"automatic", "person"}
+    plain = run.predict(files[0])[0]
+    assert (plain.set, plain.decision) == (None, None) and plain == run.predict(files[0], coverage=0.9)[0]
+    assert copy.deepcopy(answers[0]).decision == answers[0].decision  # as a list of one's own
+    assert run.predict([], coverage=0.9, max_error=0.1) == []
+
+
+def test_python_refuses_what_the_command_refuses(learned: Path, pictures: Path, tmp_path: Path) -> None:
+    run, picture = fmnist.open_run(learned, "cpu"), pictures / "000.png"
+    for name, (low, high) in RANGES.items():
+        for value in (low, high):
+            PARSER.parse_args([str(learned), "a.png", f"--{name}", str(value)])
+            run.predict(picture, **{name: value})
+        for value in (low / 2, high + 0.1, float("nan"), True, "0.9"):
+            with pytest.raises(ValueError, match=f"^{name} is {value!r}; valid range: {low} to {high}$"):
+                run.predict(picture, **{name: value})
+        for value in (low / 2, high + 0.1):
+            assert f"valid range: {low:g} to {high:g}" in command(
+                predict, learned, picture, f"--{name}", value, status=2
+            )
+    with pytest.raises(ValueError, match="no Fashion-MNIST in .*nowhere"):
+        run.predict(picture, coverage=0.9, root=tmp_path / "nowhere")
+
+
 def test_the_sheet_says_what_the_table_says(
     learned: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,6 +411,6 @@ def test_what_has_no_thresholds_is_refused(
     run = untrained_on(write_npz(tmp_path / "shapes.npz", 5, (12, 12), **parts), tmp_path / "run")
     for option in ("--coverage", "--max_error"):
         said = command(predict, run, one, option, 0.1, *output, status=2)
-        assert f"{option} takes its thresholds from validation images, and run has none" in said
+        assert f"{option[2:]}: thresholds are taken from validation images, and run has none" in said
     assert not (tmp_path / "out").exists()
     shutil.rmtree(other)

@@ -16,6 +16,8 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
+from fmnist.apps.novelty import open_reference
+from fmnist.apps.trust import open_trust
 from fmnist.apps.views import read_view, view_of
 from fmnist.config.parse import parse_config
 from fmnist.config.schema import Config, flatten
@@ -33,6 +35,19 @@ Picture = str | Path | Image.Image | np.ndarray | Tensor
 EXPECTED = "paths, PIL pictures, or uint8 arrays or tensors [N, H, W] or [H, W], 0 to 255"
 DEFAULT_TOP = 3
 IN_COLOUR = "[N, 3, H, W], [3, H, W], [N, H, W, 3] or [H, W, 3]"
+
+
+class Answer(list[tuple[str, float]]):
+    """A picture's likeliest classes, (name, probability), the likeliest first.
+
+    Attributes:
+        set: the classes that may be right, the likeliest first; None where no coverage was asked for.
+        decision: automatic or person; None where no max_error was asked for.
+    """
+
+    def __init__(self, likeliest: Iterable[tuple[str, float]], names: tuple[str, ...] | None, decision: str | None):
+        super().__init__(likeliest)
+        self.set, self.decision = names, decision
 
 
 class RunResults:
@@ -65,8 +80,15 @@ class RunResults:
         return sorted(lines, key=lambda line: int(line["step"]))
 
     def predict(
-        self, images: Picture | Sequence[Picture], top: int = DEFAULT_TOP, *, calibrate: bool = True
-    ) -> list[list[tuple[str, float]]]:
+        self,
+        images: Picture | Sequence[Picture],
+        top: int = DEFAULT_TOP,
+        *,
+        calibrate: bool = True,
+        coverage: float | None = None,
+        max_error: float | None = None,
+        root: str | Path | None = None,
+    ) -> list[Answer]:
         """Predict pictures.
 
         Args:
@@ -76,28 +98,39 @@ class RunResults:
                 sizes.
             top: classes per picture, 1 to num_classes; by default 3, or both of two.
             calibrate: scale confidences by the temperature that the run fitted on its validation images.
+            coverage: find the set of each picture that holds its true class in this share of cases, 0.01 to 0.9999.
+            max_error: decide which answers are automatic, at most this share of them wrong, 0.0001 to 0.5.
+            root: where the data set lies, which both are judged on; None takes the run's.
 
         Returns:
-            For each picture its likeliest classes, (name, probability), the likeliest first.
+            For each picture its likeliest classes, (name, probability), the likeliest first, with `set` and `decision`.
 
         Raises:
-            ValueError: a picture that cannot be read or is empty; another type or shape; one line.
+            ValueError: a picture that cannot be read or is empty; another type or shape; a run without validation
+                images to judge by; one line.
         """
-        names = self.trained.class_names
+        trained, names = self.trained, self.trained.class_names
         top = len(names) if top == DEFAULT_TOP > len(names) else top
         if isinstance(top, bool) or not isinstance(top, int | np.integer) or not 1 <= top <= len(names):
             raise ValueError(f"top is {top!r}; valid: a whole number from 1 to {len(names)}")
         one = isinstance(images, Picture)
         if not one and (isinstance(images, str | bytes | Mapping) or not isinstance(images, Iterable)):
-            raise ValueError(f"images is {images!r:.100}; expected {_expected(self.trained.info)}")
+            raise ValueError(f"images is {images!r:.100}; expected {_expected(trained.info)}")
         pictures: Iterable[Any] = [images] if one else images  # type: ignore[assignment]
-        views = [_as_views(picture, self.trained.info) for picture in pictures]
-        logits = torch.cat([torch.zeros(0, len(names)), *(self.trained(part)[0] for part in _stacked(views))])
-        values, labels = self.trained.probabilities(logits, calibrate=calibrate).topk(int(top))
-        return [
-            [(names[label], value) for value, label in zip(*row, strict=True)]
-            for row in zip(values.tolist(), labels.tolist(), strict=True)
-        ]
+        views = [_as_views(picture, trained.info) for picture in pictures]
+        place = None if root is None else str(root)
+        trust = open_trust(trained, coverage=coverage, max_error=max_error, calibrate=calibrate, root=place)
+        reference = None if max_error is None else open_reference(trained, place)
+        answers = []
+        for part in _stacked(views):
+            logits, features = trained(part)
+            chances = trained.probabilities(logits, calibrate=calibrate)
+            far = torch.zeros(len(part)) if reference is None else reference.score(features) - reference.threshold
+            values, labels = chances.topk(int(top))
+            for row, *likeliest, unfamiliar in zip(chances, values.tolist(), labels.tolist(), far > 0, strict=True):
+                named = [(names[label], value) for value, label in zip(*likeliest, strict=True)]
+                answers.append(Answer(named, *trust.decide(row, unfamiliar=bool(unfamiliar))))
+        return answers
 
     def evaluate(
         self, split: Literal["test", "val", "train"] = "test", tta: Literal["none", "flip"] | None = None

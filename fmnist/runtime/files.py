@@ -13,6 +13,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -199,13 +200,12 @@ def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
     """Return a CSV file, UTF-8: no cell begins a formula, and no name breaks a line.
 
     Args:
-        header: names of the columns.
+        header: names of the columns, written like cells.
         rows: cells; control characters and bytes that are no UTF-8, as file names may hold them, are escaped.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    for row in rows:
+    for row in chain([header], rows):
         writer.writerow([csv_cell(cell) if isinstance(cell, str) else cell for cell in row])
     return text.getvalue().encode(errors="backslashreplace")
 

@@ -22,6 +22,7 @@ PARSER.add_argument("paths", nargs="+", metavar="PATH", help="pictures, folders 
 PARSER.add_argument("--output", type=Path, default=Path("predictions"), help="folder for the CSV and the sheet")
 PARSER.add_force()
 PARSER.add_argument("--top", type=number(1), help="classes given with their probability (default: 3, or all of fewer)")
+PARSER.add_argument("--probabilities", action="store_true", help="a column `p_CLASS` for each class, in label order")
 PARSER.add_argument(
     "--invert",
     choices=("auto", "always", "never"),

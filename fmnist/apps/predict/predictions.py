@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fmnist.apps.novelty import NoveltyReference, open_reference
 from fmnist.apps.predict.photo_sheet import BLACK, GREY, ORANGE, Cell, draw_sheet
-from fmnist.apps.predict.trust import PERSON, Trust, open_trust
+from fmnist.apps.trust import PERSON, Trust, open_trust
 from fmnist.apps.views import Photo, check_cutting, count_kinds, read_photos, stack_views
 from fmnist.evaluation.calibration import few_images
 from fmnist.evaluation.occlusion import occlusion_map
@@ -32,6 +32,7 @@ class Prediction:
     Attributes:
         photo: the picture, or why there is none.
         top: (class name, probability), the likeliest first; empty where there is an error.
+        probabilities: of all classes, in label order; likewise.
         score: distance from the training images, see `NoveltyReference.score`; 0 where there is an error.
         unfamiliar: whether the score is above the calibrated threshold.
         trust: cells of the columns that `Trust` adds.
@@ -40,6 +41,7 @@ class Prediction:
 
     photo: Photo
     top: tuple[tuple[str, float], ...] = ()
+    probabilities: tuple[float, ...] = ()
     score: float = 0.0
     unfamiliar: bool = False
     trust: tuple[str, ...] = ()
@@ -62,14 +64,16 @@ def predict(found: Sequence[tuple[str, str]], args: argparse.Namespace, left_out
     if args.top > len(trained.class_names):
         raise ValueError(f"--top is {args.top}; valid range: 1 to {len(trained.class_names)}, the classes")
     check_cutting(trained.info, invert=args.invert, crop=args.crop)
-    trust = open_trust(trained, args)  # first: it may find the features that the reference draws from
+    asked = {"coverage": args.coverage, "max_error": args.max_error, "calibrate": args.calibrate, "root": args.root}
+    trust = open_trust(trained, **asked)  # first: it may find the features that the reference draws from
     reference = open_reference(trained, args.root)
     items, title = predict_pictures(trained, reference, found, args, trust), "each photo and what the model sees"
     if args.explain:
         from fmnist.report.overlay import LEGEND
 
         items, title = explained(items, trained, args), f"{title}; {LEGEND}"
-    counts = write_predictions(items, args, f"{trained.name}: {title}", trust.columns)
+    each_class = trained.class_names if args.probabilities else ()
+    counts = write_predictions(items, args, f"{trained.name}: {title}", trust.columns, each_class)
     if args.json:
         print(json.dumps({**counts, **trust.counts(), "left_out": left_out, "output": str(args.output)}))
     else:
@@ -116,7 +120,8 @@ def predict_pictures(
             top = tuple((trained.class_names[i], p) for p, i in zip(probabilities, classes, strict=True))
             unfamiliar = score > reference.threshold
             cells = trust.cells(all_classes, unfamiliar=unfamiliar)
-            yield Prediction(photo=photo, top=top, score=score, unfamiliar=unfamiliar, trust=cells)
+            known = {"top": top, "probabilities": tuple(all_classes.tolist()), "score": score, "unfamiliar": unfamiliar}
+            yield Prediction(photo=photo, trust=cells, **known)
 
 
 def explained(items: Iterable[Prediction], trained: Trained, args: argparse.Namespace) -> Iterator[Prediction]:
@@ -129,23 +134,35 @@ def explained(items: Iterable[Prediction], trained: Trained, args: argparse.Name
         yield replace(item, drops=drops)
 
 
-def header(num_top: int, more: Sequence[str] = ()) -> list[str]:
-    """Name the columns of predictions.csv; `more` are those of `Trust`."""
+def header(num_top: int, more: Sequence[str] = (), each_class: Sequence[str] = ()) -> list[str]:
+    """Name the columns of predictions.csv; `more` are those of `Trust`, `each_class` those that have a column."""
     places = [name for place in range(1, num_top + 1) for name in (f"top{place}", f"p{place}")]
-    return ["file", "prediction", "confidence", *places, "unfamiliar", "score", "cropped", *more, "error"]
+    return [
+        "file",
+        "prediction",
+        "confidence",
+        *places,
+        "unfamiliar",
+        "score",
+        "cropped",
+        *more,
+        "error",
+        *(f"p_{name}" for name in each_class),
+    ]
 
 
-def row(item: Prediction, num_top: int) -> list[str]:
+def row(item: Prediction, num_top: int, each_class: Sequence[str] = ()) -> list[str]:
     """Return the cells of one picture, in the order of `header`."""
     name = item.photo.name
     # A spreadsheet runs a cell that starts like a formula; "./" before a relative path names the same file.
     name = os.path.join(".", name) if name[:1] in ("=", "+", "-", "@", "\t", "\r") else name
     if not item.top or item.photo.cutout is None:
-        return [name, *[""] * (2 + 2 * num_top), "", "", "", *item.trust, item.photo.error]
+        return [name, *[""] * (2 + 2 * num_top), "", "", "", *item.trust, item.photo.error, *("" for _ in each_class)]
     best = [item.top[0], *item.top]
     cells = [cell for label, probability in best for cell in (label, f"{probability:.6f}")]
     cropped = "yes" if item.photo.cutout.box else "no"
-    return [name, *cells, "yes" if item.unfamiliar else "no", f"{item.score:.6f}", cropped, *item.trust, ""]
+    chances = [f"{chance:.9g}" for _, chance in zip(each_class, item.probabilities, strict=False)]
+    return [name, *cells, "yes" if item.unfamiliar else "no", f"{item.score:.6f}", cropped, *item.trust, "", *chances]
 
 
 def sheet_cell(item: Prediction, columns: Sequence[str] = ()) -> Cell:
@@ -165,9 +182,13 @@ def sheet_cell(item: Prediction, columns: Sequence[str] = ()) -> Cell:
 
 
 def write_predictions(
-    items: Iterable[Prediction], args: argparse.Namespace, title: str, columns: Sequence[str] = ()
+    items: Iterable[Prediction],
+    args: argparse.Namespace,
+    title: str,
+    columns: Sequence[str] = (),
+    each_class: Sequence[str] = (),
 ) -> Counter[str]:
-    """Write predictions.csv, then predictions.png; each appears whole or not at all.
+    """Write predictions.csv, then predictions.png; each appears whole or not at all. For the columns see `header`.
 
     Returns:
         How many are `predicted`, of those `unfamiliar` and `uncropped` (no object cut out), and `errors`.
@@ -180,7 +201,7 @@ def write_predictions(
     shown: list[Prediction] = []
     with keep_at_interrupt() as interrupted:
         for item in items:
-            rows.append(row(item, args.top))
+            rows.append(row(item, args.top, each_class))
             counts["predicted" if item.top else "errors"] += 1
             if not item.top and counts["errors"] <= NAMED and not args.json:
                 logger.warning("%s: %s", one_line(item.photo.name), item.photo.error)
@@ -190,7 +211,7 @@ def write_predictions(
                 shown.append(item)
     path = args.output / "predictions.csv"
     if rows or not interrupted:
-        write_atomic(path, csv_bytes(header(args.top, columns), rows))
+        write_atomic(path, csv_bytes(header(args.top, columns, each_class), rows))
     if interrupted:
         raise KeyboardInterrupt(f"{path} holds the {len(rows):,} pictures that are done" if rows else "")
     if shown:

@@ -1,9 +1,9 @@
-"""Which classes may be right, and which answers need no person: columns of predictions.csv."""
+"""Which classes may be right, and which answers need no person, by thresholds from the run's validation images."""
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from fmnist.trained import Trained
 NAMED = 3  # classes with too few validation images that are named
 BETWEEN = " | "  # the classes of a set
 PERSON, AUTOMATIC = "person", "automatic"
+RANGES = {"coverage": (0.01, 0.9999), "max_error": (0.0001, 0.5)}  # of what may be asked for
 
 
 @dataclass(kw_only=True)
@@ -56,25 +57,30 @@ class Trust:
         self.not_read += 1
         return ("",) * (self.coverage is not None) + (PERSON,) * (self.max_error is not None)
 
-    def cells(self, probabilities: Tensor, *, unfamiliar: bool) -> tuple[str, ...]:
-        """Return the cells of one picture.
+    def decide(self, probabilities: Tensor, *, unfamiliar: bool) -> tuple[tuple[str, ...] | None, str | None]:
+        """Return the set and the decision of one picture, None where they are not asked for.
 
         Args:
             probabilities: float64 [C].
             unfamiliar: it is unlike the validation images, which then vouch for nothing: a person decides.
         """
-        cells = []
+        names = decision = None
         self.pictures += 1
         if self.coverage is not None:
             chosen = prediction_sets(probabilities[None], self.thresholds)[0]
             order = probabilities.argsort(descending=True, stable=True).tolist()
-            cells.append(BETWEEN.join(self.class_names[label] for label in order if chosen[label]))
-            self.sizes += int(chosen.sum())
+            names = tuple(self.class_names[label] for label in order if chosen[label])
+            self.sizes += len(names)
         if self.max_error is not None:
             alone = self.confidence is not None and float(probabilities.max()) >= self.confidence and not unfamiliar
-            cells.append(AUTOMATIC if alone else PERSON)
+            decision = AUTOMATIC if alone else PERSON
             self.automatic += alone
-        return tuple(cells)
+        return names, decision
+
+    def cells(self, probabilities: Tensor, *, unfamiliar: bool) -> tuple[str, ...]:
+        """Return the cells of one picture; see `decide`."""
+        names, decision = self.decide(probabilities, unfamiliar=unfamiliar)
+        return (*([] if names is None else [BETWEEN.join(names)]), *([] if decision is None else [decision]))
 
     def lines(self) -> list[str]:
         """Return what is said at the end."""
@@ -113,36 +119,51 @@ class Trust:
         return found
 
 
-def open_trust(trained: Trained, args: argparse.Namespace) -> Trust:
-    """Take the thresholds that --coverage and --max_error ask for from the run's validation images.
+def open_trust(
+    trained: Trained,
+    *,
+    coverage: float | None = None,
+    max_error: float | None = None,
+    calibrate: bool = True,
+    root: str | None = None,
+) -> Trust:
+    """Take thresholds from the run's validation images.
 
     Args:
         trained: the run.
-        args: `coverage` and `max_error`, None where not asked for; `calibrate` and `root`.
+        coverage: share of the pictures of each class whose set holds the true one, 0.01 to 0.9999; None: no sets.
+        max_error: share of the automatic answers that may be wrong, 0.0001 to 0.5; None: no decisions.
+        calibrate: see `Trained.probabilities`.
+        root: where the data set lies; None takes the run's.
 
     Raises:
-        ValueError: the run has no validation images, or they are not there.
+        ValueError: a share outside its range; the run has no validation images, or they are not there; one line.
     """
-    if args.coverage is None and args.max_error is None:
-        return Trust(class_names=trained.class_names)
-    option = "--coverage" if args.coverage is not None else "--max_error"
+    asked = {name: value for name, value in (("coverage", coverage), ("max_error", max_error)) if value is not None}
+    for name, value in asked.items():
+        low, high = RANGES[name]
+        if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+            raise ValueError(f"{name} is {value!r:.40}; valid range: {low} to {high}")
+    trust = Trust(class_names=trained.class_names, coverage=coverage, max_error=max_error)
+    if not asked:
+        return trust
+    option = " and ".join(asked)
     if not trained.info.num_val:
-        raise ValueError(f"{option} takes its thresholds from validation images, and {trained.name} has none")
-    split = trained.split("val", args.root)
+        raise ValueError(f"{option}: thresholds are taken from validation images, and {trained.name} has none")
+    split = trained.split("val", root)
     if trained.images_sha256("val") not in (None, split.digest):
         raise ValueError(f"{option}: {split.location} holds other validation images than {trained.name} was made with")
     logits = features_of(trained, "val", split.images).logits
-    probabilities, labels = trained.probabilities(logits, calibrate=args.calibrate), split.labels
-    trust = Trust(class_names=trained.class_names, num_images=len(labels))
-    if args.coverage is not None:
-        trust.coverage, trust.thresholds = args.coverage, class_thresholds(probabilities, labels, args.coverage)
-        known, least = labels.bincount(minlength=len(trained.class_names)).tolist(), least_images(args.coverage)
+    probabilities, labels = trained.probabilities(logits, calibrate=calibrate), split.labels
+    trust.num_images = len(labels)
+    if coverage is not None:
+        trust.thresholds = class_thresholds(probabilities, labels, coverage)
+        known, least = labels.bincount(minlength=len(trained.class_names)).tolist(), least_images(coverage)
         pairs = zip(trained.class_names, known, strict=True)
         trust.in_every_set = tuple(name for name, count in pairs if count < least)
-    if args.max_error is not None:
-        trust.max_error = args.max_error
+    if max_error is not None:
         confidence, predictions = probabilities.max(dim=1)
-        trust.confidence = confidence_threshold(confidence, predictions == labels, args.max_error)
+        trust.confidence = confidence_threshold(confidence, predictions == labels, max_error)
         if trust.confidence is not None:
             trust.automatic_val = float((confidence >= trust.confidence).double().mean())
     return trust
