@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, train, warm_train
+from conftest import ROOT, environment, train, warm_train
 from forks import Forks, difference
 from other_sets import write_npz
 from PIL import Image
 from test_exactness import PLAIN, make_config, recorded
 from torch import Tensor
+from warm import run_program
 
 import fmnist.data.placement as placement
 from fmnist.checkpoint.contents import read_state
@@ -544,3 +545,20 @@ def test_a_cache_that_is_damaged_for_one_rank_only_is_one_line(tmp_path: Path) -
     done = train(*flags, processes=2, script=script, check=False)
     assert done.returncode != 0
     assert re.search(r"data.root: the decoded train images of \S+ are damaged", done.stderr), done.stderr
+
+
+@pytest.mark.thorough
+def test_the_benchmark_times_the_exchange_alone_and_in_the_step(tmp_path: Path) -> None:
+    out = tmp_path / "spread.json"
+    program = ["-m", "fmnist.benchmark.spread", "--model", "mlp@28", "--batch", 16, "--rounds", 3, "--steps", 2]
+    done = run_program(*program, "--output", out, env=environment(), processes=2)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert (found["name"], found["world_size"], found["options"]["steps"]) == ("spread", 2, 2)
+    assert all(len(found[name]["rounds_ms"]) == 3 for name in ("exchange", "device", "spread", "wait"))
+    assert 0 < found["exchanged_bytes"] <= 16 * 784 and found["exchanged_bytes"] % 784 == 0
+    rate = found["exchanged_bytes"] / found["exchange"]["median_ms"] * 1000
+    assert found["bytes_per_second"] == pytest.approx(rate)
+    assert len(re.findall(r"^(exchange alone|step, images .*?) +[\d.]+ ms", done.stdout, re.MULTILINE)) == 3
+    alone = run_program("-m", "fmnist.benchmark.spread", "--output", out, env=environment())
+    assert alone.returncode == 2 and "one process exchanges nothing: torchrun --nproc_per_node 2" in alone.stderr
