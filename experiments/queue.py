@@ -6,7 +6,7 @@ python -m experiments.queue --table                       what is finished: mean
 python -m experiments.queue --slices FOLDER               a figure of each search over a grid: top1 by each option
 
 NAME is an entry, a group of them, or one seed (cnn_seed0). Several queues may run at once: none trains what another is
-training. experiments/queue_entries.py says how an entry is written.
+training. experiments/queue_file.py says how an entry is written.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from pathlib import Path
 from types import FrameType
 
 from experiments.median_stopping import lags
-from experiments.queue_entries import Entry, chosen, has_result, in_order, names, read_queue, result_path
+from experiments.queue_entries import Entry, chosen, has_result, in_order, names, result_path
+from experiments.queue_file import read_queue
 from experiments.queue_job import ROOT, Job, take_lock
 from experiments.queue_results import curve, plan, result_of, table
 from fmnist.runtime.files import read_json, write_atomic

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.queue_entries import Entry, read_queue
+from experiments.queue_entries import Entry
+from experiments.queue_file import read_queue
 from experiments.queue_results import numbers, read_results, spread
 from experiments.recipe_numbers import (
     ABLATED,

@@ -17,7 +17,8 @@ from experiments import queue as running
 from experiments import queue_job
 from experiments.median_stopping import lags
 from experiments.queue import Queue
-from experiments.queue_entries import Entry, chosen, in_order, read_queue, resolved
+from experiments.queue_entries import Entry, chosen, in_order, resolved
+from experiments.queue_file import read_queue
 from experiments.queue_job import take_lock
 from experiments.queue_results import curve, plan, table
 

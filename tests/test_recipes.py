@@ -11,7 +11,8 @@ import pytest
 from conftest import ROOT
 
 from experiments import recipe_figures, recipe_tables
-from experiments.queue_entries import Entry, in_order, read_queue
+from experiments.queue_entries import Entry, in_order
+from experiments.queue_file import read_queue
 from experiments.recipe_figures import draw_ablation, draw_amounts, draw_costs, draw_curves, draw_figures
 from experiments.recipe_numbers import (
     ABLATED,
@@ -218,8 +219,9 @@ def test_every_figure_is_drawn_from_a_whole_queue_and_the_page_is_full(tmp_path:
         text.count("\n") for text in recipe_tables.marks(recipe_tables.queued()).values()
     )
     assert fixed + lines <= 120  # of the page, when all is measured
-    names = {path.name for path in draw_searches(queue.entries, results, tmp_path / "searches")}
-    assert {"search_mlp.png", "amount_mlp_100.png", "amount_lite0_scratch_20000.png"} <= names and len(names) == 21
+    searched = [entry for entry in queue.entries if entry.group == "search_mlp" or entry.label == "100"]
+    names = [path.name for path in draw_searches(searched[-20:], results, tmp_path / "searches")]
+    assert names == ["amount_lite0_pretrained_100.png", "amount_lite0_scratch_100.png", "search_mlp.png"]
 
 
 def test_of_an_empty_queue_the_page_says_that_nothing_is_measured(tmp_path: Path) -> None:
