@@ -114,7 +114,10 @@ class Run(Compute):
         self.tracker = Tracker(self.directory, self.cfg.log, flatten(self.cfg), progress)
 
     def log(self, prefix: str, scalars: Mapping[str, float], step: int) -> None:
-        """Hand scalars to the tracker; silent on all processes but the main one."""
+        """Hand scalars to the tracker, with the time spent so far; silent on all processes but the main one."""
+        if scalars:
+            spent = {"elapsed_seconds": self.clock() - self.began, "processor_seconds": time.process_time()}
+            scalars = {**scalars, **spent}
         self.tracker.log(prefix, scalars, step, step / self.steps_per_epoch)
 
     def finish(self, summary: Mapping[str, Any]) -> None:

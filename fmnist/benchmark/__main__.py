@@ -1,4 +1,4 @@
-"""Entry: fmnist benchmark {data,train,all,colour,plot} [options]; --help explains them."""
+"""Entry: fmnist benchmark {data,train,all,colour,plot,accuracy} [options]; --help explains them."""
 
 import sys
 
@@ -9,7 +9,11 @@ from fmnist.runtime.ownership import check_outputs
 
 
 def main(argv: list[str]) -> int:
-    """Run the benchmark; return the exit status, 1 where the gate refused a loader."""
+    """Run the benchmark; return the exit status, 1 where the gate refused a loader or one failed."""
+    if argv[:1] == ["accuracy"]:
+        from fmnist.benchmark import accuracy
+
+        return accuracy.main(argv[1:])
     options = parse(argv)
     from fmnist.benchmark.output import draw  # late: importing torch takes seconds
     from fmnist.benchmark.suite import Suite

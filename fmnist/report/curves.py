@@ -23,6 +23,11 @@ def series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np
     return np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
 
 
+def evaluations(metrics_path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl that hold validation numbers, in step order."""
+    return read_metrics(metrics_path).get("val", [])
+
+
 def draw_loss(axes: Axes, train: Sequence[Mapping[str, Any]], val: Sequence[Mapping[str, Any]]) -> None:
     """Draw training loss, as logged and smoothed, and validation loss."""
     steps, loss = series(train, "loss")

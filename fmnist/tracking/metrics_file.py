@@ -16,6 +16,10 @@ PERF_KEYS = (
     "save_seconds",
     "share_outside_steps",
     "data_wait_ms",
+    "elapsed_seconds",
+    "processor_seconds",
+    "startup_seconds",
+    "startup_processor_seconds",
 )
 
 

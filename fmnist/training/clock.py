@@ -10,6 +10,7 @@ class Clock:
 
     Attributes:
         rates: images/s of each window between two logged lines.
+        started, processor_before: when the first step began, by time.monotonic, and the processor seconds before it.
 
     Args:
         global_batch_size: images of one step.
@@ -30,12 +31,13 @@ class Clock:
         self.peak_images_per_second = peak_images_per_second
         self._window_seconds, self._steps = 0.0, 0
         self.rates: list[float] = []
-        self._since = self._began = time.perf_counter()
+        self.start()
         self._before, self._all_steps = total_seconds, 0
         self._save_seconds = self._window_save_seconds = 0.0
 
     def start(self) -> None:
         """Begin to count: what came before the loop is not training."""
+        self.started, self.processor_before = time.monotonic(), time.process_time()
         self._since = self._began = time.perf_counter()
 
     def tick(self) -> None:

@@ -46,6 +46,8 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
         "seed": cfg.seed,
         **{f"val.{name}": value for name, value in ({"top1": state.best_number("top1")} | state.best_val).items()},
         **training.clock.summary(),
+        "startup_seconds": round(training.clock.started - run.began, 3),
+        "startup_processor_seconds": round(training.clock.processor_before, 3),
         "train_seconds": round(state.train_seconds, 1),
         "device": run.device_name,
         "versions": versions(),
