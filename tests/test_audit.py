@@ -21,8 +21,10 @@ from fmnist.config.schema import DataConfig
 from fmnist.data.corrections import read_decisions
 from fmnist.data.fashion_mnist import CLASS_NAMES, load
 from fmnist.data.split import Split
+from fmnist.evaluation import suspects
 from fmnist.evaluation.near_copies import find_pairs
-from fmnist.evaluation.suspects import confident_joint, rank_labels
+from fmnist.evaluation.neighbours import Neighbours
+from fmnist.evaluation.suspects import confident_joint, rank_labels, vote_shares
 
 PLANTED = range(0, NUM_TRAIN, 40)  # 50 of 2,000
 FOLDS = 2
@@ -171,14 +173,59 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
         writer.writerows(rows)
 
 
+CPU = torch.device("cpu")
+
+
+def noise(number: int) -> torch.Tensor:
+    """Images of which none resembles another."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (number, 8, 8), generator=generator, dtype=torch.uint8)
+
+
+def on_circle(*degrees: float) -> torch.Tensor:
+    angles = torch.tensor(degrees).deg2rad()
+    return torch.stack((angles.cos(), angles.sin()), dim=1)
+
+
 def test_ranks_by_hand() -> None:
     probabilities = torch.tensor(
         [[0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.02, 0.50, 0.48], [0.0, 1.0, 0.0]], dtype=torch.float64
     )
-    found = rank_labels(probabilities, torch.tensor([0, 0, 0, 0]))
-    # 0.5 / 0.3, 0.1 / 0.8, 0.02 / 0.50 and 0: the last is the most suspect
+    labels = torch.tensor([0, 0, 0, 0])
+    found = rank_labels(probabilities, labels, noise(4), on_circle(0, 90, 180, 270), CPU)
+    # All vote for class 0, three times: 0.5 / 0.3, 0.1 / 0.8, 0.02 / 0.50 and 0, each times 10 ** 0.5.
     assert found.order.tolist() == [3, 2, 1, 0]
     assert found.suggested.tolist() == [1, 1, 1, 1] and found.own.tolist() == [0.5, 0.1, 0.02, 0.0]
+    alone = rank_labels(probabilities[:1], labels[:1], noise(1), on_circle(0), CPU)
+    assert alone.order.tolist() == [0]
+
+
+def test_votes_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two votes: of the nearest, neither oneself nor a near copy, and a third that all classes share."""
+    images = noise(6)
+    images[1] = (images[0].float() * 0.9).byte()
+    features = on_circle(0, 1, 10, 30, 100, 180)
+    labels = torch.tensor([0, 0, 1, 2, 2, 2])
+    votes = vote_shares(torch.tensor([0, 3, 5]), labels, images, Neighbours(features, CPU), 3, voters=2)
+    # 0 leaves its copy 1 out: 2 and 3. 3 asks 2 and 1 (20 and 29 degrees away), 5 asks 4 and 3.
+    thirds = torch.tensor([[1, 4, 4], [4, 4, 1], [1, 1, 7]]) / 9
+    assert torch.allclose(votes, thirds.double(), atol=1e-7)
+    only = vote_shares(torch.tensor([0]), labels[:2], images[:2], Neighbours(features[:2], CPU), 3, voters=2)
+    assert only.tolist() == [[1 / 3, 1 / 3, 1 / 3]]  # nobody votes but its copy
+
+    # Two labels that the model doubts alike: the one that its neighbours contradict comes first.
+    features, labels = on_circle(0, 1, 2, 90, 91, 92), torch.tensor([0, 1, 1, 0, 0, 0])
+    probabilities = torch.tensor([[0.2, 0.8]] + [[0.1, 0.9]] * 2 + [[0.19, 0.81]] + [[0.9, 0.1]] * 2).double()
+
+    def ranked(**options: float) -> list[int]:
+        return rank_labels(probabilities, labels, noise(6), features, CPU, voters=2, **options).order.tolist()  # type: ignore[arg-type]
+
+    # Of two classes both voters and half a vote are 5/6, the other half 1/6: 0.25 / 5 ** 0.5 = 0.11,
+    # 0.235 * 5 ** 0.5 = 0.52.
+    assert ranked()[:2] == [0, 3]
+    assert ranked(weight=0)[:2] == [3, 0]
+    monkeypatch.setattr(suspects, "FEWEST", 1)  # what is not voted on comes after, by the model alone
+    assert ranked()[:2] == [3, 0]
 
 
 def test_the_confident_joint_by_hand() -> None:

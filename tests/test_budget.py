@@ -128,7 +128,7 @@ def probed(cfg: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tupl
     with Run(cfg, tmp_path / "run") as run:
         run.clock, run.began = clock, clock.now - 20.0
         before = torch.get_rng_state()
-        total = budget.fixed_steps(cfg, run, loader, splits["train"].info, splits, train_step)
+        total, _ = budget.fixed_steps(cfg, run, loader, splits["train"].info, splits, train_step)
         assert torch.equal(torch.get_rng_state(), before)
     assert len(replayed) == len(seen)  # what is timed is what will run
     assert list(tmp_path.iterdir()) == []

@@ -29,6 +29,7 @@ from fmnist.models import REGISTRY
 from fmnist.models.cnn import Cnn
 from fmnist.runtime.hardware import is_out_of_memory
 from fmnist.runtime.processes import Processes
+from fmnist.training import budget
 from fmnist.training.memory import activation_bytes
 from fmnist.training.micro_batch import (
     choose_micro_batch,
@@ -225,39 +226,64 @@ def test_a_wrong_option_is_one_line(flags: list[str], message: str, capsys: pyte
     assert message in error and error.count("\n") == 1
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_data(tmp_path_factory.mktemp("data"))
+
+
+LAST = "checkpoints/step_00000004"
+
+
+def go(run: Path, data: Path, micro: int | str, **schedule: Any) -> Path:
+    fmnist.train(
+        "configs/mlp.yaml",
+        output_dir=str(run),
+        model={"name": "full", "options": {}, "precision": "fp32"},
+        data={"root": str(data), "val_size": 500},
+        batch={"global_batch_size": 32, "micro_batch_size": micro},
+        schedule={"warmup_epochs": 0.0} | (schedule or {"steps": 4}),
+        evaluation={"every_steps": 2, "test": False},
+        checkpoint={"every_steps": 1, "keep_last": 4},
+        log={"every_steps": 1, "wandb": "disabled"},
+    )
+    return run
+
+
 @pytest.mark.thorough
-def test_auto_is_a_run_of_the_size_it_found_and_keeps_it(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, full: type[Full]
-) -> None:
-    data = write_small_data(tmp_path_factory.mktemp("data"))
-
-    def go(name: str, micro: int | str) -> Path:
-        fmnist.train(
-            "configs/mlp.yaml",
-            output_dir=str(tmp_path / name),
-            model={"name": "full", "options": {}, "precision": "fp32"},
-            data={"root": str(data), "val_size": 500},
-            batch={"global_batch_size": 32, "micro_batch_size": micro},
-            schedule={"steps": 4, "warmup_epochs": 0.0},
-            evaluation={"every_steps": 2, "test": False},
-            checkpoint={"every_steps": 1, "keep_last": 4},
-            log={"every_steps": 1, "wandb": "disabled"},
-        )
-        return tmp_path / name
-
-    last = "checkpoints/step_00000004"
-    auto, plain = go("auto", "auto"), go("plain", 8)
-    assert (auto / last / MODEL).read_bytes() == (plain / last / MODEL).read_bytes()
-    assert read_state(auto / last).micro_batch_size == 8 and read_state(plain / last).micro_batch_size is None
-    for name in ("summary.json", MODEL, "checkpoints/step_00000003", last):
+def test_auto_is_a_run_of_the_size_it_found_and_keeps_it(data: Path, tmp_path: Path, full: type[Full]) -> None:
+    auto, plain = go(tmp_path / "auto", data, "auto"), go(tmp_path / "plain", data, 8)
+    assert (auto / LAST / MODEL).read_bytes() == (plain / LAST / MODEL).read_bytes()
+    assert read_state(auto / LAST).micro_batch_size == 8 and read_state(plain / LAST).micro_batch_size is None
+    for name in ("summary.json", MODEL, "checkpoints/step_00000003", LAST):
         path = auto / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     full.limit = 16  # another device: the run keeps its size, and so its bits
-    go("auto", "auto")
-    assert (auto / last / MODEL).read_bytes() == (plain / last / MODEL).read_bytes()
+    go(auto, data, "auto")
+    assert (auto / LAST / MODEL).read_bytes() == (plain / LAST / MODEL).read_bytes()
     full.limit = 8
     with pytest.raises(ValueError, match="out of memory at step 1 with micro-batches of 32 images; 8 fit: --batch.mic"):
-        go("large", 32)
+        go(tmp_path / "large", data, 32)
+
+
+@pytest.mark.thorough
+def test_a_run_of_minutes_searches_once(
+    data: Path, tmp_path: Path, full: type[Full], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "largest_within", lambda limit, takes: 4)  # whatever the real clock says
+    timed = go(tmp_path / "timed", data, "auto", minutes=5)
+    assert full.asked.count(16) == 1  # which does not fit, so that nothing but a search asks for it
+    plain = go(tmp_path / "plain", data, 8)
+    assert (timed / LAST / MODEL).read_bytes() == (plain / LAST / MODEL).read_bytes()
+    state = read_state(timed / LAST)
+    assert (state.micro_batch_size, state.total_steps) == (8, 4)
+    # Resumed, it neither searches nor times anything: the checkpoint says both.
+    full.asked.clear()
+    for path in (timed / "summary.json", timed / MODEL):
+        path.unlink()
+    shutil.rmtree(timed / LAST)
+    go(timed, data, "auto", minutes=5)
+    assert full.asked == [8, 8, 8, 8]  # the last step
+    assert replace(read_state(timed / LAST), train_seconds=state.train_seconds) == state
 
 
 @pytest.mark.thorough

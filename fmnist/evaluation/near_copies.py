@@ -175,6 +175,21 @@ def near_copies_of(
     return find_near_copies(split.images, training.images, device=device, processes=processes)
 
 
+def are_near_copies(images: Tensor, positions: Tensor, others: Tensor) -> Tensor:
+    """Say which images nearly copy another, bool [Q, K].
+
+    Args:
+        images: uint8 [N, H, W] or [N, C, H, W]; larger ones are compared at PAIR_SIDE pixels.
+        positions: int64 [Q].
+        others: int64 [Q, K], what each of them is compared with.
+    """
+    found = [torch.zeros(0, others.shape[1], dtype=torch.bool)]
+    for one, more in zip(positions.split(32), others.split(32), strict=True):  # photos of 224 px are 100 MB already
+        unit = _centred(_shrunk(images[more.flatten()])).view(*more.shape, -1)
+        found.append((unit @ _centred(_shrunk(images[one]))[:, :, None])[..., 0] > NEAR_COPY)
+    return torch.cat(found)
+
+
 @torch.inference_mode()
 def find_pairs(images: Tensor, threshold: float = SIMILAR) -> tuple[Tensor, Tensor]:
     """Find all pairs of images that correlate above a threshold, as `find_near_copies` does between two sets.

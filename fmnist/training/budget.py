@@ -57,8 +57,10 @@ def with_steps(cfg: Config, steps: int) -> Config:
 
 def fixed_steps(
     cfg: Config, run: Run, loader: Loader, info: DataInfo, splits: dict[str, Split], train_step: Callable[..., Any]
-) -> int:
-    """Return the number of steps that `schedule.minutes` allows, the same on all processes.
+) -> tuple[int, int | None]:
+    """Return the number of steps that `schedule.minutes` allows, and the micro-batch that the probe found.
+
+    Both are the same on all processes; the micro-batch is None where `batch.micro_batch_size` is not auto.
 
     The minutes begin with the program and end with its last file. Nothing of the run is touched: weights, optimizer and
     random state are those of a run whose steps were given by hand.
@@ -74,7 +76,7 @@ def fixed_steps(
     Raises:
         ValueError: not one step fits.
     """
-    mine = measure(cfg, run, loader, info, splits, train_step)
+    mine, micro_batch_size = measure(cfg, run, loader, info, splits, train_step)
     columns = list(zip(*(_flat(costs) for costs in run.gather(mine)), strict=True))
     *steps, epoch, evaluation, save, end = map(max, columns)
     costs = Costs(steps=tuple(steps), epoch=epoch, evaluation=evaluation, save=save, end=end)
@@ -93,7 +95,7 @@ def fixed_steps(
         f"{evaluation:.3g} s an evaluation, {save:.2g} s a checkpoint; {used:.0f} s have gone, {end + REPORT_S:.0f} s "
         "are kept for the end"
     )
-    return total
+    return total, micro_batch_size
 
 
 def _flat(costs: Costs) -> tuple[float, ...]:
@@ -108,15 +110,17 @@ def sizes(cfg: Config) -> list[int]:
 
 def measure(
     cfg: Config, run: Run, loader: Loader, info: DataInfo, splits: dict[str, Split], train_step: Callable[..., Any]
-) -> Costs:
+) -> tuple[Costs, int | None]:
     """Time steps, an evaluation and a save of a network of the same kind, on all processes together."""
     random_state = torch.get_rng_state()
     long = with_steps(cfg, 10**9)
     network, augment = build_network(long, info, run.device, load_weights=True)  # wrong ones are refused now
     optimizer = build_optimizer(network, cfg.optim)
     ema = WeightAverage(network, decay=cfg.optim.ema_decay, use_warmup=True) if cfg.optim.ema_decay else None
+    found = None
     if cfg.batch.micro_batch_size == "auto":
-        loader = loader.cut(choose_micro_batch(network, optimizer, augment, loader, None, run))
+        found = choose_micro_batch(network, optimizer, augment, loader, None, run)
+        loader = loader.cut(found)
     model, gradients = run.prepare(network, compiled=cfg.model.compile)
     update = run.captured(train_step, cfg.model.cuda_graph)
     model.train()
@@ -156,13 +160,8 @@ def measure(
     save = run.clock() - start
     torch.set_rng_state(random_state)
     run.release()
-    return Costs(
-        steps=tuple(each.values()),
-        epoch=new_epoch,
-        evaluation=evaluation,
-        save=save,
-        end=of_image * (len(val) + len(test) * cfg.evaluation.test),
-    )
+    end = of_image * (len(val) + len(test) * cfg.evaluation.test)
+    return Costs(steps=tuple(each.values()), epoch=new_epoch, evaluation=evaluation, save=save, end=end), found
 
 
 def _save(run: Run, files: dict[str, Any]) -> None:

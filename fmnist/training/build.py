@@ -68,9 +68,12 @@ def build(cfg: Config, run: Run, train_step: Callable[..., Any]) -> Training | N
     finished, newest = find_start(cfg, run, checkpoints, total_steps)
     if finished:
         return None
+    micro_batch_size = None
     if minutes:  # the steps of the first start, whose clock said how many
         kept = read_state(newest).total_steps if newest is not None else None
-        cfg = with_steps(cfg, kept or fixed_steps(cfg, run, loader, info, splits, train_step))
+        if kept is None:
+            kept, micro_batch_size = fixed_steps(cfg, run, loader, info, splits, train_step)
+        cfg = with_steps(cfg, kept)
     schedule = Schedule.from_config(cfg, loader.steps_per_epoch)
     for line in _idle_settings(cfg, run, loader, schedule, info):
         run.on_main(logger.warning, "%s", line)
@@ -86,7 +89,8 @@ def build(cfg: Config, run: Run, train_step: Callable[..., Any]) -> Training | N
     if newest is not None and not minutes and (said := continuation(newest, cfg, schedule, state.step)):
         logger.info("%s", said)
     if cfg.batch.micro_batch_size == "auto":
-        state.micro_batch_size = choose_micro_batch(model, optimizer, augment, loader, state.micro_batch_size, run)
+        found = state.micro_batch_size or micro_batch_size
+        state.micro_batch_size = choose_micro_batch(model, optimizer, augment, loader, found, run)
         loader = loader.cut(state.micro_batch_size)
     else:
         state.micro_batch_size = None

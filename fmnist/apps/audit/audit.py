@@ -39,7 +39,7 @@ def audit(paths: Sequence[Path], args: argparse.Namespace) -> str:
     file = first.cfg.data.corrections
     corrections = None if file is None else Path(os.path.expanduser(file))
     decided = earlier_decisions(table, corrections, pool, force=args.force)
-    suspects = rank_labels(pool.probabilities, pool.labels)
+    suspects = rank_labels(pool.probabilities, pool.labels, pool.images, pool.features, first.device)
     rows = rank_rows(pool, suspects, decided)
     write_atomic(table, table_bytes(rows, pool))  # first: it is there also where a page fails
     copies = find_copies(pool, first.device)

@@ -14,7 +14,6 @@ from fmnist.data.folds import fold_of
 from fmnist.data.registry import open_source
 from fmnist.data.split import Split
 from fmnist.evaluation.features import compute_features, features_of
-from fmnist.evaluation.suspects import LOWEST
 from fmnist.runtime.console import counted
 from fmnist.trained import Trained
 
@@ -31,7 +30,7 @@ class Pool:
         labels: int64 [N].
         splits: train or val, as the first run divides them; train for all that are dealt to folds.
         indices: N positions in the data set's own file.
-        probabilities: float64 [N, num_classes]; of several runs the geometric mean.
+        probabilities: float64 [N, num_classes]; the mean of the runs.
         known: bool [N], images that a run gives probabilities for.
         held_out: no run was trained on the images that it gives probabilities for.
         features: float16 [N, D], penultimate ones of the first run.
@@ -125,7 +124,7 @@ def gather(runs: Sequence[Trained], root: str | None) -> Pool:
                 )
                 features[mask] = found.features
             if name == "val" or not folds:
-                total[mask] += _probabilities(trained, found.logits, given.images[mask]).log()
+                total[mask] += _probabilities(trained, found.logits, given.images[mask])
                 counts[mask] += 1
     known = counts > 0
     if not known.all():
@@ -136,7 +135,7 @@ def gather(runs: Sequence[Trained], root: str | None) -> Pool:
         labels=given.labels,
         splits=["val" if held and not folds else "train" for held in given.in_val.tolist()],
         indices=(given.keys % OTHER_FILE).tolist(),
-        probabilities=(total / counts.clamp(min=1)[:, None]).softmax(dim=1),
+        probabilities=total / counts.clamp(min=1)[:, None],
         known=known,
         held_out=folds,
         features=features,
@@ -152,7 +151,7 @@ def _probabilities(trained: Trained, logits: Tensor, images: Tensor) -> Tensor:
     found = trained.probabilities(logits)
     if trained.cfg.augment.flip:
         found = (found + trained.probabilities(compute_features(trained, images.flip(-1)).logits)) / 2
-    return found.clamp(min=LOWEST)
+    return found
 
 
 def _same_folds(runs: Sequence[Trained]) -> bool:
