@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from fmnist.apps.api import RunResults, train
+from fmnist.apps.audit.audit import rank_labels
 from fmnist.apps.audit.pool import Pool, gather
-from fmnist.apps.audit.table import HEADER
+from fmnist.apps.audit.table import HEADER, Suspects
 from fmnist.data.fashion_mnist import CLASS_NAMES, load
 from fmnist.data.find import locate
-from fmnist.evaluation.suspects import Suspects, rank_labels
 from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.runtime.files import csv_bytes, write_atomic
 from fmnist.runtime.provenance import git_revision, versions

@@ -206,11 +206,13 @@ def test_votes_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     images[1] = (images[0].float() * 0.9).byte()
     features = on_circle(0, 1, 10, 30, 100, 180)
     labels = torch.tensor([0, 0, 1, 2, 2, 2])
-    votes = vote_shares(torch.tensor([0, 3, 5]), labels, images, Neighbours(features, CPU), 3, voters=2)
+    votes = vote_shares(torch.tensor([0, 3, 5]), labels, images, features, Neighbours(features, CPU), 3, voters=2)
     # 0 leaves its copy 1 out: 2 and 3. 3 asks 2 and 1 (20 and 29 degrees away), 5 asks 4 and 3.
     thirds = torch.tensor([[1, 4, 4], [4, 4, 1], [1, 1, 7]]) / 9
     assert torch.allclose(votes, thirds.double(), atol=1e-7)
-    only = vote_shares(torch.tensor([0]), labels[:2], images[:2], Neighbours(features[:2], CPU), 3, voters=2)
+    only = vote_shares(
+        torch.tensor([0]), labels[:2], images[:2], features[:2], Neighbours(features[:2], CPU), 3, voters=2
+    )
     assert only.tolist() == [[1 / 3, 1 / 3, 1 / 3]]  # nobody votes but its copy
 
     # Two labels that the model doubts alike: the one that its neighbours contradict comes first.

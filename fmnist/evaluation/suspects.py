@@ -67,7 +67,8 @@ def rank_labels(
     logs = probabilities.clamp(min=LOWEST).log()
     order = log_ratio(logs, labels).argsort(stable=True)
     doubted = order[: max(FEWEST, len(order) // 10)]
-    votes = vote_shares(doubted, labels, images, Neighbours(features, device), probabilities.shape[1], voters)
+    neighbours = Neighbours(features, device)
+    votes = vote_shares(doubted, labels, images, features, neighbours, probabilities.shape[1], voters)
     score = log_ratio(logs[doubted] + weight * votes.log(), labels[doubted])
     order = torch.cat((doubted[score.argsort(stable=True)], order[len(doubted) :]))
     return Suspects(order=order, own=own, suggested=suggested, confidence=confidence)
@@ -80,7 +81,13 @@ def log_ratio(logs: Tensor, labels: Tensor) -> Tensor:
 
 
 def vote_shares(
-    queries: Tensor, labels: Tensor, images: Tensor, neighbours: Neighbours, num_classes: int, voters: int
+    queries: Tensor,
+    labels: Tensor,
+    images: Tensor,
+    features: Tensor,
+    neighbours: Neighbours,
+    num_classes: int,
+    voters: int,
 ) -> Tensor:
     """Return the share of each class among the labels of the nearest images, and of one more spread over all classes.
 
@@ -88,7 +95,8 @@ def vote_shares(
         queries: int64 [Q], positions of the images that are voted on.
         labels: int64 [N].
         images: uint8 [N, H, W] or [N, C, H, W].
-        neighbours: of the N images.
+        features: [N, D], any float type.
+        neighbours: of these N features.
         num_classes: there are.
         voters: of the nearest images that are neither the image itself nor a near copy of it.
 
@@ -99,7 +107,7 @@ def vote_shares(
     votes = torch.full((len(queries), num_classes), 1 / num_classes, dtype=torch.float64)
     if among < 1:
         return votes
-    near = neighbours(neighbours.unit[queries.to(neighbours.unit.device)], among, queries)[1]
+    near = neighbours(features[queries], among, queries)[1]
     counted = ~are_near_copies(images, queries, near)
     counted &= counted.cumsum(dim=1) <= voters
     votes.scatter_add_(1, labels[near], counted.double())
