@@ -65,7 +65,7 @@ def write_set(path: Path, number: int) -> None:
                 for images in rows_of(seed, count):
                     file.write(images.data)
             with archive.open(f"{part}_labels.npy", "w") as file:
-                np.lib.format.write_array(file, np.arange(count, dtype=np.uint8) % CLASSES)
+                np.lib.format.write_array(file, (np.arange(count) % CLASSES).astype(np.uint8))
     with path.open("rb") as written:
         os.fsync(written.fileno())
 
