@@ -50,8 +50,8 @@ def rows_of(seed: int, count: int) -> Iterator[NDArray[np.uint8]]:
     patterns = patterns.repeat(SIDE // 8, 1).repeat(SIDE // 8, 2)
     for start in range(0, count, ROWS):
         labels = np.arange(start, min(start + ROWS, count)) % CLASSES
-        noise = np.random.default_rng((seed, start)).integers(0, 96, (len(labels), SIDE, SIDE, 3), np.uint8)
-        yield patterns[labels] + noise
+        noise = np.random.default_rng((seed, start)).bytes(len(labels) * SIDE * SIDE * 3)
+        yield patterns[labels] + (np.frombuffer(noise, np.uint8) & 63).reshape(-1, SIDE, SIDE, 3)
 
 
 def write_set(path: Path, number: int) -> None:
@@ -65,7 +65,7 @@ def write_set(path: Path, number: int) -> None:
                 for images in rows_of(seed, count):
                     file.write(images.data)
             with archive.open(f"{part}_labels.npy", "w") as file:
-                np.lib.format.write_array(file, np.arange(count, dtype=np.uint8) % CLASSES)
+                np.lib.format.write_array(file, (np.arange(count) % CLASSES).astype(np.uint8))
     with path.open("rb") as written:
         os.fsync(written.fileno())
 

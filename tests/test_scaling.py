@@ -1,17 +1,25 @@
 """The arithmetic of experiments/scaling.py, by hand; its constants against the models and data they stand for."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 from conftest import ROOT
 
 from experiments.scaling import CASES, GPUS, begins, measure_planning, row, table
+from experiments.spread_large import memory_of, write_set
 from fmnist.config.parse import parse_config
+from fmnist.config.schema import DataConfig
+from fmnist.data.registry import open_source
+from fmnist.data.split import Split
 from fmnist.models import build_model
 from fmnist.models.flops import flops_per_image
+from fmnist.runtime.processes import Processes
 
 CONVNEXT, CNN = CASES.values()
 
@@ -75,3 +83,31 @@ def test_a_process_holds_its_share_of_the_images() -> None:
 def test_planning_is_measured_for_each_count() -> None:
     found = measure_planning(8, GPUS[:3], repeats=3)
     assert found.keys() == {1, 2, 4} and all(0 < seconds < 1 for seconds in found.values())
+
+
+def test_the_large_set_is_the_same_each_time_and_stays_in_its_file(tmp_path: Path) -> None:
+    for name in ("one.npz", "two.npz"):
+        write_set(tmp_path / name, 5000)
+    one, two = (np.load(tmp_path / name) for name in ("one.npz", "two.npz"))
+    assert sorted(one) == sorted(f"{part}_{kind}" for part in ("train", "val", "test") for kind in ("images", "labels"))
+    assert {name: len(one[name]) for name in one if "labels" in name} == {
+        "train_labels": 5000 - 50 - 16, "val_labels": 50, "test_labels": 16,
+    }  # fmt: skip
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    images, labels = one["train_images"], one["train_labels"]
+    assert images.shape == (4934, 64, 64, 3) and not np.array_equal(images[0], images[10])  # one class, other noise
+    means = np.stack([images[labels == label].mean(0) for label in range(10)])
+    assert np.abs(means[:, None] - means[None]).mean((2, 3, 4))[~np.eye(10, dtype=bool)].min() > 10
+    source = open_source(DataConfig(name="npz", root=str(tmp_path / "one.npz")), processes=Processes(0, 1))
+    assert all(Split.load(name, source, read=False).unread is not None for name in ("train", "val", "test"))  # type: ignore[arg-type]
+
+
+def test_memory_is_that_of_a_launchers_processes() -> None:
+    code = "import sys; held = bytearray(50_000_000); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin is not None and child.stdout is not None
+        child.stdout.readline()
+        held = memory_of(os.getpid())[child.pid]
+        child.stdin.close()
+    assert 50e6 < held["RssAnon"] < 100e6 and 0 < held["RssFile"] < 50e6
+    assert child.pid not in memory_of(os.getpid())

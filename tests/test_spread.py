@@ -548,6 +548,21 @@ def test_a_cache_that_is_damaged_for_one_rank_only_is_one_line(tmp_path: Path) -
 
 
 @pytest.mark.thorough
+def test_images_of_a_cpu_process_are_not_copied_to_its_device(tmp_path: Path) -> None:
+    script = tmp_path / "moves.py"
+    script.write_text(
+        "import torch\nfrom fmnist.runtime.compute import Compute\n"
+        "with Compute() as compute:\n"
+        "    images = torch.zeros(3)\n"
+        "    here = str(compute.device), images.to(compute.device).data_ptr() == images.data_ptr()\n"
+        "    compute.on_main(print, compute.gather(here))\n"
+    )
+    done = run_program(script, env=environment(), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[('cpu', True), ('cpu', True)]\n"  # Accelerate's names: cpu:0 and cpu:1
+
+
+@pytest.mark.thorough
 def test_the_benchmark_times_the_exchange_alone_and_in_the_step(tmp_path: Path) -> None:
     out = tmp_path / "spread.json"
     program = ["-m", "fmnist.benchmark.spread", "--model", "mlp@28", "--batch", 16, "--rounds", 3, "--steps", 2]

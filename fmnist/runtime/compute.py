@@ -94,7 +94,8 @@ class Compute(Processes):
                     InitProcessGroupKwargs(timeout=2 * PATIENCE),  # NCCL's; the host's group, which says who, is first
                 ],
             )
-        self.device, self.shards = named or self.accelerator.device, shards
+        # cpu:1 is what Accelerate calls the CPU of rank 1, and bringing a tensor of the CPU there would copy it
+        self.device, self.shards = named or (torch.device("cpu") if on_cpu else self.accelerator.device), shards
         try:
             check_world_size(self.accelerator.num_processes)
         except ValueError:
