@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ from filelock import FileLock
 from fmnist.benchmark import accuracy, accuracy_rows
 from fmnist.benchmark.__main__ import main
 from fmnist.benchmark.accuracy_rows import measured, report, summarize
+from fmnist.run import Run
 from fmnist.runtime.provenance import git_revision, versions
+from fmnist.tracking.metrics_file import metric_name
+from fmnist.training.clock import Clock
 
 # A run that holds 93 % from its second evaluation on: the clock stops at its end, and not at the third.
 LINES = [
@@ -121,6 +125,26 @@ def test_runs_of_other_code_are_not_mixed_in(key: str, other: Any, tmp_path: Pat
     record(tmp_path / "seed_1", **{key: other})
     with pytest.raises(ValueError, match=f"seed_1 is not comparable .{key}"):
         accuracy_rows.made_by(tmp_path, [{"seed": 0, "test_top1": 0.9}, {"seed": 1, "test_top1": 0.9}])
+
+
+def test_a_runs_lines_hold_the_time_since_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[Any] = []
+    tracker = SimpleNamespace(log=lambda *line: logged.append(line))
+    run: Any = SimpleNamespace(clock=lambda: 12.5, began=2.0, steps_per_epoch=10, tracker=tracker)
+    monkeypatch.setattr("time.process_time", lambda: 20.25)
+    Run.log(run, "val", {"top1": 0.9}, 5)
+    Run.log(run, "val", {}, 5)  # nothing was evaluated: a line for people alone
+    spent = {"elapsed_seconds": 10.5, "processor_seconds": 20.25}
+    assert logged == [("val", {"top1": 0.9} | spent, 5, 0.5), ("val", {}, 5, 0.5)]
+    assert metric_name("val", "elapsed_seconds") == "perf/elapsed_seconds"
+
+
+def test_the_clock_notes_when_the_first_step_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(100)
+    monkeypatch.setattr("time.monotonic", lambda: 7.0)
+    monkeypatch.setattr("time.process_time", lambda: 3.5)
+    clock.start()
+    assert (clock.started, clock.processor_before) == (7.0, 3.5)
 
 
 # --- runs, of a script that stands in for train.py ----------------------------------------------------------------

@@ -48,9 +48,9 @@ def main(argv: list[str]) -> int:
             parser.error(f"{name} after --: this command gives each run its own")
     folder = args.output or Path("runs") / f"accuracy_{Path(args.config).stem}"
     recipe = ["--config", args.config, *options]
+    cfg = parse_config([*recipe, "--output_dir", str(folder)], prog=PROGRAM)
     from fmnist.benchmark.accuracy_rows import made_by, measured, report, summarize  # late: they draw, too
 
-    cfg = parse_config([*recipe, "--output_dir", str(folder)], prog=PROGRAM)
     with one_line_errors(PROGRAM):
         check(cfg, folder, force=args.force)
         log_to_console()
