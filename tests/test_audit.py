@@ -304,6 +304,13 @@ if (said.start === "0") {
 said.tally = document.getElementById("tally").textContent;
 said.csv = csv();
 said.widths = [document.documentElement.scrollWidth, innerWidth];
+const lines = node => {
+  const range = new Range();
+  range.selectNodeContents(node);
+  return range.getClientRects().length;
+};
+said.captions = [...document.querySelectorAll(".near figcaption")].map(node => [node.textContent, lines(node)]);
+said.menus = cards2.map(card => card.querySelector("select").offsetWidth / card.offsetWidth);
 document.documentElement.dataset.said = encodeURIComponent(JSON.stringify(said));
 </script></body>"""
 
@@ -349,3 +356,6 @@ def test_the_page_is_decided_by_hand_and_remembers(run: Path, tmp_path: Path) ->
     again = drive(400)  # the same browser, a phone's width
     assert again["start"] == "4" and again["tally"] == first["tally"] and again["csv"] == first["csv"]
     assert again["widths"][0] <= again["widths"][1]
+    assert len(again["captions"]) == 60 and {name for name, _ in again["captions"]} <= set(CLASS_NAMES)
+    assert [name for name, lines in again["captions"] if lines > len(name.split())] == []  # no word is cut
+    assert min(again["menus"]) > 0.8
