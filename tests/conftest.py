@@ -169,4 +169,4 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in PERF_KEYS} for line in lines]
 
 
-torch.set_num_threads(2)
+torch.set_num_threads(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
