@@ -20,7 +20,7 @@ from fmnist.data.augment_table import (
     augmentation_table,
     beta_quantile,
 )
-from fmnist.data.augment_torch import in_box, pack_neighbours, resample, resample_packed
+from fmnist.data.augment_torch import in_box, pack_channels, pack_neighbours, resample, resample_packed
 from fmnist.data.batches import NUM_UNIFORMS, MicroBatch
 from fmnist.data.fashion_mnist import MEAN
 from fmnist.data.split import Split
@@ -99,11 +99,30 @@ def test_the_warp_equals_its_definition_in_float64(train_images: Split, size: in
     images = train_images.images[:3, None]
     packed = pack_neighbours(images, torch.arange(3))
     assert packed.dtype == torch.int32 and packed.shape == (3, 1, 29, 29)
-    for ours in (resample(images, matrices, size)[:, 0], resample_packed(packed, matrices, size)[:, 0]):
+    for ours in (resample(images, matrices, size)[:, 0], resample_packed(packed, matrices, size)[0]):
         for i in range(3):
             matrix = matrices[i].double().numpy().reshape(2, 3)
             exact = warp_float64(train_images.images[i].double().numpy(), matrix, size)
             assert np.abs(ours[i].numpy() - exact).max() < 1e-4  # the bar is 2/255 = 7.8e-3
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (9, 17), (2, 3)])
+@pytest.mark.parametrize("size", [8, 40])
+def test_packed_by_channels_or_neighbours_a_pixel_is_the_same(shape: tuple[int, int], size: int) -> None:
+    """Beyond every edge too: the matrices turn, zoom out and shift, and some show nothing of the image."""
+    generator = torch.Generator().manual_seed(size)
+    images = torch.randint(256, (5, 3, *shape), generator=generator, dtype=torch.uint8)
+    samples = torch.tensor([4, 0, 2, 2, 1, 3])
+    matrices = 4 * torch.rand(6, 6, generator=generator) - 2
+    matrices[0] = torch.tensor([1.0, 0, 0, 0, 1, 0])
+    matrices[1] = torch.tensor([1.0, 0, 9, 0, 1, 0])
+    packed = pack_channels(images, samples)
+    assert packed.dtype == torch.int32 and packed.shape == (6, *shape)
+    by_channels = torch.stack(resample_packed(packed, matrices, size), dim=1)
+    by_neighbours = torch.stack(resample_packed(pack_neighbours(images, samples), matrices, size), dim=1)
+    assert torch.equal(by_channels, by_neighbours)
+    assert (by_channels - resample(images[samples], matrices, size)).abs().max() < 1e-4
+    assert by_channels[1].abs().max() == 0 and by_channels[0].max() > 0
 
 
 def test_the_integer_path_is_the_warp_without_interpolation(train_images: Split) -> None:
@@ -190,7 +209,7 @@ def test_mixed_images_and_targets_agree(train_images: Split, alphas: tuple[float
 
 def test_the_share_of_a_label_is_the_share_of_its_pixels() -> None:
     rows = table(replace(ALL, mix_probability=0.8), uniforms(500), 40)
-    cut = in_box(rows[:, CUT_BOX], 40)[:, 0]
+    cut = in_box(rows[:, CUT_BOX], 40)
     weight = torch.where(cut, 0.0, rows[:, OWN_WEIGHT, None, None])
     assert torch.allclose(weight.mean((1, 2)), rows[:, OWN_SHARE], atol=1e-6)
     assert torch.equal(rows[:, ERASE_BOX].round(), rows[:, ERASE_BOX])

@@ -151,7 +151,7 @@ def test_the_matrix_is_brightness_contrast_saturation_and_hue_by_the_book(colour
     rows, grey = uniforms(40), 0.4
     matrices = table(COLOURS, rows, grey)[:, COLOUR].double()
     pixels = colours[:, :, 0, 0].double() / 255
-    ours = recolour(pixels[:, :, None, None], matrices)[:, :, 0, 0]
+    ours = torch.stack(recolour(pixels[:, :, None, None].unbind(1), matrices), dim=1)[:, :, 0, 0]
     yiq = np.array([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
     turn = np.linalg.inv(yiq) @ [(0, 0, 0), (0, 0, 1), (0, -1, 0)] @ yiq
     assert np.abs(turn - QUARTER_TURN).max() < 1e-9
@@ -192,7 +192,7 @@ def test_hue_keeps_greys_and_brightness_and_turns_as_people_expect() -> None:
         pixel = torch.tensor(colorsys.hsv_to_rgb(start, 0.3, 0.5))
         for drawn, sign in ((1.0, 1), (0.0, -1)):
             matrix = table(replace(OFF, hue=0.02), uniforms(1, hue=drawn))[:, COLOUR]
-            turned = recolour(pixel.view(1, 3, 1, 1), matrix).flatten().tolist()
+            turned = torch.cat(recolour(pixel.view(1, 3, 1, 1).unbind(1), matrix)).flatten().tolist()
             step = (colorsys.rgb_to_hsv(*turned)[0] - start + 0.5) % 1 - 0.5
             assert 0.005 < sign * step < 0.06  # 0.02 of a turn in YIQ; more or less of one in HSV's hexagon
 

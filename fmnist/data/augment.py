@@ -14,6 +14,7 @@ from fmnist.data.augment_torch import (
     choose_level,
     compose,
     normalize,
+    pack_channels,
     pack_neighbours,
     resample_packed,
 )
@@ -137,7 +138,7 @@ class Augment:
         scaled = shrink(with_channels(images), level_of(min(shape) / size, shape)).float() / 255
         if scaled.shape[-2:] != (size, size):
             scaled = F.interpolate(scaled, (size, size), mode="bilinear", align_corners=False)
-        return normalize(scaled, self.plan(size, (size, size)))
+        return normalize(scaled.unbind(1), self.plan(size, (size, size)))
 
     def __call__(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Return images, self.dtype [B, C, S, S], and targets: int64 [B], or float32 [B, num_classes] where mixed."""
@@ -207,7 +208,8 @@ def _implementation(backend: str) -> Make:
 
 def _compile() -> Make:
     # Static shapes: a run has one batch size, and few image sizes.
-    plain, pack, finish = (torch.compile(part, dynamic=False) for part in (augment_reference, pack_neighbours, _finish))
+    parts = augment_reference, pack_channels, pack_neighbours, _finish
+    plain, channels, neighbours, finish = (torch.compile(part, dynamic=False) for part in parts)
 
     def make(
         images: Tensor, pyramid: Tensor | None, indices: Tensor, partners: Tensor, table: Tensor, plan: Plan
@@ -215,6 +217,7 @@ def _compile() -> Make:
         if plan.whole_pixels:
             return plain(images, pyramid, indices, partners, table, plan)
         samples = torch.cat((indices, partners)) if plan.mixes else indices
+        pack = channels if images.shape[1] == 3 else neighbours
         packed = {level: pack(at_level(images, pyramid, level), samples) for level in plan.levels}
         return finish(packed, table[samples], len(indices), plan)
 
@@ -224,5 +227,8 @@ def _compile() -> Make:
 def _finish(packed: dict[int, Tensor], rows: Tensor, batch_size: int, plan: Plan) -> Tensor:
     """Do what is left of `augment_reference` for packed samples and their rows, partners after the batch."""
     made = {level: resample_packed(pixels, rows[:, MATRIX], plan.size) for level, pixels in packed.items()}
-    own, *partners = zip(choose_level(made, rows).split(batch_size), rows.split(batch_size), strict=True)
+    channels = choose_level(made, rows)
+    own, *partners = (
+        ([one[part] for one in channels], rows[part]) for part in (slice(batch_size), slice(batch_size, None))
+    )
     return compose(own, partners[0] if plan.mixes else None, plan)

@@ -6,6 +6,7 @@ continues its edge pixel and fades to 0 within half a pixel of what is read, the
 the identity is then torchvision's bilinear resize, and a shift by whole pixels fills with exact zeros.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,21 +91,36 @@ def pack_neighbours(images: Tensor, samples: Tensor) -> Tensor:
     return upper | lower
 
 
-def resample_packed(packed: Tensor, matrices: Tensor, size: int) -> Tensor:
-    """Do what `resample` does, written for a compiler: it fuses this, and each pixel reads memory once.
+def pack_channels(images: Tensor, samples: Tensor) -> Tensor:
+    """Gather samples of three channels, and put those of a pixel together, a byte each.
+
+    Args:
+        images: uint8 [N, 3, H, W].
+        samples: int64 [B].
+
+    Returns:
+        int32 [B, H, W]: of a pixel all channels, in one read.
+    """
+    red, green, blue = images[samples].to(torch.int32).unbind(1)
+    return red | green << 8 | blue << 16
+
+
+def resample_packed(packed: Tensor, matrices: Tensor, size: int) -> list[Tensor]:
+    """Do what `resample` does, written for a compiler: it fuses this, and reads memory as seldom as can be.
 
     What is the same along a row is put together first, which leaves one multiply-add a pixel and coordinate.
 
     Args:
-        packed: int32 [B, C, H + 1, W + 1], from `pack_neighbours`; a tensor of its own, for a compiler that fused the
-            packing into this would pack anew for every pixel.
+        packed: int32 [B, C, H + 1, W + 1], from `pack_neighbours`, or int32 [B, H, W], from `pack_channels`; a tensor
+            of its own, for a compiler that fused the packing into this would pack anew for every pixel.
         matrices: float [B, 6], as for `resample`.
         size: pixels per side of the result.
 
     Returns:
-        float [B, C, size, size] in [0, 1].
+        Of each channel float [B, size, size] in [0, 1].
     """
-    batch_size, channels, rows, columns = packed.shape
+    by_channels = packed.ndim == 3
+    rows, columns = (side + by_channels for side in packed.shape[-2:])
     centre = torch.arange(size, device=packed.device) * (2 / size) + (1 / size - 1)
     u, v = centre[None, None, :], centre[None, :, None]
     a, b, c, d, e, f = matrices[:, :, None, None].unbind(1)
@@ -114,25 +130,53 @@ def resample_packed(packed: Tensor, matrices: Tensor, size: int) -> Tensor:
     fade_x = (columns - 2 * (x - columns / 2).abs()).clamp(0, 1)
     fade_y = (rows - 2 * (y - rows / 2).abs()).clamp(0, 1)
     left, top = x.to(torch.int32).clamp(0, columns - 1), y.to(torch.int32).clamp(0, rows - 1)
-    dx, dy = (x - left)[:, None], (y - top)[:, None]  # beyond [0, 1] only where the fade is 0
-    image = torch.arange(batch_size * channels, device=packed.device).view(batch_size, channels, 1, 1)
-    place = image * (rows * columns) + (top * columns + left)[:, None]
-    four = torch.ops.aten._unsafe_index(packed.flatten(), [place])  # clamped above: not checked again for each pixel
-    v00, v01, v10, v11 = ((byte & 255).to(matrices.dtype) for byte in (four, four >> 8, four >> 16, four >> 24))
-    upper, lower = v00 + dx * (v01 - v00), v10 + dx * (v11 - v10)
-    return (upper + dy * (lower - upper)) * (fade_x * fade_y)[:, None] * (1 / 255)
+    dx, dy, fade = x - left, y - top, fade_x * fade_y  # dx, dy: beyond [0, 1] only where the fade is 0
+    warped = []
+    for pixels in (_read_channels if by_channels else _read_neighbours)(packed, left, top):
+        v00, v01, v10, v11 = (pixel.to(matrices.dtype) for pixel in pixels)
+        upper, lower = v00 + dx * (v01 - v00), v10 + dx * (v11 - v10)
+        warped.append((upper + dy * (lower - upper)) * fade * (1 / 255))
+    return warped  # each by itself: a compiler would write channels that are put together to memory here
+
+
+def _read_neighbours(packed: Tensor, left: Tensor, top: Tensor) -> list[list[Tensor]]:
+    """Return of each channel the pixel at each place, and its neighbours right, below, and below right.
+
+    Args:
+        packed: int32 [B, C, H + 1, W + 1].
+        left, top: int32 [B, S, S], places in it.
+
+    Returns:
+        C times four of int32 [B, S, S].
+    """
+    batch_size, channels, rows, columns = packed.shape
+    first = torch.arange(batch_size, device=packed.device)[:, None, None] * (channels * rows * columns)
+    place = first + (top * columns + left)
+    # The places are clamped: they are not checked again for each pixel.
+    fours = [torch.ops.aten._unsafe_index(packed.flatten(), [place + k * rows * columns]) for k in range(channels)]
+    return [[four >> shift & 255 for shift in (0, 8, 16, 24)] for four in fours]
+
+
+def _read_channels(packed: Tensor, left: Tensor, top: Tensor) -> list[list[Tensor]]:
+    """Do what `_read_neighbours` does where packed is int32 [B, H, W]; places begin one pixel outside of it."""
+    batch_size, height, width = packed.shape
+    image = torch.arange(batch_size, device=packed.device)[:, None, None] * height
+    lines = [(image + row) * width for row in ((top - 1).clamp(min=0), top.clamp(max=height - 1))]
+    columns = (left - 1).clamp(min=0), left.clamp(max=width - 1)  # the image continues its edges
+    four = [torch.ops.aten._unsafe_index(packed.flatten(), [line + column]) for line in lines for column in columns]
+    return [[pixel >> shift & 255 for pixel in four] for shift in (0, 8, 16)]
 
 
 def in_box(box: Tensor, size: int) -> Tensor:
-    """Return bool [B, 1, size, size]: the pixels in boxes float32 [B, 4] (x0, y0, x1, y1, whole pixels)."""
+    """Return bool [B, size, size]: the pixels in boxes float32 [B, 4] (x0, y0, x1, y1, whole pixels)."""
     pixel = torch.arange(size, device=box.device)
     x0, y0, x1, y1 = box[:, :, None].unbind(1)
-    return (((pixel >= y0) & (pixel < y1))[:, :, None] & ((pixel >= x0) & (pixel < x1))[:, None, :])[:, None]
+    return ((pixel >= y0) & (pixel < y1))[:, :, None] & ((pixel >= x0) & (pixel < x1))[:, None, :]
 
 
-def normalize(images: Tensor, plan: Plan) -> Tensor:
-    """Give the output's channels: float32 [B, 1 or C, S, S] in [0, 1] to plan.dtype [B, C, S, S]."""
-    source = images.expand(-1, len(plan.mean), -1, -1).unbind(1)
+def normalize(source: Sequence[Tensor], plan: Plan) -> Tensor:
+    """Give the output's channels: one or C of float32 [B, S, S] in [0, 1] to plan.dtype [B, C, S, S]."""
+    source = [*source] * (len(plan.mean) // len(source))
     channels = [(image - mean) / std for image, mean, std in zip(source, plan.mean, plan.std, strict=True)]
     memory_format = torch.channels_last if plan.channels_last else torch.contiguous_format
     return torch.stack(channels, dim=1).to(plan.dtype).contiguous(memory_format=memory_format)
@@ -156,32 +200,36 @@ def augment_reference(
     """
     warp = shift_and_flip if plan.whole_pixels else resample
 
-    def part(samples: Tensor) -> tuple[Tensor, Tensor]:
+    def part(samples: Tensor) -> tuple[list[Tensor], Tensor]:
         rows = table[samples]
         made = {k: warp(at_level(images, pyramid, k)[samples], rows[:, MATRIX], plan.size) for k in plan.levels}
-        return choose_level(made, rows), rows
+        return choose_level({level: warped.unbind(1) for level, warped in made.items()}, rows), rows
 
     return compose(part(indices), part(partners) if plan.mixes else None, plan)
 
 
-def choose_level(made: dict[int, Tensor], rows: Tensor) -> Tensor:
+def choose_level(made: Mapping[int, Sequence[Tensor]], rows: Tensor) -> list[Tensor]:
     """Take each sample from the level that its row names.
 
     Args:
-        made: the samples by level, float [B, C, S, S].
+        made: the channels by level, each float [B, S, S].
         rows: of the table, float32 [B, 17 or more] where there are several levels.
     """
     (_, chosen), *others = made.items()
-    for level, images in others:
-        chosen = torch.where(rows[:, LEVEL, None, None, None] == level, images, chosen)
-    return chosen
+    for level, channels in others:
+        here = rows[:, LEVEL, None, None] == level
+        chosen = [torch.where(here, one, before) for one, before in zip(channels, chosen, strict=True)]
+    return [*chosen]
 
 
-def compose(own: tuple[Tensor, Tensor], partner: tuple[Tensor, Tensor] | None, plan: Plan) -> Tensor:
+def compose(
+    own: tuple[Sequence[Tensor], Tensor], partner: tuple[Sequence[Tensor], Tensor] | None, plan: Plan
+) -> Tensor:
     """Recolour, erase, mix and normalise what is warped.
 
     Args:
-        own: the samples, float [B, C, S, S] in [0, 1], C that of the source, and their rows of the table.
+        own: the samples' channels, as many as the source has, each float [B, S, S] in [0, 1], and their rows of the
+            table.
         partner: likewise what is mixed into each, where plan.mixes.
         plan: what is the same for all samples.
 
@@ -189,16 +237,17 @@ def compose(own: tuple[Tensor, Tensor], partner: tuple[Tensor, Tensor] | None, p
         plan.dtype [B, len(plan.mean), S, S].
     """
 
-    def finished(warped: Tensor, rows: Tensor) -> Tensor:
+    def finished(channels: Sequence[Tensor], rows: Tensor) -> Sequence[Tensor]:
         if plan.colours:
-            warped = recolour(warped, rows[:, COLOUR])
+            channels = recolour(channels, rows[:, COLOUR])
         if plan.erases:
-            box, parts = in_box(rows[:, ERASE_BOX], plan.size), warped.tensor_split(len(plan.fill), dim=1)
-            warped = torch.cat([torch.where(box, fill, part) for fill, part in zip(plan.fill, parts, strict=True)], 1)
-        return warped
+            box, fills = in_box(rows[:, ERASE_BOX], plan.size), plan.fill * (len(channels) // len(plan.fill))
+            channels = [torch.where(box, fill, channel) for fill, channel in zip(fills, channels, strict=True)]
+        return channels
 
     result, rows = finished(*own), own[1]
     if partner is not None:
-        weight = rows[:, OWN_WEIGHT, None, None, None] * ~in_box(rows[:, CUT_BOX], plan.size)
-        result = weight * result + (1 - weight) * finished(*partner)
+        weight = rows[:, OWN_WEIGHT, None, None] * ~in_box(rows[:, CUT_BOX], plan.size)
+        pairs = zip(result, finished(*partner), strict=True)
+        result = [weight * mine + (1 - weight) * other for mine, other in pairs]
     return normalize(result, plan)

@@ -1,6 +1,7 @@
 """Brightness, contrast, saturation and hue of a sample: one matrix, 3 x 4, of its red, green and blue."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,15 +54,17 @@ def colour_matrix(cfg: AugmentConfig, u: tuple[Tensor, ...], grey: float) -> lis
     return columns
 
 
-def recolour(images: Tensor, matrices: Tensor) -> Tensor:
+def recolour(channels: Sequence[Tensor], matrices: Tensor) -> list[Tensor]:
     """Apply a matrix to each pixel, and clamp to [0, 1].
 
     Args:
-        images: float [B, C, S, S] in [0, 1]; C is 3, or 1, which is red, green and blue alike.
+        channels: three of float [B, S, S] in [0, 1], or one, which is red, green and blue alike.
         matrices: float [B, 12], the table's columns COLOUR.
     """
-    channels = images.shape[1]
-    rows = matrices.view(-1, 3, 4, 1, 1)[:, :channels]
-    # Written out: a matrix product may round to TF32.
-    mixed = sum(rows[:, :, source] * images[:, source % channels, None] for source in range(3))
-    return (mixed + rows[:, :, 3]).clamp(0, 1)
+    changed = []
+    for factors in matrices[:, :, None, None].split(4, dim=1)[: len(channels)]:
+        red, green, blue, offset = factors.unbind(1)
+        # Written out: a matrix product may round to TF32.
+        mixed = red * channels[0] + green * channels[1 % len(channels)] + blue * channels[2 % len(channels)]
+        changed.append((mixed + offset).clamp(0, 1))
+    return changed
