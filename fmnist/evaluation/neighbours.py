@@ -76,7 +76,7 @@ class Neighbours:
             cosines = queries @ self._unit[start : start + ITEMS_AT_ONCE].T
             if itself is not None:
                 at = itself - self._first - start
-                here = (at >= 0) & (at < cosines.shape[1]) & (itself >= 0)
+                here = (at >= 0) & (at < cosines.shape[1])
                 cosines[here.nonzero().flatten(), at[here]] = -torch.inf
             near, places = cosines.topk(min(k, cosines.shape[1]), dim=1)
             both = torch.cat((values, near), dim=1), torch.cat((items, places + self._first + start), dim=1)
