@@ -193,7 +193,7 @@ class Trained:
             the CPU.
         """
         logits, features = [], []
-        for part in images.split(self.cfg.evaluation.batch_size):
+        for part in images.split(self.cfg.evaluation.batch_size) if len(images) else ():
             prepared = self.augment.evaluation(part.to(self.device), self.size)
             with autocast(self.device, self.augment.dtype):
                 part_logits, part_features = logits_and_features(self.model, prepared)

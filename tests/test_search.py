@@ -259,17 +259,17 @@ def test_a_report_measures_it_where_that_is_quick(
     with Compute() as compute:
         outcome = evaluate(trained, compute, Request())
     assert outcome is not None and outcome.cost is not None
-    for without in (replace(outcome, trained=None), replace(outcome, split="val"), replace(outcome, cost=None)):
-        assert retrieval_of(without) is None
+    for without in (None, replace(outcome, split="val"), replace(outcome, cost=None)):
+        assert retrieval_of(trained, without) is None
     # 1,500 training and 1,100 test images at one a second: 43 minutes.
     timing = replace(outcome.cost.timings[-1], images_per_second=1.0)
     slow = replace(outcome, cost=replace(outcome.cost, timings=(timing,)))
     monkeypatch.setattr(logging.getLogger("fmnist"), "propagate", True)
     with caplog.at_level(logging.INFO, "fmnist"):
-        assert retrieval_of(slow) is None
+        assert retrieval_of(trained, slow) is None
     assert "2,600 images take about 43 minutes here" in caplog.text
     assert f"fmnist search evaluate {run_directory}" in caplog.text
-    result = retrieval_of(outcome)
+    result = retrieval_of(trained, outcome)
     assert result is not None and (result["k"], result["num_queries"]) == (10, NUM_TEST)
     # The run was never finished and has no summary.json: its page is written all the same.
     found = findings(replace(outcome, directory=run_directory / "page"), None, result)

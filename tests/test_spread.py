@@ -33,6 +33,7 @@ from fmnist.data.placement import choose_place, place
 from fmnist.data.split import Split
 from fmnist.runtime.exchange import Exchange
 from fmnist.runtime.processes import Processes
+from fmnist.tracking.metrics_file import metric_name
 from fmnist.training import plan
 
 CPU = torch.device("cpu")
@@ -198,6 +199,7 @@ def test_the_plan_says_what_an_exchange_takes(train_images: Split) -> None:
     # the slowest process's 5 ms, the largest share of 2 MB: 4 x 2 MB in 4 x 5 ms; 2 MB / 5 ms = 0.4 GB/s
     told = "; exchange of 8 MB a step, about 20 ms at 0.4 GB/s, measured in a probe"
     assert said("spread", (2_000_000, 0.004), (1_900_000, 0.005)) == told
+    assert metric_name("train", "data_wait_ms") == "perf/data_wait_ms"  # what it comes to: on every train line
     assert said("spread", (0, 0.004)) == said("host", (1, 1.0), (1, 1.0)) == said("device", (1, 1.0), (1, 1.0)) == ""
 
 

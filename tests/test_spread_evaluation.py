@@ -24,7 +24,7 @@ from fmnist.evaluation.features import features_of, kept_features
 from fmnist.evaluation.near_copies import correlations, find_near_copies
 from fmnist.evaluation.neighbours import Neighbours
 from fmnist.evaluation.outcome import Request, evaluate
-from fmnist.evaluation.retrieval import measure_precision
+from fmnist.evaluation.retrieval import _pixels, measure_precision
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.processes import Processes
 from fmnist.trained import Trained, open_trained
@@ -167,6 +167,10 @@ def test_neighbours_by_shares(monkeypatch: pytest.MonkeyPatch, world_size: int) 
         expected = Neighbours(items, CPU)(queries, k, itself)
         for found in on_ranks(world_size, lambda rank: Neighbours(items, CPU, rank)(queries, k, itself)):  # noqa: B023
             assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    large = torch.randint(0, 256, (70, 60, 60), dtype=torch.uint8, generator=generator)  # 2 parts, averaged over areas
+    expected = Neighbours(_pixels(large), CPU)(_pixels(large[:9]), 3)
+    for found in on_ranks(world_size, lambda rank: Neighbours(large, CPU, rank, _pixels)(_pixels(large[:9]), 3)):
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     held = on_ranks(world_size, lambda rank: len(Neighbours(items, CPU, rank)._unit))
     assert sum(held) == 300 and max(held) <= 64 * -(-5 // world_size)
     with pytest.raises(ValueError, match="k is 301; valid range: 1 to 300"):

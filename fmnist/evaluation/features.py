@@ -103,7 +103,8 @@ def compute_features(trained: Trained, images: Tensor) -> Features:
         ValueError: a feature is not finite.
     """
     features, logits = [], []
-    for part in tqdm(images.split(CHUNK), desc="features", unit_scale=CHUNK, unit="image", disable=None, leave=False):
+    parts = images.split(CHUNK) if len(images) else ()  # nothing is split into one part of nothing
+    for part in tqdm(parts, desc="features", unit_scale=CHUNK, unit="image", disable=None, leave=False):
         part_logits, part_features = trained(part)
         features.append(unit(part_features).half())
         logits.append(part_logits)

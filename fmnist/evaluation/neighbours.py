@@ -33,7 +33,7 @@ class Neighbours:
         starts = processes.share(range(0, len(features), ITEMS_AT_ONCE))
         self._count, self._processes, self._first = len(features), processes, starts[0] if starts else 0
         mine = features[starts[0] : starts[-1] + ITEMS_AT_ONCE] if starts else features[:0]
-        self._unit = unit(made_by(mine).to(device))
+        self._unit = unit((made_by(mine) if len(mine) else torch.zeros(0, 1)).to(device))
 
     def __len__(self) -> int:
         return self._count
@@ -76,7 +76,7 @@ class Neighbours:
             cosines = queries @ self._unit[start : start + ITEMS_AT_ONCE].T
             if itself is not None:
                 at = itself - self._first - start
-                here = (at >= 0) & (at < cosines.shape[1]) & (itself >= 0)
+                here = (at >= 0) & (at < cosines.shape[1])
                 cosines[here.nonzero().flatten(), at[here]] = -torch.inf
             near, places = cosines.topk(min(k, cosines.shape[1]), dim=1)
             both = torch.cat((values, near), dim=1), torch.cat((items, places + self._first + start), dim=1)

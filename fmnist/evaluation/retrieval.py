@@ -34,7 +34,7 @@ def _pixels(images: Tensor) -> Tensor:
     if images[:1].numel() <= PIXELS:
         return images.flatten(1).half()  # 0 to 255 are exact in float16
     small = [adaptive_avg_pool2d(part.float(), SMALL).half() for part in images.split(256)]
-    return torch.cat(small or [images.half()]).flatten(1)
+    return torch.cat(small).flatten(1)
 
 
 def retrieval_of(
