@@ -19,12 +19,13 @@ from torch import Tensor
 
 from fmnist import step
 from fmnist.benchmark import __main__ as entry
+from fmnist.benchmark import operators
 from fmnist.benchmark import trainer as trainer_module
 from fmnist.benchmark.command_line import LOADERS, parse
 from fmnist.benchmark.failures import failure_of
 from fmnist.benchmark.gate import CASES, check, expected, transform_error
 from fmnist.benchmark.libraries import PIPELINES, V2, PilLoader
-from fmnist.benchmark.output import add_ratios, draw, render_table, scaled
+from fmnist.benchmark.output import add_ratios, draw, render_profile, render_table, scaled
 from fmnist.benchmark.photographs import photographs
 from fmnist.benchmark.pipelines import Fixed, Pipeline, Setting
 from fmnist.benchmark.timing import ByteCounter, bytes_per_image, race, round_up, summarize
@@ -383,6 +384,7 @@ def test_bytes_are_counted_as_read_and_written(setting: Setting) -> None:
         (["data", "--loadrs", "kornia"], "did you mean --loaders"),
         (["train", "--models", "cnn"], "NAME@PIXELS"),
         (["data", "--scaling"], "requires train"),
+        (["data", "--profile"], "requires train or all"),
         (["train", "--baseline", str(ROOT / "pyproject.toml")], "requires --scaling"),
         (["train", "--scaling", "--baseline", "x.json"], "x.json: no such file"),
         (["plot"], "JSON file"),
@@ -521,15 +523,57 @@ def test_rows_of_compiled_variants_say_how_often_they_compiled(tmp_path: Path, m
     monkeypatch.setitem(PIPELINES, "torchvision-v2-batch", ShrinksOnce)
     monkeypatch.setattr(entry, "log_to_console", lambda: None)
     argv = ["train", "--models", "mlp@28", "--variants", "eager", "compiled", "--batch", "256", "--rounds", "2"]
-    argv += ["--seconds", "0.01", "--loaders", "ours-eager", "torchvision-v2-batch"]
+    argv += ["--seconds", "0.01", "--loaders", "ours-eager", "torchvision-v2-batch", "--profile"]
     assert entry.main([*argv, "--output", str(tmp_path / "compiled")]) == 0
     eager, compiled = json.loads((tmp_path / "compiled.json").read_text())["tables"]
     assert all("recompilations" not in item for item in eager["rows"])
     assert [item["recompilations"] for item in compiled["rows"]] == [0, 2]  # one in each round
     assert [item["recompilations"] for item in compiled["rows"][1]["rounds"]] == [1, 1]
+    assert all(item["profile"]["ms_per_step"]["matrix product"] > 0 for item in eager["rows"] + compiled["rows"])
     before, after = capsys.readouterr().out.split("training mlp, 28 px, compiled")
     assert "recompiled" not in before
     assert [line.split()[-1] for line in after.strip().splitlines()[1:5]] == ["recompiled", "-" * 10, "0", "2"]
+
+
+# --- where the time of a step goes --------------------------------------------------------------------------------
+
+
+def test_operators_are_sorted_by_their_names_and_callers() -> None:
+    for names, kind in (
+        (["aten::mkldnn_convolution", "aten::conv2d"], "convolution"),
+        (["cudnn::maxwell::dgrad2d_c1_k1_nhwc", "aten::convolution_backward"], "convolution"),
+        (["nvjet_sm90_tst_192x192", "aten::addmm", "aten::linear"], "matrix product"),
+        (["aten::silu"], "norm, elementwise"),
+        (["aten::copy_", "aten::to", "Optimizer.step#AdamW.step"], "optimizer"),  # whatever the optimizer calls
+        (["aten::mm", operators.DATA], "data"),
+        (["triton_red_fused_convolution_layer_norm_1", "CompiledFunction"], "compiled"),
+        (["SiluBackward0"], "other"),
+    ):
+        assert operators.class_of(names) == kind, names
+
+
+def test_idle_is_what_no_kernel_covers() -> None:
+    # 0 to 4 and 6 to 10 of 10 are covered, the overlap once
+    assert operators.idle_share([(6.0, 10.0), (0.0, 3.0), (2.0, 4.0), (7.0, 8.0)]) == pytest.approx(0.2)
+    assert operators.idle_share([(5.0, 6.0)]) == 0 and operators.idle_share([]) is None
+
+
+def test_a_step_is_profiled_by_class(setting: Setting, compute: Compute) -> None:
+    setting = Setting(**vars(setting) | {"size": 28})
+    trainer = Trainer(Config(model=ModelConfig(name="cnn", options={"widths": [4, 8]})), compute)
+    rows: list[dict[str, Any]] = []
+    for name in ("synthetic", "ours-eager"):
+        rows.append({"description": name})
+        operators.time_by_class(trainer.train_on, build(name, setting), compute.device, rows[-1])
+    noise, ours = (item["profile"]["ms_per_step"] for item in rows)
+    assert (
+        {"convolution", "matrix product", "norm, elementwise", "optimizer", "data", "other"} == set(noise) == set(ours)
+    )
+    assert min([*noise.values(), *ours.values()]) >= 0 and list(ours.values()) == sorted(ours.values(), reverse=True)
+    assert all(item["profile"]["idle_share"] is None for item in rows)  # a CPU has no timeline of its own
+    text = render_profile({"rows": [*rows, {"description": "kornia", "failed": "gone"}]})
+    assert "idle" not in text and "kornia" not in text and f"{ours['convolution']:.3f}" in text
+    assert render_profile({"rows": [{"description": "kornia"}]}) == ""
 
 
 # --- loaders that fail --------------------------------------------------------------------------------------------

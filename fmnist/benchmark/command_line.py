@@ -74,6 +74,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seconds", "target length of a timed round", type=number(0.01, 600, float))
     add("--scaling", "train under torchrun: only ours and synthetic, over all processes", action="store_true")
     add("--baseline", "with --scaling: JSON of the same command on one process", type=existing, metavar="JSON")
+    add("--profile", "with train: then time a step's classes of operators, or kernels", action="store_true")
     add("--allocator", "on a CPU: keep freed memory, as train.py does", choices=("kept", "default"), default="kept")
     add("--output", "write STEM.json and STEM.png", type=Path, default=Path("runs/benchmark"), metavar="STEM")
     parser.add_force()
@@ -83,6 +84,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("plot takes a JSON file; the other modes take none")
     if options.scaling and options.mode != "train" or options.baseline and not options.scaling:
         parser.error("--scaling requires train, and --baseline requires --scaling")
+    if options.profile and options.mode not in ("train", "all"):
+        parser.error("--profile requires train or all: it is of the training step")
     for model in options.models or []:
         if not re.fullmatch(r"[\w.]+@\d+", model):
             parser.error(f"--models {model!r} is not NAME@PIXELS, e.g. convnext_tiny@224")

@@ -79,6 +79,21 @@ def render_table(table: Mapping[str, Any]) -> str:
     return f"\n{table['title']} ({table['dtype']}{against})\n{text_table(rows, COLUMNS, ['description', 'failed'])}"
 
 
+def render_profile(table: Mapping[str, Any]) -> str:
+    """Return milliseconds of a step by class of operators as text; empty where nothing was profiled."""
+    profiled = [row for row in table["rows"] if "profile" in row]
+    if not profiled:
+        return ""
+    kinds = dict.fromkeys(kind for row in profiled for kind in row["profile"]["ms_per_step"])
+    columns: Columns = {
+        "description": ("ms of a step by class", str),
+        **{kind: (kind, "{:.3f}".format) for kind in kinds},
+    }
+    columns = {**columns, "idle_share": ("idle", "{:.1%}".format)}
+    rows = [row | row["profile"] | row["profile"]["ms_per_step"] for row in profiled]
+    return f"\n\n{text_table(rows, columns, ['description'])}"
+
+
 def add_ratios(table: dict[str, Any], name: str, baseline: Mapping[str, Any] | None, world_size: int) -> None:
     """Add to each row its ratio to one loader, and its efficiency against the same command's JSON on one process."""
     title, medians = table["title"], _medians(table)

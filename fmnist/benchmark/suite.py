@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fmnist.benchmark import gate, libraries, output, timing
+from fmnist.benchmark import gate, libraries, operators, output, timing
 from fmnist.benchmark.command_line import DEFAULTS, LOADERS, PROGRAM
 from fmnist.benchmark.failures import failure_of
 from fmnist.benchmark.photographs import PHOTO_OUTPUT, photographs
@@ -147,11 +147,8 @@ class Suite:
         table |= {"batch_size": setting.batch_size, "dtype": str(setting.dtype).removeprefix("torch.")}
         trainer = Trainer(cfg, self.compute) if cfg else None
         step = trainer.train_on if trainer else lambda pipeline: len(pipeline.next()[1])
-        fatal: tuple[type[Exception], ...] = ()
-        if trainer:  # of several processes the others would wait inside the step for one whose loader failed
-            fatal = (Exception,) if processes > 1 else (torch.OutOfMemoryError,)
         pipelines = [entry for entry in entries.values() if isinstance(entry, Pipeline)]
-        results = timing.race(pipelines, step, options.rounds, options.seconds, self.compute, fatal)
+        results = timing.race(pipelines, step, options.rounds, options.seconds, self.compute, self.fatal(trainer))
         if cfg and trainer:
             variant = "compiled" if cfg.model.compile else "eager"
             table |= {"model": cfg.model.name, "variant": variant, "flops_per_image": trainer.flops}
@@ -161,8 +158,15 @@ class Suite:
         output.add_ratios(table, "synthetic" if trainer else "torchvision-pil-2", self.baseline, processes)
         self.result["tables"].append(table)
         self.result["hardware"]["clocks_after"] = output.gpu_clocks()
-        self.say(output.render_table(table))
+        self.say(output.render_table(table) + output.render_profile(table))
         self.compute.on_main(write_atomic, self.path, json.dumps(self.result, indent=2) + "\n")
+
+    def fatal(self, trainer: Trainer | None) -> tuple[type[Exception], ...]:
+        """Return the errors that end more than a row."""
+        if trainer is None:
+            return ()
+        # of several processes the others would wait inside the step for one whose loader failed
+        return (Exception,) if self.compute.world_size > 1 else (torch.OutOfMemoryError,)
 
     def row(self, name: str, pipeline: Pipeline | str, rounds: Any, trainer: Trainer | None) -> dict[str, Any]:
         """Return a loader's row: what its rounds say, or why it failed."""
@@ -177,6 +181,10 @@ class Suite:
         if trainer:
             needed, ceiling = trainer.flops, self.flops_rate
             row["mfu"] = rate * needed / ceiling
+            if self.options.profile:
+                profiled = partial(operators.time_by_class, trainer.train_on, pipeline, self.compute.device, row)
+                if failure := failure_of(profiled, self.fatal(trainer)):
+                    return {"name": name, "description": LOADERS[name], "failed": failure}
         elif needed:
             row |= {"bytes_per_image": needed, "bytes_rule": pipeline.bytes_rule, "bytes_per_second": rate * needed}
             row["share_of_copy_ceiling"] = rate * needed / ceiling
