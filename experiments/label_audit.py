@@ -192,6 +192,9 @@ def measure(folder: Path, seeds: list[int], before: dict[str, Any]) -> dict[str,
         "git_revision": git_revision(),
         "planted": {"share": SHARE, "images": 60_000, "random": 600, "likely": 600},
         "ranking_chosen_on_seed": CHOSEN_ON,
+        "confirmed_on_seeds": {
+            name: [int(seed) for seed in of["in use"] if int(seed) != CHOSEN_ON] for name, of in by_seed.items()
+        },
         "means": {
             name: {ranking: mean(list(each.values())) for ranking, each in of.items()} for name, of in by_seed.items()
         },
