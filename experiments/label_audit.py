@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from fmnist.apps.api import RunResults, train
+from fmnist.apps.audit.audit import rank_labels
 from fmnist.apps.audit.pool import Pool, gather
-from fmnist.apps.audit.table import HEADER
+from fmnist.apps.audit.table import HEADER, Suspects
 from fmnist.data.fashion_mnist import CLASS_NAMES, load
 from fmnist.data.find import locate
-from fmnist.evaluation.suspects import LOWEST, Suspects, log_ratio, rank_labels
 from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.runtime.files import csv_bytes, write_atomic
 from fmnist.runtime.provenance import git_revision, versions
@@ -171,9 +171,7 @@ def measure(folder: Path, seeds: list[int], before: dict[str, Any]) -> dict[str,
             suspects, pool = ranked(directories)
             orders = {
                 "in use": suspects.order,
-                "log-ratio without neighbours": log_ratio(
-                    pool.probabilities.clamp(min=LOWEST).log(), pool.labels
-                ).argsort(stable=True),
+                "log-ratio without neighbours": rank(pool, weight=0).order,
                 "own probability": suspects.own.argsort(stable=True),
             }
             for ranking, order in orders.items():
