@@ -159,10 +159,10 @@ def finished(directory: Path) -> bool:
     return (directory / "summary.json").exists() and RunResults(directory).summary.get("status") == "finished"
 
 
-def measure(folder: Path, seeds: list[int]) -> dict[str, Any]:
-    """Measure rankings and accuracies of the runs that are finished."""
-    by_seed: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
-    tried: dict[str, dict[str, float]] = {}
+def measure(folder: Path, seeds: list[int], before: dict[str, Any]) -> dict[str, Any]:
+    """Measure what is finished of these seeds; the figures of others stay as they were before."""
+    by_seed: dict[str, dict[str, dict[str, dict[str, float]]]] = before.get("by_seed", {})
+    tried: dict[str, dict[str, float]] = before.get("tried", {})
     for seed in seeds:
         kind = plant(load("train")[1], seed)[1]
         for name, directories in groups(folder, seed).items():
@@ -175,11 +175,12 @@ def measure(folder: Path, seeds: list[int]) -> dict[str, Any]:
                 "own probability": suspects.own.argsort(stable=True),
             }
             for ranking, order in orders.items():
-                by_seed.setdefault(name, {}).setdefault(ranking, {})[seed] = found(order, kind)
+                by_seed.setdefault(name, {}).setdefault(ranking, {})[str(seed)] = found(order, kind)
             if name == "five CNN folds" and seed == CHOSEN_ON:
                 for voters, weight in itertools.product((5, 10, 20), (0.25, 0.5, 1.0)):
                     order = rank(pool, voters=voters, weight=weight).order
                     tried[f"{voters} voters, weight {weight}"] = found(order, kind)
+    seeds = sorted({int(seed) for of in by_seed.values() for each in of.values() for seed in each})
     return {
         "name": "label_audit",
         "command": f"python -m experiments.label_audit measure FOLDER --seeds {' '.join(map(str, seeds))}",
@@ -189,6 +190,9 @@ def measure(folder: Path, seeds: list[int]) -> dict[str, Any]:
         "git_revision": git_revision(),
         "planted": {"share": SHARE, "images": 60_000, "random": 600, "likely": 600},
         "ranking_chosen_on_seed": CHOSEN_ON,
+        "confirmed_on_seeds": {
+            name: [int(seed) for seed in of["in use"] if int(seed) != CHOSEN_ON] for name, of in by_seed.items()
+        },
         "means": {
             name: {ranking: mean(list(each.values())) for ranking, each in of.items()} for name, of in by_seed.items()
         },
@@ -223,7 +227,8 @@ def main() -> None:
     log_to_console()
     with one_line_errors("experiments/label_audit.py"):
         if args.command == "measure":
-            result = json.dumps(measure(args.folder, args.seeds), indent=2) + "\n"
+            before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+            result = json.dumps(measure(args.folder, args.seeds, before), indent=2) + "\n"
             write_atomic(RESULT, result)
             print(result)
             return

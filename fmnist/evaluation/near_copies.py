@@ -185,8 +185,9 @@ def are_near_copies(images: Tensor, positions: Tensor, others: Tensor) -> Tensor
     """
     found = [torch.zeros(0, others.shape[1], dtype=torch.bool)]
     for one, more in zip(positions.split(32), others.split(32), strict=True):  # photos of 224 px are 100 MB already
-        unit = _centred(_shrunk(images[more.flatten()])).view(*more.shape, -1)
-        found.append((unit @ _centred(_shrunk(images[one]))[:, :, None])[..., 0] > NEAR_COPY)
+        unit = _centred(_shrunk(images[more.flatten()]))
+        beside = _centred(_shrunk(images[one])).repeat_interleave(more.shape[1], dim=0)
+        found.append(((unit * beside).sum(dim=1) > NEAR_COPY).view(more.shape))
     return torch.cat(found)
 
 

@@ -66,7 +66,7 @@ def rank_labels(
     confidence, suggested = probabilities.scatter(1, labels[:, None], -1.0).max(dim=1)
     logs = probabilities.clamp(min=LOWEST).log()
     order = log_ratio(logs, labels).argsort(stable=True)
-    doubted = order[: max(FEWEST, len(order) // 10)]
+    doubted = order[: max(FEWEST, len(order) // 10) if weight else 0]
     neighbours = Neighbours(features, device)
     votes = vote_shares(doubted, labels, images, features, neighbours, probabilities.shape[1], voters)
     score = log_ratio(logs[doubted] + weight * votes.log(), labels[doubted])
