@@ -22,7 +22,7 @@ from fmnist.data.corrections import read_decisions
 from fmnist.data.fashion_mnist import CLASS_NAMES, load
 from fmnist.data.split import Split
 from fmnist.evaluation import suspects
-from fmnist.evaluation.near_copies import find_pairs
+from fmnist.evaluation.near_copies import NEAR_COPY, are_near_copies, find_pairs
 from fmnist.evaluation.neighbours import Neighbours
 from fmnist.evaluation.suspects import confident_joint, rank_labels, vote_shares
 
@@ -107,6 +107,22 @@ def test_folds_judge_what_they_held_out(folds: list[Path], planted: Path, tmp_pa
     said = command(audit_main, folds[1], "--output", tmp_path / "half", "--suspects", 5)
     assert len(rows_of(tmp_path / "half")) == len(held) == 1000
     assert "1,000 training images of 2,000 in no fold that was given: not ranked" in said
+
+
+@pytest.mark.thorough
+def test_several_runs_are_averaged(run: Path, planted: Path, tmp_path: Path) -> None:
+    other = go(tmp_path / "other", {"root": str(planted), "val_size": 500}, seed=1)
+    said = command(audit_main, run, other, "--output", tmp_path / "both", "--suspects", 5)
+    assert "2 runs, averaged (run, other), trained on these very labels" in said
+    by_index = {int(row["index"]): row for row in rows_of(tmp_path / "both")}
+    both = [fmnist.open_run(path).trained for path in (run, other)]
+    for name in ("train", "val"):
+        split = both[0].split(name)  # type: ignore[arg-type]
+        views = (split.images[::60], split.images[::60].flip(-1))
+        mean = torch.stack([each.probabilities(each(view)[0]) for each in both for view in views]).mean(dim=0)
+        for row, position in enumerate(range(0, len(split), 60)):
+            own = float(mean[row, split.labels[position]])
+            assert float(by_index[split.position(position)]["own_probability"]) == pytest.approx(own, rel=1e-3)
 
 
 @pytest.mark.thorough
@@ -237,6 +253,19 @@ def test_the_confident_joint_by_hand() -> None:
     joint = confident_joint(probabilities, torch.tensor([0, 0, 0, 1, 1]))
     # first: 0.9 >= 0.5333; second: 0.8 >= 0.7 is class 1; third and fourth reach neither; fifth: 0.8 >= 0.7
     assert joint.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("shape", [(9, 9), (3, 9, 9), (3, 60, 50)])  # the last are compared at 48 px
+def test_the_copies_that_do_not_vote_are_the_pairs(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (80, *shape), generator=generator, dtype=torch.uint8)
+    images[40], images[3] = images[7], (images[60].float() * 0.9).byte()
+    images[5], images[6] = 9, 9  # constant: they resemble none, each other neither
+    everyone = torch.arange(80)
+    copies = are_near_copies(images, everyone, everyone.repeat(80, 1))
+    pairs = {(a, b) for a, b in copies.nonzero().tolist() if a < b}
+    assert pairs == {(a, b) for a, b in find_pairs(images, NEAR_COPY)[0].tolist()} == {(7, 40), (3, 60)}
+    assert torch.equal(copies, copies.T)
 
 
 @pytest.mark.parametrize("shape", [(9, 9), (3, 9, 9)])
