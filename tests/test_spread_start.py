@@ -106,8 +106,10 @@ def test_a_damaged_file_is_the_same_line_however_it_is_opened(tmp_path: Path) ->
     with zipfile.ZipFile(path) as archive:
         at = archive.getinfo("train_images.npy").header_offset
     content = bytearray(path.read_bytes())
-    for change in (at + 3000, at + 75, at + 1):  # a pixel, the array's header, the member's
-        path.write_bytes(bytes(b ^ (number == change) for number, b in enumerate(content)))
+    listed = content.index(b"PK\1\2")  # the first of the members, in the archive's directory
+    # a pixel, the array's header, its brackets, the member's header, its name; in the directory its packed size
+    for change, flip in ((3000, 1), (75, 1), (126, 32), (142, 32), (1, 1), (33, 1), (listed - at + 20, 128)):
+        path.write_bytes(bytes(b ^ (number == at + change) * flip for number, b in enumerate(content)))
         said = []
         for processes in (None, Processes(0, 1)):
             with pytest.raises(ValueError, match="is no .npz file of plain arrays") as caught:
