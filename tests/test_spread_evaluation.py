@@ -13,9 +13,11 @@ import pytest
 import torch
 from conftest import ROOT, environment
 from other_sets import untrained_on, write_npz
+from PIL import Image
 from torch import Tensor
 from warm import run_program
 
+import fmnist
 from fmnist.data.info import SplitName
 from fmnist.data.split import Split
 from fmnist.evaluation import features, near_copies, neighbours
@@ -205,6 +207,26 @@ def test_an_evaluation_brings_one_batch_at_a_time_to_the_device(run: Path, monke
     assert sorted(brought) == [24, *[32] * 18, 160]
     assert quick is not None and whole is not None and torch.equal(quick.logits, whole.logits)
     assert len(quick.images) == 0 and torch.equal(whole.images, trained.split("test").images)
+
+
+def test_a_run_on_pictures_that_stay_in_their_file_ends_with_its_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FMNIST_CACHE", str(tmp_path / "cache"))
+    for index, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (60, 12, 12), np.uint8)):
+        place = tmp_path / "root" / "ab"[index % 2] / f"{index:02}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place)
+    run = fmnist.train(
+        ROOT / "configs/mlp.yaml",
+        output_dir=str(tmp_path / "run"),
+        data={"name": "folder", "root": str(tmp_path / "root"), "where": "host", "holdout": 0.2},
+        batch={"global_batch_size": 8},
+        schedule={"steps": 2, "warmup_epochs": 0},
+        log={"wandb": "disabled"},
+    )
+    summary = json.loads((run.directory / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["test.num_images"] == 12
 
 
 @pytest.mark.thorough
