@@ -26,7 +26,7 @@ from fmnist.evaluation.features import features_of, kept_features
 from fmnist.evaluation.near_copies import correlations, find_near_copies
 from fmnist.evaluation.neighbours import Neighbours
 from fmnist.evaluation.outcome import Request, evaluate
-from fmnist.evaluation.retrieval import _pixels, measure_precision
+from fmnist.evaluation.retrieval import _pixels, measure_precision, retrieval_key
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.processes import Processes
 from fmnist.trained import Trained, open_trained
@@ -154,6 +154,28 @@ def test_features_by_shares_are_kept_once(
     kept = kept_features(alone, "train", images), kept_features(opened("shared"), "train", images)
     assert kept[0] is not None and kept[1] is not None
     assert torch.equal(kept[0].features, kept[1].features) and torch.equal(kept[0].logits, kept[1].logits)
+
+
+def test_a_folder_of_features_that_is_refused_is_so_on_all_processes(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/features").symlink_to(tmp_path)
+
+    def refused(rank: Processes) -> str:
+        trained = replace(open_trained(run, "cpu"), directory=tmp_path / "run")
+        with pytest.raises(ValueError, match="is a link out of the run directory") as caught:
+            measure_precision(trained, processes=rank)
+        return str(caught.value)
+
+    assert len({*on_ranks(2, refused)}) == 1
+
+
+def test_precision_reads_each_split_once(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trained, reads = replace(open_trained(run, "cpu"), directory=tmp_path), list[str]()
+    split = Trained.split
+    monkeypatch.setattr(Trained, "split", lambda self, name, root=None: reads.append(name) or split(self, name, root))
+    found = measure_precision(trained)
+    assert reads == ["train", "test"]
+    assert retrieval_key(trained, None).items() <= found.items()
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
