@@ -54,6 +54,13 @@ def test_one_colour_is_refused_though_every_share_knows_but_its_own(monkeypatch:
     assert on_ranks(2, lambda rank: statistics(images, rank)) == [((0.5,), (0.5,))] * 2
 
 
+def test_images_of_other_shapes_on_another_rank_are_named() -> None:
+    images = torch.from_numpy(COLOUR).movedim(-1, 1)
+    for other in (images[:, 0], images[:40]):
+        with pytest.raises(ValueError, match=r"rank 1 sees training images \[.*\], rank 0 \[50, 3, 9, 12\]: all proc"):
+            on_ranks(2, lambda rank: statistics(other if rank.rank else images, rank))  # noqa: B023
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize("when", ["before", "within", "after"])
 def test_a_failure_around_what_is_done_together_is_everybodys(failing: int, when: str) -> None:
