@@ -244,6 +244,11 @@ def test_votes_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranked(weight=0)[:2] == [3, 0]
     monkeypatch.setattr(suspects, "FEWEST", 1)  # what is not voted on comes after, by the model alone
     assert ranked()[:2] == [3, 0]
+    monkeypatch.setattr(suspects, "FEWEST", 2)
+    assert ranked()[:2] == [0, 3]
+    # Both are right by the model, which speaks of no other image: they are voted on, and no other in their place.
+    probabilities = torch.tensor([[0.6, 0.4], [0, 0], [0, 0], [0.7, 0.3], [0, 0], [0, 0]]).double()
+    assert ranked()[:2] == [0, 3]
 
 
 def test_the_confident_joint_by_hand() -> None:

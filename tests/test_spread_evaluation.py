@@ -13,9 +13,11 @@ import pytest
 import torch
 from conftest import ROOT, environment
 from other_sets import untrained_on, write_npz
+from PIL import Image
 from torch import Tensor
 from warm import run_program
 
+import fmnist
 from fmnist.data.info import SplitName
 from fmnist.data.split import Split
 from fmnist.evaluation import features, near_copies, neighbours
@@ -24,7 +26,7 @@ from fmnist.evaluation.features import features_of, kept_features
 from fmnist.evaluation.near_copies import correlations, find_near_copies
 from fmnist.evaluation.neighbours import Neighbours
 from fmnist.evaluation.outcome import Request, evaluate
-from fmnist.evaluation.retrieval import _pixels, measure_precision
+from fmnist.evaluation.retrieval import _pixels, measure_precision, retrieval_key
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.processes import Processes
 from fmnist.trained import Trained, open_trained
@@ -154,6 +156,28 @@ def test_features_by_shares_are_kept_once(
     assert torch.equal(kept[0].features, kept[1].features) and torch.equal(kept[0].logits, kept[1].logits)
 
 
+def test_a_folder_of_features_that_is_refused_is_so_on_all_processes(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/features").symlink_to(tmp_path)
+
+    def refused(rank: Processes) -> str:
+        trained = replace(open_trained(run, "cpu"), directory=tmp_path / "run")
+        with pytest.raises(ValueError, match="is a link out of the run directory") as caught:
+            measure_precision(trained, processes=rank)
+        return str(caught.value)
+
+    assert len({*on_ranks(2, refused)}) == 1
+
+
+def test_precision_reads_each_split_once(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trained, reads = replace(open_trained(run, "cpu"), directory=tmp_path), list[str]()
+    split = Trained.split
+    monkeypatch.setattr(Trained, "split", lambda self, name, root=None: reads.append(name) or split(self, name, root))
+    found = measure_precision(trained)
+    assert reads == ["train", "test"]
+    assert retrieval_key(trained, None).items() <= found.items()
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_neighbours_by_shares(monkeypatch: pytest.MonkeyPatch, world_size: int) -> None:
     monkeypatch.setattr(neighbours, "ITEMS_AT_ONCE", 64)
@@ -205,6 +229,26 @@ def test_an_evaluation_brings_one_batch_at_a_time_to_the_device(run: Path, monke
     assert sorted(brought) == [24, *[32] * 18, 160]
     assert quick is not None and whole is not None and torch.equal(quick.logits, whole.logits)
     assert len(quick.images) == 0 and torch.equal(whole.images, trained.split("test").images)
+
+
+def test_a_run_on_pictures_that_stay_in_their_file_ends_with_its_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FMNIST_CACHE", str(tmp_path / "cache"))
+    for index, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (60, 12, 12), np.uint8)):
+        place = tmp_path / "root" / "ab"[index % 2] / f"{index:02}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place)
+    run = fmnist.train(
+        ROOT / "configs/mlp.yaml",
+        output_dir=str(tmp_path / "run"),
+        data={"name": "folder", "root": str(tmp_path / "root"), "where": "host", "holdout": 0.2},
+        batch={"global_batch_size": 8},
+        schedule={"steps": 2, "warmup_epochs": 0},
+        log={"wandb": "disabled"},
+    )
+    summary = json.loads((run.directory / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["test.num_images"] == 12
 
 
 @pytest.mark.thorough

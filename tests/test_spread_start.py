@@ -54,6 +54,13 @@ def test_one_colour_is_refused_though_every_share_knows_but_its_own(monkeypatch:
     assert on_ranks(2, lambda rank: statistics(images, rank)) == [((0.5,), (0.5,))] * 2
 
 
+def test_images_of_other_shapes_on_another_rank_are_named() -> None:
+    images = torch.from_numpy(COLOUR).movedim(-1, 1)
+    for other in (images[:, 0], images[:40]):
+        with pytest.raises(ValueError, match=r"rank 1 sees training images \[.*\], rank 0 \[50, 3, 9, 12\]: all proc"):
+            on_ranks(2, lambda rank: statistics(other if rank.rank else images, rank))  # noqa: B023
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize("when", ["before", "within", "after"])
 def test_a_failure_around_what_is_done_together_is_everybodys(failing: int, when: str) -> None:
@@ -106,8 +113,10 @@ def test_a_damaged_file_is_the_same_line_however_it_is_opened(tmp_path: Path) ->
     with zipfile.ZipFile(path) as archive:
         at = archive.getinfo("train_images.npy").header_offset
     content = bytearray(path.read_bytes())
-    for change in (at + 3000, at + 75, at + 1):  # a pixel, the array's header, the member's
-        path.write_bytes(bytes(b ^ (number == change) for number, b in enumerate(content)))
+    listed = content.index(b"PK\1\2")  # the first of the members, in the archive's directory
+    # a pixel, the array's header, its brackets, the member's header, its name; in the directory its packed size
+    for change, flip in ((3000, 1), (75, 1), (126, 32), (142, 32), (1, 1), (33, 1), (listed - at + 20, 128)):
+        path.write_bytes(bytes(b ^ (number == at + change) * flip for number, b in enumerate(content)))
         said = []
         for processes in (None, Processes(0, 1)):
             with pytest.raises(ValueError, match="is no .npz file of plain arrays") as caught:

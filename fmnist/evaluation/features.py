@@ -58,8 +58,9 @@ def features_of(trained: Trained, name: str, images: Tensor, processes: Processe
         processes: each computes its share, and the main one keeps them.
 
     Raises:
-        ValueError: a feature is not finite.
+        ValueError: a feature is not finite, or the folder is a link out of the run directory.
     """
+    processes.together(lambda: _file(trained, name) if processes.is_main else None)  # refused on all, before the work
     kept = processes.on_main(kept_features, trained, name, images)
     known = any(processes.gather(kept is not None))
     starts = [] if known else processes.share(range(0, len(images), CHUNK))  # whole chunks: the bits of one process

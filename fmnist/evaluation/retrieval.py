@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -113,7 +113,7 @@ def measure_precision(
         "num_queries": len(labels),
         "num_items": len(items),
         "run": trained.name,
-        **retrieval_key(trained, root),
+        **_key(trained, {"train": items, queried: images}),
     }
     for space, (neighbours, queries) in spaces.items():
         precision = precision_at_k(neighbours, item_labels, queries, labels, k)
@@ -123,10 +123,11 @@ def measure_precision(
 
 def retrieval_key(trained: Trained, root: str | None) -> dict[str, str]:
     """Return what a measured precision belongs to: the weights, the images searched in, and the queries."""
-    splits = {name: trained.split(name, root).images for name in ("train", query_split(trained))}
-    return {"weights_sha256": trained.digest} | {
-        f"{name}_sha256": images_sha256(split) for name, split in splits.items()
-    }
+    return _key(trained, {name: trained.split(name, root).images for name in ("train", query_split(trained))})
+
+
+def _key(trained: Trained, images: Mapping[str, Tensor]) -> dict[str, str]:
+    return {"weights_sha256": trained.digest} | {f"{name}_sha256": images_sha256(of) for name, of in images.items()}
 
 
 def summarize_precision(precision: Tensor, labels: Tensor, class_names: Sequence[str]) -> dict[str, Any]:

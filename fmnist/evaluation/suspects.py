@@ -50,7 +50,8 @@ def rank_labels(
     does not count among the most suspect tenth come after, by p: neighbours cost a product with all images.
 
     Args:
-        probabilities: float64 [N, num_classes], two classes or more.
+        probabilities: float64 [N, num_classes], two classes or more; zeros for an image that no model speaks of, which
+            takes no other's place among those that are voted on.
         labels: int64 [N].
         images: uint8 [N, H, W] or [N, C, H, W]: near copies of an image do not vote on its label, which is theirs.
         features: [N, D], any float type.
@@ -65,7 +66,8 @@ def rank_labels(
     own = probabilities.gather(1, labels[:, None])[:, 0]
     confidence, suggested = probabilities.scatter(1, labels[:, None], -1.0).max(dim=1)
     logs = probabilities.clamp(min=LOWEST).log()
-    order = log_ratio(logs, labels).argsort(stable=True)
+    unknown = probabilities.sum(dim=1) == 0
+    order = log_ratio(logs, labels).masked_fill(unknown, torch.inf).argsort(stable=True)
     doubted = order[: max(FEWEST, len(order) // 10) if weight else 0]
     neighbours = Neighbours(features, device)
     votes = vote_shares(doubted, labels, images, features, neighbours, probabilities.shape[1], voters)

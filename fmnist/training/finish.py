@@ -152,7 +152,7 @@ def evaluate_test(training: Training, cfg: Config, run: Run) -> Findings | None:
         directory=run.directory / "evaluation" / name,
         split=name,
         tta=cfg.evaluation.tta,
-        images=split.images[:0].cpu(),  # they may lie on other processes, and no picture is drawn here
+        images=split.at_rows(range(0)).cpu(),  # they may lie on other processes, and no picture is drawn here
         labels=split.labels.cpu(),
         logits=logits,
         class_names=split.class_names,

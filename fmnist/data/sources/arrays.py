@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import zipfile
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -103,7 +102,7 @@ def read_npz(path: str, processes: Processes | None = None) -> tuple[DataInfo, P
         arrays = read_arrays(path, in_place=processes is not None)
     except OSError as error:
         raise cannot_read(Path(path), error) from None
-    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except Exception as error:  # of NumPy, of its header's parser, of zipfile
         raise ValueError(f"data.root: {path} is no .npz file of plain arrays: {one_line(error, 200)}") from None
     expected = [f"{part}_{kind}" for part in ("train", "val", "test") for kind in ("images", "labels")]
     if unread := [one_line(name, 40) for name in arrays if name not in (*expected, "class_names")]:
@@ -206,7 +205,7 @@ def statistics(images: Tensor | Mapped, processes: Processes = ALONE) -> tuple[t
         processes: each looks through its share of the images; sums of whole numbers depend on no order.
 
     Raises:
-        ValueError: all channels are the same everywhere; a single one has std 1.
+        ValueError: all channels are the same everywhere; a single one has std 1. Or the processes see other shapes.
     """
 
     def count() -> list[list[int]]:
@@ -218,7 +217,12 @@ def statistics(images: Tensor | Mapped, processes: Processes = ALONE) -> tuple[t
                 channel += torch.bincount(pixels.flatten(), minlength=256)
         return counts.tolist()
 
-    shares = processes.gather(processes.together(count))
+    shapes, shares = zip(*processes.gather(([*images.shape], processes.together(count))), strict=True)
+    if other := [rank for rank, shape in enumerate(shapes) if shape != shapes[0]]:
+        raise ValueError(
+            f"rank {other[0]} sees training images {shapes[other[0]]}, rank 0 {shapes[0]}: "
+            "all processes have to read the same data"
+        )
     channels = [[sum(counts) for counts in zip(*each, strict=True)] for each in zip(*shares, strict=True)]
     if all(sum(map(bool, counts)) == 1 for counts in channels):
         raise ValueError("all training images are one and the same colour")

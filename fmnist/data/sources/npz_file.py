@@ -33,6 +33,7 @@ def _mapped(archive: zipfile.ZipFile, name: str) -> NDArray[np.uint8] | None:
     info, file = archive.NameToInfo.get(name), archive.fp
     if info is None or info.compress_type != zipfile.ZIP_STORED or file is None:
         return None
+    archive.open(info).close()  # compares what stands before it
     file.seek(info.header_offset)
     header = file.read(LOCAL_HEADER)
     begin = info.header_offset + LOCAL_HEADER + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
@@ -40,11 +41,12 @@ def _mapped(archive: zipfile.ZipFile, name: str) -> NDArray[np.uint8] | None:
     try:
         version = np.lib.format.read_magic(file)
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-    except ValueError:
+    except Exception:  # NumPy's parser raises more than ValueError
         return None
     at = file.tell()
     size = prod(shape)
-    if version != (1, 0) or dtype != np.uint8 or fortran_order or not size or at - begin + size != info.file_size:
+    whole = at - begin + size == info.file_size == info.compress_size
+    if version != (1, 0) or dtype != np.uint8 or fortran_order or not size or not whole:
         return None
     file.seek(begin)
     left, checksum = info.file_size, 0
