@@ -15,12 +15,12 @@ stage=${1:?check, kernels, ladder, data or recipes} out=$(realpath -m "${2:?a fo
 python=${PYTHON:-python3} work=$(mktemp -d)
 mkdir -p "$out"
 export PYTHONUNBUFFERED=1
-tiny=() cpu=() race=() tiles=() interpreted=() small=()
+tiny=() cpu=() race=() tiles=() interpreted=() small=() dry=()
 if [ "${DRY:-}" ]; then
   export ACCELERATE_USE_CPU=true
-  tiny=(--data.limit 300 --data.val_size 500 --batch.global_batch_size 50 --schedule.epochs 2 --augment.size 28 --evaluation.test false)
+  tiny=(--data.limit 300 --data.val_size 500 --batch.global_batch_size 50 --schedule.epochs 2 --augment.size 32 --evaluation.test false)
   cpu=(--device cpu --only eager --rounds 1 --steps 1) race=(--sizes 28 --loaders ours-eager --rounds 2 --seconds 0.05) tiles=(--tiny) interpreted=(env TRITON_INTERPRET=1)
-  small=(--model.name convnext_atto --model.compile false)
+  dry=(--dry) small=(--model.name convnext_atto --model.compile false)
 fi
 
 # run NAME SECONDS COMMAND...: the command's output in NAME.txt, its end shown, with the time and the exit status
@@ -73,7 +73,7 @@ check() {
 
 kernels() {
   LINES_SHOWN=24 run depthwise 120 ${interpreted[@]+"${interpreted[@]}"} "$python" -m experiments.depthwise_gpu --table --seconds 90 --output "$out/depthwise_gpu.json" ${tiles[@]+"${tiles[@]}"}
-  LINES_SHOWN=12 run graphs 120 "$python" -m experiments.capture_speed --rounds 3 --output "$out/capture_speed.json"
+  LINES_SHOWN=12 run graphs 120 "$python" -m experiments.capture_speed --rounds 3 --output "$out/capture_speed.json" ${dry[@]+"${dry[@]}"}
   LINES_SHOWN=20 run pytest 240 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/test_depthwise_triton.py tests/test_captured_step.py tests/test_residual.py
 }
 
