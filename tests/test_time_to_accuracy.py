@@ -1,12 +1,16 @@
 """fmnist benchmark accuracy: figures from recorded files, what it does with runs that fail, and one real race."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import environment
+from conftest import ROOT, environment
 from filelock import FileLock
 
 from fmnist.benchmark import accuracy, accuracy_rows
@@ -150,7 +154,7 @@ def test_the_clock_notes_when_the_first_step_began(monkeypatch: pytest.MonkeyPat
 # --- runs, of a script that stands in for train.py ----------------------------------------------------------------
 
 STAND_IN = """
-import json, os, pathlib, signal, sys
+import json, os, pathlib, signal, sys, time
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 run = pathlib.Path(options["--output_dir"])
 if (run / "summary.json").exists():
@@ -158,6 +162,10 @@ if (run / "summary.json").exists():
 run.mkdir(exist_ok=True)
 (run / "train.log").open("a").write(f"seed {options['--seed']}\\n")
 how = (run.parent / "how").read_text()
+if how == "waits":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit((run / "told").touch()))
+    (run / "ready").touch()
+    time.sleep(60)
 if how == "dies":
     os.kill(os.getpid(), signal.SIGKILL)
 if how == "refuses":
@@ -200,9 +208,33 @@ def test_options_that_train_py_refuses_end_the_race(stand_in: Path) -> None:
 
 def test_a_run_that_another_process_trains_is_left_alone(stand_in: Path) -> None:
     run_once(stand_in, "stopped")
-    with FileLock(stand_in / "seed_0/.lock"), pytest.raises(ValueError, match="seed_0 is in use by another process"):
+    with (
+        FileLock(stand_in / "seed_0/.lock"),
+        pytest.raises(ValueError, match="in use by another process: wait .* --output"),
+    ):
         run_once(stand_in, "finished")
     assert (stand_in / "seed_0/train.log").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_ends_with_the_process_that_started_it(number: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(STAND_IN)
+    (tmp_path / "how").write_text("waits")
+    run = tmp_path / "seed_0"
+    start = (
+        "import pathlib, sys; from fmnist.benchmark import accuracy; run = pathlib.Path(sys.argv[1]);"
+        "accuracy.shipped = lambda name: run.parent / name;"
+        "accuracy.train(run, ['--seed', '0', '--output_dir', str(run)])"
+    )
+    command = subprocess.Popen([sys.executable, "-c", start, str(run)], cwd=ROOT)
+    for file in ("ready", "told"):
+        deadline = time.monotonic() + 60
+        while not (run / file).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        command.send_signal(number)
+        command.wait(60)
 
 
 # --- the command --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from fmnist.config.shipped import shipped
 from fmnist.runtime.arguments import CommandLine, number
 from fmnist.runtime.console import log_to_console, one_line, one_line_errors
 from fmnist.runtime.files import read_json, write_atomic
+from fmnist.runtime.launcher import stop_with_parent
 from fmnist.runtime.ownership import check_outputs, check_suffix, delete_run_files
 
 PROGRAM = "fmnist benchmark accuracy"
@@ -107,12 +108,15 @@ def train(directory: Path, argv: Sequence[str]) -> str:
             with FileLock(directory / ".lock", timeout=5):
                 delete_run_files(directory)
         except Timeout:
-            raise ValueError(f"{directory} is in use by another process") from None
+            raise ValueError(
+                f"{directory} is in use by another process: wait for its end, or give another --output"
+            ) from None
     log = directory.with_suffix(".txt")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         command = [sys.executable, str(shipped("train.py")), *argv]
-        status = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT).returncode
+        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+        status = subprocess.run(command, **pipes, preexec_fn=stop_with_parent).returncode
     last = one_line((log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1])
     if status == 2:
         raise ValueError(last.removeprefix("train.py: error: "))
