@@ -324,6 +324,17 @@ def test_a_run_that_is_there_keeps_its_options_and_its_figures(
     assert ["missed" in row for row in rows] == [True, True, False]
 
 
+def test_another_commit_leaves_the_figures(stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(stand_in)
+    record(stand_in / "race/seed_0", git_revision="abc")
+    figures = stand_in / "race/accuracy.json"
+    figures.write_text('{"name": "accuracy", "rows": [1]}')
+    with pytest.raises(SystemExit):
+        main(["accuracy", "--target", "0.9", "--output", "race", "--runs", "1", "--config", "configs/mlp.yaml"])
+    assert "seed_0 is not comparable (git_revision abc" in capsys.readouterr().err
+    assert figures.read_text() == '{"name": "accuracy", "rows": [1]}'
+
+
 @pytest.mark.thorough
 def test_a_race_is_resumed_and_its_targets_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
