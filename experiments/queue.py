@@ -108,7 +108,7 @@ class Queue:
                 os.close(lock)
                 continue
             print(f"--- {entry.name}_seed{seed}", flush=True)
-            threads = max(1, (os.cpu_count() or 1) // self.jobs) if self.jobs > 1 else None
+            threads = max(1, cores() // self.jobs) if self.jobs > 1 else None
             return Job(entry, seed, self.runs / f"{entry.name}_seed{seed}", lock, threads)
         return None
 
@@ -166,6 +166,13 @@ class Queue:
         job.release()
 
 
+def cores() -> int:
+    """Return the cores that the job or this process was given, which the trainers share."""
+    from fmnist.runtime.hardware import available_cores  # late: torch
+
+    return available_cores()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these entries, groups, or seeds of an entry, alone")
@@ -188,7 +195,7 @@ def main() -> None:
         if args.table:
             print(table([entry for entry in queue.entries if queue.wants(entry)], args.results))
         elif args.plan:
-            print(plan(queue.left, args.jobs if args.jobs > 1 else os.cpu_count() or 1))
+            print(plan(queue.left, args.jobs if args.jobs > 1 else cores()))
         elif args.slices:
             from experiments.search_figure import draw_searches  # late: matplotlib
 

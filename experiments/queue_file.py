@@ -40,14 +40,20 @@ def read_queue(path: Path) -> list[Entry]:
     Raises:
         ValueError: a key that there is not, or a name given twice.
     """
-    content = strict_yaml.load_file(path)
+    try:
+        content = strict_yaml.load_file(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
         raise ValueError(f"{path}: expected a list of entries, - name: ...")
-    try:
-        entries = [entry for item in content for entry in written(**item)]
-    except (TypeError, ValueError) as error:
-        said = str(error).removeprefix("Entry.__init__() ").removeprefix("written() ")
-        raise ValueError(f"{path}: {said}") from None
+    entries: list[Entry] = []
+    for item in content:
+        try:
+            entries += written(**item)
+        except (TypeError, ValueError) as error:
+            said = str(error).removeprefix("Entry.__init__() ").removeprefix("written() ")
+            name = f"{item.get('name', f'entry {content.index(item) + 1}')}: "
+            raise ValueError(f"{path}: {name}{said.removeprefix(name)}") from None
     names = [entry.name for entry in entries]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"{path}: {', '.join(sorted(twice))} is there twice")
@@ -76,6 +82,8 @@ def written(
     """
     whole = Entry(**entry, group=entry.get("name", ""))
     _check(whole, variants, grid, minutes)
+    if stop_after is not None and not (_is_number(stop_after) and stop_after > 0):
+        raise ValueError(f"{whole.name}: stop_after is {stop_after!r:.100}; expected a number of epochs, more than 0")
     if stop_after is not None and not grid:
         raise ValueError(f"{whole.name}: stop_after has no effect: there is no grid, whose trials it would stop")
     for label, flags in (variants or {"": {}}).items():
@@ -111,13 +119,21 @@ def _check(entry: Entry, variants: Any, grid: Any, minutes: Any) -> None:
     seeds = entry.seeds
     if not (isinstance(seeds, list) and seeds and {*map(type, seeds)} == {int} and len({*seeds}) == len(seeds)):
         raise ValueError(f"{entry.name}: seeds is {seeds!r:.100}; expected different whole numbers, at least one")
+    if not isinstance(entry.flags, dict):
+        raise ValueError(f"{entry.name}: flags is {entry.flags!r:.100}; expected values by option")
     for key, value, kind in (("variants", variants, dict), ("grid", grid, list)):
         parts = value.values() if isinstance(value, dict) else ()
         if value is not None and not (parts and all(isinstance(part, kind) for part in parts) and ([] not in parts)):
             what = "flags by label" if key == "variants" else "a list of values by option"
             raise ValueError(f"{entry.name}: {key} is {value!r:.100}; expected {what}")
+    if not all(map(_is_number, minutes.values() if isinstance(minutes, dict) else [minutes])):
+        raise ValueError(f"{entry.name}: minutes is {minutes!r:.100}; expected a number, or one by label")
     if isinstance(minutes, dict) and (unknown := minutes.keys() - (variants or {}).keys()):
         raise ValueError(f"{entry.name}: minutes names {min(map(str, unknown))}, which is no variant")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _named(option: str, value: Any) -> str:

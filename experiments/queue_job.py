@@ -1,11 +1,9 @@
 """A trainer that the queue started: its lock, its end, and what it took."""
 
-import ctypes
 import datetime
 import fcntl
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,9 +13,9 @@ from typing import Any
 from experiments.queue_entries import Entry
 from experiments.queue_results import USAGE, curve
 from fmnist.runtime.files import read_json
+from fmnist.runtime.launcher import stop_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
-PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 def take_lock(directory: Path) -> int | None:
@@ -45,11 +43,9 @@ class Job:
         self.validations = len(curve(directory))  # of earlier starts
         command = [sys.executable, "train.py", *entry.arguments(seed, directory)]
         command += ["--threads", str(threads)] if threads else []
-        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-        die_with_me = (lambda: libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))) if libc else None
         self._note({"event": "start", "date": datetime.datetime.now().isoformat(timespec="seconds")})
         self.began = time.monotonic()
-        self.process = subprocess.Popen(command, cwd=ROOT, preexec_fn=die_with_me, pass_fds=[lock])
+        self.process = subprocess.Popen(command, cwd=ROOT, preexec_fn=stop_with_parent, pass_fds=[lock])
 
     def ended(self, wait: bool = False) -> bool:
         """Say whether the trainer has ended, and note once what it took."""

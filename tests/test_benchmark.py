@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -548,6 +549,7 @@ def test_operators_are_sorted_by_their_names_and_callers() -> None:
         (["aten::mm", operators.DATA], "data"),
         (["triton_red_fused_convolution_layer_norm_1", "CompiledFunction"], "compiled"),
         (["SiluBackward0"], "other"),
+        (["_augment_kernel"], "data"),
     ):
         assert operators.class_of(names) == kind, names
 
@@ -556,6 +558,34 @@ def test_idle_is_what_no_kernel_covers() -> None:
     # 0 to 4 and 6 to 10 of 10 are covered, the overlap once
     assert operators.idle_share([(6.0, 10.0), (0.0, 3.0), (2.0, 4.0), (7.0, 8.0)]) == pytest.approx(0.2)
     assert operators.idle_share([(5.0, 6.0)]) == 0 and operators.idle_share([]) is None
+
+
+def test_spans_of_annotations_are_no_work_and_what_no_operator_launched_counts() -> None:
+    cpu, gpu = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+
+    def on_gpu(name: str, start: float, end: float, annotation: bool = False) -> Any:
+        time_range = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(name=name, device_type=gpu, time_range=time_range, is_user_annotation=annotation)
+
+    def on_host(name: str, *kernels: tuple[str, float]) -> Any:
+        launched = [SimpleNamespace(name=kernel, duration=duration) for kernel, duration in kernels]
+        return SimpleNamespace(name=name, device_type=cpu, cpu_parent=None, kernels=launched)
+
+    # of 0 to 10 ms, 0 to 2 and 6 to 10 are covered; the spans cover all
+    events = [
+        *(on_gpu(operators.DATA, 0.0, 5000.0, True), on_gpu("Optimizer.step#AdamW.step", 4000.0, 10_000.0, True)),
+        *(on_gpu("_augment_kernel", 0.0, 1000.0), on_gpu("_augment_kernel", 1000.0, 2000.0)),
+        *(on_gpu("sm90_gemm", 6000.0, 9000.0), on_gpu("vectorized", 9000.0, 10_000.0)),
+        on_host(operators.DATA, (operators.DATA, 5000.0), ("_augment_kernel", 1000.0)),
+        *(on_host("aten::mm", ("sm90_gemm", 3000.0)), on_host("Optimizer.step#AdamW.step", ("vectorized", 1000.0))),
+    ]
+    profile = operators.sorted_by_class(events, on_cpu=False)
+    assert profile["idle_share"] == pytest.approx(0.4)
+    assert profile["ms_per_step"] == {
+        "matrix product": 1.0,
+        "data": pytest.approx(2 / 3, abs=1e-4),
+        "optimizer": 0.3333,
+    }
 
 
 def test_a_step_is_profiled_by_class(setting: Setting, compute: Compute) -> None:

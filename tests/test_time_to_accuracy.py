@@ -1,17 +1,24 @@
 """fmnist benchmark accuracy: figures from recorded files, what it does with runs that fail, and one real race."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import environment
+from conftest import ROOT, environment
 from filelock import FileLock
 
 from fmnist.benchmark import accuracy, accuracy_rows
 from fmnist.benchmark.__main__ import main
 from fmnist.benchmark.accuracy_rows import measured, report, summarize
+from fmnist.config.parse import parse_config
+from fmnist.config.same_run import OF_A_START, run_yaml
 from fmnist.run import Run
 from fmnist.runtime.provenance import git_revision, versions
 from fmnist.tracking.metrics_file import metric_name
@@ -150,7 +157,7 @@ def test_the_clock_notes_when_the_first_step_began(monkeypatch: pytest.MonkeyPat
 # --- runs, of a script that stands in for train.py ----------------------------------------------------------------
 
 STAND_IN = """
-import json, os, pathlib, signal, sys
+import json, os, pathlib, signal, sys, time
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 run = pathlib.Path(options["--output_dir"])
 if (run / "summary.json").exists():
@@ -158,12 +165,17 @@ if (run / "summary.json").exists():
 run.mkdir(exist_ok=True)
 (run / "train.log").open("a").write(f"seed {options['--seed']}\\n")
 how = (run.parent / "how").read_text()
+if how == "waits":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit((run / "told").touch()))
+    (run / "ready").touch()
+    time.sleep(60)
 if how == "dies":
     os.kill(os.getpid(), signal.SIGKILL)
 if how == "refuses":
     sys.exit(print("train.py: error: no such weights", file=sys.stderr) or 2)
 if how == "raises":
     raise RuntimeError("not finite")
+print("trained")
 (run / "summary.json").write_text(json.dumps({"status": how}))
 """
 
@@ -189,8 +201,10 @@ def test_a_run_that_ends_early_is_named_and_trained_anew_the_next_time(stand_in:
     # each began from nothing: its times are those of the whole run
     assert (stand_in / "seed_0/train.log").read_text() == "seed 0\n"
     before = (stand_in / "seed_0/summary.json").stat().st_mtime_ns
+    output = log.read_text()
     assert run_once(stand_in, "raises") == ""  # finished: train.py compares its options, and leaves it
     assert (stand_in / "seed_0/summary.json").stat().st_mtime_ns == before
+    assert log.read_text() == output and output.endswith("not finite\ntrained\ntrained\n")
 
 
 def test_options_that_train_py_refuses_end_the_race(stand_in: Path) -> None:
@@ -200,9 +214,33 @@ def test_options_that_train_py_refuses_end_the_race(stand_in: Path) -> None:
 
 def test_a_run_that_another_process_trains_is_left_alone(stand_in: Path) -> None:
     run_once(stand_in, "stopped")
-    with FileLock(stand_in / "seed_0/.lock"), pytest.raises(ValueError, match="seed_0 is in use by another process"):
+    with (
+        FileLock(stand_in / "seed_0/.lock"),
+        pytest.raises(ValueError, match="in use by another process: wait .* --output"),
+    ):
         run_once(stand_in, "finished")
     assert (stand_in / "seed_0/train.log").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_ends_with_the_process_that_started_it(number: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(STAND_IN)
+    (tmp_path / "how").write_text("waits")
+    run = tmp_path / "seed_0"
+    start = (
+        "import pathlib, sys; from fmnist.benchmark import accuracy; run = pathlib.Path(sys.argv[1]);"
+        "accuracy.shipped = lambda name: run.parent / name;"
+        "accuracy.train(run, ['--seed', '0', '--output_dir', str(run)])"
+    )
+    command = subprocess.Popen([sys.executable, "-c", start, str(run)], cwd=ROOT)
+    for file in ("ready", "told"):
+        deadline = time.monotonic() + 60
+        while not (run / file).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        command.send_signal(number)
+        command.wait(60)
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -223,6 +261,7 @@ def test_a_run_that_another_process_trains_is_left_alone(stand_in: Path) -> None
         (["--target", "0.9", "--", "--max_minutes", "3"], "max_minutes is 3"),
         (["--target", "0.9", "--", "--dry_run"], "dry_run is True"),
         (["--target", "0.9", "--", "--resume", "never"], "resume is never"),
+        (["--target", "0.9", "--", "--profile", "3"], "profile is 3"),
         (["--target", "0.9", "--output", "x.json"], "valid: a folder"),
         (["--target", "0.9", "--output", "taken"], "seed_7 was not made by this command"),
         (["--target", "0.9", "--output", "foreign"], "accuracy.json was not made by this command"),
@@ -241,6 +280,59 @@ def test_a_mistake_is_one_line_and_status_2(
     assert end.value.code == 2
     assert len(lines) == 1 and words in lines[0] and lines[0].startswith("fmnist benchmark accuracy: error: ")
     assert {path.name for path in tmp_path.iterdir()} == {"taken", "foreign"}
+
+
+def test_options_of_one_start_are_refused_since_no_run_keeps_them() -> None:
+    assert accuracy.WHOLE.keys() == set(OF_A_START)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (["--schedule.epochs", "9"], "schedule.epochs was 2.0, now 9.0"),  # train.py would go on, with a second clock
+        (["--model.compile", "true"], "model.compile was false, now true"),  # changes nothing but the time
+        (["--log.wandb", "online"], "log.wandb was disabled, now online"),
+        (["--evaluation.every_steps", "7"], "evaluation.every_steps was null, now 7"),
+    ],
+)
+def test_a_run_that_is_there_keeps_its_options_and_its_figures(
+    changed: list[str], words: str, stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(stand_in)
+    options = ["--config", "configs/mlp.yaml", "--schedule.epochs", "2", "--log.wandb", "disabled"]
+    argv = ["accuracy", "--target", "0.9", "--output", "race", "--runs", "3", *options[:2], "--", *options[2:]]
+    run = record(stand_in / "race/seed_2")  # the others are missing: nothing of them may be trained first
+    cfg = replace(parse_config([*options, "--seed", "2", "--output_dir", "elsewhere"]), profile=3)
+    (run / "config.yaml").write_text(run_yaml(cfg))
+    figures = '{"name": "accuracy", "rows": [1]}'
+    (stand_in / "race/accuracy.json").write_text(figures)
+    (stand_in / "race/how").write_text("refuses")
+    with pytest.raises(SystemExit):
+        main([*argv, *changed])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"race/seed_2 holds a run with another config: {words}: give another --output" in line
+    assert {path.name for path in (stand_in / "race").iterdir()} == {"seed_2", "accuracy.json", "how"}
+
+    with pytest.raises(SystemExit):  # with its own options it is train.py that refuses
+        main(argv)
+    assert "no such weights" in capsys.readouterr().err
+    assert (stand_in / "race/accuracy.json").read_text() == figures
+
+    (stand_in / "race/how").write_text("raises")
+    assert main(argv) == 0
+    rows = json.loads((stand_in / "race/accuracy.json").read_text())["rows"]
+    assert ["missed" in row for row in rows] == [True, True, False]
+
+
+def test_another_commit_leaves_the_figures(stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(stand_in)
+    record(stand_in / "race/seed_0", git_revision="abc")
+    figures = stand_in / "race/accuracy.json"
+    figures.write_text('{"name": "accuracy", "rows": [1]}')
+    with pytest.raises(SystemExit):
+        main(["accuracy", "--target", "0.9", "--output", "race", "--runs", "1", "--config", "configs/mlp.yaml"])
+    assert "seed_0 is not comparable (git_revision abc" in capsys.readouterr().err
+    assert figures.read_text() == '{"name": "accuracy", "rows": [1]}'
 
 
 @pytest.mark.thorough
@@ -279,7 +371,7 @@ def test_a_race_is_resumed_and_its_targets_compared(
     said = capfd.readouterr().out
     assert "0 of 1 run reached 99.00 %" in said and "missed: seed_0" in said
     assert weights.stat().st_mtime_ns == stamp
-    with pytest.raises(SystemExit) as end:  # another recipe in the same folder: train.py itself refuses it
+    with pytest.raises(SystemExit) as end:  # another recipe in the same folder
         race(0.5, 1, lr=0.01)
     (line,) = capfd.readouterr().err.splitlines()
     assert end.value.code == 2 and "seed_0 holds a run with another config: optim.lr" in line

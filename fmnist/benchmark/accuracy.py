@@ -10,13 +10,15 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fmnist.config.parse import DEFAULT_CONFIG, parse_config
-from fmnist.config.schema import Config
+from fmnist.config.parse import DEFAULT_CONFIG, load_config, parse_config
+from fmnist.config.same_run import changes
+from fmnist.config.schema import Config, flatten
 from fmnist.config.shipped import shipped
 from fmnist.runtime.arguments import CommandLine, number
 from fmnist.runtime.console import log_to_console, one_line, one_line_errors
 from fmnist.runtime.files import read_json, write_atomic
-from fmnist.runtime.ownership import check_outputs, check_suffix, delete_run_files
+from fmnist.runtime.launcher import stop_with_parent
+from fmnist.runtime.ownership import CONFIG, check_outputs, check_suffix, delete_run_files
 
 PROGRAM = "fmnist benchmark accuracy"
 DESCRIPTION = """\
@@ -30,7 +32,8 @@ example:
   fmnist benchmark accuracy --config configs/cnn.yaml --target 0.93 --runs 5 -- --log.wandb disabled
 """
 RESULT = "accuracy.json"
-WHOLE = {"dry_run": False, "max_minutes": None, "resume": "auto", "overwrite": False}  # else no whole run is timed
+# Of one start, so no run keeps them in its config.yaml; with other values no whole run would be timed as it is.
+WHOLE = {"dry_run": False, "max_minutes": None, "resume": "auto", "overwrite": False, "profile": None}
 
 
 def main(argv: list[str]) -> int:
@@ -53,6 +56,8 @@ def main(argv: list[str]) -> int:
 
     with one_line_errors(PROGRAM):
         check(cfg, folder, force=args.force)
+        for seed in range(args.runs):
+            check_same_options(cfg, folder / f"seed_{seed}", seed)
         log_to_console()
         rows: list[dict[str, Any]] = []
 
@@ -61,7 +66,8 @@ def main(argv: list[str]) -> int:
             result |= {"config": args.config, "train_options": options, "target": args.target}
             write_atomic(folder / RESULT, json.dumps(result | summarize(rows) | {"rows": rows}, indent=2) + "\n")
 
-        write()  # before any run: it says whose the folder is
+        if not (folder / RESULT).exists():
+            write()  # before any run: it says whose the folder is
         for seed in range(args.runs):
             directory = folder / f"seed_{seed}"
             print(f"run {seed + 1} of {args.runs}: {directory}", flush=True)
@@ -89,6 +95,24 @@ def check(cfg: Config, folder: Path, *, force: bool) -> None:
             raise ValueError(f"{name} is {given}: leave it out, each run is trained whole and once")
 
 
+def check_same_options(cfg: Config, directory: Path, seed: int) -> None:
+    """Refuse a run that is there with other options: train.py leaves those that change only its time, or its length.
+
+    Raises:
+        ValueError: one line.
+    """
+    if not (directory / CONFIG).exists():
+        return
+    try:
+        before, after = flatten(load_config(directory / CONFIG)), flatten(cfg) | {"seed": seed}
+    except ValueError as error:
+        raise ValueError(f"{error}: give another --output") from None
+    before["output_dir"] = after["output_dir"]  # the folder may have been moved
+    if changed := changes(before, after):
+        said = "; ".join(changed[:3])
+        raise ValueError(f"{directory} holds a run with another config: {said}: give another --output")
+
+
 def train(directory: Path, argv: Sequence[str]) -> str:
     """Run train.py in a process of its own, from its first step; a finished run is left as it is.
 
@@ -107,13 +131,17 @@ def train(directory: Path, argv: Sequence[str]) -> str:
             with FileLock(directory / ".lock", timeout=5):
                 delete_run_files(directory)
         except Timeout:
-            raise ValueError(f"{directory} is in use by another process") from None
+            raise ValueError(
+                f"{directory} is in use by another process: wait for its end, or give another --output"
+            ) from None
     log = directory.with_suffix(".txt")
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
+    with log.open("a") as file:
+        began = file.tell()
         command = [sys.executable, str(shipped("train.py")), *argv]
-        status = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT).returncode
-    last = one_line((log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1])
+        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+        status = subprocess.run(command, **pipes, preexec_fn=stop_with_parent).returncode
+    last = one_line((log.read_bytes()[began:].decode(errors="replace").strip().splitlines() or ["no output"])[-1])
     if status == 2:
         raise ValueError(last.removeprefix("train.py: error: "))
     if status:

@@ -15,6 +15,9 @@ logger = logging.getLogger("fmnist")
 EXPECTED_WORLD_SIZE = "FMNIST_EXPECTED_WORLD_SIZE"
 MIN_SHUTDOWN_TIMEOUT_S = 60
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+PRCTL = (
+    ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+)  # found early: a forked child should look up little
 # What asks Accelerate for another way to train than DDP.
 OTHER_WAYS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
 INTEGERS = {"RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}  # and their minimum
@@ -184,10 +187,18 @@ def announce(environ: Mapping[str, str] = ENVIRONMENT) -> None:
 
 
 def stop_with_launcher(environ: Mapping[str, str] = ENVIRONMENT) -> None:
-    """Get SIGTERM when the launcher dies, so that a killed one leaves no orphan but a checkpoint (Linux)."""
-    launched = "TORCHELASTIC_RUN_ID" in environ or "ACCELERATE_MIXED_PRECISION" in environ
-    if launched and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    """Do as `stop_with_parent` where a launcher is the parent."""
+    if "TORCHELASTIC_RUN_ID" in environ or "ACCELERATE_MIXED_PRECISION" in environ:
+        stop_with_parent()
+
+
+def stop_with_parent() -> None:
+    """Get SIGTERM when the parent dies, so that a killed one leaves no orphan but a checkpoint (Linux).
+
+    As `preexec_fn` of a subprocess it holds for the program that is started.
+    """
+    if PRCTL is not None:
+        PRCTL(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def without_effect(precision: str) -> list[str]:
