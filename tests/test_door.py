@@ -230,6 +230,7 @@ def test_doctor_sums_over_the_processes_it_is_launched_with(tmp_path: Path) -> N
     assert json.loads(done.stdout)["all-reduce"] == {"state": "ok", "text": "gloo over 2 processes on 1 node: sum 2"}
 
 
+@pytest.mark.thorough
 def test_evaluate_goes_where_it_is_told_and_says_what_it_does(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     data = write_small_data(tmp_path / "data")

@@ -517,6 +517,7 @@ def draw_pictures(path: Path) -> bytes:
     return path.read_bytes()
 
 
+@pytest.mark.thorough
 def test_figures_are_those_of_matplotlibs_defaults(tmp_path: Path) -> None:
     expected = draw(tmp_path / "plain.png")
     rc = "axes.facecolor: black\nfont.size: 30\nno.such.key: 1\nbackend: module://nothing\nsavefig.dpi: 20\n"
