@@ -46,8 +46,8 @@ class Full(Cnn):
     limit = 8
     asked: list[int] = []  # noqa: RUF012 - of the class on purpose
 
-    def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes, drop_rate=0.5, widths=(4, 8))
+    def __init__(self, num_classes: int, drop_rate: float = 0.5) -> None:
+        super().__init__(num_classes, drop_rate=drop_rate, widths=(4, 8))
 
     def forward(self, images: Tensor) -> Tensor:
         if self.training:
