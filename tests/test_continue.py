@@ -161,7 +161,7 @@ def test_a_kill_while_it_goes_on_loses_nothing(
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr("fmnist.training.clock.Clock.start", killed)  # config.yaml is written, no step is made
+        patch.setattr("fmnist.run.Run.captured", killed)  # config.yaml is written, no step is made
         go(run, data, 3, "cosine")
     assert json.loads((run / "summary.json").read_text())["status"] == "stopped"
     assert open_trained(run).weights == run / MODEL  # nothing newer yet

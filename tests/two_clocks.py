@@ -14,10 +14,10 @@ from fmnist.training import budget
 def main() -> None:
     measured, opened = budget.measure, Run.__init__
 
-    def measure(*args: Any) -> budget.Costs:
-        found = measured(*args)
-        seconds = 1.0 + int(os.environ.get("RANK", "0"))
-        return replace(found, steps=(seconds,) * len(found.steps), epoch=0.0, evaluation=0.0, save=0.0, end=0.0)
+    def measure(*args: Any) -> tuple[budget.Costs, int | None]:
+        found, micro_batch_size = measured(*args)
+        steps = (1.0 + int(os.environ.get("RANK", "0")),) * len(found.steps)
+        return replace(found, steps=steps, epoch=0.0, evaluation=0.0, save=0.0, end=0.0), micro_batch_size
 
     def standing(run: Run, *args: Any) -> None:
         opened(run, *args)
