@@ -129,6 +129,23 @@ def benchmark_table(mode: str, title: str, ratio: str) -> str:
     return "\n".join(lines)
 
 
+def programs_table() -> str:
+    """Return the table of whole programs, a part per recorded machine and setting."""
+    lines = [
+        "| program | images/s, median (lowest to highest) | ratio | seconds of the whole process |",
+        "|---|---|---|---|",
+    ]
+    for path in sorted(RESULTS.glob("benchmark_*_programs*.json")):
+        result = read_json(path)
+        setting = f"{result['model']}, {result['size']} px, batch {result['batch_size']}, {result['precision']}"
+        setting += ", compiled" * result["compiled"]
+        lines.append(f"| **{setting}, {machine(result)}, timm {result['timm_sources']}** | | | |")
+        for row in (row for row in result["rows"] if "failed" not in row):
+            rate = f"{row['median']:,.0f} ({row['min']:,.0f} to {row['max']:,.0f})"
+            lines.append(f"| {row['name']} | {rate} | {row['ratio']:.2f} | {row['seconds']:.0f} |")
+    return "\n".join(lines)
+
+
 def machine(result: dict[str, Any]) -> str:
     """Return what a command ran on, in a few words."""
     hardware = result["hardware"]
@@ -152,6 +169,7 @@ def updated_pages() -> dict[Path, str]:
         "docs/benchmark.md": {
             "loaders": benchmark_table("data", "loaders alone", "ratio"),
             "training": benchmark_table("train", "training", "to synthetic"),
+            "programs": programs_table(),
         },
         "docs/trust.md": {
             "sets": prediction_sets.sets_table(),

@@ -153,9 +153,12 @@ def hang() -> None:
     time.sleep(1000)
 
 
-def compiles() -> None:
-    time.sleep(8)  # before the first step
-    before_step(lambda: time.sleep(8))
+def compiles(seconds: float) -> Callable[[], None]:
+    def plant() -> None:
+        time.sleep(seconds)  # before the first step
+        before_step(lambda: time.sleep(seconds))
+
+    return only_on(LAST_RANK, plant)
 
 
 def in_exchange(how: Callable[[], None]) -> Callable[[], None]:
@@ -200,7 +203,8 @@ KINDS: dict[str, Callable[[], None]] = {
     "exception": die(fail),
     "hang": die(hang),
     "rank_0_hangs": die(hang, rank=0),
-    "compiles": only_on(LAST_RANK, compiles),
+    "compiles": compiles(8),
+    "compiles_for_a_minute": compiles(60),
     "killed_in_exchange": in_exchange(be_killed),
     "fails_in_exchange": in_exchange(fail),
     "hangs_in_exchange": in_exchange(hang),

@@ -1,4 +1,4 @@
-"""Entry: fmnist benchmark {data,train,all,colour,plot,accuracy} [options]; --help explains them."""
+"""Entry: fmnist benchmark {data,train,all,colour,plot,accuracy,programs} [options]; --help explains them."""
 
 import sys
 
@@ -14,6 +14,10 @@ def main(argv: list[str]) -> int:
         from fmnist.benchmark import accuracy
 
         return accuracy.main(argv[1:])
+    if argv[:1] == ["programs"]:
+        from fmnist.benchmark import programs
+
+        return programs.main(argv[1:])
     options = parse(argv)
     from fmnist.benchmark.output import draw  # late: importing torch takes seconds
     from fmnist.benchmark.suite import Suite

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +9,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from fmnist.benchmark.programs import last_line, run
 from fmnist.config.parse import DEFAULT_CONFIG, load_config, parse_config
 from fmnist.config.same_run import changes
 from fmnist.config.schema import Config, flatten
 from fmnist.config.shipped import shipped
 from fmnist.runtime.arguments import CommandLine, number
-from fmnist.runtime.console import log_to_console, one_line, one_line_errors
+from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.runtime.files import read_json, write_atomic
-from fmnist.runtime.launcher import stop_with_parent
 from fmnist.runtime.ownership import CONFIG, check_outputs, check_suffix, delete_run_files
 
 PROGRAM = "fmnist benchmark accuracy"
@@ -135,18 +134,11 @@ def train(directory: Path, argv: Sequence[str]) -> str:
                 f"{directory} is in use by another process: wait for its end, or give another --output"
             ) from None
     log = directory.with_suffix(".txt")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
-        began = file.tell()
-        command = [sys.executable, str(shipped("train.py")), *argv]
-        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
-        status = subprocess.run(command, **pipes, preexec_fn=stop_with_parent).returncode
-    last = one_line((log.read_bytes()[began:].decode(errors="replace").strip().splitlines() or ["no output"])[-1])
-    if status == 2:
-        raise ValueError(last.removeprefix("train.py: error: "))
-    if status:
-        ended = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-        return f"{ended}: {last} ({log})"
+    ended, printed = run([sys.executable, str(shipped("train.py")), *argv], log)
+    if ended == "exit status 2":
+        raise ValueError(last_line(printed).removeprefix("train.py: error: "))
+    if ended:
+        return f"{ended}: {last_line(printed)} ({log})"
     return "" if is_finished(directory) else f"stopped before its end ({log})"
 
 

@@ -38,6 +38,7 @@ Race the data path against torchvision's and kornia's on this machine.
   colour the loaders alone on photographs, 256 to 224 px: random resized crop, flip, colour jitter
   plot   draw the chart of a JSON file again: plot FILE.json
   accuracy  train.py's time to an accuracy, over several seeds: accuracy --help
+  programs  train.py against timm's own train.py and benchmark.py, run as they are: programs --help
 
 Each loader must first pass a correctness gate: with given parameters its images lie within 2/255 of a float64 warp, and
 its labels come in the common order. A loader that fails is not timed, and the exit status is 1.
@@ -54,7 +55,7 @@ examples:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line; an option that was not given and whose default depends on the device stays None."""
-    usage = f"{PROGRAM} {{data,train,all,colour,plot,accuracy}} [options]"
+    usage = f"{PROGRAM} {{data,train,all,colour,plot,accuracy,programs}} [options]"
     parser = CommandLine(prog=PROGRAM, usage=usage, description=DESCRIPTION, joined=True)
 
     def add(flag: str, text: str, **kwargs: Any) -> None:
