@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fmnist.config.schema import ModelConfig
 from fmnist.data import fashion_mnist
 from fmnist.models import Normalization, build_model, model_names, weights
+from fmnist.models.cnn import CellPool
 from fmnist.models.stem import to_one_channel
 
 LITE0 = "tf_efficientnet_lite0.safetensors"
@@ -141,6 +142,12 @@ def test_cnn_parameters():
         ({"stem_stride": 2}, 278_890 + 7 * 32, [14, 14, 14, 7, 7]),
         # 16*32 + 9 * (32*64 + 64*128 + 128*128) = 240,128; BatchNorm 2 * 352; the head.
         ({"stem_stride": 2, "early_pool": True, "depths": [1, 2]}, 240_128 + 704 + 1_290, [14, 14, 7, 7]),
+        # The head reads 3 x 3 cells of 128 values: 1,152 * 10 + 10.
+        (
+            {"stem_stride": 2, "early_pool": True, "depths": [1, 2], "pool_size": 3},
+            240_128 + 704 + 11_530,
+            [14, 14, 7, 7],
+        ),
         # 9 * (8 + 8*16 + 16*24 + 24*24 + 24*24 + 24*32) = 21,960; BatchNorm 2 * 128; head 32*10 + 10.
         ({"widths": [8, 16, 24, 32], "depths": [1, 3, 1]}, 21_960 + 256 + 330, [28, 14, 7, 7, 7, 3]),
     ],
@@ -156,9 +163,39 @@ def test_cnn_options_by_parameters_and_sizes_of_its_maps(options, parameters, ma
     assert sizes == maps
 
 
-@pytest.mark.parametrize("options", [{"depths": [2]}, {"depths": [2, 0]}, {"stem_stride": 3}])
+@pytest.mark.parametrize("options", [{"depths": [2]}, {"depths": [2, 0]}, {"stem_stride": 3}, {"pool_size": 0}])
 def test_cnn_options_that_do_not_belong_together_are_one_line(options):
     assert "valid: a width for the stem and for each stage" in error_of("cnn", 28, options=options)
+
+
+@pytest.mark.parametrize(
+    ("size", "cells", "bounds"),
+    [
+        (7, 3, [(0, 3), (2, 5), (4, 7)]),  # the CNN's maps at 28 px
+        (5, 3, [(0, 3), (1, 4), (2, 5)]),  # at 20 px
+        (14, 3, [(0, 6), (4, 10), (8, 14)]),
+        (6, 3, [(0, 2), (2, 4), (4, 6)]),
+        (3, 3, [(0, 1), (1, 2), (2, 3)]),
+        (9, 1, [(0, 9)]),
+    ],
+)
+def test_cells_are_means_equally_far_apart_and_leave_out_no_place(size, cells, bounds):
+    maps = torch.randn(2, 5, size, size, dtype=torch.float64, requires_grad=True)
+    means = torch.stack([torch.stack([maps[..., a:b, c:d].mean((2, 3)) for c, d in bounds], -1) for a, b in bounds], -2)
+    pooled = CellPool(cells)(maps)
+    assert pooled.shape == (2, 5, cells, cells)
+    torch.testing.assert_close(pooled, means, rtol=0, atol=1e-15)
+    assert torch.autograd.gradcheck(CellPool(cells), maps)
+    pooled.sum().backward()
+    assert (maps.grad > 0).all()
+    oblong = torch.randn(1, 1, 2 * size, size)
+    assert CellPool(cells)(oblong).shape == (1, 1, cells, cells)
+
+
+def test_images_too_small_for_the_cells_are_one_line():
+    options = {"pool_size": 3, "stem_stride": 2, "early_pool": True}
+    assert "pool_size is 3, but the last maps have 2 x 2 values: larger images" in error_of("cnn", 8, options=options)
+    build("cnn", 12, options=options)
 
 
 def test_hybrid_parameters_and_places():
