@@ -59,7 +59,7 @@ def train(training: Training, cfg: Config, run: Run) -> None:
         # validate: the throughput clock is paused
         if schedule.validates(state.step):
             with clock.paused():
-                val = validate(training.eval_model, training.val_split, augment, cfg.evaluation, run)
+                val = validate(training.eval_model, training.val_split, augment, training.validation(cfg), run)
                 run.log("val", val, state.step)
                 state.update_best(val, cfg.evaluation.best)
 

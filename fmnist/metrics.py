@@ -82,8 +82,13 @@ def score(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
 def validate(
     model: nn.Module, split: Split, augment: Augment, cfg: EvaluationConfig, processes: Processes
 ) -> dict[str, float]:
-    """Evaluate a split as `predict` and `score` do; empty where the split is."""
+    """Evaluate a split as `predict` and `score` do; empty where the split is.
+
+    Returns:
+        What `score` does, as numbers; and `size`, in pixels, where that is not the last of training.
+    """
     if not len(split):
         return {}
     logits = predict(model, split, augment, cfg, processes)
-    return processes.mean(score(logits, split.labels))
+    other_size = {} if cfg.size in (None, augment.final_size) else {"size": float(cfg.size)}
+    return processes.mean(score(logits, split.labels)) | other_size

@@ -71,6 +71,18 @@ def test_a_resumed_run_knows_its_best(said: list[str], clock: list[float]) -> No
     assert said == ["epoch 2/3  step 20  val top1 90.00 % (best 95.00 %)  0:10 left"]
 
 
+def test_numbers_at_two_image_sizes_are_not_compared(said: list[str], clock: list[float]) -> None:
+    progress = watched([0])
+    for step, val in (10, {"top1": 0.9, "size": 20.0}), (20, {"top1": 0.8}), (30, {"top1": 0.7}):
+        clock[0] += 10
+        progress.log("val", val, step)
+    assert [line.partition("  val ")[2].partition("  0:")[0] for line in said] == [
+        "top1 90.00 % (best 90.00 %)  at 20 px",
+        "top1 80.00 % (best 80.00 %)",
+        "top1 70.00 % (best 80.00 %)",
+    ]
+
+
 @pytest.mark.parametrize(
     ("by", "told"),
     [

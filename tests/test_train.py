@@ -87,6 +87,35 @@ def test_the_epoch_of_the_lowest_loss_is_kept_where_that_is_asked_for(tmp_path: 
 
 
 @pytest.mark.thorough
+def test_while_small_images_are_trained_validation_has_their_size(tmp_path: Path, small_config: Path) -> None:
+    growing = ("--data.limit", 192, "--evaluation.every_steps", 2, "--augment.size", "{0: 20, 1: 28}")
+    command = ["--config", small_config, *growing, "--evaluation.test", "false", "--output_dir"]
+    warm_train(*command, tmp_path / "whole")
+    val = [line for line in metrics(tmp_path / "whole") if line["prefix"] == "val"]
+    assert [line.get("size") for line in val] == [20.0 if line["epoch"] <= 1 else None for line in val]
+    assert {line.get("size") for line in val} == {20.0, None}
+    summary = json.loads((tmp_path / "whole/summary.json").read_text())
+    large = [line for line in val if line["epoch"] > 1]
+    assert summary["val.top1"] == max(line["top1"] for line in large) and "val.size" not in summary
+
+    # where a size is given, it is that of all
+    warm_train(*command, tmp_path / "fixed", "--evaluation.size", 20)
+    fixed = [line for line in metrics(tmp_path / "fixed") if line["prefix"] == "val"]
+    assert {line["size"] for line in fixed} == {20.0}
+    small = [line for line in val if line["epoch"] <= 1]
+    assert small == fixed[: len(small)]
+    assert [line["loss"] for line in fixed[len(small) :]] != [line["loss"] for line in large]
+
+    # stopped at the smaller size and continued, the best is that of the unbroken run
+    stopped = [*command, tmp_path / "stopped", "--max_minutes"]
+    warm_train(*stopped, 0.001)
+    assert json.loads((tmp_path / "stopped/summary.json").read_text())["steps"] < len(small) * 2
+    warm_train(*command, tmp_path / "stopped")
+    assert same_weights(tmp_path / "whole", tmp_path / "stopped")
+    assert [line for line in metrics(tmp_path / "stopped") if line["prefix"] == "val"] == val
+
+
+@pytest.mark.thorough
 def test_evaluate_gives_what_training_gave_and_the_same_command_again_changes_nothing(
     finished: tuple[Path, Path],
 ) -> None:

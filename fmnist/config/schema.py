@@ -221,7 +221,7 @@ class EvaluationConfig:
     batch_size: int = option(500, valid=(1, 10**6))
     """Images per forward pass on one process."""
     size: int | None = option(None, valid=(8, 1024))
-    """Image size in pixels per side; null: the last of augment.size."""
+    """Image size in pixels per side; null: the last of augment.size, and while smaller images are trained, theirs."""
     tta: Literal["none", "flip"] = "none"
     """Test-time augmentation; flip: average the probabilities of the image and its mirror image."""
     best: Literal["top1", "macro_f1", "loss"] = "top1"

@@ -24,6 +24,7 @@ class Progress:
         total_steps, steps_per_epoch: of the run.
         best: the best validation number of earlier starts; None where there is none.
         by: its name, see `evaluation.best`.
+        size: in pixels, where it is not that of the end.
     """
 
     def __init__(
@@ -35,10 +36,11 @@ class Progress:
         steps_per_epoch: int,
         best: float | None = None,
         by: Literal["top1", "macro_f1", "loss"] = "top1",
+        size: float | None = None,
     ) -> None:
         self.step, self.validates = step, validates
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
-        self.best, self.by = best, by
+        self.best, self.by, self._size = best, by, size
         self._losses: list[float] = []
         self._rate: float | None = None
         self._overall: float | None = None
@@ -89,9 +91,12 @@ class Progress:
             parts.append(f"train loss {sum(self._losses) / len(self._losses):.4f}")
         if val:
             number, better = val[self.by], min if self.by == "loss" else max
-            self.best = number if self.best is None else better(self.best, number)
+            if self.best is None or val.get("size") != self._size:  # numbers at two sizes are not compared
+                self.best, self._size = number, val.get("size")
+            self.best = better(self.best, number)
             parts += [f"val top1 {100 * val['top1']:.2f} %"] if self.by != "top1" else []
             parts.append(f"val {WORDS[self.by]} {_shown(self.by, number)} (best {_shown(self.by, self.best)})")
+            parts += [f"at {self._size:g} px"] if self._size else []
         if self._rate is not None:
             overall = "" if self._overall is None else f" ({self._overall:,.0f} overall)"
             parts.append(f"{self._rate:,.0f} images/s{overall}")

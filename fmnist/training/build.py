@@ -158,9 +158,11 @@ def _network(cfg: Config, run: Run, info: DataInfo, *, fresh: bool) -> tuple[nn.
 
 
 def _compiling(augment: Augment, schedule: Schedule, done: int) -> list[int]:
-    """Return the steps in which a compiler may be at work: the first of each image size, and the first validation."""
-    validation = (step for step in range(done + 1, schedule.total_steps + 1) if schedule.validates(step))
-    return [*(epoch * schedule.steps_per_epoch + 1 for epoch in augment.sizes), next(validation, 0)]
+    """Return the steps in which a compiler may be at work: the first of each image size, and its first validation."""
+    first = [epoch * schedule.steps_per_epoch + 1 for epoch in augment.sizes]
+    end = schedule.total_steps + 1
+    validations = [next(filter(schedule.validates, range(max(step, done + 1), end)), 0) for step in first]
+    return [*first, *validations]
 
 
 def _clock(cfg: Config, state: TrainState, model: nn.Module, augment: Augment, loader: Loader, run: Run) -> Clock:
@@ -181,4 +183,5 @@ def _progress(cfg: Config, state: TrainState, schedule: Schedule) -> Progress:
         steps_per_epoch=schedule.steps_per_epoch,
         best=state.best_number(cfg.evaluation.best),
         by=cfg.evaluation.best,
+        size=state.best_val.get("size"),
     )

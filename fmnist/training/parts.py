@@ -1,6 +1,6 @@
 """What the training loop works with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from timm.utils import ModelEmaV3
@@ -8,6 +8,7 @@ from torch import nn
 
 from fmnist.checkpoint.contents import TrainState
 from fmnist.checkpoint.store import Checkpoints
+from fmnist.config.schema import Config, EvaluationConfig
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader
 from fmnist.data.placement import Placement
@@ -55,3 +56,9 @@ class Training:
     clock: Clock
     progress: Progress
     non_finite: NonFiniteWatch
+
+    def validation(self, cfg: Config) -> EvaluationConfig:
+        """Return the options of the validation after this step: at the size of its epoch, where none is set."""
+        size = self.augment.size((self.state.step - 1) // self.loader.steps_per_epoch)
+        own = cfg.evaluation.size or size == self.augment.final_size
+        return cfg.evaluation if own else replace(cfg.evaluation, size=size)
