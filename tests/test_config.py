@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,6 +88,22 @@ def test_flags_beat_the_file_and_the_file_beats_the_defaults(tmp_path: Path) -> 
     assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.optim.beta1) == (0.125, 0.25, 0.9)
     assert cfg.augment.size == {0: 96, 4: 128}
     assert cfg.output_dir == "runs/mine"
+
+
+def test_the_options_of_a_recipes_model_go_with_its_model(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("model: {name: cnn, options: {widths: [8, 16]}}")
+    second.write_text("model: {name: mlp}")
+
+    def options(*argv: str) -> dict[str, Any]:
+        return parse_config(["--config", str(first), *argv]).model.options
+
+    assert options() == options("--model.name", "cnn") == {"widths": [8, 16]}
+    assert options("--model.name", "resnet18") == options("--config", str(second)) == {}
+    both = ["--model.options", "{width: 64}", "--model.name", "mlp"]  # in either order
+    assert options(*both) == options(*both[2:], *both[:2]) == {"width": 64}
+    assert options("--config", str(second), "--model.name", "cnn") == {}
+    assert options("--model", "{name: mlp, options: {width: 8}}") == {"width": 8}
 
 
 def test_a_bare_dry_run_means_true() -> None:
