@@ -16,7 +16,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from experiments import prediction_sets, recipe_tables
+from experiments import mirrored, prediction_sets, recipe_tables
 from experiments.queue_results import numbers, spread
 from fmnist.runtime.files import read_json, write_atomic
 from fmnist.runtime.provenance import measured_now, processor
@@ -181,7 +181,7 @@ def updated_pages() -> dict[Path, str]:
             "classes": prediction_sets.classes_table(),
             "automation": prediction_sets.automation_table(),
         },
-        "docs/recipes.md": recipe_tables.marks(recipe_tables.queued()),
+        "docs/recipes.md": recipe_tables.marks(recipe_tables.queued()) | {"mirrored": mirrored.table()},
     }
     pages = {}
     for name, marks in contents.items():
