@@ -181,7 +181,8 @@ def updated_pages() -> dict[Path, str]:
             "classes": prediction_sets.classes_table(),
             "automation": prediction_sets.automation_table(),
         },
-        "docs/recipes.md": recipe_tables.marks(recipe_tables.queued()) | {"mirrored": mirrored.table()},
+        "docs/augment.md": {"mirrored": mirrored.table()},
+        "docs/recipes.md": recipe_tables.marks(recipe_tables.queued()),
     }
     pages = {}
     for name, marks in contents.items():
