@@ -75,7 +75,9 @@ class Racer:
 
 def recipes(*, compiled: bool, dry: bool) -> dict[str, Config]:
     """Return what is raced, by name."""
-    cnn, mlp = parse_config([]), parse_config(["--config", "configs/mlp.yaml"])
+    cnn, mlp = (
+        parse_config(["--config", f"experiments/recipes/{name}.yaml"]) for name in ("cnn_11_epochs", "mlp_adamw")
+    )
     small = parse_config(["--config", "configs/convnext_32px.yaml"])
     at_28 = replace(cnn, augment=replace(cnn.augment, size=28))
     large = Config(model=ModelConfig(name="convnext_tiny", drop_path_rate=0.1), augment=AugmentConfig(size=224))

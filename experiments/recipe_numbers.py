@@ -15,9 +15,11 @@ from fmnist.runtime.files import read_json
 
 # Model -> entry of its final runs.
 FINAL = {
-    "MLP": "final_mlp",
+    "MLP by AdamW": "final_mlp",
+    "MLP": "mlp_muon",
     "CNN, 8 epochs": "cnn_8_epochs",
-    "CNN (the default)": "cnn_11_epochs",
+    "CNN, 11 epochs": "cnn_11_epochs",
+    "CNN (the default)": "cnn_10_epochs",
     "small ConvNeXt": "final_convnext",
     "ViT": "final_vit",
     "hybrid": "final_hybrid",
@@ -27,8 +29,8 @@ AMOUNTS = (100, 1_000, 5_000, 20_000)  # training images, of ten classes
 ALL_IMAGES = 55_000
 # Model -> group of its amounts, and what holds the result of all images: an entry, or a file beside the queue's folder.
 AMOUNT = {
-    "MLP": ("amount_mlp", "final_mlp"),
-    "CNN": ("amount_cnn", "cnn_11_epochs"),
+    "MLP by AdamW": ("amount_mlp", "final_mlp"),
+    "CNN": ("amount_cnn", "cnn_10_epochs"),
     "small ConvNeXt": ("amount_convnext", "final_convnext"),
     "EfficientNet-Lite0, ImageNet weights": ("amount_lite0_pretrained", "efficientnet_lite0.json"),
     "EfficientNet-Lite0, from scratch": ("amount_lite0_scratch", "efficientnet_lite0_scratch.json"),

@@ -156,7 +156,7 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         assert meanings()[name] in shown
     # Its type, docstring, valid range and default (of configs/cnn.yaml) stand behind each.
     for words in (
-        "--augment.flip float Probability of a horizontal flip. Valid range: 0 to 1. (default: 0.5)",
+        "--augment.flip float Probability of a horizontal flip. Valid range: 0 to 1. (default: 0.1)",
         "null disables it. Valid range: 0.01 to 1. (default: null)",
         "--augment.size int|{int: int} Image size in pixels per side",
         "--resume auto|never auto: resume from the newest valid checkpoint; never: refuse a non-empty directory.",
@@ -173,7 +173,7 @@ def test_help_shows_the_defaults_of_the_recipe_that_would_run(
 ) -> None:
     lr = "never rescaled. Valid range: 0 to 100. (default: {})"
     shown = " ".join(help_of(capsys).split())
-    assert lr.format(0.004) in shown and '(default: {"0": 20, "5": 28})' in shown
+    assert lr.format(0.02) in shown and '(default: {"0": 20, "4": 28})' in shown
     (tmp_path / "mine.yaml").write_text("optim: {lr: 0.25}\nmodel: {name: mlp}")
     shown = " ".join(help_of(capsys, "--config", str(tmp_path / "mine.yaml"), "--optim.lr", "3").split())
     assert lr.format(0.25) in shown and "(default: mlp)" in shown
@@ -254,8 +254,8 @@ def test_print_config_prints_what_reads_back_equal(tmp_path: Path, capsys: pytes
     [
         (["--optim.name", "sgd", "--optim.beta2", "0.9"], "optim.beta2 0.9 has no effect: optim.name is sgd"),
         (["--schedule.name", "constant", "--schedule.min_lr", "0.001"], "schedule.min_lr 0.001 has no effect"),
-        (["--exact", "3"], "exact is 3; valid: a divisor of batch.global_batch_size 128"),
-        (["--exact", "4", "--batch.micro_batch_size", "16"], "exact makes it 128 / 4 = 32: leave it out"),
+        (["--exact", "3"], "exact is 3; valid: a divisor of batch.global_batch_size 256"),
+        (["--exact", "4", "--batch.micro_batch_size", "16"], "exact makes it 256 / 4 = 64: leave it out"),
         (["--augment.size", "{0: 16, -1: 28}"], "augment.size is {0: 16, -1: 28}; valid: {0: pixels, "),
         (["--augment.size", '{"0": 16, 0: 28}'], "augment.size is "),
         (["--optim.lr", "9" * 400], "optim.lr is 99999"),

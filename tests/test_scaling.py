@@ -31,7 +31,7 @@ def test_the_constants_are_those_of_the_models() -> None:
         CONVNEXT.parameters,
         CONVNEXT.flops,
     )
-    cfg = parse_config(["--config", str(ROOT / "configs/cnn.yaml")])
+    cfg = parse_config(["--config", str(ROOT / "experiments/recipes/cnn_11_epochs.yaml")])
     cnn, _ = build_model(cfg.model, num_classes=10, mean=(0.286,), std=(0.353,), image_size=28, load_weights=False)
     assert (sum(p.numel() for p in cnn.parameters()), flops_per_image(cnn, 1, 28)[1]) == (CNN.parameters, CNN.flops)
 
