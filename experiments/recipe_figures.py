@@ -40,7 +40,8 @@ def log_ticks(axes: Axes) -> None:
     """Make the x axis logarithmic, with ticks at 1, 2, 5 and their multiples of ten, as one writes them."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
-    ticks = [factor * 10**power for power in range(-3, 6) for factor in (1, 2, 5)]
+    factors = range(1, 10) if high < 10 * low else (1, 2, 5)  # less than a decade would show one of three
+    ticks = [factor * 10**power for power in range(-3, 6) for factor in factors]
     axes.set_xticks(shown := [tick for tick in ticks if low <= tick <= high], [f"{tick:g}" for tick in shown])
     axes.minorticks_off()
 
