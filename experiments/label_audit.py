@@ -40,7 +40,7 @@ CHOSEN_ON = 0  # the seed that the ranking's two numbers were chosen on; the oth
 RECIPES = {
     "mlp": ("experiments/recipes/mlp_adamw.yaml", 10),
     "cnn": ("experiments/recipes/cnn_8_epochs.yaml", 5),
-}  # and epochs
+}
 # A class that each is often taken for: by an MLP's validation images the most frequent one, but for Dress and Bag.
 LIKELY = torch.tensor([6, 3, 4, 6, 2, 7, 0, 9, 6, 7])
 

@@ -102,6 +102,7 @@ def test_torchvision_reads_the_images_that_timm_is_given(tmp_path: Path) -> None
         (["timm", "--size", "4"], "valid range: 8 to 512"),
         (["timm", "--batch", "8192"], "--batch times --steps is 163,840 images; valid range: 1 to 30,000"),
         (["timm", "--output", "foreign"], "foreign.json was not made by this command"),
+        (["timm", "--output", "notes"], "notes.txt was not made by this command"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(
@@ -109,10 +110,12 @@ def test_a_mistake_is_one_line_and_status_2(
 ) -> None:
     monkeypatch.chdir(sources.parent)
     Path("foreign.json").write_text("{}")
+    Path("notes.txt").write_text("mine")
     with pytest.raises(SystemExit) as end:
         main(["programs", *argv])
     said = capsys.readouterr()
     assert end.value.code == 2 and said.out == ""
     assert len(said.err.splitlines()) == 1 and words in said.err
     assert said.err.startswith("fmnist benchmark programs: error: ")
-    assert {path.name for path in sources.parent.iterdir()} == {"timm", "foreign.json"}
+    assert {path.name for path in sources.parent.iterdir()} == {"timm", "foreign.json", "notes.txt"}
+    assert Path("notes.txt").read_text() == "mine"

@@ -83,6 +83,6 @@ def test_validation_and_test_stay_whole_and_no_limit_changes_no_bit(data: Path) 
 
 def test_the_sizes_of_a_short_run_know_the_limit() -> None:
     cfg = parse_config(["--data.limit", "1280", "--batch.global_batch_size", "128", "--schedule.steps", "30"])
-    assert cfg.augment.size == {0: 20, 5: 28}
+    assert cfg.augment.size == {0: 20, 4: 28}
     assert sizes_by_epoch(cfg, 1280) == {0: 20, 2: 28}  # 1,280 images are 10 steps an epoch: three epochs
     assert sizes_by_epoch(cfg, 11_000) == {0: 28}  # 85 steps an epoch: less than one

@@ -356,7 +356,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
         "27,8",
         "8.89 G",
         "26.66 G",
-        "128 = 32 images x 1 process x 4 accumulation steps",
+        "256 = 32 images x 1 process x 8 accumulation steps",
         "55,000 training",
     ):
         assert part in done.stdout, done.stdout

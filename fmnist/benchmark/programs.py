@@ -115,15 +115,16 @@ def main(argv: list[str]) -> int:
     log_to_console()
     with one_line_errors(PROGRAM):
         path = options.output.with_name(f"{options.output.name}.json")
-        check_outputs({path: b'"name": "programs"'}, force=options.force)
+        log = path.with_suffix(".txt")
+        check_outputs({path: b'"name": "programs"', log: PROGRAM.encode()}, force=options.force)
         device, precision, images = find_device(None), resolve_precision("auto"), options.batch * options.steps
-        split = Split.load("train", DataConfig(), find_device("cpu"))
         if images > MOST_IMAGES:
             raise ValueError(f"--batch times --steps is {images:,} images; valid range: 1 to {MOST_IMAGES:,}")
+        split = Split.load("train", DataConfig(), find_device("cpu"))
         with temporary_folder(path.absolute()) as folder:
             write_torchvision(folder / "data", split.images[:images].numpy(), split.labels[:images].numpy())
             racing = programs(options, folder, device.type, precision, available_cores())
-            rows = race(racing, options.rounds, path.with_suffix(".txt"))
+            rows = race(racing, options.rounds, log)
             places = {str(folder.absolute()): "FOLDER", sys.executable: "python", str(shipped("train.py")): "train.py"}
             for row, program in zip(rows, racing, strict=True):
                 row["command"] = shlex.join(program.command)
@@ -147,7 +148,7 @@ def main(argv: list[str]) -> int:
         print(f"\n{title} ({scaled(images)} images an epoch; ratios to {TRAIN})")
         print(f"{text_table(rows, columns, ['name', 'failed'])}\n\nwrote {path}", flush=True)
         if failed := [row["name"] for row in rows if "failed" in row]:
-            sys.stderr.write(f"{PROGRAM}: error: {', '.join(failed)} failed: see {path.with_suffix('.txt')}\n")
+            sys.stderr.write(f"{PROGRAM}: error: {', '.join(failed)} failed: see {log}\n")
         return 1 if failed else 0
 
 
@@ -221,7 +222,7 @@ def race(racing: Sequence[Program], rounds: int, log: Path) -> list[dict[str, An
     """
     rows: dict[str, dict[str, Any]] = {program.name: {"name": program.name} for program in racing}
     samples: dict[str, list[dict[str, float]]] = {program.name: [] for program in racing}
-    log.unlink(missing_ok=True)
+    write_atomic(log, f"{PROGRAM}\n")
     for i in range(rounds):
         for program in racing:
             if "failed" in rows[program.name]:

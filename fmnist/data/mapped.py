@@ -66,7 +66,7 @@ def digest_of(images: Tensor | Mapped, labels: Tensor) -> str:
     if isinstance(images, Mapped):
         found.update(f"{images.array.dtype} {list(images.shape)} ".encode())
         for part in images.at.split(CHUNK):
-            found.update(images.array[part].numpy().data)
+            found.update(images.array[part].contiguous().numpy().data)
         images = torch.empty(0, dtype=torch.uint8)
     else:
         found.update(f"{images.dtype} {list(images.shape)} ".encode())
