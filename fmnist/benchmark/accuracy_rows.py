@@ -41,7 +41,8 @@ def measured(directory: Path, target: float) -> dict[str, Any]:
         ValueError: the run's files lack these numbers.
     """
     summary, lines = read_json(directory / "summary.json"), evaluations(directory / "metrics.jsonl")
-    lines = [line for line in lines if "size" not in line]  # at the size of the end alone
+    last = lines[-1].get("size") if lines else None
+    lines = [line for line in lines if line.get("size") == last]  # at the size of the end alone
     top1s = [line.get("top1") or 0.0 for line in lines]
     if not top1s:
         raise ValueError(f"{directory} evaluated no validation images: there are none to hold the target on")

@@ -49,9 +49,11 @@ def draw_loss(axes: Axes, train: Sequence[Mapping[str, Any]], val: Sequence[Mapp
 def draw_top1(axes: Axes, val: Sequence[Mapping[str, Any]]) -> None:
     """Draw validation top1, of which there must be some, with its best."""
     steps, top1 = series(val, "top1")
+    axes.plot(steps, 100 * top1, "o-", color=ORANGE, markersize=4, linewidth=1.2, label="val")
+    last = [line for line in val if line.get("size") == val[-1].get("size")]  # two sizes are not compared
+    steps, top1 = series(last, "top1")
     best = int(top1.argmax())
     label = f"best {100 * top1[best]:.2f} % at step {int(steps[best]):,}"
-    axes.plot(steps, 100 * top1, "o-", color=ORANGE, markersize=4, linewidth=1.2, label="val")
     axes.plot(steps[best], 100 * top1[best], "*", color=GREEN, markersize=14, label=label)
     axes.set_ylabel("validation top1 (%)")
     axes.legend(loc="lower right")
