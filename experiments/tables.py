@@ -11,6 +11,7 @@ import argparse
 import ast
 import datetime
 import json
+import math
 import os
 import statistics
 from pathlib import Path
@@ -147,7 +148,7 @@ def programs_table() -> str:
         lines.append(f"| **{setting}, {machine(result)}, timm {result['timm_sources']}** | | | |")
         for row in (row for row in result["rows"] if "failed" not in row):
             rate = f"{row['median']:,.0f} ({row['min']:,.0f} to {row['max']:,.0f})"
-            lines.append(f"| {row['name']} | {rate} | {row['ratio']:.2f} | {row['seconds']:.0f} |")
+            lines.append(f"| {row['name']} | {rate} | {row.get('ratio', math.nan):.2f} | {row['seconds']:.0f} |")
     return "\n".join(lines)
 
 

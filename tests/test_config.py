@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fmnist.config.parse import load_config, parse_config
+from fmnist.config.parse import load_config, parse_config, update
 from fmnist.config.same_run import changes, differences
 from fmnist.config.schema import OPTIONS, Config, flatten, meanings, to_yaml, unflatten
 from fmnist.models import REGISTRY
@@ -103,6 +103,9 @@ def test_the_options_of_a_recipes_model_go_with_its_model(tmp_path: Path) -> Non
     both = ["--model.options", "{width: 64}", "--model.name", "mlp"]  # in either order
     assert options(*both) == options(*both[2:], *both[:2]) == {"width": 64}
     assert options("--config", str(second), "--model.name", "cnn") == {}
+    mine = flatten(parse_config(["--config", str(first)]))  # as fmnist.train takes a Config
+    assert update(mine, {"model.name": "mlp"})["model.options"] == {} != mine["model.options"]
+    assert update(mine, {"model.name": "cnn", "seed": 3})["model.options"] == mine["model.options"]
     assert options("--model", "{name: mlp, options: {width: 8}}") == {"width": 8}
 
 

@@ -194,7 +194,7 @@ def test_cells_are_means_equally_far_apart_and_leave_out_no_place(size, cells, b
 
 def test_images_too_small_for_the_cells_are_one_line():
     options = {"pool_size": 3, "stem_stride": 2, "early_pool": True}
-    assert "pool_size is 3, but the last maps have 2 x 2 values: larger images" in error_of("cnn", 8, options=options)
+    assert "pool_size is 3, but the last maps are 2 x 2: train on larger images" in error_of("cnn", 8, options=options)
     build("cnn", 12, options=options)
 
 

@@ -70,15 +70,20 @@ def test_a_race_with_train_py_itself(sources: Path, tmp_path: Path) -> None:
         ("raise RuntimeError('no such model')", "exit status 1: RuntimeError: no such model"),
         ("import os; os.kill(os.getpid(), 9)", "killed by signal 9: no output"),
         ("print('done')", "says no images/s: done"),
+        ("print('leaves nothing')", "says no images/s: leaves nothing"),
+        ("print('rate 0')", "says no images/s: rate 0"),
     ],
 )
 def test_a_program_that_fails_is_one_row(says: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "fails.py").write_text(says)
     (tmp_path / "works.py").write_text(f"print({PRINTED!r})")
-    racing = [
-        programs.Program(name, [sys.executable, f"{name}.py"], tmp_path, lambda text: 8.0 if "108.52" in text else None)
-        for name in ("fails", "works")
-    ]
+
+    def rate(text: str) -> float | None:
+        if "leaves nothing" in text:
+            return float((tmp_path / "absent.json").read_text())
+        return 0.0 if "rate 0" in text else 8.0 if "108.52" in text else None
+
+    racing = [programs.Program(name, [sys.executable, f"{name}.py"], tmp_path, rate) for name in ("fails", "works")]
     fails, works = programs.race(racing, 2, tmp_path / "log.txt")
     assert fails == {"name": "fails", "failed": reason}
     assert works["median"] == 8 and len(works["rounds"]) == 2 and "ratio" not in works  # timm's train.py is not there

@@ -24,8 +24,8 @@ from fmnist.config.schema import AugmentConfig, Config, ModelConfig, OptimConfig
 from fmnist.evaluation.findings import Findings, findings
 from fmnist.evaluation.numbers import summarize
 from fmnist.evaluation.outcome import Outcome
-from fmnist.report.curves import loss_note, plot_learning_curves, series
-from fmnist.report.figures import plot_confusion_matrix
+from fmnist.report.curves import draw_top1, loss_note, of_last_size, plot_learning_curves, series
+from fmnist.report.figures import Figure, plot_confusion_matrix
 from fmnist.report.write import class_table, write_evaluation
 from fmnist.tracking.metrics_file import read_metrics
 
@@ -270,3 +270,14 @@ def test_the_note_names_what_sets_the_losses_apart() -> None:
     )
     assert loss_note(cfg) == "train loss: with rotation, mixup, dropout, label smoothing; val loss: without"
     assert loss_note(Config(augment=AugmentConfig(flip=0.0), optim=OptimConfig(ema_decay=0.0))) == ""
+
+
+def test_the_best_validation_of_a_figure_is_of_the_last_image_size() -> None:
+    small = [{"step": 1, "top1": 0.9, "size": 20.0}, {"step": 2, "top1": 0.95, "size": 20.0}]
+    large = [{"step": 3, "top1": 0.8}, {"step": 4, "top1": 0.85}, {"step": 5, "top1": 0.84}]
+    assert of_last_size([]) == [] and of_last_size(small) == small and of_last_size(small + large) == large
+    axes = Figure().subplots()
+    draw_top1(axes, small + large)
+    line, star = axes.get_lines()
+    assert list(line.get_xdata()) == [1, 2, 3, 4, 5]
+    assert star.get_label() == "best 85.00 % at step 4"

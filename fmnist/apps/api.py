@@ -19,7 +19,7 @@ from torch import Tensor
 from fmnist.apps.novelty import open_reference
 from fmnist.apps.trust import open_trust
 from fmnist.apps.views import read_view, view_of
-from fmnist.config.parse import parse_config
+from fmnist.config.parse import parse_config, update
 from fmnist.config.schema import Config, flatten
 from fmnist.config.shipped import shipped
 from fmnist.data.info import DataInfo
@@ -182,10 +182,11 @@ def train(config: str | Path | Config = "configs/cnn.yaml", **options: Any) -> R
         ValueError: an unknown or contradictory option, or data or a run directory that cannot be used; one line.
     """
     flags = [] if isinstance(config, Config) else ["--config", str(config)]
-    wanted = flatten(config) if isinstance(config, Config) else {}
+    given: dict[str, Any] = {}
     for name, value in options.items():
         section = isinstance(value, Mapping) and name in Config.__dataclass_fields__
-        wanted |= {f"{name}.{field}": inner for field, inner in value.items()} if section else {name: value}
+        given |= {f"{name}.{field}": inner for field, inner in value.items()} if section else {name: value}
+    wanted = update(flatten(config), given) if isinstance(config, Config) else given
     flags += [f"--{name}={_as_flag(value)}" for name, value in wanted.items()]
     try:
         with contextlib.redirect_stderr(io.StringIO()):

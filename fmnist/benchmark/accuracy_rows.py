@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fmnist.report.comparison import Columns, text_table
-from fmnist.report.curves import evaluations
+from fmnist.report.curves import evaluations, of_last_size
 from fmnist.runtime.console import counted
 from fmnist.runtime.files import read_json
 from fmnist.runtime.provenance import measured_now
@@ -40,9 +40,7 @@ def measured(directory: Path, target: float) -> dict[str, Any]:
     Raises:
         ValueError: the run's files lack these numbers.
     """
-    summary, lines = read_json(directory / "summary.json"), evaluations(directory / "metrics.jsonl")
-    last = lines[-1].get("size") if lines else None
-    lines = [line for line in lines if line.get("size") == last]  # at the size of the end alone
+    summary, lines = read_json(directory / "summary.json"), of_last_size(evaluations(directory / "metrics.jsonl"))
     top1s = [line.get("top1") or 0.0 for line in lines]
     if not top1s:
         raise ValueError(f"{directory} evaluated no validation images: there are none to hold the target on")

@@ -230,8 +230,11 @@ def race(racing: Sequence[Program], rounds: int, log: Path) -> list[dict[str, An
             began = time.perf_counter()
             ended, printed = run(program.command, log, program.folder)
             seconds = time.perf_counter() - began
-            rate = None if ended else program.rate(printed)
-            if rate is None:
+            try:
+                rate = None if ended else program.rate(printed)
+            except (OSError, ValueError, KeyError):  # it left no result, or half of one
+                rate = None
+            if not rate:
                 rows[program.name]["failed"] = f"{ended or 'says no images/s'}: {last_line(printed)}"
             else:
                 samples[program.name].append({"images_per_second": rate, "seconds": seconds})

@@ -51,14 +51,14 @@ def parse_config(argv: list[str] | None = None, prog: str | None = None, *, to_r
         files = args.config or [str(DEFAULT_CONFIG)]
         for file in files:
             with _origin(f"--config {file}"):
-                _update(options, _read(strict_yaml.load_file(find_recipe(file))))
+                options = update(options, _read(strict_yaml.load_file(find_recipe(file))))
         if args.help:
             _parser(prog, options, " and ".join(files)).print_help()
             raise SystemExit(0)
         flags: dict[str, Any] = {}
         for name, text in args.flags or []:
             flags |= _read({name: _flag_value(name, text)})
-        _update(options, flags)
+        options = update(options, flags)
         if options["output_dir"] is None:
             options["output_dir"] = f"runs/{Path(files[-1]).stem}"
         validate(cfg := unflatten(options), [name for name, _ in args.flags or []])
@@ -73,11 +73,10 @@ def parse_config(argv: list[str] | None = None, prog: str | None = None, *, to_r
     return cfg
 
 
-def _update(options: dict[str, Any], later: dict[str, Any]) -> None:
-    """Let later options take the place of earlier ones; `model.options` of another model go with it."""
-    if later.get("model.name", options["model.name"]) != options["model.name"]:
-        options["model.options"] = {}
-    options |= later
+def update(options: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Return options with later ones, by dotted name, in their place; `model.options` of another model go with it."""
+    another = later.get("model.name", options["model.name"]) != options["model.name"]
+    return options | ({"model.options": {}} if another else {}) | later
 
 
 def load_config(path: Path) -> Config:

@@ -138,7 +138,7 @@ class ModelConfig:
     drop_path_rate: float = option(0.0, valid=(0, 0.95))
     """Stochastic depth probability of the last block (timm models)."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Further keyword arguments of the model, e.g. {depths: [2, 2, 6, 2]}."""
+    """Further keyword arguments of the model, e.g. {depths: [2, 2, 6, 2]}; another model.name drops a recipe's."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward and backward pass; auto: bf16 on a GPU that supports it, fp32 elsewhere."""
     channels_last: bool = False

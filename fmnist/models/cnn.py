@@ -26,7 +26,9 @@ class CellPool(nn.Module):
         """Return [B, C, cells, cells] of maps [B, C, H, W]; neither H nor W below cells."""
         if min(maps.shape[2:]) < self.cells:
             size = " x ".join(map(str, maps.shape[2:]))
-            raise ValueError(f"pool_size is {self.cells}, but the last maps have {size} values: larger images")
+            raise ValueError(
+                f"pool_size is {self.cells}, but the last maps are {size}: train on larger images, or lower it"
+            )
         strides = [size // self.cells for size in maps.shape[2:]]
         kernel = [size - (self.cells - 1) * by for size, by in zip(maps.shape[2:], strides, strict=True)]
         return F.avg_pool2d(maps, kernel, strides)
@@ -45,7 +47,7 @@ class Cnn(nn.Module):
         pool_size: int = 1,
         in_channels: int = 1,
     ) -> None:
-        """Build the network; it takes images of any size from 8 px.
+        """Build the network; it takes images of any size whose last maps have pool_size values a side.
 
         Args:
             num_classes: logits per image.

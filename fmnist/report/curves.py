@@ -28,6 +28,11 @@ def evaluations(metrics_path: Path) -> list[dict[str, Any]]:
     return read_metrics(metrics_path).get("val", [])
 
 
+def of_last_size(val: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the validations at the image size of the last one: those at another are not compared with them."""
+    return [line for line in val if line.get("size") == val[-1].get("size")]
+
+
 def draw_loss(axes: Axes, train: Sequence[Mapping[str, Any]], val: Sequence[Mapping[str, Any]]) -> None:
     """Draw training loss, as logged and smoothed, and validation loss."""
     steps, loss = series(train, "loss")
@@ -50,8 +55,7 @@ def draw_top1(axes: Axes, val: Sequence[Mapping[str, Any]]) -> None:
     """Draw validation top1, of which there must be some, with its best."""
     steps, top1 = series(val, "top1")
     axes.plot(steps, 100 * top1, "o-", color=ORANGE, markersize=4, linewidth=1.2, label="val")
-    last = [line for line in val if line.get("size") == val[-1].get("size")]  # two sizes are not compared
-    steps, top1 = series(last, "top1")
+    steps, top1 = series(of_last_size(val), "top1")
     best = int(top1.argmax())
     label = f"best {100 * top1[best]:.2f} % at step {int(steps[best]):,}"
     axes.plot(steps[best], 100 * top1[best], "*", color=GREEN, markersize=14, label=label)

@@ -91,6 +91,7 @@ def start_wandb(directory: Path, cfg: LogConfig, resolved: Mapping[str, Any]) ->
     started.define_metric("*", step_metric="step")
     for name in ("top1", "macro_f1", "balanced_accuracy", "top5"):
         started.define_metric(f"val/{name}", step_metric="step", summary="max")
+    started.define_metric("val/size", step_metric="step", summary="none")  # of the smaller images of a run that grows
     hint = "" if mode == "online" else f"; send it with: wandb sync {directory}/wandb/offline-run-*-{run_id}"
     asked_for = cfg.wandb != "auto" or has_api_key()  # else train.log alone says it
     logger.log(logging.INFO if asked_for else logging.DEBUG, "Weights & Biases: %s, run %s%s", mode, run_id, hint)

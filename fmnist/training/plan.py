@@ -1,7 +1,7 @@
 """What a run is about to do: five lines before its first step, and with --dry_run batches, FLOPs and memory too."""
 
 from fmnist.config.schema import Config
-from fmnist.data.augment import Augment, pyramid_bytes
+from fmnist.data.augment import pyramid_bytes
 from fmnist.data.batches import Loader
 from fmnist.data.placement import LABEL_BYTES
 from fmnist.models.flops import flops_per_image
@@ -77,7 +77,8 @@ def print_plan(training: Training, cfg: Config, run: Run) -> None:
         f"{counted(loader.world_size, 'process', 'processes')} x "
         f"{counted(loader.accumulation_steps, 'accumulation step')}",
         "epoch": f"{schedule.steps_per_epoch:,} steps; {schedule.warmup_steps:,} of warm-up in all; "
-        f"validation every {schedule.evaluation_steps:,}, at {validation_sizes(cfg, t.augment)}",
+        f"validation every {schedule.evaluation_steps:,}, at "
+        + sizes({0: cfg.evaluation.size} if cfg.evaluation.size else t.augment.sizes),
         "lr": f"{schedule.lr(0):.4g} first, {schedule.peak_lr:.4g} at most, "
         f"{schedule.lr(schedule.total_steps - 1):.4g} last",
         "FLOPs": f"{forward / 1e9:.4g} G an image forward, {both / 1e9:.4g} G forward and backward",
@@ -87,11 +88,6 @@ def print_plan(training: Training, cfg: Config, run: Run) -> None:
     }
     for line in [*opening(training, cfg, run), *(f"{name:<9}  {text}" for name, text in rows.items())]:
         run.on_main(print, line)
-
-
-def validation_sizes(cfg: Config, augment: Augment) -> str:
-    """Return the image size of validation: its own, or that of the epoch."""
-    return sizes({0: cfg.evaluation.size} if cfg.evaluation.size else augment.sizes)
 
 
 def sizes(size: dict[int, int]) -> str:
