@@ -63,11 +63,12 @@ def train(training: Training, cfg: Config, run: Run) -> None:
                 run.log("val", val, state.step)
                 state.update_best(val, cfg.evaluation.best)
 
-        # save, or stop
+        # save, or stop; the weights alone where they are the best between two checkpoints
         stopping = run.should_stop()
-        if schedule.saves(state.step) or stopping:
+        full = stopping or schedule.saves(state.step)
+        if full or state.best_step == state.step:
             with clock.paused():
-                save(training, run)
+                save(training, run, full=full)
         if stopping:
             break
     profiler.close()

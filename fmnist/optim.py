@@ -23,8 +23,8 @@ class Schedule:
         shape: cosine, linear or constant, after the warm-up.
         peak_lr, min_lr: learning rates after the warm-up and at the end.
         steps_per_epoch, total_steps, warmup_steps, head_only_steps: optimizer updates.
-        log_steps, evaluation_steps, checkpoint_steps: updates between logged lines, evaluations and checkpoints beside
-            those of the evaluations; 0 is never.
+        log_steps, evaluation_steps, checkpoint_steps: updates between logged lines, evaluations and checkpoints; of
+            the last 0 is with every evaluation.
     """
 
     shape: str
@@ -86,12 +86,12 @@ class Schedule:
         return self._is_due(step, self.evaluation_steps)
 
     def saves(self, step: int) -> bool:
-        """Say whether a checkpoint is written after this many updates: after each evaluation, too."""
-        return self.validates(step) or self._is_due(step, self.checkpoint_steps)
+        """Say whether a full checkpoint is written after this many updates."""
+        return self._is_due(step, self.checkpoint_steps or self.evaluation_steps)
 
     def _is_due(self, step: int, every: int) -> bool:
-        """What happens every so many steps happens at the end too; every 0 is never, not even then."""
-        return every > 0 and (step % every == 0 or step == self.total_steps)
+        """What happens every so many steps happens at the end too."""
+        return step % every == 0 or step == self.total_steps
 
     def epoch(self, step: int) -> float:
         """Return the passes over the training images after `step` updates, with the fraction."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fmnist.checkpoint.contents import MODEL, read_meta, read_state, verify, weights_to_use
+from fmnist.checkpoint.contents import MODEL, is_checkpoint, read_meta, read_state, verify, weights_to_use
 from fmnist.checkpoint.fingerprint import IMAGES, about_data, class_changes, kept_fingerprint
 from fmnist.checkpoint.run_directory import SUMMARY, read_summary
 from fmnist.checkpoint.store import newer_than_weights
@@ -226,7 +226,7 @@ def open_trained(
         raise ValueError(f"{path} is not a directory: give a run directory or one of its checkpoints")
     place = open_device(device)
     real = path.resolve()
-    named = real.name.startswith("step_") and (path / "manifest.json").is_file()
+    named = is_checkpoint(real)
     if named and not (path.name == real.name and (path.parent.parent / "config.yaml").is_file()):
         path = real  # step_00000040 or . where that is the working directory, or a link
     run = path.parent.parent if named else path

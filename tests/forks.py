@@ -304,9 +304,9 @@ def set_trap(step: int, moment: str, number: int) -> None:
         strike_save("copied", saved)
         real_write(self, part, saved, groups)
 
-    def publish(self: Any, part: Path, saved: Any) -> None:
+    def publish(self: Any, part: Path, final: Path, saved: Any) -> None:
         strike_save("written", saved)
-        real_named(self, part, saved)
+        real_named(self, part, final, saved)
 
     def strike_save(now: str, saved: Any) -> None:
         if (now, saved.step) == (moment, step):

@@ -23,6 +23,8 @@ def save_forever(checkpoints: Checkpoints, step: int) -> None:
         step += 1
         groups = {name: {"weight": torch.full((100_000,), float(step))} for name in (MODEL, EMA, OPTIMIZER)}
         checkpoints.save(TrainState(step=step, best_step=step - step % 5), groups)
+        if step % 5 == 4:  # the best, after an evaluation between two full ones
+            checkpoints.save(TrainState(step=step + 1, best_step=step + 1), {EMA: groups[EMA]})
 
 
 def newest_step(checkpoints: Checkpoints) -> int:

@@ -26,6 +26,7 @@ from torch import nn
 from fmnist.apps.checkpoints import inspect, main
 from fmnist.checkpoint.contents import EMA, MANIFEST, MODEL, OPTIMIZER, STATE, TrainState, verify
 from fmnist.checkpoint.run_directory import lock_directory, open_directory
+from fmnist.checkpoint.start_weights import find_start_weights
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.checkpoint.tensors import optimizer_tensors, read_tensors
 from fmnist.config.parse import load_config
@@ -413,6 +414,29 @@ def test_the_command_says_what_is_good_and_what_would_be_used(run: Path, capsys:
     lines = capsys.readouterr().out.splitlines()
     assert "model.safetensors is a copy of it" in lines[2]
     assert "a restart continues from it" in lines[3] and f"torch {torch.__version__}" in lines[3]
+
+
+def test_weights_alone_are_shown_and_used_and_never_resumed_from(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    meta = json.loads((newest(run) / STATE).read_text())["meta"]
+    weights = {name: tensor + 1 for name, tensor in read_tensors(newest(run) / EMA).items()}
+    best = Checkpoints(run / "checkpoints", 3, meta).save(TrainState(step=5, best_step=5), {EMA: weights})
+    assert main([str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert [(entry["step"], entry["full"]) for entry in found] == [(1, True), (2, True), (3, True), (5, False)]
+    assert [entry["roles"] for entry in found] == [[], ["weights"], ["resume"], ["best"]]
+    assert main([str(run)]) == 0
+    assert "weights alone; best on validation" in capsys.readouterr().out.splitlines()[4]
+    assert resume(run)[0].step == 3
+    trained = open_trained(best)
+    assert torch.equal(trained.model.state_dict()["head.bias"], weights["head.bias"])
+    assert find_start_weights(str(best)).file == best / EMA
+    (best / EMA).write_bytes(b"")
+    assert main([str(run)]) == 1
+    assert "best_00000005/ema.safetensors is not what was written" in capsys.readouterr().out
+    for path in (run / "checkpoints").glob("step_*"):
+        shutil.rmtree(path)
+    assert main([str(run)]) == 1
+    assert "holds no checkpoint to resume from" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from fmnist.checkpoint.contents import MODEL, OPTIMIZER, TrainState, read_state, verify
+from fmnist.checkpoint.contents import EMA, MODEL, OPTIMIZER, TrainState, is_checkpoint, read_state, verify
 from fmnist.checkpoint.run_directory import lock_directory
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.checkpoint.tensors import (
@@ -100,6 +100,77 @@ def test_the_last_k_and_the_best_are_kept(checkpoints: Checkpoints) -> None:
         save(checkpoints, step, best_step=min(step, 2))
     assert checkpoints.steps() == [2, 5, 6]
     assert not list(checkpoints.directory.glob(".part_*"))
+
+
+def save_best(checkpoints: Checkpoints, step: int, name: str = MODEL) -> Path:
+    return checkpoints.save(TrainState(step=step, best_step=step), {name: {"weight": torch.full((3,), float(step))}})
+
+
+def names(checkpoints: Checkpoints) -> list[str]:
+    return sorted(path.name.replace("_000000", "_") for path in checkpoints.directory.iterdir())
+
+
+def test_weights_alone_are_kept_while_they_are_the_best_here_or_for_a_restart(checkpoints: Checkpoints) -> None:
+    save_best(checkpoints, 1)
+    save_best(checkpoints, 2)
+    assert names(checkpoints) == ["best_02"] and checkpoints.newest_good() is None  # nothing resumes from it
+    save(checkpoints, 3, best_step=2)
+    save_best(checkpoints, 4)
+    save_best(checkpoints, 5)
+    assert names(checkpoints) == ["best_02", "best_05", "step_03"]  # a restart from 3 has 2 as its best
+    save(checkpoints, 6, best_step=5)
+    save(checkpoints, 7, best_step=5)
+    assert names(checkpoints) == ["best_05", "step_06", "step_07"]
+    save(checkpoints, 8, best_step=8)
+    save_best(checkpoints, 9)
+    save(checkpoints, 10, best_step=9)
+    save(checkpoints, 11, best_step=9)
+    assert names(checkpoints) == ["best_09", "step_10", "step_11"]
+    save(checkpoints, 12, best_step=12)  # the full one holds them
+    save_best(checkpoints, 13)
+    assert names(checkpoints) == ["best_13", "step_11", "step_12"]
+    for step in (14, 15, 16):
+        save_best(checkpoints, step)
+    assert names(checkpoints) == ["best_16", "step_11", "step_12"]
+
+
+def test_weights_alone_do_not_drop_what_a_restart_needs(checkpoints: Checkpoints) -> None:
+    """The full one that was the best when the newest full one was written, however old."""
+    save(checkpoints, 1, best_step=1)
+    for step in (2, 3, 4):
+        save(checkpoints, step, best_step=1)
+    save_best(checkpoints, 5)
+    assert names(checkpoints) == ["best_05", "step_01", "step_03", "step_04"]
+    (checkpoints.path(4) / "state.json").unlink()  # damaged: a restart goes on from 3, and comes by 5 again
+    save_best(checkpoints, 6)
+    assert names(checkpoints) == ["best_06", "step_03", "step_04"]
+    assert checkpoints.newest_good() == checkpoints.path(3)
+
+
+def test_a_run_that_went_back_drops_weights_of_later_steps(checkpoints: Checkpoints) -> None:
+    save(checkpoints, 2, best_step=2)
+    save_best(checkpoints, 4)
+    save(checkpoints, 3, best_step=2)  # after a restart from 2
+    assert names(checkpoints) == ["step_02", "step_03"]
+
+
+@pytest.mark.parametrize("name", [MODEL, EMA])
+def test_weights_alone_are_verified_exported_and_read_like_a_checkpoint(
+    name: str, checkpoints: Checkpoints, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    full, best = save(checkpoints, 1), save_best(checkpoints, 2, name)
+    assert is_checkpoint(full) and is_checkpoint(best) and not is_checkpoint(tmp_path)
+    assert {file.name for file in best.iterdir()} == {"manifest.json", "state.json", name}
+    assert verify(best)[name] == checkpoints.export(2, tmp_path / "out") == sha256_of(best / name)
+    assert read_state(best).step == 2
+    (best / name).write_bytes((best / name).read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=f"best_00000002/{name} is not what was written"):
+        verify(best)
+    assert checkpoints.export(2, tmp_path / "out") == sha256_of(full / MODEL)  # the newest full one, with a warning
+    manifest = best / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(name, "other"))
+    with pytest.raises(ValueError, match="does not list model.safetensors, which a checkpoint needs"):
+        verify(best)
 
 
 def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name(

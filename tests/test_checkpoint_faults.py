@@ -21,8 +21,9 @@ from disk import LOSSES, Disk, Killed, audited, installed, left_after, read_tree
 
 import fmnist.checkpoint.store
 import fmnist.runtime.files
-from fmnist.checkpoint.contents import EMA, MODEL, OPTIMIZER, TrainState, read_state
+from fmnist.checkpoint.contents import BEST, EMA, MODEL, OPTIMIZER, TrainState, read_state, verify
 from fmnist.checkpoint.store import Checkpoints
+from fmnist.checkpoint.tensors import read_tensors
 from fmnist.config.schema import Config, LogConfig
 from fmnist.run import Run
 from fmnist.runtime.background import Background
@@ -131,6 +132,44 @@ def test_a_fault_or_kill_at_every_operation_of_a_save_leaves_a_checkpoint_that_l
     # One directory; three tensor files and the state, created and written; the five files and two directories synced;
     # the manifest created, written, renamed; the directory renamed: 20. With older ones to drop, there are more.
     assert count >= 1 + 4 * 2 + 5 + 2 + 3 + 1
+
+
+def save_best(run: Path, step: int) -> None:
+    weights = {EMA: {"weight": torch.full((50,), float(step))}}
+    checkpoints_of(run).save(TrainState(step=step, best_step=step), weights)
+
+
+def check_best(run: Path) -> None:
+    """What a restart goes on from is there, with the weights that were the best then; and the run goes on."""
+    checkpoints = checkpoints_of(run)
+    newest = checkpoints.newest_good()
+    assert newest is not None and read_state(newest) == TrainState(step=3, best_step=2)
+    (run / "weights").unlink(missing_ok=True)
+    checkpoints.export(2, run / "weights")
+    assert (read_tensors(run / "weights")["weight"] == 2).all()
+    save_best(run, 5)
+    verify(checkpoints.best_path(5))
+    assert not list((run / "checkpoints").glob(".part_*"))
+    save(run, 6, best_step=5)
+    assert checkpoints.steps(BEST) == [5] and checkpoints.steps() == [3, 6]
+
+
+def test_a_fault_kill_or_power_loss_at_every_operation_of_a_save_of_weights_alone_costs_no_restart(
+    tmp_path: Path,
+) -> None:
+    template = tmp_path / "template"
+    template.mkdir()
+    save_best(template, 2)
+    save(template, 3, best_step=2)
+    save_best(template, 4)
+
+    def action(run: Path) -> None:
+        save_best(run, 5)
+
+    # One directory; two files created and written, with the manifest's; three synced, and two directories; two renames
+    # for the manifest and the directory, one and a removal for the weights of step 4.
+    assert at_every_operation(tmp_path, template, action, check_best) >= 14
+    assert after_every_power_loss(tmp_path, template, action, check_best) >= 14
 
 
 @pytest.mark.parametrize("scenario", ["first", "next", "over damaged ones"])

@@ -52,7 +52,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "ema": (False, True),
     "drop": (False, True),  # dropout, and drop path in the ConvNeXt
     "head_only": (False, True),
-    "saved_every": (0, 1, 3),
+    "saved_every": (0, 1, 4),  # steps; an evaluation between two saves the weights alone, where they are the best
     "optimizer": ("adamw", "sgd", "muon"),
     "precision": ("fp32", "bf16"),
     "sizes": ("one", "growing"),
@@ -134,9 +134,9 @@ def forks() -> Iterator[Forks]:
 
 
 def strikes(offset: int) -> list[tuple[int, str]]:
-    """Every step, the moments taking turns; besides, two evaluations and what comes after the last step."""
+    """Every step, the moments taking turns; besides, two evaluations, their saves, and what follows the last."""
     turns = [(step, MOMENTS[(step + offset) % 4]) for step in range(1, STEPS + 1)]
-    beside = [(20, "copied"), (20, "written"), (STEPS, "copied"), (STEPS, "written")]  # saved in every config
+    beside = [(step, moment) for step in (5, 20, STEPS) for moment in ("copied", "written")]  # saved in every config
     return [*turns, (5, "evaluation"), (STEPS, "evaluation"), *beside, (STEPS, "end"), (STEPS, "exported")]
 
 
@@ -171,9 +171,31 @@ def test_the_same_config_twice_gives_the_same_bits(forks: Forks, tmp_path: Path,
 
 
 def test_killed_at_every_step_it_goes_on_to_the_same_bits(forks: Forks, tmp_path: Path) -> None:
-    choice = PLAIN | {"model": "cnn", "parts": "accumulated", "mixing": "both", "ema": True, "saved_every": 3}
+    choice = PLAIN | {"model": "cnn", "parts": "accumulated", "mixing": "both", "ema": True, "saved_every": 4}
     choice |= {"optimizer": "muon"}  # which has AdamW for the vectors
     assert kill_and_go_on(forks, tmp_path, choice, strikes(0), 1) == {}
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_between_two_full_checkpoints_the_best_weights_are_saved_alone(forks: Forks, tmp_path: Path, ema: bool) -> None:
+    """Every 24 steps a full one: killed at any evaluation, the run begins anew, and ends with the same bits."""
+    choice = PLAIN | {"model": "mlp", "mixing": "both", "ema": ema, "saved_every": STEPS}
+    config = make_config(choice)
+    forks.start(tmp_path / "whole", config)
+    vals = [(line["step"], line["top1"]) for line in metrics(tmp_path / "whole") if line["prefix"] == "val"]
+    best = [step for i, (step, top1) in enumerate(vals) if all(top1 > before for _, before in vals[:i])]
+    assert best[0] == 5 and len(best) > 2  # of the evaluations at 5, 10, 15, 20 and 24
+    for step in best[:-1]:
+        for moment in ("copied", "written", "saved"):
+            run = tmp_path / f"{step}_{moment}"
+            forks.start(run, config, strike=[step + (moment == "saved"), moment])
+            names = sorted(path.name for path in run.glob("checkpoints/[sb]*"))
+            saved = [done for done in best if done < step + (moment == "saved")]
+            assert names == [f"best_{done:08d}" for done in saved[-1:]]
+            files = {"ema.safetensors" if ema else "model.safetensors", "state.json", "manifest.json"}
+            assert all({path.name for path in (run / "checkpoints" / name).iterdir()} == files for name in names)
+            forks.start(run, config)
+            assert difference(run, tmp_path / "whole") == []
 
 
 def test_two_processes_killed_go_on_to_the_same_bits(forks: Forks, tmp_path: Path) -> None:

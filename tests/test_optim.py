@@ -57,9 +57,9 @@ def test_what_is_due_is_due_at_its_period_and_at_the_end() -> None:
     steps = range(1, 11)
     assert [step for step in steps if s.logs(step)] == [4, 8, 10]
     assert [step for step in steps if s.validates(step)] == [5, 10]
-    assert [step for step in steps if s.saves(step)] == [3, 5, 6, 9, 10]  # after each validation, too
-    never = replace(s, checkpoint_steps=0)
-    assert [step for step in steps if never.saves(step)] == [5, 10]
+    assert [step for step in steps if s.saves(step)] == [3, 6, 9, 10]
+    with_validation = replace(s, checkpoint_steps=0)
+    assert [step for step in steps if with_validation.saves(step)] == [5, 10]
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "vit_tiny_patch16_224", "tf_efficientnet_lite0", "cnn"])

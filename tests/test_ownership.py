@@ -122,6 +122,7 @@ def test_all_that_a_run_and_its_commands_write_is_known_to_be_its_own(run: Path,
     fill(run, *(f"evaluation/test/{name}" for name in EVALUATION_FILES))
     fill(run, "evaluation/step_00000004/val-0123abcd/report.txt", "evaluation/test/.report.txt.01234567.part")
     fill(run, "features/train_sample.safetensors", "features/step_00000004/val.safetensors", "REQUEUE")
+    fill(run, *(f"checkpoints/{name}/manifest.json" for name in ("best_00000004", ".part_old_best_00000002")))
     fill(run, "wandb/offline-run-20261126_000000-abc123/files/x", "wandb/debug.log", "non_finite_step_00000003.png")
     (run / "wandb_run_id").write_text("abc123\n")
     (run / "wandb/latest-run").symlink_to("offline-run-20261126_000000-abc123")

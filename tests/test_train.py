@@ -87,6 +87,21 @@ def test_the_epoch_of_the_lowest_loss_is_kept_where_that_is_asked_for(tmp_path: 
 
 
 @pytest.mark.thorough
+def test_a_run_with_full_checkpoints_at_its_end_alone_has_the_weights_of_one_with_many(
+    tmp_path: Path, small_config: Path
+) -> None:
+    run, often = tmp_path / "run", tmp_path / "often"
+    flags = ("--config", small_config, "--evaluation.every_steps", 2, "--optim.lr", 0.05, "--evaluation.test", "false")
+    warm_train(*flags, "--output_dir", often)
+    warm_train(*flags, "--checkpoint.every_steps", 12, "--output_dir", run)
+    val = [line for line in metrics(run) if line["prefix"] == "val"]
+    best = max(val, key=lambda line: (line["top1"], -line["step"]))["step"]
+    names = [path.name for path in sorted((run / "checkpoints").iterdir())]
+    assert names == [f"best_{best:08d}"] * (best != 12) + ["step_00000012"]
+    assert (run / "model.safetensors").read_bytes() == (often / "model.safetensors").read_bytes()
+
+
+@pytest.mark.thorough
 def test_while_small_images_are_trained_validation_has_their_size(tmp_path: Path, small_config: Path) -> None:
     growing = ("--data.limit", 192, "--evaluation.every_steps", 2, "--augment.size", "{0: 20, 1: 28}")
     command = ["--config", small_config, *growing, "--evaluation.test", "false", "--output_dir"]

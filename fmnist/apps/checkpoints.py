@@ -22,6 +22,7 @@ class Checked:
 
     Attributes:
         step: completed optimizer updates, from its name.
+        full: a restart can continue from it; else it holds the weights to use alone.
         bytes: size of its files.
         problem: what is wrong with it, in one line; empty for a valid one.
         roles: resume (a restart continues from it), best, weights (model.safetensors is a copy of its weights).
@@ -29,6 +30,7 @@ class Checked:
     """
 
     step: int
+    full: bool
     bytes: int
     problem: str
     roles: list[str]
@@ -39,12 +41,12 @@ def inspect(run: Path) -> tuple[list[Checked], list[str]]:
     """Verify a run's checkpoints.
 
     Returns:
-        The checkpoints, oldest first, and all problems, one line each.
+        The checkpoints, oldest first, those of weights alone among them, and all problems, one line each.
 
     Raises:
         ValueError: the path is not a run directory.
     """
-    from fmnist.checkpoint.contents import EMA, MODEL, read_meta, read_state, verify
+    from fmnist.checkpoint.contents import BEST, EMA, FULL, MODEL, read_meta, read_state, verify
     from fmnist.checkpoint.run_directory import read_summary
     from fmnist.checkpoint.store import Checkpoints
     from fmnist.checkpoint.tensors import non_finite, read_tensors
@@ -56,10 +58,11 @@ def inspect(run: Path) -> tuple[list[Checked], list[str]]:
     checkpoints = Checkpoints(run / "checkpoints", 1, {})
     weights = sha256_of(run / MODEL) if (run / MODEL).is_file() else None
     found, best, problems = [], 0, []
-    for step in checkpoints.steps():
-        path = checkpoints.path(step)
+    paths = [*map(checkpoints.path, checkpoints.steps()), *map(checkpoints.best_path, checkpoints.steps(BEST))]
+    for path in sorted(paths, key=lambda path: path.name.partition("_")[2]):
+        full, step = path.name.startswith(FULL), int(path.name.partition("_")[2])
         size = sum(file.stat().st_size for file in path.glob("*") if file.is_file())
-        checked = Checked(step=step, bytes=size, problem="", roles=[], meta={})
+        checked = Checked(step=step, full=full, bytes=size, problem="", roles=[], meta={})
         found.append(checked)
         try:
             digests = verify(path)
@@ -76,7 +79,7 @@ def inspect(run: Path) -> tuple[list[Checked], list[str]]:
         checked.meta, best = meta, state.best_step
         if weights is not None and digests.get(EMA, digests.get(MODEL)) == weights:
             checked.roles.append("weights")
-    for checked in [checked for checked in found if not checked.problem][-1:]:
+    for checked in [checked for checked in found if checked.full and not checked.problem][-1:]:
         checked.roles.insert(0, "resume")
     for checked in found:
         checked.roles += ["best"] * (checked.step == best)
@@ -87,8 +90,8 @@ def inspect(run: Path) -> tuple[list[Checked], list[str]]:
         problems.append(f"{run / MODEL} does not have the hash in summary.json: it was changed afterwards")
     if finished and weights is not None and not any("weights" in checked.roles for checked in found):
         problems.append(f"{run / MODEL} is not a copy of any valid checkpoint here: its own is gone, or it is damaged")
-    if not found:
-        problems.append(f"{checkpoints.directory} holds no checkpoint")
+    if not any(checked.full for checked in found):
+        problems.append(f"{checkpoints.directory} holds no checkpoint to resume from")
     return found, problems
 
 
@@ -109,7 +112,7 @@ def table(run: Path, found: list[Checked], problems: list[str]) -> str:
             notes.append(f"{size} process{'es' * (size != 1)}")
         if isinstance(versions := meta.get("versions"), dict):
             notes.append(f"torch {one_line(str(versions.get('torch', 'unknown')), 40)}")
-        notes += [ROLES[role] for role in checked.roles]
+        notes += ["weights alone"] * (not checked.full) + [ROLES[role] for role in checked.roles]
         unread = "permission denied" in checked.problem  # it may be whole
         state = "unread" if unread else "damaged" if checked.problem else "valid"
         lines.append(f"  step {checked.step:8d}  {checked.bytes / 1e6:9.2f} MB  {state:7s}  {'; '.join(notes)}")

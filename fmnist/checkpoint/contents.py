@@ -22,6 +22,7 @@ MANIFEST, STATE, MODEL, EMA, OPTIMIZER = (
     "optimizer.safetensors",
 )
 NEEDED = {STATE, MODEL, OPTIMIZER}  # the moving average is there only where the run keeps one
+FULL, BEST = "step_", "best_"  # how the names begin of what a restart continues from, and of weights alone
 
 
 @dataclass(kw_only=True)
@@ -83,9 +84,15 @@ def read_manifest(directory: Path) -> dict[str, tuple[int, str]]:
         raise ValueError(f"{directory / MANIFEST} is missing or is no manifest") from None
     if version != FORMAT:
         raise ValueError(f"{directory / MANIFEST} has format {version}; this version reads {FORMAT}")
-    if lacking := sorted(NEEDED - files.keys()):
+    needed = {STATE, weights_to_use(directory, files).name} if directory.name.startswith(BEST) else NEEDED
+    if lacking := sorted(needed - files.keys()):
         raise ValueError(f"{directory / MANIFEST} does not list {', '.join(lacking)}, which a checkpoint needs")
     return files
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Say whether a path is a checkpoint by its name and manifest; of its weights alone, too."""
+    return path.name.startswith((FULL, BEST)) and (path / MANIFEST).is_file()
 
 
 def verify(directory: Path) -> dict[str, str]:
@@ -140,7 +147,7 @@ def read_state(directory: Path) -> TrainState:
             raise ValueError
     except (ValueError, TypeError, AttributeError):
         raise ValueError(f"{directory / STATE} does not hold the state of a run") from None
-    if directory.name != f"step_{state.step:08d}":
+    if directory.name not in (f"{FULL}{state.step:08d}", f"{BEST}{state.step:08d}"):
         raise ValueError(f"{directory} holds step {state.step}: it is another checkpoint under this name")
     return state
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from fmnist.checkpoint.contents import MANIFEST, MODEL, verify, weights_to_use
+from fmnist.checkpoint.contents import MODEL, is_checkpoint, verify, weights_to_use
 from fmnist.checkpoint.run_directory import read_summary
 from fmnist.checkpoint.store import newer_than_weights
 from fmnist.config.parse import load_config
@@ -38,7 +38,7 @@ def find_start_weights(weights: str) -> StartWeights:
     """
     path = Path(weights).resolve()
     try:
-        named = path.name.startswith("step_") and (path / MANIFEST).is_file()
+        named = is_checkpoint(path)
         run = path.parent.parent if named else path
         cfg, summary = load_config(run / "config.yaml"), read_summary(run)
         checkpoint = path if named else newer_than_weights(run, summary)

@@ -14,9 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from fmnist.checkpoint.contents import (
+    BEST,
     FORMAT,
+    FULL,
     MANIFEST,
     MODEL,
+    OPTIMIZER,
     STATE,
     TrainState,
     read_manifest,
@@ -36,7 +39,7 @@ class Checkpoints:
 
     Args:
         directory: `<run>/checkpoints`.
-        keep_last: newest ones kept; the best one is kept too.
+        keep_last: newest ones kept; the best one, or its weights alone, is kept too.
         meta: written into each, for people: config digest, versions, world size.
     """
 
@@ -44,11 +47,18 @@ class Checkpoints:
         self.directory, self.keep_last, self.meta = directory, keep_last, dict(meta)
 
     def path(self, step: int) -> Path:
-        """Return where the checkpoint of a step lies."""
-        return self.directory / f"step_{step:08d}"
+        """Return where the checkpoint of a step lies, from which a restart continues."""
+        return self.directory / f"{FULL}{step:08d}"
 
-    def steps(self) -> list[int]:
+    def best_path(self, step: int) -> Path:
+        """Return where the weights alone of a step lie, which was the best one between two checkpoints."""
+        return self.directory / f"{BEST}{step:08d}"
+
+    def steps(self, kind: str = FULL) -> list[int]:
         """Return the steps that have a checkpoint directory, oldest first; none of them is verified.
+
+        Args:
+            kind: how its name begins.
 
         Raises:
             ValueError: the folder cannot be read: that is not the same as one without checkpoints.
@@ -59,16 +69,16 @@ class Checkpoints:
             return []
         except OSError as error:
             raise cannot_read(self.directory, error) from None
-        return sorted(int(name.removeprefix("step_")) for name in names if re.fullmatch("step_[0-9]{8}", name))
+        return sorted(int(name.removeprefix(kind)) for name in names if re.fullmatch(f"{kind}[0-9]{{8}}", name))
 
     def save(self, state: TrainState, groups: Mapping[str, Mapping[str, Tensor]]) -> Path:
         """Write one checkpoint, then drop those that are no longer kept.
 
         Args:
             state: where training stands.
-            groups: file name -> tensors by name.
+            groups: file name -> tensors by name; the weights to use alone are for use, not for a restart.
         """
-        final = self.path(state.step)
+        final = self.path(state.step) if OPTIMIZER in groups else self.best_path(state.step)
         self._clear_leftovers()
         if not self.directory.is_dir():
             self.directory.mkdir(parents=True)
@@ -79,12 +89,11 @@ class Checkpoints:
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)  # on a full disk it would take the room that is left
             raise
-        self._publish(part, state)
+        self._publish(part, final, state)
         return final
 
-    def _publish(self, part: Path, state: TrainState) -> None:
+    def _publish(self, part: Path, final: Path, state: TrainState) -> None:
         """Give a checkpoint its name, and drop what is no longer kept."""
-        final = self.path(state.step)
         if final.is_symlink() or final.exists():  # a damaged one that a restart stepped over
             final.rename(self._trash(final))
         part.rename(final)
@@ -142,7 +151,8 @@ class Checkpoints:
             ValueError: no checkpoint verifies.
         """
         try:
-            data = self._weights(self.path(step))
+            best = self.best_path(step)
+            data = self._weights(best if best.is_dir() else self.path(step))
         except ValueError as error:
             newest = self.newest_good()
             logger.warning("the best checkpoint cannot be used: %s; %s takes its place", one_line(error), newest)
@@ -167,20 +177,28 @@ class Checkpoints:
 
     def _prune(self, state: TrainState) -> None:
         """Drop what is not kept: older ones, and later ones, which are damaged: the run went on from before them."""
-        steps = self.steps()
-        kept = {step for step in steps if step <= state.step}
-        kept = set(sorted(kept)[-self.keep_last :]) | {state.best_step}
-        for step in steps:
-            if step not in kept:
-                self.path(step).rename(self._trash(self.path(step)))
+        full = self.steps()
+        before = [step for step in full if step <= state.step]
+        best = {state.best_step} | {self._best_of(step) for step in before[-1:]}  # a restart goes on from that one
+        dropped = [self.path(step) for step in full if step not in best.union(before[-self.keep_last :])]
+        dropped += [self.best_path(step) for step in self.steps(BEST) if step not in best.difference(full)]
+        for path in dropped:
+            path.rename(self._trash(path))
         self._clear_leftovers()
+
+    def _best_of(self, step: int) -> int:
+        """Return the best step that a full checkpoint knows; 0 where it is damaged, and nothing will ask for it."""
+        try:
+            return read_state(self.path(step)).best_step
+        except ValueError:
+            return 0
 
     def _trash(self, path: Path) -> Path:
         return path.with_name(f".part_old_{path.name}")  # renamed first: a half-deleted one must not look like one
 
     def _clear_leftovers(self) -> None:
         """Remove what a save or a removal left that was killed."""
-        for leftover in self.directory.glob(f".part_*step_{'[0-9]' * 8}"):
+        for leftover in self.directory.glob(f".part_*_{'[0-9]' * 8}"):
             if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover)
             else:

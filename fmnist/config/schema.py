@@ -233,7 +233,8 @@ class EvaluationConfig:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every_steps: int = option(0, valid=(0, 10**9))
-    """Steps between checkpoints, in addition to one per evaluation; 0: none."""
+    """Steps between checkpoints, and one at the end; an evaluation between two saves no more than weights that are the
+    best so far; 0: one per evaluation."""
     keep_last: int = option(2, valid=(1, 10_000))
     """Number of newest checkpoints kept; the best one is kept too."""
 

@@ -39,17 +39,17 @@ EVALUATION_FILES = (
 )
 # What lies in its folders, a part of the path at a time; ** is all that is below. The client of Weights & Biases puts
 # the run's id behind its names.
-STEP, HEX = f"step_{'[0-9]' * 8}", "[0-9a-f]" * 8
+STEPS, HEX = tuple(f"{kind}_{'[0-9]' * 8}" for kind in ("step", "best")), "[0-9a-f]" * 8
 CHECKPOINT_FILES = ("manifest.json", "state.json", *(f"{name}.safetensors" for name in ("model", "optimizer", "ema")))
 FEATURES = ("train", "val", "test", "train_sample", "val_sample", "train_held_out_sample")
 INSIDE = (
-    *(f"checkpoints/{STEP}/{name}" for name in CHECKPOINT_FILES),
-    *(f"checkpoints/.part_{old}{STEP}/**" for old in ("", "old_")),
-    *(f"features/{folder}{name}.safetensors" for folder in ("", f"{STEP}/") for name in FEATURES),
+    *(f"checkpoints/{step}/{name}" for step in STEPS for name in CHECKPOINT_FILES),
+    *(f"checkpoints/.part_{old}{step}/**" for step in STEPS for old in ("", "old_")),
+    *(f"features/{folder}{name}.safetensors" for folder in ("", *(f"{step}/" for step in STEPS)) for name in FEATURES),
     *("profile/table.txt", "profile/trace.json"),
     *(
         f"evaluation/{folder}{split}{data}/{name}"
-        for folder in ("", f"{STEP}/")
+        for folder in ("", *(f"{step}/" for step in STEPS))
         for split in ("train", "val", "test")
         for data in ("", f"-{HEX}")
         for name in EVALUATION_FILES

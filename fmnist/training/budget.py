@@ -170,7 +170,10 @@ def _save(run: Run, files: dict[str, Any]) -> None:
 
 
 def seconds(cfg: Config, steps: int, costs: Costs, loader: Loader) -> float:
-    """Return how long a run of so many steps takes, from its first to its last, with evaluations and saves."""
+    """Return how long a run of so many steps takes, from its first to its last, with evaluations and saves.
+
+    At most: an evaluation counts as a save, which it is where no full one is due only if it is the best so far.
+    """
     per_epoch = loader.steps_per_epoch
     of_size = dict(zip(sizes(cfg), costs.steps, strict=True))
     by_epoch = sizes_by_epoch(with_steps(cfg, steps), len(loader.split))

@@ -6,16 +6,21 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
-from fmnist.checkpoint.contents import EMA, MODEL, OPTIMIZER
+from fmnist.checkpoint.contents import EMA, MODEL, OPTIMIZER, weights_to_use
 from fmnist.checkpoint.tensors import apart, non_finite, optimizer_tensors
 from fmnist.run import Run
 from fmnist.training.parts import Training
 
 
-def save(training: Training, run: Run) -> None:
+def save(training: Training, run: Run, *, full: bool = True) -> None:
     """Copy what a checkpoint holds and begin to write it, unless a value in it is not finite.
 
     The copy takes as much host memory as the checkpoint, on the main process; pinned memory is kept for the next one.
+
+    Args:
+        training: what is trained.
+        run: this process's view of the run.
+        full: everything that a restart needs; else the weights to use alone.
 
     Raises:
         FloatingPointError: on every process, naming the tensors; nothing is written.
@@ -29,6 +34,9 @@ def save(training: Training, run: Run) -> None:
         }
         if training.ema is not None:
             files[EMA] = training.ema.module.state_dict()
+        if not full:
+            to_use = weights_to_use(run.directory, files).name
+            files = {to_use: files[to_use]}
 
         # nothing broken is ever saved, and all processes find out together
         bad = [f"{file}: {name}" for file, tensors in files.items() for name in non_finite(tensors)]
