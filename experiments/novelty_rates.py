@@ -25,7 +25,7 @@ from sklearn.covariance import ledoit_wolf
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from fmnist.apps.novelty import FLAGGED, NUM_IMAGES
+from fmnist.apps.novelty import FLAGGED, NUM_IMAGES, NoveltyReference
 from fmnist.data.fashion_mnist import CLASS_NAMES, load, load_split
 from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.trained import open_trained
@@ -90,7 +90,7 @@ def scorers(features: Tensor, labels: Tensor) -> dict[str, Scorer]:
         neighbour(features, 10),
     )
     return {
-        "cosine to the 10th neighbour (in use)": lambda _, x: tenth(unit(x)),
+        "cosine to the 10th neighbour": lambda _, x: tenth(unit(x)),
         "cosine to the nearest neighbour": lambda _, x: first(unit(x)),
         "euclidean to the 10th neighbour": lambda _, x: raw(x),
         "Mahalanobis to the nearest class": lambda _, x: plain(x),
@@ -115,7 +115,8 @@ def rates(run: Path, held_out: list[int]) -> None:
     logits, features = trained(val)
     _, reference = trained(train[chosen])
     print(f"flagged, in percent; threshold: {100 * FLAGGED:.0f} % of {len(val):,} validation images of {run}")
-    scores = scorers(reference, labels[chosen])
+    in_use = NoveltyReference(reference, features, logits)
+    scores = {"in use: cosine or euclidean": lambda _, x: in_use.score(x)} | scorers(reference, labels[chosen])
     print("".join(f"{place + 1}. {name}\n" for place, name in enumerate(scores)), end="")
     print(f"{'':24}" + "".join(f"{place + 1:>7}." for place in range(len(scores))))
     thresholds = [torch.quantile(score(logits, features), 1 - FLAGGED) for score in scores.values()]

@@ -1,5 +1,6 @@
 """The flag is raised for its share of clothes, and for other pictures; features kept on disk are used only if valid."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -42,13 +43,32 @@ def test_it_is_raised_for_its_share_of_clothes_and_for_other_pictures(
     assert flagged(trained, reference, noise(200)) > 0.5
 
 
-def test_the_score_is_the_cosine_to_the_tenth_neighbour() -> None:
+def test_the_score_is_the_larger_distance_to_the_tenth_neighbour_by_direction_or_by_place() -> None:
     # Eleven directions at 0, 5, ..., 50 degrees: from 0 degrees the tenth nearest is at 45.
     angles = torch.deg2rad(torch.arange(0.0, 55.0, 5.0))
-    bank = torch.stack([angles.cos(), angles.sin()], dim=1)
-    score = NoveltyReference(bank, bank, torch.zeros(11, 10)).score(torch.tensor([[7.0, 0.0]]))
-    assert score.item() == pytest.approx(1 - 0.5**0.5, abs=1e-6)
+    bank = 2 * torch.stack([angles.cos(), angles.sin()], dim=1)
+    reference = NoveltyReference(bank, bank, torch.zeros(11, 10))
+    # Of the bank itself the ends are farthest: their tenth nearest, themselves the first, is at 45 degrees; likewise of
+    # the next. So both limits are those distances.
+    direction, place = 1 - 0.5**0.5, 4 * math.sin(math.radians(22.5))
+    assert reference.limits.tolist() == pytest.approx([direction, place], rel=1e-4)
+    near, far, aside = reference.score(torch.tensor([[2.0, 0.0], [9.0, 0.0], [0.02, 0.0]])).tolist()
+    assert near == pytest.approx(1, rel=1e-4)  # as far as they
+    tenth = torch.cdist(torch.tensor([[9.0, 0.0], [0.02, 0.0]]), bank).topk(10, largest=False).values[:, -1]
+    assert [far, aside] == pytest.approx((tenth / place).clamp_min(1).tolist(), rel=1e-4) and far > 4
+    assert reference.score(torch.tensor([[-2.0, 0.0]])).item() == pytest.approx(
+        (1 - math.cos(math.radians(175))) / direction, rel=1e-4
+    )
     assert NoveltyReference(bank[:3], bank, torch.zeros(11, 10)).score(torch.zeros(0, 2)).shape == (0,)
+
+
+def test_the_flag_is_raised_for_exactly_its_share_of_the_images_that_set_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    train, val = torch.randn(500, 8, generator=generator), torch.randn(400, 8, generator=generator)
+    reference = NoveltyReference(train, val, torch.zeros(400, 10))
+    assert int((reference.score(val) > reference.threshold).sum()) == 20
+    far = 10 * val  # the same directions: places alone tell them
+    assert float((reference.score(far) > reference.threshold).double().mean()) == 1
 
 
 def test_features_are_kept_and_read_again_only_if_valid(
@@ -65,7 +85,7 @@ def test_features_are_kept_and_read_again_only_if_valid(
 
     monkeypatch.setattr(features, "compute_features", count)
     again = open_reference(trained)
-    assert not computed and torch.equal(again.train, reference.train) and again.threshold == reference.threshold
+    assert not computed and torch.equal(again.train, reference.train) and torch.equal(again.limits, reference.limits)
 
     path = folder / "val_sample.safetensors"
     content = path.read_bytes()

@@ -84,7 +84,7 @@ def test_the_monitor_uses_it() -> None:
     features, logits = torch.eye(10)[:4], torch.tensor([[4.0, *[0.0] * 9]] * 4)
     confidences = []
     for temperature in (1.0, 2.0):
-        reference = NoveltyReference(torch.eye(10).half().repeat(2, 1), torch.eye(10).half(), logits, temperature)
+        reference = NoveltyReference(torch.eye(10).repeat(2, 1), torch.eye(10), logits, temperature)
         confidences.append(float(describe(reference, logits, features)[0, 10]))
     # e^4 / (e^4 + 9) and e^2 / (e^2 + 9)
     assert confidences == [pytest.approx(0.8585, abs=1e-4), pytest.approx(0.4509, abs=1e-4)]

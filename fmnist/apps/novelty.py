@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fmnist.evaluation.features import Features, features_of, kept_features, unit
+from fmnist.evaluation.features import Features, features_of, kept_features
 from fmnist.trained import Trained
 
 logger = logging.getLogger("fmnist")
@@ -22,14 +23,17 @@ SEED = 20171
 
 @dataclass(frozen=True)
 class NoveltyReference:
-    """Features of images that a trained model should know, and the threshold they set.
+    """Features of images that a trained model should know, and how far from them is too far.
 
     Attributes:
-        train: float16 [M, D], penultimate features of training images, each of length 1.
-        val: float16 [V, D], likewise of validation images, which the model was not trained on.
+        train: float32 [M, D], penultimate features of training images.
+        val: float32 [V, D], likewise of validation images, which the model was not trained on.
         val_logits: float32 [V, num_classes].
         temperature: what logits are divided by, see `Trained.temperature`.
+        threshold: the score that FLAGGED of the validation images are above.
     """
+
+    threshold: ClassVar[float] = 1.0
 
     train: Tensor
     val: Tensor
@@ -37,33 +41,39 @@ class NoveltyReference:
     temperature: float = 1.0
 
     @cached_property
-    def bank(self) -> Tensor:
-        """The training features as float32: a CPU multiplies those faster."""
-        return self.train.float()
-
-    @cached_property
-    def threshold(self) -> float:
-        """The score that FLAGGED of the validation images are above."""
-        return float(torch.quantile(self.score(self.val), 1 - FLAGGED))
+    def limits(self) -> Tensor:
+        """What the distances are divided by, float32 [2], so that FLAGGED of the validation images score above 1."""
+        far = self._distances(self.val)
+        usual = torch.quantile(far, 1 - FLAGGED, dim=0).clamp_min(1e-12)
+        return usual * torch.quantile((far / usual).amax(1), 1 - FLAGGED)
 
     def score(self, features: Tensor) -> Tensor:
-        """Return how far each picture is from the training images: 1 - cosine to the tenth nearest of them.
+        """Return how far each picture is from the training images, by direction or by place, whichever is farther.
 
-        Energy, Mahalanobis and euclidean distances were tried beside it: each of them takes noise or digits for
-        clothes with one of the two models it was tried on (docs/photos.md).
+        Each alone takes noise or digits for clothes with one model or another, as energy and Mahalanobis' distance do
+        (docs/photos.md).
 
         Args:
             features: float [N, D], penultimate.
 
         Returns:
-            float32 [N], 0 to 2.
+            float32 [N], from 0; 1 is the distance that FLAGGED of the validation images are beyond.
 
-        Source: Sun et al. 2022, Out-of-distribution Detection with Deep Nearest Neighbors.
+        Source: Sun et al. 2022, Out-of-distribution Detection with Deep Nearest Neighbors, which has the first.
         """
-        nearest = min(NEIGHBOURS, len(self.bank))
-        parts = unit(features).split(1000)  # bounds the table of all pairs
-        scores = [1 - (part @ self.bank.T).topk(nearest, dim=1).values[:, -1] for part in parts]
-        return torch.cat(scores) if scores else torch.zeros(0)
+        return (self._distances(features) / self.limits).amax(1)
+
+    def _distances(self, features: Tensor) -> Tensor:
+        """Return 1 - cosine and the Euclidean distance to the tenth nearest training image by each, float32 [N, 2]."""
+        nearest, lengths = min(NEIGHBOURS, len(self.train)), self.train.norm(dim=1)
+        found = []
+        for part in features.float().split(1000):  # bounds the table of all pairs
+            length, products = part.norm(dim=1, keepdim=True), part @ self.train.T
+            cosines = products / (length * lengths).clamp_min(1e-12)
+            squares = length.square() + lengths.square() - 2 * products
+            tenth = squares.topk(nearest, largest=False).values[:, -1]
+            found.append(torch.stack([1 - cosines.topk(nearest).values[:, -1], tenth.clamp_min(0).sqrt()], dim=1))
+        return torch.cat(found) if found else torch.zeros(0, 2)
 
 
 def open_reference(trained: Trained, root: str | None = None) -> NoveltyReference:
@@ -95,7 +105,7 @@ def open_reference(trained: Trained, root: str | None = None) -> NoveltyReferenc
         val = _features(trained, "train_held_out", images, order[count : 2 * count])
     if len(val) < MIN_CALIBRATION:
         logger.warning("the flag for unfamiliar pictures is calibrated on only %d images: do not rely on it", len(val))
-    return NoveltyReference(train.features, val.features, val.logits, trained.temperature)
+    return NoveltyReference(train.unscaled, val.unscaled, val.logits, trained.temperature)
 
 
 def _features(trained: Trained, name: str, images: Tensor, chosen: Tensor) -> Features:

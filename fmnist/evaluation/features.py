@@ -19,7 +19,7 @@ from fmnist.runtime.processes import ALONE, Processes
 from fmnist.trained import Trained
 
 logger = logging.getLogger("fmnist")
-FORMAT = "1"
+FORMAT = "2"  # 1 had no lengths
 CHUNK = 2000  # images between two moves of the progress bar
 
 
@@ -29,18 +29,25 @@ class Features:
 
     Attributes:
         features: float16 [N, D], penultimate features, each scaled to length 1.
+        lengths: float32 [N], what they were divided by.
         logits: float32 [N, num_classes].
     """
 
     features: Tensor
+    lengths: Tensor
     logits: Tensor
+
+    @property
+    def unscaled(self) -> Tensor:
+        """The features as the model gave them, but for the rounding of float16; float32 [N, D]."""
+        return self.features.float() * self.lengths[:, None]
 
     def __len__(self) -> int:
         return len(self.logits)
 
     def __getitem__(self, indices: Tensor) -> Features:
         """Return those of some images, int64 [M]."""
-        return Features(features=self.features[indices], logits=self.logits[indices])
+        return Features(features=self.features[indices], lengths=self.lengths[indices], logits=self.logits[indices])
 
 
 def unit(features: Tensor) -> Tensor:
@@ -66,8 +73,7 @@ def features_of(trained: Trained, name: str, images: Tensor, processes: Processe
     starts = [] if known else processes.share(range(0, len(images), CHUNK))  # whole chunks: the bits of one process
     share = images[starts[0] : starts[-1] + CHUNK] if starts else images[:0]
     mine = processes.together(lambda: compute_features(trained, share) if kept is None else kept)
-    rows = (processes.gather_rows(tensor.contiguous()) for tensor in (mine.features, mine.logits))
-    found = Features(**dict(zip(("features", "logits"), rows, strict=True)))
+    found = Features(**{key: processes.gather_rows(tensor.contiguous()) for key, tensor in vars(mine).items()})
     if not known:
         processes.on_main(_keep, trained, name, images, found)
     return found
@@ -88,13 +94,12 @@ def kept_features(trained: Trained, name: str, images: Tensor) -> Features | Non
             if file.metadata() != _key(trained, images):
                 return None
             # Copied: a mapped file that shrinks would end the process.
-            features, logits = (file.get_tensor(key).clone() for key in ("features", "logits"))
+            found = Features(**{key: file.get_tensor(key).clone() for key in ("features", "lengths", "logits")})
     except (OSError, SafetensorError, ValueError):
         return None
-    fits = features.ndim == 2 and logits.shape == (len(images), trained.augment.num_classes)
-    if not fits or len(features) != len(images) or not features.isfinite().all() or not logits.isfinite().all():
-        return None
-    return Features(features=features, logits=logits)
+    fits = found.features.ndim == 2 and found.logits.shape == (len(images), trained.augment.num_classes)
+    whole = all(len(tensor) == len(images) and tensor.isfinite().all() for tensor in vars(found).values())
+    return found if fits and whole else None
 
 
 def compute_features(trained: Trained, images: Tensor) -> Features:
@@ -103,19 +108,20 @@ def compute_features(trained: Trained, images: Tensor) -> Features:
     Raises:
         ValueError: a feature is not finite.
     """
-    features, logits = [], []
+    found = []
     parts = images.split(CHUNK) if len(images) else ()  # nothing is split into one part of nothing
     for part in tqdm(parts, desc="features", unit_scale=CHUNK, unit="image", disable=None, leave=False):
-        part_logits, part_features = trained(part)
-        features.append(unit(part_features).half())
-        logits.append(part_logits)
-    if not features:
-        part_logits, part_features = trained(images)
-        return Features(features=part_features.half(), logits=part_logits)
-    found = Features(features=torch.cat(features), logits=torch.cat(logits))
-    if not found.features.isfinite().all():
+        found.append(_scaled(*trained(part)))
+    if not found:
+        return _scaled(*trained(images))
+    whole = Features(**{key: torch.cat([vars(part)[key] for part in found]) for key in vars(found[0])})
+    if not (whole.features.isfinite().all() and whole.lengths.isfinite().all()):
         raise ValueError(f"{trained.weights} gives features that are not finite")
-    return found
+    return whole
+
+
+def _scaled(logits: Tensor, features: Tensor) -> Features:
+    return Features(features=unit(features).half(), lengths=features.float().norm(dim=1), logits=logits)
 
 
 def _file(trained: Trained, name: str) -> Path:
