@@ -20,7 +20,8 @@ FINAL = {
     "CNN, 8 epochs": "cnn_8_epochs",
     "CNN, 11 epochs": "cnn_11_epochs",
     "CNN (the default)": "cnn_10_epochs",
-    "small ConvNeXt": "final_convnext",
+    "small ConvNeXt by AdamW": "final_convnext",
+    "small ConvNeXt": "convnext_muon",
     "ViT": "final_vit",
     "hybrid": "final_hybrid",
     "CNN, long": "final_cnn_long",
@@ -31,7 +32,7 @@ ALL_IMAGES = 55_000
 AMOUNT = {
     "MLP by AdamW": ("amount_mlp", "final_mlp"),
     "CNN": ("amount_cnn", "cnn_10_epochs"),
-    "small ConvNeXt": ("amount_convnext", "final_convnext"),
+    "small ConvNeXt": ("amount_convnext", "convnext_muon"),
     "EfficientNet-Lite0, ImageNet weights": ("amount_lite0_pretrained", "efficientnet_lite0.json"),
     "EfficientNet-Lite0, from scratch": ("amount_lite0_scratch", "efficientnet_lite0_scratch.json"),
 }
