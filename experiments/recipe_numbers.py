@@ -17,9 +17,9 @@ from fmnist.runtime.files import read_json
 FINAL = {
     "MLP by AdamW": "final_mlp",
     "MLP": "mlp_muon",
-    "CNN, 8 epochs": "cnn_8_epochs",
     "CNN, 11 epochs": "cnn_11_epochs",
     "CNN (the default)": "cnn_10_epochs",
+    "CNN, taught by three": "cnn_taught",
     "small ConvNeXt by AdamW": "final_convnext",
     "small ConvNeXt": "convnext_muon",
     "ViT": "final_vit",

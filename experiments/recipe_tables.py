@@ -103,8 +103,8 @@ def amount_cell(found: Accuracy | None, count: int) -> str:
     return spread(found.top1) + rate + (" (one seed)" if len(found.top1) == 1 else "")
 
 
-def search_table(entries: Sequence[Entry], results: Path) -> str:
-    """Return the trials of a search that have a result, most accurate first."""
+def search_table(entries: Sequence[Entry], results: Path, most: int | None = None) -> str:
+    """Return the trials of a search that have a result, most accurate first; at most so many."""
     rows = []
     for entry in entries:
         for result in read_results(entry, results):
@@ -120,7 +120,7 @@ def search_table(entries: Sequence[Entry], results: Path) -> str:
             rows.append((result["val.top1"], [*cells, "-" if seconds is None else f"{seconds / 60:.1f}"]))
     head = ("trial", "epochs", "val top1, best, %", "last, %", "processor minutes")
     rows.sort(key=lambda row: -row[0])
-    return table(head, [cells for _, cells in rows]) if rows else NOT_MEASURED
+    return table(head, [cells for _, cells in rows[:most]]) if rows else NOT_MEASURED
 
 
 def trial_name(entry: Entry) -> str:
@@ -189,7 +189,7 @@ def marks(queue: Queued) -> dict[str, str]:
         "final": block(final_table(queue), "cost", "curves"),
         "ablation": block(ablation_table(queue), "ablation"),
         "amount": block(amount_table(queue), "amount"),
-        "search_cnn": search_table(searched, queue.results),
+        "search_cnn": search_table(searched, queue.results, most=4),
         "search_mlp": block(search_line(queue.members("search_mlp"), queue.results), "search_mlp"),
         "clip_art": clip_art_table(queue),
     }

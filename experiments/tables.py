@@ -1,7 +1,7 @@
 """Record measurements as JSON, and make what the pages quote: tables, the report, and train.py's loop.
 
     python -m experiments.tables record RUN_DIRECTORY NAME "COMMAND" [--note TEXT]
-    python -m experiments.tables compare comparison/comparison.json "COMMAND"
+    python -m experiments.tables compare comparison/comparison.json "COMMAND" [--name NAME]
     python -m experiments.tables table
 
 `table` rewrites what stands between the marks `<!-- NAME: begin -->` and `<!-- NAME: end -->` in README.md and docs/.
@@ -55,10 +55,10 @@ def record(run: Path, name: str, command: str, note: str) -> Path:
     return write_result(result | {key: summary[key] for key in keys.split()})
 
 
-def record_comparison(path: Path, command: str) -> Path:
-    """Write experiments/results/comparison.json from what `evaluate.py RUN RUN ...` wrote."""
+def record_comparison(path: Path, command: str, name: str) -> Path:
+    """Write experiments/results/NAME.json from what `evaluate.py RUN RUN ...` wrote."""
     result = {
-        "name": "comparison",
+        "name": name,
         "command": command,
         **measured_now(),
         **read_json(path),
@@ -207,12 +207,13 @@ def main() -> None:
     comparer = commands.add_parser("compare", help="record a comparison")
     comparer.add_argument("file", type=Path)
     comparer.add_argument("command")
+    comparer.add_argument("--name", default="comparison")
     commands.add_parser("table", help="make the tables of README.md and docs/ anew, and the figures of recipes")
     args = parser.parse_args()
     if args.job == "record":
         print(record(args.run, args.name, args.command, args.note))
     elif args.job == "compare":
-        print(record_comparison(args.file, args.command))
+        print(record_comparison(args.file, args.command, args.name))
     else:
         for page, text in updated_pages().items():
             page.write_text(text)
