@@ -19,6 +19,7 @@ from small import NUM_TEST, NUM_TRAIN, VAL_SIZE, command, untrained, write_small
 from fmnist.apps.search.__main__ import main as search_main
 from fmnist.apps.search.catalogue import UNKNOWN, Catalogue, folder_catalogue, load_catalogue, save_catalogue
 from fmnist.apps.search.hits import Hit, plot_hits
+from fmnist.apps.search.queries import nearer
 from fmnist.config.schema import ModelConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load, load_indexed, load_split
 from fmnist.evaluation import features
@@ -326,3 +327,27 @@ def test_a_damaged_index_is_refused(run_directory: Path, index: Path, tmp_path: 
         path.write_bytes(data[:cut])
         with pytest.raises(ValueError, match="is not an index of this version"):
             load_catalogue(path, trained)
+
+
+def test_a_picture_that_points_the_other_way_finds_what_its_mirror_image_does(
+    run_directory: Path, tmp_path: Path
+) -> None:
+    assert open_trained(run_directory).cfg.augment.flip  # it learned from mirrored images
+    image = load_split("train", None, VAL_SIZE)[0][0]
+    assert not torch.equal(image, image.flip(-1))
+    for name, pixels in (("as_it_is", image), ("mirrored", image.flip(-1))):
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{name}.png")
+    queries = [str(tmp_path / f"{name}.png") for name in ("as_it_is", "mirrored")]
+    search("query", run_directory, *queries, "--k", 5, "--output", tmp_path / "out")
+    rows = rows_of(tmp_path / "out" / "search.csv")
+    one, other = ([(row["item"], row["similarity"]) for row in rows if row["query"] == query] for query in queries)
+    assert [item for item, _ in one] == [item for item, _ in other]
+    assert [float(value) for _, value in one] == pytest.approx([float(value) for _, value in other], abs=2e-5)
+    assert float(one[0][1]) == pytest.approx(1, abs=1e-3) and len({item for item, _ in one}) == 5  # itself is there
+
+
+def test_of_two_lists_the_nearer_of_each_item_is_kept() -> None:
+    one = torch.tensor([[0.9, 0.5, 0.4]]), torch.tensor([[1, 2, 3]])
+    other = torch.tensor([[0.8, 0.7, 0.6]]), torch.tensor([[2, 1, 4]])
+    similarities, positions = nearer(one, other)
+    assert positions.tolist() == [[1, 2, 4]] and similarities[0].tolist() == pytest.approx([0.9, 0.8, 0.6])

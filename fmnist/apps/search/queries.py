@@ -88,13 +88,22 @@ def _range(indices: Tensor) -> str:
 def _nearest(
     queries: dict[str, tuple[Tensor, int]], trained: Trained, catalogue: Catalogue, most: int
 ) -> tuple[list[Hit], float]:
-    """Return the hits, and the milliseconds of a query."""
-    logits, features = trained(torch.stack([image for image, _ in queries.values()]))
+    """Return the hits, and the milliseconds of a query.
+
+    A picture from outside may point the other way than the images do. Where the run learned from mirrored images, its
+    mirror image is looked for as well, and each item counts by the nearer of the two.
+    """
+    images = torch.stack([image for image, _ in queries.values()])
+    logits, features = trained(images)
     exclude = torch.tensor([_position(name, catalogue) for name in queries])
     k = min(most, len(catalogue) - bool((exclude >= 0).any()))
     neighbours = Neighbours(catalogue.features, trained.device)
     start = time.perf_counter()
     similarities, positions = neighbours(features, k, exclude)
+    outside = torch.tensor([label == UNKNOWN for _, label in queries.values()])
+    if trained.cfg.augment.flip and outside.any():
+        mirrored = neighbours(trained(images[outside].flip(-1))[1], k, exclude[outside])
+        similarities[outside], positions[outside] = nearer((similarities[outside], positions[outside]), mirrored)
     milliseconds = 1000 * (time.perf_counter() - start) / len(queries)
     found = zip(queries.items(), logits.argmax(1), positions, similarities, strict=True)
     hits = [
@@ -102,6 +111,20 @@ def _nearest(
         for (name, (image, label)), prediction, places, cosines in found
     ]
     return hits, milliseconds
+
+
+def nearer(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the nearest of two lists for each query, an item once.
+
+    Args:
+        one, other: float [Q, k] similarities, highest first, and int64 [Q, k] positions.
+    """
+    similarities, positions = (torch.cat(pair, dim=1) for pair in zip(one, other, strict=True))
+    chosen = similarities.argsort(dim=1, descending=True, stable=True)
+    similarities, positions = similarities.gather(1, chosen), positions.gather(1, chosen)
+    again = (positions[:, :, None] == positions[:, None, :]).tril(-1).any(2)  # it stands there nearer already
+    first = again.long().argsort(dim=1, stable=True)[:, : one[0].shape[1]]
+    return similarities.gather(1, first), positions.gather(1, first)
 
 
 def _position(name: str, catalogue: Catalogue) -> int:
