@@ -19,7 +19,6 @@ FINAL = {
     "MLP": "mlp_muon",
     "CNN, 11 epochs": "cnn_11_epochs",
     "CNN (the default)": "cnn_10_epochs",
-    "CNN, taught by three": "cnn_taught",
     "small ConvNeXt by AdamW": "final_convnext",
     "small ConvNeXt": "convnext_muon",
     "ViT": "final_vit",

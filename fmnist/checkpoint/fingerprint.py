@@ -17,7 +17,7 @@ from fmnist.runtime.files import cannot_read, read_json, sha256_of, write_atomic
 
 FINGERPRINT, IN_SUMMARY = "fingerprint.json", "fingerprint"
 CLASSES, STATISTICS = "class names in data.root", "mean and std in data.root"
-WEIGHTS, CORRECTIONS, TEACHER = "model.weights", "data.corrections", "optim.teacher"
+WEIGHTS, CORRECTIONS = "model.weights", "data.corrections"
 IMAGES = {"train": "training images in data.root", "val": "validation images in data.root",
           "test": "test images in data.root"}  # fmt: skip
 IN_DATA_FILE = {CLASSES: "class_names"} | {images: f"num_{name}" for name, images in IMAGES.items()}
@@ -29,7 +29,6 @@ def fingerprint(
     statistics: Sequence[float],
     weights: str | None,
     corrections: str = "none",
-    teachers: Sequence[str] = (),
 ) -> dict[str, str]:
     """Return the digests of what a run is made of, each under the name that a message gives it.
 
@@ -39,20 +38,13 @@ def fingerprint(
         statistics: mean and std, which are those of all training images, also where `data.limit` leaves some out.
         weights: `model.weights`; None where the run begins from none, or from timm's own.
         corrections: digest of what `data.corrections` changes.
-        teachers: the runs of `optim.teacher`.
 
     Raises:
         ValueError: there is no such file of weights.
     """
     found = {IMAGES[name]: digest for name, digest in images.items()}
     found |= about_data(class_names, statistics)
-    found[TEACHER] = of_several([digest_of_weights(teacher, TEACHER) for teacher in teachers])
     return found | {CORRECTIONS: corrections, WEIGHTS: "none" if weights is None else digest_of_weights(weights)}
-
-
-def of_several(digests: Sequence[str]) -> str:
-    """Return one digest for several, in their order; "none" for none."""
-    return sha256("".join(digests).encode()).hexdigest() if digests else "none"
 
 
 def about_data(class_names: Sequence[str], statistics: Sequence[float]) -> dict[str, str]:
@@ -98,12 +90,12 @@ def short(digest: str) -> str:
     return digest if len(digest) != 64 else f"sha256 {digest[:12]}"
 
 
-def digest_of_weights(weights: str, option: str = WEIGHTS) -> str:
-    """Return the sha256 of a file of weights, a run's or another: its bytes count, not its path."""
+def digest_of_weights(weights: str) -> str:
+    """Return the sha256 of the file of weights to begin from, a run's or another: its bytes count, not its path."""
     try:
-        return sha256_of(find_start_weights(weights, option).file if os.path.isdir(weights) else Path(weights))
+        return sha256_of(find_start_weights(weights).file if os.path.isdir(weights) else Path(weights))
     except OSError as error:
-        raise cannot_read(Path(f"{option}: {weights}"), error) from None
+        raise cannot_read(Path(f"{WEIGHTS}: {weights}"), error) from None
 
 
 def keep_fingerprint(found: Mapping[str, str], directory: Path) -> None:
@@ -142,5 +134,5 @@ def _of_newest_checkpoint(directory: Path) -> dict[str, str]:
 def _digests(found: object) -> dict[str, str]:
     """Return what is a digest: checkpoints from before the fingerprint may hold a path under the same name."""
     known = found if isinstance(found, dict) else {}
-    names = (*IMAGES.values(), CLASSES, STATISTICS, CORRECTIONS, TEACHER, WEIGHTS)
+    names = (*IMAGES.values(), CLASSES, STATISTICS, CORRECTIONS, WEIGHTS)
     return {name: known[name] for name in names if re.fullmatch("none|[0-9a-f]{64}", str(known.get(name)))}

@@ -27,12 +27,11 @@ class StartWeights:
     cfg: Config
 
 
-def find_start_weights(weights: str, option: str = "model.weights") -> StartWeights:
+def find_start_weights(weights: str) -> StartWeights:
     """Find the weights of a checkpoint, or those that commands use of a run: its newest where it trained on since.
 
     Args:
-        weights: a directory.
-        option: that names it.
+        weights: `model.weights`, a directory.
 
     Raises:
         ValueError: it is neither, or nothing in it verifies; one line.
@@ -48,6 +47,6 @@ def find_start_weights(weights: str, option: str = "model.weights") -> StartWeig
             file = weights_to_use(checkpoint, digests)
             return StartWeights(run=run, file=file, sha256=digests[file.name], cfg=cfg)
     except ValueError as error:
-        raise ValueError(f"{option}: {weights} cannot be used: {error}") from None
+        raise ValueError(f"model.weights: {weights} cannot be used: {error}") from None
     sha256 = summary.get("weights_sha256")
     return StartWeights(run=run, file=run / MODEL, sha256=sha256 if isinstance(sha256, str) else "", cfg=cfg)

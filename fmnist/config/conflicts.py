@@ -45,7 +45,6 @@ REFUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("augment.flip_in_turn", lambda cfg: cfg.augment.flip in (0, 1), "augment.flip is 0 or 1, which leaves no turn"),
     ("augment.crop_aspect", lambda cfg: cfg.augment.crop == 1, "augment.crop is 1, which crops nothing"),
     ("optim.beta2", lambda cfg: cfg.optim.name == "sgd", "optim.name is sgd, which uses beta1 only"),
-    ("optim.distill_weight", lambda cfg: not cfg.optim.teacher, "optim.teacher is null"),
     *(
         (name, lambda cfg: cfg.data.name != "folder", "data.name is not folder")
         for name in ("data.stored_size", "data.fit", "data.holdout", "data.bad_files")

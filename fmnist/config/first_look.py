@@ -39,14 +39,9 @@ def look(cfg: Config) -> None:
             raise ValueError(f"model.weights: there is no file {weights}{without}")
         if cfg.model.starts_from_run != os.path.isdir(weights):
             raise ValueError(f"model.weights: {weights} is none of {', '.join(WEIGHTS)}, and no run or checkpoint")
-    for teacher in [] if begun else cfg.optim.teachers:
-        if not os.path.isdir(teacher):
-            raise ValueError(f"optim.teacher: there is no run directory {teacher}")
     own = [Path(cfg.output_dir, name) for name in ("", "model.safetensors", "checkpoints")] if cfg.output_dir else []
-    read = [("model.weights", weights), *(("optim.teacher", teacher) for teacher in cfg.optim.teachers)]
-    for option, name in read:
-        if name is not None and {place.resolve() for place in own} & {(at := Path(name).resolve()), at.parent}:
-            raise ValueError(f"{option}: {name} is of the run in output_dir itself: give another --output_dir")
+    if weights is not None and {path.resolve() for path in own} & {(at := Path(weights).resolve()), at.parent}:
+        raise ValueError(f"model.weights: {weights} is of the run in output_dir itself: give another --output_dir")
     _look_for_model(cfg.model.name)
 
 

@@ -20,7 +20,6 @@ MAY_CHANGE = (
     "data.corrections",
     "data.where",
     "model.weights",
-    "optim.teacher",
     "model.cuda_graph",
     "log.",
     "checkpoint.",
@@ -38,7 +37,7 @@ MAY_CHANGE_ROUNDING = (
 
 
 # All that may differ between the processes of one start: where each finds the same thing, and its share of the machine.
-MAY_DIFFER_BETWEEN_RANKS = ("output_dir", "data.root", "data.corrections", "model.weights", "optim.teacher", "threads")
+MAY_DIFFER_BETWEEN_RANKS = ("output_dir", "data.root", "data.corrections", "model.weights", "threads")
 
 
 def of_all_ranks(cfg: Config) -> dict[str, Any]:

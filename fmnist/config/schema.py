@@ -189,18 +189,8 @@ class OptimConfig:
     class_weights: Literal["none", "balanced"] | list[float] = option("none", valid=(1e-6, 10**6))
     """Weight of each class in the training loss; balanced: images / (classes * images of the class), or one number a
     class, e.g. [1, 1, 2.5]. The loss is the weighted mean over the global batch."""
-    teacher: str | list[str] | None = None
-    """Run, or several, whose averaged probabilities the targets take a share from (distillation): computed once, from
-    the training images without augmentation."""
-    distill_weight: float = option(0.5, valid=(0.01, 1))
-    """Share of optim.teacher in the targets; the labels, and what is mixed in, have the rest."""
     ema_decay: float = option(0.0, valid=(0, 0.99999))
     """Decay per step of the moving average of the weights, which is evaluated in their place; 0 disables it."""
-
-    @property
-    def teachers(self) -> list[str]:
-        """The runs of `teacher`, in order; none where it is null."""
-        return [self.teacher] if isinstance(self.teacher, str) else self.teacher or []
 
 
 @dataclass(frozen=True, kw_only=True)

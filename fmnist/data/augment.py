@@ -141,7 +141,7 @@ class Augment:
         return normalize(scaled.unbind(1), self.plan(size, (size, size)))
 
     def __call__(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Return images, self.dtype [B, C, S, S], and targets: int64 [B], or float32 [B, num_classes] where soft."""
+        """Return images, self.dtype [B, C, S, S], and targets: int64 [B], or float32 [B, num_classes] where mixed."""
         split, table = batch.split, self.table(batch)
         plan = self.plan(self.size(batch.epoch), _source_shape(split.images))
         if batch.pixels is None:
@@ -154,13 +154,11 @@ class Augment:
             pyramid = build_pyramid(stored, highest) if highest else None
             indices, partners = staged.places[:size], staged.places[size:]  # no partners where none are mixed in
             images = self._make(stored, pyramid, indices, partners, table[staged.positions], plan)
-        targets = split.labels if split.targets is None else split.targets
+        labels = split.labels[batch.indices]
         if not self.mixes:
-            return images, targets[batch.indices]
+            return images, labels
         share = table[batch.indices, OWN_SHARE, None]
-        own, partner = (targets[samples] for samples in (batch.indices, batch.partners))
-        if split.targets is None:
-            own, partner = (F.one_hot(labels, self.num_classes) for labels in (own, partner))
+        own, partner = (F.one_hot(item, self.num_classes) for item in (labels, split.labels[batch.partners]))
         return images, own * share + partner * (1 - share)
 
 

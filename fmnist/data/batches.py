@@ -7,7 +7,7 @@ device and process count sees the same ones, and moved once per epoch. Any batch
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -172,13 +172,9 @@ class Loader:
         """Return a loader of the same batches in micro-batches of another size."""
         return self._with(micro_batch_size=micro_batch_size)
 
-    def aiming_at(self, targets: Tensor) -> "Loader":
-        """Return a loader of the same batches whose targets are these: float32 [N, num_classes]."""
-        return self._with(split=replace(self.split, targets=targets))
-
-    def _with(self, **changes: Any) -> "Loader":
+    def _with(self, **changes: int | None) -> "Loader":
         names = "global_batch_size", "micro_batch_size", "seed", "rank", "world_size", "sampling", "class_weights"
-        return Loader(**{name: getattr(self, name) for name in ("split", *names, "exchange", "mixes")} | changes)
+        return Loader(self.split, **{name: getattr(self, name) for name in (*names, "exchange", "mixes")} | changes)
 
     def trial(self, step: int) -> MicroBatch:
         """Return this process's first micro-batch of a step, black where its images have to be brought here."""

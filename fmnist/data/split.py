@@ -35,7 +35,6 @@ class Split:
         rows: the positions of the images that are held here, where others lie on other processes; None: all are.
         sha256: the digest of all, where that is so.
         unread: the images, where they stay in their file; `images` has then their shape alone.
-        targets: float32 [N, num_classes], probabilities that training aims at in place of the labels; None: at those.
     """
 
     images: Tensor
@@ -50,7 +49,6 @@ class Split:
     rows: range | None = None
     sha256: str = ""
     unread: Mapped | None = None
-    targets: Tensor | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:

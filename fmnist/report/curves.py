@@ -80,7 +80,6 @@ def loss_note(cfg: Config) -> str:
         "dropout": model.drop_rate,
         "drop path": model.drop_path_rate,
         "label smoothing": optim.label_smoothing,
-        "a teacher's targets": optim.teacher,
         "class weights": optim.class_weights != "none",
         "classes drawn equally": cfg.data.sampling == "balanced",
     }

@@ -34,7 +34,6 @@ from fmnist.training.non_finite import NonFiniteWatch
 from fmnist.training.parts import Training
 from fmnist.training.resume import continuation, find_start, restore
 from fmnist.training.start_from_run import start_from_run
-from fmnist.training.teacher import taught_targets
 
 logger = logging.getLogger("fmnist")
 
@@ -69,8 +68,6 @@ def build(cfg: Config, run: Run, train_step: Callable[..., Any]) -> Training | N
     finished, newest = find_start(cfg, run, checkpoints, total_steps)
     if finished:
         return None
-    if cfg.optim.teacher:
-        loader = loader.aiming_at(taught_targets(cfg.optim, train_split, run))
     micro_batch_size = None
     if minutes:  # the steps of the first start, whose clock said how many
         kept = read_state(newest).total_steps if newest is not None else None
@@ -123,7 +120,7 @@ def _checkpoints(cfg: Config, run: Run, splits: dict[str, Split], info: DataInfo
     digests = {name: split.digest for name, split in splits.items()}
     statistics, changed = (*info.mean, *info.std), splits["train"].corrections_sha256
     run.fingerprint = run.together(
-        lambda: fingerprint(digests, info.class_names, statistics, cfg.model.weights, changed, cfg.optim.teachers)
+        lambda: fingerprint(digests, info.class_names, statistics, cfg.model.weights, changed)
     )
     about = {"model": cfg.model.name, "world_size": run.world_size, "versions": versions()}
     meta = about | {"config": recipe(cfg) | run.fingerprint}

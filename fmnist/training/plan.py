@@ -33,8 +33,7 @@ def opening(training: Training, cfg: Config, run: Run) -> list[str]:
         "model": f"{cfg.model.name} {origin}, {parameters:,} parameters, {counted(len(augment.mean), 'input channel')}",
         "recipe": f"{epochs:.4g} epoch{'' if epochs == 1 else 's'} = {schedule.total_steps:,} steps{within} of "
         f"{loader.global_batch_size} images at {sizes(t.augment.sizes)}; {cfg.optim.name}, "
-        f"learning rate {schedule.peak_lr:.4g}, {schedule.shape}"
-        + (f"; taught by {', '.join(cfg.optim.teachers)}" if cfg.optim.teacher else ""),
+        f"learning rate {schedule.peak_lr:.4g}, {schedule.shape}",
         "device": f"{run.device_name}: {counted(run.world_size, 'process', 'processes')}"
         f", {run.precision}; augmentation {BACKENDS[augment.backend]}{'; each step one CUDA graph' * graphs}"
         + (f"; {layers}" if layers else ""),
