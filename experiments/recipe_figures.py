@@ -31,7 +31,8 @@ STYLES = tuple(
     {"color": color, "marker": marker, "linestyle": line, "markersize": 5}
     for color, marker, line in (
         *((BLUE, "o", "-"), (ORANGE, "s", "-"), (GREEN, "^", "-"), (BLACK, "D", "--")),
-        *((PURPLE, "v", "-."), (SKY, "P", "-"), (GREY, "X", ":")),
+        *((PURPLE, "v", "-."), (SKY, "P", "-"), (GREY, "X", ":"), (BLUE, "d", ":"), (ORANGE, "p", "--")),
+        *((GREEN, "*", "-."), (BLACK, "h", ":")),
     )
 )
 
@@ -92,7 +93,7 @@ def plot_ablation(queue: Queued, path: Path) -> None:
 
 def draw_amounts(axes: Axes, found: Mapping[str, Mapping[int, Accuracy]]) -> None:
     """Draw test top1 against images a class, a line a model; a bar holds the 95 % intervals of all seeds."""
-    for (model, points), style in zip(found.items(), STYLES, strict=False):
+    for (model, points), style in zip(found.items(), STYLES[: len(found)], strict=True):
         if points:
             counts = sorted(points)
             means = [points[count].mean for count in counts]
@@ -125,7 +126,7 @@ def plot_amounts(queue: Queued, path: Path) -> None:
 
 def draw_curves(axes: Axes, found: Mapping[str, Curve | None], unit: str) -> None:
     """Draw validation top1 against epochs or minutes, a line a model, shaded from its lowest seed to its highest."""
-    for (model, curve), style in zip(found.items(), STYLES, strict=False):
+    for (model, curve), style in zip(found.items(), STYLES[: len(found)], strict=True):
         if curve is not None and (x := getattr(curve, unit)) is not None:
             axes.plot(x, curve.mean, label=model, **style)
             axes.fill_between(x, curve.low, curve.high, color=style["color"], alpha=0.15, linewidth=0)
@@ -153,7 +154,7 @@ def plot_curves(queue: Queued, path: Path) -> None:
 
 def draw_costs(axes: Axes, found: Mapping[str, tuple[float, Accuracy]]) -> None:
     """Draw test top1 against processor minutes, with the best that each cost buys."""
-    for (model, (minutes, top1)), style in zip(found.items(), STYLES, strict=False):
+    for (model, (minutes, top1)), style in zip(found.items(), STYLES[: len(found)], strict=True):
         bar = [[top1.mean - top1.low], [top1.high - top1.mean]]
         own = style | {"markersize": 8, "linestyle": "none", "label": model}
         axes.errorbar([minutes], [top1.mean], yerr=bar, capsize=3, **own)

@@ -138,8 +138,8 @@ class Curve:
 def learning_curve(found: list[dict[str, Any]]) -> Curve | None:
     """Return the learning curve of the seeds of one recipe that have the first one's epochs; None without a result.
 
-    The processor time of a whole run is shared out by the seconds of its steps; by epochs in results that are older
-    than these, all of one image size.
+    The processor time of a whole run is shared out by the seconds of its steps, the median of the seeds: other programs
+    may have held one up. By epochs in results that are older than these, all of one image size.
     """
     if not found:
         return None
@@ -151,10 +151,14 @@ def learning_curve(found: list[dict[str, Any]]) -> Curve | None:
         if result["cpu_seconds"] is not None:
             unit = "seconds" if "seconds" in result["val"][-1] else "epoch"
             spent = np.array([point[unit] for point in result["val"]])
-            times.append(result["cpu_seconds"] / 60 * spent / spent[-1])
+            times.append(np.diff(spent / spent[-1], prepend=0))
+    minutes = None
+    if (whole := cost(found)) is not None:
+        share = np.cumsum(np.median(times, axis=0))
+        minutes = list(whole * share / share[-1])
     return Curve(
         epochs=epochs,
-        minutes=list(np.mean(times, axis=0)) if times else None,
+        minutes=minutes,
         mean=list(top1.mean(0)),
         low=list(top1.min(0)),
         high=list(top1.max(0)),

@@ -148,9 +148,10 @@ def _notes(metrics: Mapping[str, Any]) -> str:
     if (calibration := metrics["calibration"]) is None:
         lines.append("\nno validation images: no temperature is fitted")
     else:
-        images = "these validation images themselves" if calibration["same_images"] else "validation images"
+        these = calibration["same_images"]
         lines.append(
-            f"\ntemperature {calibration['temperature']:.3f}, fitted on {calibration['num_images']:,} {images}: "
+            f"\ntemperature {calibration['temperature']:.3f}, fitted on "
+            f"{'these ' * these}{calibration['num_images']:,} validation images{' themselves' * these}: "
             f"ECE {calibration['ece_before']:.4f} -> {calibration['ece_after']:.4f}, "
             f"loss {calibration['loss_before']:.4f} -> {calibration['loss_after']:.4f}"
         )
