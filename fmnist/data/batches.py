@@ -141,7 +141,8 @@ class Loader:
     ) -> None:
         if global_batch_size > len(split):
             raise ValueError(
-                f"batch.global_batch_size is {global_batch_size} but there are {len(split)} training images"
+                f"batch.global_batch_size is {global_batch_size} but there are {len(split)} training images; valid: "
+                f"at most {len(split)}, e.g. --batch.global_batch_size {max(1, min(32, len(split) // 4))}"
             )
         micro = micro_batch_size or max(1, global_batch_size // world_size)
         if global_batch_size % (micro * world_size):
