@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,10 +129,30 @@ def test_weights_alone_are_kept_while_they_are_the_best_here_or_for_a_restart(ch
     assert names(checkpoints) == ["best_09", "step_10", "step_11"]
     save(checkpoints, 12, best_step=12)  # the full one holds them
     save_best(checkpoints, 13)
-    assert names(checkpoints) == ["best_13", "step_11", "step_12"]
+    assert names(checkpoints) == ["best_09", "best_13", "step_11", "step_12"]  # 9 is the best of 11
     for step in (14, 15, 16):
         save_best(checkpoints, step)
-    assert names(checkpoints) == ["best_16", "step_11", "step_12"]
+    assert names(checkpoints) == ["best_09", "best_16", "step_11", "step_12"]
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_one_that_a_restart_stepped_over_takes_nobodys_place(keep_last: int, checkpoints: Checkpoints) -> None:
+    checkpoints.keep_last = keep_last
+    save(checkpoints, 30, best_step=30)
+    for step in (34, 35):
+        shutil.copytree(checkpoints.path(30), checkpoints.path(step), dirs_exist_ok=True)
+        (checkpoints.path(step) / MODEL).write_bytes(b"damaged")
+    again = Checkpoints(checkpoints.directory, keep_last, {})
+    assert again.newest_good() == again.path(30)
+    best = save_best(again, 35)
+    assert names(again) == ["best_35", "step_30"]  # what it resumed from, and the weights that were written just now
+    assert again.newest_good() == again.path(30)
+    verify(best)
+    save(again, 60, best_step=35)
+    assert again.export(35, again.directory / "out") == sha256_of(best / MODEL)
+    (again.directory / "out").unlink()
+    save(again, 35, best_step=35)  # written anew, it counts again
+    assert 35 in again.steps()
 
 
 def test_weights_alone_do_not_drop_what_a_restart_needs(checkpoints: Checkpoints) -> None:

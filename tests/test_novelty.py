@@ -71,6 +71,15 @@ def test_the_flag_is_raised_for_exactly_its_share_of_the_images_that_set_it() ->
     assert float((reference.score(far) > reference.threshold).double().mean()) == 1
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_images_that_are_all_alike_are_familiar(size: float) -> None:
+    """Of two kinds of flat images: distances are 0 but for rounding."""
+    kinds = size * torch.rand(2, 256, generator=torch.Generator().manual_seed(0))
+    reference = NoveltyReference(kinds.repeat(100, 1), kinds.repeat(50, 1), torch.zeros(100, 10))
+    found = reference.score(torch.cat([kinds, 2 * kinds, kinds.flip(1)]))
+    assert found.isfinite().all() and (found > 1).tolist() == [False, False, True, True, True, True]
+
+
 def test_features_are_kept_and_read_again_only_if_valid(
     trained: Trained, reference: NoveltyReference, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,8 +44,10 @@ class NoveltyReference:
     def limits(self) -> Tensor:
         """What the distances are divided by, float32 [2], so that FLAGGED of the validation images score above 1."""
         far = self._distances(self.val)
-        usual = torch.quantile(far, 1 - FLAGGED, dim=0).clamp_min(1e-12)
-        return usual * torch.quantile((far / usual).amax(1), 1 - FLAGGED)
+        # below these a distance is rounding: of images that are all alike
+        rounding = torch.stack([torch.tensor(1e-6), 1e-4 * self.train.norm(dim=1).mean().clamp_min(1e-8)])
+        usual = torch.quantile(far, 1 - FLAGGED, dim=0).maximum(rounding)
+        return (usual * torch.quantile((far / usual).amax(1), 1 - FLAGGED)).maximum(rounding)
 
     def score(self, features: Tensor) -> Tensor:
         """Return how far each picture is from the training images, by direction or by place, whichever is farther.

@@ -45,6 +45,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep_last: int, meta: Mapping[str, Any]) -> None:
         self.directory, self.keep_last, self.meta = directory, keep_last, dict(meta)
+        self._damaged: set[int] = set()  # full ones that a restart stepped over: none of them counts as kept
 
     def path(self, step: int) -> Path:
         """Return where the checkpoint of a step lies, from which a restart continues."""
@@ -97,6 +98,8 @@ class Checkpoints:
         if final.is_symlink() or final.exists():  # a damaged one that a restart stepped over
             final.rename(self._trash(final))
         part.rename(final)
+        if final == self.path(state.step):
+            self._damaged.discard(state.step)
         sync_path(self.directory)  # the new one is on the disk before an older one goes
         self._prune(state)
 
@@ -130,6 +133,7 @@ class Checkpoints:
                     dropped = True
                     continue
                 logger.warning("checkpoint skipped: %s", one_line(error))
+                self._damaged.add(step)
                 damaged = damaged or str(error)
             else:
                 return self.path(step)
@@ -177,11 +181,13 @@ class Checkpoints:
 
     def _prune(self, state: TrainState) -> None:
         """Drop what is not kept: older ones, and later ones, which are damaged: the run went on from before them."""
-        full = self.steps()
-        before = [step for step in full if step <= state.step]
-        best = {state.best_step} | {self._best_of(step) for step in before[-1:]}  # a restart goes on from that one
-        dropped = [self.path(step) for step in full if step not in best.union(before[-self.keep_last :])]
-        dropped += [self.best_path(step) for step in self.steps(BEST) if step not in best.difference(full)]
+        every = self.steps()
+        full = [step for step in every if step <= state.step and step not in self._damaged]
+        kept = full[-self.keep_last :]
+        best = {state.best_step, *map(self._best_of, kept[-1:])}  # a restart goes on from that one
+        dropped = [self.path(step) for step in every if step not in full or step not in best.union(kept)]
+        best = {state.best_step, *map(self._best_of, kept)}.difference(full)  # or from one before, if it is damaged
+        dropped += [self.best_path(step) for step in self.steps(BEST) if step not in best]
         for path in dropped:
             path.rename(self._trash(path))
         self._clear_leftovers()

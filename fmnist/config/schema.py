@@ -215,7 +215,7 @@ class ScheduleConfig:
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     every_epochs: float = option(1.0, valid=(1e-6, 100_000))
-    """Epochs between evaluations on the validation images; each saves a checkpoint."""
+    """Epochs between evaluations on the validation images; what each saves: checkpoint.every_steps."""
     every_steps: int | None = option(None, valid=(1, 10**9))
     """Steps between evaluations; overrides every_epochs."""
     batch_size: int = option(500, valid=(1, 10**6))
