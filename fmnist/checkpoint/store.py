@@ -98,9 +98,9 @@ class Checkpoints:
         if final.is_symlink() or final.exists():  # a damaged one that a restart stepped over
             final.rename(self._trash(final))
         part.rename(final)
+        sync_path(self.directory)  # the new one is on the disk before an older one goes
         if final == self.path(state.step):
             self._damaged.discard(state.step)
-        sync_path(self.directory)  # the new one is on the disk before an older one goes
         self._prune(state)
 
     def _write(self, part: Path, state: TrainState, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
