@@ -126,10 +126,12 @@ def test_nothing_of_an_npz_is_left_out_in_silence(tmp_path: Path, caplog: pytest
     npz(tmp_path, **train, val_images=GREY[:0], val_labels=LABELS[:0], tset_images=GREY)
     source = open_source(cfg)  # an empty array holds no images of its own: val_size is taken from train
     assert [len(source.read(name)[1]) for name in ("train", "val", "test")] == [16, 4, 0]  # type: ignore[arg-type]
-    assert source.without_effect(cfg) == [] and "ignored arrays: tset_images" in caplog.text
+    stretched = "images of 12 x 9 pixels are stretched to squares"
+    assert source.remarks(cfg) == [stretched] and "ignored arrays: tset_images" in caplog.text
     npz(tmp_path, **train, val_images=GREY, val_labels=LABELS)
-    assert open_source(cfg).without_effect(cfg) == [
-        "data.val_size 4 has no effect: the data set has validation images of its own"
+    assert open_source(cfg).remarks(cfg) == [
+        "data.val_size 4 has no effect: the data set has validation images of its own",
+        stretched,
     ]
 
 

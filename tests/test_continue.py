@@ -73,8 +73,12 @@ def test_only_lengths_that_grow_are_taken_over() -> None:
     assert lengthened({"schedule.epochs": "10"}, before) == {"schedule.epochs": "10"}
 
 
-def test_a_run_that_came_to_an_earlier_end_is_not_finished(tmp_path: Path) -> None:
+def test_a_run_that_came_to_an_earlier_end_is_not_finished(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="fmnist")
     run = directory_of(tmp_path / "run", Config(), status="finished", steps=100)
+    assert is_finished(run, test=False, total_steps=100, length="schedule.steps")
+    assert caplog.messages[-1].count("raise --") == 1 and "raise --schedule.steps;" in caplog.messages[-1]
+    assert is_finished(run, test=False, total_steps=100, length=None) and "raise" not in caplog.messages[-1]
     assert is_finished(run, test=False, total_steps=100)
     assert not is_finished(run, test=False, total_steps=101)
     (run / "summary.json").write_text(json.dumps({"status": "finished"}))  # a run from before it named its steps

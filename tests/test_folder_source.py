@@ -428,6 +428,13 @@ def test_stored_sizes(tmp_path: Path) -> None:
     assert read(root).images.shape == (8, 3, 20, 30)
     assert read(root, stored_size=20).images.shape == (8, 3, 20, 20)
     assert read(root, stored_size=48, fit="pad").images.shape == (8, 3, 48, 48)
+    padded = read(root, fit="pad")
+    assert padded.images.shape == (8, 3, 30, 30) and np.array_equal(padded.images[..., 5:25, :], read(root).images)
+    given = DataConfig(name="folder", root=str(root))
+    assert open_source(given).remarks(given) == [
+        "images of 30 x 20 pixels are stretched to squares; data.fit pad keeps their proportions"
+    ]
+    assert open_source(replace(given, fit="pad")).remarks(given) == []
     save(root / "dog" / "other.png", noise(3, (31, 20)))
     assert read(root).images.shape == (9, 3, 256, 256)
     large = two_classes(tmp_path / "large", 2, size=(513, 20))
@@ -958,9 +965,9 @@ def test_options_that_a_folder_has_no_use_for_are_said(
     for part in parts:
         two_classes(tmp_path / "root" / part)
     given = DataConfig(name="folder", root=str(tmp_path / "root"), val_size=3, holdout=0.2)
-    said = open_source(given).without_effect(given)
+    said = open_source(given).remarks(given)
     assert [line.partition(" has no effect: ")[0] for line in said] == [f"data.{name}" for name in unused]
-    assert open_source(given).without_effect(DataConfig(name="folder")) == []
+    assert open_source(given).remarks(DataConfig(name="folder")) == []
 
 
 def test_a_cache_that_may_not_be_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

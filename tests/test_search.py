@@ -346,6 +346,17 @@ def test_a_picture_that_points_the_other_way_finds_what_its_mirror_image_does(
     assert float(one[0][1]) == pytest.approx(1, abs=1e-3) and len({item for item, _ in one}) == 5  # itself is there
 
 
+def test_a_file_that_cannot_be_read_is_named(
+    run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    query = ("query", str(run_directory), "test:0", *(f"missing_{i}.png" for i in range(7)), "--output", str(tmp_path))
+    assert search_main(list(query)) == 0
+    said = capsys.readouterr()
+    assert "; 7 not read" in said.out
+    assert [f"missing_{i}.png: no such" in said.err.lower() for i in range(7)] == 5 * [True] + 2 * [False]
+    assert search_main([*query, "--json"]) == 0 and "missing" not in capsys.readouterr().err
+
+
 def test_of_two_lists_the_nearer_of_each_item_is_kept() -> None:
     one = torch.tensor([[0.9, 0.5, 0.4]]), torch.tensor([[1, 2, 3]])
     other = torch.tensor([[0.8, 0.7, 0.6]]), torch.tensor([[2, 1, 4]])

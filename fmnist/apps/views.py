@@ -19,6 +19,7 @@ from fmnist.data.photos import as_rgb, on_white, open_picture, why_unreadable
 from fmnist.data.sources.decode import Fit, into_shape, open_for
 from fmnist.runtime.hardware import keep_freed_memory
 
+NAMED = 5  # broken pictures that are named on the terminal; a CSV file holds all
 CHUNK = 64  # pictures in memory at a time, and as many that are being read
 
 

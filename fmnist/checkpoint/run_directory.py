@@ -163,14 +163,14 @@ def read_summary(directory: Path) -> dict[str, Any]:
         return {}
 
 
-def is_finished(directory: Path, *, test: bool, total_steps: int, may_grow: bool = True) -> bool:
+def is_finished(directory: Path, *, test: bool, total_steps: int, length: str | None = "schedule.epochs") -> bool:
     """Say whether the run in this directory has reached its end, and tell people so.
 
     Args:
         directory: of the run.
         test: the test images, where there are any, belong to it: a run that left them out is then not finished yet.
         total_steps: its end; one that came to an earlier end is continued.
-        may_grow: its length was given, and not found by a clock.
+        length: the option that makes it longer; None where a clock found its end.
     """
     summary = read_summary(directory)
     top1, steps = summary.get("test.top1"), summary.get("steps")
@@ -184,6 +184,6 @@ def is_finished(directory: Path, *, test: bool, total_steps: int, may_grow: bool
     if isinstance(top1, int | float):
         evaluated = f"test top1 {100 * top1:.2f} %"
     again = "to train again, give another --output_dir or --resume never --overwrite true"
-    longer = "to train longer, raise --schedule.epochs; " if may_grow else ""
+    longer = f"to train longer, raise --{length}; " if length else ""
     logger.info("%s is finished: %s; %s%s", directory, evaluated, longer, again)
     return True

@@ -40,7 +40,8 @@ class DataConfig:
     stored_size: int | None = option(None, valid=(8, 1024))
     """Pictures of a folder are kept at this many pixels per side; null: as they are if all have one size, else 256."""
     fit: Literal["crop", "pad"] = "crop"
-    """How a picture of a folder becomes a square: cut to its centre, or padded."""
+    """How a picture of a folder becomes a square: cut to its centre, or padded. crop leaves pictures that all have one
+    size as they are; training stretches them."""
     holdout: float = option(0.1, valid=(0.001, 0.45))
     """Share of each class held out for validation, and as much for the test, of a folder without such splits."""
     bad_files: Literal["refuse", "skip"] = "refuse"

@@ -52,10 +52,15 @@ class Source:
     own_val: bool = False
     corrections: Corrections | None = None
 
-    def without_effect(self, cfg: DataConfig) -> list[str]:
-        """Say, one line each, which options that were given this data set has no use for."""
+    def remarks(self, cfg: DataConfig) -> list[str]:
+        """Say, one line each, which options this data set has no use for, and that its images are stretched."""
         given = {name: getattr(cfg, name) for name in self.unused if getattr(cfg, name) != getattr(DataConfig(), name)}
-        return [f"data.{name} {value} has no effect: {self.unused[name]}" for name, value in given.items()]
+        lines = [f"data.{name} {value} has no effect: {self.unused[name]}" for name, value in given.items()]
+        _, height, width = self.info.shape
+        if height != width:
+            advice = "; data.fit pad keeps their proportions" if self.info.name == "folder" else ""
+            lines.append(f"images of {width} x {height} pixels are stretched to squares{advice}")
+        return lines
 
 
 def open_source(cfg: DataConfig, *, fetch: bool = False, processes: Processes | None = None) -> Source:

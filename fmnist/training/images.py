@@ -19,7 +19,7 @@ def load_splits(cfg: Config, run: Run) -> tuple[dict[str, Split], Placement]:
 
     def load() -> dict[str, Split]:
         source = open_source(cfg.data, fetch=True, processes=run)
-        for line in source.without_effect(cfg.data):
+        for line in source.remarks(cfg.data):
             logger.warning("%s", line)
         return {name: Split.load(name, source, read=False) for name in ("train", "val", "test")}
 

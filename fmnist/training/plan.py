@@ -91,5 +91,5 @@ def print_plan(training: Training, cfg: Config, run: Run) -> None:
 
 
 def sizes(size: dict[int, int]) -> str:
-    """Return the image size, and how it grows over the epochs: "20 px, 28 px from epoch 4"."""
-    return ", ".join(f"{px} px from epoch {epoch}" if epoch else f"{px} px" for epoch, px in size.items())
+    """Return the image size, and how it grows over the epochs: "20 px, 28 px after epoch 4"."""
+    return ", ".join(f"{px} px after epoch {epoch}" if epoch else f"{px} px" for epoch, px in size.items())

@@ -90,8 +90,8 @@ def _status(cfg: Config, run: Run, total_steps: int) -> tuple[bool, bool]:
             f"{directory} holds a run that was made of something else: {'; '.join(changed)}. "
             "Give what it began with, or another --output_dir"
         )
-    may_grow = cfg.schedule.minutes is None
-    return is_finished(directory, test=cfg.evaluation.test, total_steps=total_steps, may_grow=may_grow), False
+    length = None if cfg.schedule.minutes is not None else "schedule.steps" if cfg.schedule.steps else "schedule.epochs"
+    return is_finished(directory, test=cfg.evaluation.test, total_steps=total_steps, length=length), False
 
 
 def _newest(cfg: Config, checkpoints: Checkpoints) -> Path | None:

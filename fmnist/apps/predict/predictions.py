@@ -14,7 +14,7 @@ from torch import Tensor
 from fmnist.apps.novelty import NoveltyReference, open_reference
 from fmnist.apps.predict.photo_sheet import BLACK, GREY, ORANGE, Cell, draw_sheet
 from fmnist.apps.trust import PERSON, Trust, open_trust
-from fmnist.apps.views import Photo, check_cutting, count_kinds, read_photos, stack_views
+from fmnist.apps.views import NAMED, Photo, check_cutting, count_kinds, read_photos, stack_views
 from fmnist.evaluation.calibration import few_images
 from fmnist.evaluation.occlusion import occlusion_map
 from fmnist.runtime.console import keep_at_interrupt, one_line
@@ -22,7 +22,6 @@ from fmnist.runtime.files import csv_bytes, write_atomic
 from fmnist.trained import Trained, open_trained
 
 logger = logging.getLogger("fmnist")
-NAMED = 5  # broken pictures that are named on the terminal; the CSV holds all
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,9 @@
 import argparse
 import functools
 import json
+import logging
 import time
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,14 +22,16 @@ from fmnist.apps.search.catalogue import (
 )
 from fmnist.apps.search.hits import Hit, columns_of, hits_rows, plot_hits
 from fmnist.apps.search.names import QUERY, SOURCES
-from fmnist.apps.views import count_kinds, read_photos
+from fmnist.apps.views import NAMED, count_kinds, read_photos
 from fmnist.evaluation.neighbours import Neighbours
 from fmnist.evaluation.retrieval import measure_precision, query_split
 from fmnist.report.retrieval_table import RETRIEVAL_FILE, precision_table, write_precision
-from fmnist.runtime.console import counted
+from fmnist.runtime.console import counted, one_line
 from fmnist.runtime.files import csv_bytes, write_atomic
 from fmnist.runtime.ownership import check_outputs
 from fmnist.trained import Trained, open_trained
+
+logger = logging.getLogger("fmnist")
 
 
 def query(args: argparse.Namespace) -> int:
@@ -42,6 +46,8 @@ def query(args: argparse.Namespace) -> int:
     rows = hits_rows(hits, catalogue, errors)
     # First: it is there also where a sheet fails.
     write_atomic(output / "search.csv", csv_bytes(columns_of(catalogue), [list(row.values()) for row in rows]))
+    for name, error in islice(() if args.json else errors.items(), NAMED):
+        logger.warning("%s: %s", one_line(name), error)
     if shown := hits[: args.sheet]:
         plot_hits(shown, catalogue, output / "search.png")
     if args.json:

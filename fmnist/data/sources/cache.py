@@ -25,7 +25,7 @@ from fmnist.runtime.environment import ENVIRONMENT
 from fmnist.runtime.files import open_regular, read_json, reason, write_atomic
 
 logger = logging.getLogger("fmnist")
-FORMAT = 1  # of the files; another one is another cache
+FORMAT = 2  # of the files; another one is another cache
 MAX_FACTS_BYTES = 1 << 30  # about 100 for each picture
 NAME_DIGITS = 32  # hexadecimal, of a sha256
 UNUSED_S = 7 * 86_400.0  # a cache of an earlier content of the folder goes after so long without use

@@ -85,19 +85,21 @@ def _is_grey(image: Image.Image) -> bool:
     return image.mode in GREY or image.mode.startswith("I;")
 
 
-def stored_shape(headers: Sequence[Header], stored_size: int | None) -> Shape:
+def stored_shape(headers: Sequence[Header], stored_size: int | None, fit: Fit) -> Shape:
     """Return the shape in which pictures are kept.
 
     Args:
         headers: of all of them.
         stored_size: pixels per side. None: their own size, where they have one and it is at most LARGEST_KEPT; else
             DEFAULT_SIZE.
+        fit: pad: their own size is made square by its longer side.
     """
     channels = 1 if all(header.grey for header in headers) else 3
     width, height, _ = headers[0]
     same = all(header[:2] == (width, height) for header in headers)
-    if stored_size is None and same and max(width, height) <= LARGEST_KEPT:
-        return channels, height, width
+    longer = max(width, height)
+    if stored_size is None and same and longer <= LARGEST_KEPT:
+        return (channels, longer, longer) if fit == "pad" else (channels, height, width)
     side = stored_size or DEFAULT_SIZE
     return channels, side, side
 

@@ -62,7 +62,7 @@ class Decoding:
         return read_header(self._cache.root / file.name)
 
     def _shape(self) -> tuple[int, int, int]:
-        return stored_shape(list(self._headers.values()), self._stored_size)
+        return stored_shape(list(self._headers.values()), self._stored_size, self._fit)
 
     def _facts(self, holdout: float) -> dict[str, object]:
         facts = facts_of(self._cache.array, self._kept, self._shape(), holdout)
