@@ -430,6 +430,12 @@ def test_weights_alone_are_shown_and_used_and_never_resumed_from(run: Path, caps
     trained = open_trained(best)
     assert torch.equal(trained.model.state_dict()["head.bias"], weights["head.bias"])
     assert find_start_weights(str(best)).file == best / EMA
+    alone = run.parent / "killed before its first full checkpoint"
+    shutil.copytree(run, alone, ignore=shutil.ignore_patterns("step_*", MODEL, "summary.json"))
+    trained = open_trained(alone)
+    assert trained.weights == alone / "checkpoints" / best.name / EMA
+    assert torch.equal(trained.model.state_dict()["head.bias"], weights["head.bias"])
+    assert find_start_weights(str(alone)).file == trained.weights
     (best / EMA).write_bytes(b"")
     assert main([str(run)]) == 1
     assert "best_00000005/ema.safetensors is not what was written" in capsys.readouterr().out

@@ -149,7 +149,7 @@ def test_one_that_a_restart_stepped_over_takes_nobodys_place(keep_last: int, che
     assert again.newest_good() == again.path(30)
     verify(best)
     save(again, 60, best_step=35)
-    assert again.export(35, again.directory / "out") == sha256_of(best / MODEL)
+    assert again.export(35, again.directory / "out") == (sha256_of(best / MODEL), 35)
     (again.directory / "out").unlink()
     save(again, 35, best_step=35)  # written anew, it counts again
     assert 35 in again.steps()
@@ -182,12 +182,12 @@ def test_weights_alone_are_verified_exported_and_read_like_a_checkpoint(
     full, best = save(checkpoints, 1), save_best(checkpoints, 2, name)
     assert is_checkpoint(full) and is_checkpoint(best) and not is_checkpoint(tmp_path)
     assert {file.name for file in best.iterdir()} == {"manifest.json", "state.json", name}
-    assert verify(best)[name] == checkpoints.export(2, tmp_path / "out") == sha256_of(best / name)
+    assert (verify(best)[name], 2) == checkpoints.export(2, tmp_path / "out") == (sha256_of(best / name), 2)
     assert read_state(best).step == 2
     (best / name).write_bytes((best / name).read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match=f"best_00000002/{name} is not what was written"):
         verify(best)
-    assert checkpoints.export(2, tmp_path / "out") == sha256_of(full / MODEL)  # the newest full one, with a warning
+    assert checkpoints.export(2, tmp_path / "out") == (sha256_of(full / MODEL), 1)  # the newest full one, with a warning
     manifest = best / "manifest.json"
     manifest.write_text(manifest.read_text().replace(name, "other"))
     with pytest.raises(ValueError, match="does not list model.safetensors, which a checkpoint needs"):
@@ -309,9 +309,9 @@ def test_copies_stay_as_they_are_and_share_no_memory() -> None:
 def test_the_weights_are_exported_without_a_look_at_the_optimizer(checkpoints: Checkpoints, tmp_path: Path) -> None:
     good, bad = save(checkpoints, 1), save(checkpoints, 2)
     (bad / OPTIMIZER).write_bytes(b"damaged")
-    assert checkpoints.export(2, tmp_path / "out") == sha256_of(bad / MODEL) == sha256_of(tmp_path / "out")
+    assert checkpoints.export(2, tmp_path / "out") == (sha256_of(bad / MODEL), 2) == (sha256_of(tmp_path / "out"), 2)
     (bad / MODEL).write_bytes((bad / MODEL).read_bytes()[:-1] + b"x")
-    assert checkpoints.export(2, tmp_path / "out") == sha256_of(good / MODEL)
+    assert checkpoints.export(2, tmp_path / "out") == (sha256_of(good / MODEL), 1)
 
 
 def test_non_finite_values_are_found_by_name() -> None:

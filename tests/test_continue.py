@@ -12,12 +12,13 @@ from small import write_small_data
 
 import fmnist
 from fmnist.apps.checkpoints import inspect
-from fmnist.checkpoint.contents import MODEL, OPTIMIZER, TrainState
+from fmnist.checkpoint.contents import EMA, MODEL, OPTIMIZER, TrainState
 from fmnist.checkpoint.run_directory import is_finished, open_directory
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.config.same_run import lengthened, recipe, run_yaml
 from fmnist.config.schema import Config, OptimConfig, ScheduleConfig
 from fmnist.optim import Schedule
+from fmnist.runtime.files import sha256_of
 from fmnist.trained import open_trained
 from fmnist.training.resume import continuation
 
@@ -129,6 +130,26 @@ def go(run: Path, data: Path, epochs: float, name: str = "constant", **more: Any
         log={"every_steps": 1, "wandb": "disabled"},
         **more,
     )
+
+
+def test_no_validation_numbers_of_weights_that_were_lost_stand_in_the_summary(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = Checkpoints.export
+
+    def export(checkpoints: Checkpoints, step: int, target: Path) -> tuple[str, int]:
+        (checkpoints.path(step) / EMA).write_bytes(b"damaged")
+        return whole(checkpoints, step, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "export", export)
+        go(tmp_path / "run", data, 2)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert [name for name in summary if name.startswith("val.")] == ["val.top1"] and summary["val.top1"] is None
+    assert summary["weights_sha256"] == sha256_of(tmp_path / "run" / MODEL) and summary["status"] == "finished"
+    assert "summary.json has no validation numbers of it" in caplog.text
+    go(tmp_path / "whole", data, 2)
+    assert json.loads((tmp_path / "whole" / "summary.json").read_text())["val.top1"] > 0.1
 
 
 @pytest.mark.thorough

@@ -143,13 +143,13 @@ class Checkpoints:
             raise ValueError(f"{self.directory} holds no valid checkpoint ({damaged}); train into another --output_dir")
         return None
 
-    def export(self, step: int, target: Path) -> str:
+    def export(self, step: int, target: Path) -> tuple[str, int]:
         """Copy the weights to use of one checkpoint (the moving average where there is one) to a file.
 
         A damaged or lost one is reported, and the newest valid one taken.
 
         Returns:
-            The sha256 of what was written.
+            The sha256 of what was written, and the step that it is of.
 
         Raises:
             ValueError: no checkpoint verifies.
@@ -159,12 +159,13 @@ class Checkpoints:
             data = self._weights(best if best.is_dir() else self.path(step))
         except ValueError as error:
             newest = self.newest_good()
-            logger.warning("the best checkpoint cannot be used: %s; %s takes its place", one_line(error), newest)
+            logger.warning("the best weights, of step %d, cannot be used: %s", step, one_line(error))
             if newest is None:
                 raise ValueError(f"{self.directory} holds no checkpoint") from None
-            data = self._weights(newest)
+            logger.warning("%s takes their place; summary.json has no validation numbers of it", newest)
+            data, step = self._weights(newest), read_state(newest).step
         write_atomic(target, data)
-        return hashlib.sha256(data).hexdigest()
+        return hashlib.sha256(data).hexdigest(), step
 
     def _weights(self, source: Path) -> bytes:
         """Read the weights to use, and check them; the optimizer's file, twice their size, is left alone."""
@@ -235,5 +236,7 @@ def newer_than_weights(run: Path, summary: Mapping[str, Any]) -> Path | None:
             raise
         return None
     if newest is None and not has_weights:
+        if best := checkpoints.steps(BEST):  # its first full one is to come
+            return checkpoints.best_path(best[-1])
         raise ValueError(f"{run} holds no model.safetensors and no checkpoint: not a run directory of train.py")
     return newest if newest is None or not has_weights or read_state(newest).step > written else None

@@ -57,7 +57,11 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
     }
     if state.best_step:
         exported = run.on_main(training.checkpoints.export, state.best_step, run.directory / MODEL)
-        summary["weights_sha256"] = exported
+        if exported is not None:
+            summary["weights_sha256"], step = exported
+            if step != state.best_step:  # other weights than those that were the best on validation
+                summary = {name: value for name, value in summary.items() if not name.startswith("val.")}
+                summary["val.top1"] = None
     found = evaluate_at_end(training, cfg, run, summary) if finished else None
     run.finish(summary)
     if finished and run.is_main:  # after the summary: a figure that fails costs neither numbers nor summary
