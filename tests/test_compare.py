@@ -99,7 +99,7 @@ def test_the_most_accurate_first_each_against_the_next(tmp_path: Path) -> None:
     assert lines[2].endswith("FLOPs, ms") and lines[4].endswith("FLOPs, ms") and "ms" not in lines[3].split()[-1]
     assert "test device" in text
     pixels = matplotlib.image.imread(tmp_path / "comparison.png")
-    assert pixels.shape[1] > 2000 and pixels[..., :3].std() > 0.02  # three panels
+    assert pixels.shape[1] > 1900 and pixels[..., :3].std() > 0.02  # three panels
 
 
 def test_seeds_are_grouped_and_other_changes_are_not(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_seed_that_is_there_twice_is_said(tmp_path: Path) -> None:
     assert repeated_seeds([runs[0], runs[2]]) == []  # a run and its copy: nothing is left out
 
 
-def test_the_options_that_differ_and_the_choice_by_validation_are_columns(tmp_path: Path) -> None:
+def test_the_options_that_differ_and_the_choice_by_validation_are_said(tmp_path: Path) -> None:
     outcomes = [
         outcome("a", range(0, 10), cfg=Config(seed=0), val_top1=0.91),
         outcome("b", range(0, 20), cfg=Config(seed=1, optim=OptimConfig(lr=0.5, grad_clip_norm=None)), val_top1=0.93),
@@ -179,11 +179,15 @@ def test_the_options_that_differ_and_the_choice_by_validation_are_columns(tmp_pa
     assert [row.get("chosen") for row in rows] == [None, True, None]  # the most accurate on test is not the choice
     text = write_comparison(outcomes, results(outcomes), tmp_path)
     a, b, c = text.splitlines()[2:5]
-    assert a.rstrip().endswith("optim.lr 0.001, optim.grad_clip_norm null, seed 0")
-    assert c.rstrip().endswith("optim.lr 0.5, optim.grad_clip_norm 1.0, seed 1")
+    _, _, said = text.partition("Options that differ:\n")
+    assert said.splitlines()[:3] == [  # the most accurate first, as the rows
+        "  a: optim.lr 0.001, optim.grad_clip_norm null, seed 0",
+        "  b: optim.lr 0.5, optim.grad_clip_norm null, seed 1",
+        "  c: optim.lr 0.5, optim.grad_clip_norm 1.0, seed 1",
+    ]
     assert "by validation" in b and "93.00 %" in b and "by validation" not in a + c
     alike = [outcome("a", range(0, 10)), outcome("b", range(0, 20))]
-    assert "options that differ" not in write_comparison(alike, results(alike), tmp_path)
+    assert "Options that differ" not in write_comparison(alike, results(alike), tmp_path)
     apart = ensemble(outcomes[:2], tmp_path)
     assert (
         comparison_rows([outcomes[0], replace(apart, name="ens")], results([outcomes[0], apart]))[1].get("options")

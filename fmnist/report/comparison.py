@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,17 @@ COLUMNS: Columns = {
     "images_per_second_256": ("images/s at 256", "{:,.0f}".format),
     "mcnemar": ("against the next", lambda value: f"{value[0]}:{value[1]}, p {value[2]:.2g}"),
     "front": ("front", lambda costs: ", ".join(FRONTS[cost] for cost in costs)),
-    "options": ("options that differ", lambda own: ", ".join(f"{key} {shown(value)}" for key, value in own.items())),
 }
 
 
-def shown(value: Any) -> str:
-    """Return an option's value as YAML has it: null, true, text without quotes."""
-    return value if isinstance(value, str) else json.dumps(value)
+def options_that_differ(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name the options of each run that another one has otherwise, with values as YAML has them, a run a paragraph."""
+    lines = []
+    for row in rows:
+        pairs = (row.get("options") or {}).items()
+        values = [f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in pairs]
+        lines += textwrap.wrap(f"  {row['run']}: {', '.join(values)}", 120, subsequent_indent="    ") if values else []
+    return ["Options that differ:", *lines] if lines else []
 
 
 def text_table(rows: Sequence[Mapping[str, Any]], columns: Columns, left: Sequence[str]) -> str:
@@ -73,7 +78,7 @@ def text_table(rows: Sequence[Mapping[str, Any]], columns: Columns, left: Sequen
 
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Lay several evaluations out as a text table: one mapping per run with the keys of COLUMNS."""
-    return text_table(rows, COLUMNS, ("run", "model", "chosen", "options", "front"))
+    return text_table(rows, COLUMNS, ("run", "model", "chosen", "front"))
 
 
 def write_comparison(
@@ -99,6 +104,7 @@ def write_comparison(
         f"{rows[0]['num_images']:,} {outcomes[0].split} images, most accurate first. Against the next: images that "
         "only this row gets right : only the next row, McNemar's exact p."
     )
+    lines += options_that_differ(rows)
     if (cost := outcomes[0].cost) is not None:
         lines.append(
             f"Time of one forward at batch 1 and 256, median, on {cost.device}, {cost.precision}, torch {cost.torch}; "

@@ -37,7 +37,7 @@ def plot_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     costs = {"flops_per_image": "FLOPs per image", "latency_ms_1": "latency at batch 1 (ms)"}
     costs = {key: label for key, label in costs.items() if all(row.get(key) for row in known)}
     height = max(4.2 if costs else 0.0, 1.8 + 0.5 * len(known))
-    figure = Figure(figsize=(9.0 if not costs else 5.4 * (1 + len(costs)), height), layout="constrained")
+    figure = Figure(figsize=(9.0 if not costs else 4.4 * (1 + len(costs)), height), layout="constrained")
     panels = figure.subplots(1, 1 + len(costs), squeeze=False)[0]
     _draw_intervals(panels[0], known)
     for axes, (key, label) in zip(panels[1:], costs.items(), strict=True):
