@@ -40,9 +40,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def final_table(queue: Queued) -> str:
     """Return the accuracy and cost of each recipe, mean and standard deviation over seeds."""
     rows = []
-    for model, name in FINAL.items():
+    for title, name in FINAL.items():
         found = queue.of(name)
-        seeds = next(len(entry.seeds) for entry in queue.entries if entry.name == name)
+        entry = next(entry for entry in queue.entries if entry.name == name)
+        model, seeds = f"[{title}](../{entry.config})", len(entry.seeds)
         if not found:
             rows.append([model, *["-"] * 3, NOT_MEASURED, NOT_MEASURED, f"0 of {seeds}"])
             continue
