@@ -24,6 +24,7 @@ FINAL = {
     "ViT": "final_vit",
     "hybrid": "final_hybrid",
     "CNN, long": "final_cnn_long",
+    "EfficientNet-Lite0, ImageNet weights, to 224 px": "final_lite0_224px",
 }
 AMOUNTS = (100, 1_000, 5_000, 20_000)  # training images, of ten classes
 ALL_IMAGES = 55_000
