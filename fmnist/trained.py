@@ -16,6 +16,7 @@ from fmnist.checkpoint.fingerprint import IMAGES, about_data, class_changes, kep
 from fmnist.checkpoint.run_directory import SUMMARY, read_summary
 from fmnist.checkpoint.store import newer_than_weights
 from fmnist.checkpoint.tensors import load_strict, non_finite, read_tensors_and_digest
+from fmnist.config.conflicts import sizes_by_epoch
 from fmnist.config.parse import load_config
 from fmnist.config.same_run import changes, lengthened, recipe
 from fmnist.config.schema import Config, DataConfig
@@ -50,6 +51,7 @@ class Trained:
         sha256: what the weights have to have: in the checkpoint's manifest, or in summary.json; empty where a run from
             before it stood there says nothing.
         fingerprint: of the run's data and first weights; empty for a run from before there was one.
+        seen_size: pixels per side at which the weights were validated, or trained where they were not; None: the last.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Trained:
     device: torch.device
     sha256: str = ""
     fingerprint: Mapping[str, str] = field(default_factory=dict)
+    seen_size: int | None = None
 
     @property
     def temperature(self) -> float:
@@ -174,7 +177,7 @@ class Trained:
     @property
     def size(self) -> int:
         """Pixels per side that the model sees."""
-        return self.cfg.evaluation.size or self.augment.final_size
+        return self.cfg.evaluation.size or self.seen_size or self.augment.final_size
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -284,11 +287,15 @@ def _open(
     batch_size: int | None,
     model: Mapping[str, Any],
 ) -> Trained:
-    name = one_line(directory.resolve().name)
+    name, numbers = one_line(directory.resolve().name), summary
+    step, validated = summary.get("weights_step"), summary.get("val.top1") is not None
     weights, sha256 = directory / MODEL, summary.get("weights_sha256")
     if checkpoint is not None:
         digests = verify(checkpoint)
-        name += f" step {read_state(checkpoint).step}"
+        state = read_state(checkpoint)
+        name += f" step {state.step}"
+        step, validated = state.step, state.best_step == state.step and bool(state.best_val)
+        numbers = {f"val.{key}": value for key, value in state.best_val.items()}
         weights = weights_to_use(checkpoint, digests)
         sha256 = digests[weights.name]
     cfg, kept = load_config(directory / "config.yaml"), kept_fingerprint(directory)
@@ -305,6 +312,10 @@ def _open(
     cfg = replace(cfg, model=replace(cfg.model, **model))
     if batch_size is not None:
         cfg = replace(cfg, evaluation=replace(cfg.evaluation, batch_size=batch_size))
+    size = numbers.get("val.size") if validated else _size_at(step, cfg, info.num_train)
+    seen_size = int(size) if isinstance(size, int | float) and not cfg.evaluation.size else None
+    if seen_size:
+        logger.info("%s has seen smaller images so far, and is used at %d px", name, seen_size)
     return Trained(
         name=name,
         directory=directory,
@@ -316,4 +327,13 @@ def _open(
         device=device,
         sha256=sha256 if isinstance(sha256, str) else "",
         fingerprint=kept,
+        seen_size=seen_size,
     )
+
+
+def _size_at(step: Any, cfg: Config, num_train: int) -> int | None:
+    """Return the pixels per side of a step, from 1 on; None where they are the last of the run, or the step unknown."""
+    sizes = sizes_by_epoch(cfg, num_train)
+    epoch = (step - 1) // max(1, num_train // cfg.batch.global_batch_size) if isinstance(step, int) else max(sizes)
+    size = sizes[max(first for first in sizes if first <= max(0, epoch))]
+    return None if size == sizes[max(sizes)] else size

@@ -1,5 +1,6 @@
 """A finished run is continued by the same command with more epochs; whatever else differs stays refused."""
 
+import itertools
 import json
 import math
 import shutil
@@ -19,7 +20,7 @@ from fmnist.config.same_run import lengthened, recipe, run_yaml
 from fmnist.config.schema import Config, OptimConfig, ScheduleConfig
 from fmnist.optim import Schedule
 from fmnist.runtime.files import sha256_of
-from fmnist.trained import open_trained
+from fmnist.trained import Trained, open_trained
 from fmnist.training.resume import continuation
 
 
@@ -120,7 +121,7 @@ def go(run: Path, data: Path, epochs: float, name: str = "constant", **more: Any
     return fmnist.train(
         "configs/mlp.yaml",
         output_dir=str(run),
-        model={"name": "mlp", "options": {"width": 16}, "precision": "fp32"},
+        model=more.pop("model", {"name": "mlp", "options": {"width": 16}, "precision": "fp32"}),
         data={"root": str(data), "val_size": 500},
         batch={"global_batch_size": 500},
         schedule={"epochs": epochs, "warmup_epochs": 0.0, "name": name},
@@ -130,6 +131,35 @@ def go(run: Path, data: Path, epochs: float, name: str = "constant", **more: Any
         log={"every_steps": 1, "wandb": "disabled"},
         **more,
     )
+
+
+def test_a_run_stopped_while_its_images_are_small_is_used_at_their_size(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cnn = {"name": "cnn", "options": {"widths": [4, 8, 16]}, "precision": "fp32"}
+    growing = {"model": cnn, "augment": {"size": {0: 14, 2: 28}}}  # of 3 epochs, 3 steps each
+    run = tmp_path / "run"
+
+    def stopped_at(step: int) -> Trained:
+        with monkeypatch.context() as patch:
+            patch.setattr("fmnist.runtime.stop_vote.StopVote.__call__", lambda _: next(steps) == step)
+            patch.setattr("fmnist.runtime.stop_vote.StopVote.reason", "SIGTERM", raising=False)
+            steps = itertools.count(json.loads((run / "summary.json").read_text())["steps"] + 1 if run.exists() else 1)
+            go(run, data, 3, **growing)
+        return open_trained(run)
+
+    before = stopped_at(2)  # nothing was validated
+    assert before.checkpoint == "step_00000002" and before.size == 14
+    trained = stopped_at(4)
+    summary = json.loads((run / "summary.json").read_text())
+    assert trained.weights == run / MODEL and summary["weights_step"] == 3 and summary["val.size"] == 14
+    assert trained.size == 14
+    assert fmnist.open_run(run).evaluate("val")["top1"] == pytest.approx(summary["val.top1"], abs=1e-9)
+    trained = stopped_at(7)  # one step at 28 px, the best is still that of step 6
+    assert trained.size == 14 and open_trained(run / "checkpoints" / "step_00000007").size == 28
+    go(run, data, 3, **growing)
+    summary = json.loads((run / "summary.json").read_text())
+    assert open_trained(run).size == 28 and summary["weights_step"] == 9 and "val.size" not in summary
 
 
 def test_no_validation_numbers_of_weights_that_were_lost_stand_in_the_summary(

@@ -54,16 +54,21 @@ class TrainState:
     def update_best(self, val: Mapping[str, float], by: str = "top1") -> None:
         """Take this step as the best if no step before was as good, or if there is no validation.
 
-        Numbers at one image size are not compared with those at another: there the newer step is the best.
+        Numbers at one image size are not compared with those at another: those at the last size of training, which
+        name none, win; else the newer step is the best.
 
         Args:
             val: validation numbers by name; empty without validation images.
             by: `evaluation.best`; of loss the lowest is the best.
         """
         sign, before = -1 if by == "loss" else 1, self.best_number(by)
-        same_size = val.get("size") == self.best_val.get("size")
+        size_before = self.best_val.get("size")
         # Whatever is first is the best so far, a NaN too: there are weights to use.
-        if not val or before is None or not same_size or sign * val[by] > sign * before:
+        if (
+            not val
+            or before is None
+            or (sign * val[by] > sign * before if val.get("size") == size_before else size_before is not None)
+        ):
             self.best_top1, self.best_step = val.get("top1", -1.0), self.step
             self.best_val = {name: value for name, value in val.items() if math.isfinite(value)}
 

@@ -139,7 +139,8 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
     if other:
         logger.info("%s was made with other %s images than these: see %s", trained.name, request.split, directory)
     cfg = trained.cfg.evaluation
-    cfg = replace(cfg, tta=request.tta or cfg.tta, batch_size=request.batch_size or cfg.batch_size)
+    batch_size = request.batch_size or cfg.batch_size
+    cfg = replace(cfg, tta=request.tta or cfg.tta, batch_size=batch_size, size=trained.size)
 
     def logits_of(images: Split, tta: Tta) -> Tensor:
         return predict(model, images, augment, replace(cfg, tta=tta), compute).cpu()
