@@ -101,7 +101,8 @@ def amount_cell(found: Accuracy | None, count: int) -> str:
     if found is None:
         return NOT_MEASURED
     rate = "" if count == ALL_IMAGES // 10 else f", lr {found.lr:g}"
-    return spread(found.top1) + rate + (" (one seed)" if len(found.top1) == 1 else "")
+    seeds = {1: " (one seed)", 2: " (two seeds)"}.get(len(found.top1), "")
+    return spread(found.top1) + rate + seeds
 
 
 def search_table(entries: Sequence[Entry], results: Path, most: int | None = None) -> str:
