@@ -187,7 +187,10 @@ def test_weights_alone_are_verified_exported_and_read_like_a_checkpoint(
     (best / name).write_bytes((best / name).read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match=f"best_00000002/{name} is not what was written"):
         verify(best)
-    assert checkpoints.export(2, tmp_path / "out") == (sha256_of(full / MODEL), 1)  # the newest full one, with a warning
+    assert checkpoints.export(2, tmp_path / "out") == (
+        sha256_of(full / MODEL),
+        1,
+    )  # the newest full one, with a warning
     manifest = best / "manifest.json"
     manifest.write_text(manifest.read_text().replace(name, "other"))
     with pytest.raises(ValueError, match="does not list model.safetensors, which a checkpoint needs"):

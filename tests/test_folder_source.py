@@ -28,9 +28,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import fmnist
+from fmnist.apps.data.__main__ import main as data_main
 from fmnist.checkpoint.fingerprint import CLASSES, IMAGES, kept_fingerprint
 from fmnist.config.schema import DataConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load
+from fmnist.data.photos import find_pictures
 from fmnist.data.registry import open_source
 from fmnist.data.sources import decode, facts, fill
 from fmnist.data.sources.cache import Cache, cache_folder
@@ -268,6 +270,47 @@ def test_what_is_no_picture_is_counted_in_one_line(tmp_path: Path, caplog: pytes
     assert all(
         f"{count} {kind}" in line for count, kind in ((5, "made by fmnist"), (3, "hidden"), (2, ".txt"), (1, ".db"))
     )
+
+
+def test_what_this_program_draws_into_a_data_set_is_no_picture_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = two_classes(tmp_path / "root", 10)
+    monkeypatch.chdir(root)  # where `fmnist data .` writes its folder samples
+    for _ in range(2):
+        assert data_main([".", "--json"]) == 0
+        assert sorted(path.name for path in (root / "samples").iterdir()) == ["augmented.png", "samples.png"]
+    assert data_main([".", "--output", "."]) == 0 and data_main([".", "--output", "cat"]) == 0
+    decoded = read(root)
+    assert decoded.class_names == ("cat", "dog") and len(decoded.files) == 20
+    left_out = Counter[str]()
+    assert len(list(find_pictures([str(root)], left_out))) == 20 and left_out == {"made by fmnist": 6}
+    save(root / "cat" / "learning_curves.png", noise(1))  # somebody's own
+    assert len(read(root).files) == 21
+
+
+@pytest.mark.parametrize("place", ["", "cat", "dog/deep", "link"])
+def test_a_run_among_the_pictures_is_refused_and_beside_them_is_not(tmp_path: Path, place: str) -> None:
+    root = two_classes(tmp_path / "root")
+    save(root / "dog" / "deep" / "a.png", noise(1))
+    (root.parent / "link").symlink_to(root)
+    before = sorted(root.rglob("*"))
+
+    def go(directory: Path) -> None:
+        fmnist.train(
+            "configs/mlp.yaml",
+            output_dir=str(directory),
+            data={"name": "folder", "root": str(root)},
+            batch={"global_batch_size": 2},
+            augment={"size": 28},
+            schedule={"steps": 1, "warmup_epochs": 0.0},
+        )
+
+    with pytest.raises(ValueError, match=r"output_dir .* holds the pictures of data.root; give another place"):
+        go(root.parent / "link" if place == "link" else root / place)
+    assert sorted(root.rglob("*")) == before
+    go(root / "runs" / "x")
+    assert len(read(root).files) == 9
 
 
 # The split

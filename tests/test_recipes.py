@@ -125,7 +125,8 @@ def test_amounts_are_found_by_images_a_class_and_drawn_there(write: Any, tmp_pat
     assert panel.get_xscale() == "log"
     row = recipe_tables.amount_table(queue).splitlines()[-1]
     assert row == (
-        f"| {model} | not measured | 60.00 ± 14.14, lr 0.005 (two seeds) | not measured | not measured | 90.00 (one seed) |"
+        f"| {model} | not measured | 60.00 ± 14.14, lr 0.005 (two seeds) | not measured | not measured |"
+        " 90.00 (one seed) |"
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 
 from fmnist.runtime.console import one_line
+from fmnist.runtime.ownership import MARKS, bears
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # every other decoder stays closed to files from outside
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -23,7 +24,11 @@ OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".d
 WORK_SIZE = 512  # pixels of the longest edge that is worked on: an object of a tenth of it still has 51 for our 28
 MAX_FILE_BYTES = 1 << 28
 MAX_JPEG_PIXELS = 300_000_000  # before it is decoded smaller: a phone's 200 megapixels, and no bomb
-OURS = {"predictions": ".csv", "search": ".csv", "comparison": ".txt"}  # tables beside which our commands draw a .png
+TABLES = ("predictions.csv", "search.csv", "comparison.txt")  # beside which our commands draw a .png
+DRAWN = {  # what our commands and runs draw, by name; each file bears a mark
+    *("predictions.png", "search.png", "comparison.png", "samples.png", "augmented.png", "train_batch.png"),
+    *("learning_curves.png", "confusion_matrix.png", "reliability.png"),
+}
 # Metadata that is odd but harmless. Not for each picture: that is not safe among threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB: some editors keep megabytes beside a picture
@@ -36,7 +41,7 @@ def find_pictures(paths: Iterable[str], left_out: Counter[str] | None = None) ->
         paths: files (of any suffix), folders (their pictures by suffix, sub-folders too, hidden ones not) and globs
             (`**` for any depth).
         left_out: counts what folders hold beside pictures, by suffix, and what this project made ("made by fmnist"):
-            sheets of predictions, and whole run directories.
+            sheets and figures, and whole run directories.
 
     Yields:
         The path of a picture and an empty error, or what the user named and why nothing can be read from it.
@@ -92,10 +97,11 @@ def is_run_directory(names: Container[str]) -> bool:
 
 
 def is_ours(path: str) -> bool:
-    """Tell a picture that a command of ours drew beside its table."""
-    stem, suffix = os.path.splitext(path)
-    table = OURS.get(os.path.basename(stem))
-    return table is not None and suffix in (".png", table) and os.path.isfile(stem + table)
+    """Tell a picture that a command of ours drew, by its name and mark, or the table beside one."""
+    name = os.path.basename(path)
+    if name in TABLES:
+        path = f"{os.path.splitext(path)[0]}.png"
+    return (name in DRAWN or name in TABLES) and bears(Path(path), MARKS[".png"])
 
 
 def open_picture(path: Path, read: Callable[[BinaryIO], Image.Image] | None = None) -> Image.Image:

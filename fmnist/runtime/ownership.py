@@ -166,7 +166,7 @@ def check_outputs(marks: Mapping[Path, bytes], *, force: bool = False) -> None:
                 continue  # what lies there, commands made
         if path.is_dir() and not path.is_symlink():
             raise ValueError(f"--output: {path} is a folder; a file is written there")
-        if os.path.lexists(path) and not force and not _bears(path, mark or MARKS[path.suffix.lower()]):
+        if os.path.lexists(path) and not force and not bears(path, mark or MARKS[path.suffix.lower()]):
             raise ValueError(f"--output: {path} was not made by this command; give another place, or --force")
     for folder in {path.parent for path in marks}:
         check_writable(folder)
@@ -217,7 +217,8 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"{folder} cannot be written: {reason(error)}; --output names another place") from None
 
 
-def _bears(path: Path, mark: bytes) -> bool:
+def bears(path: Path, mark: bytes) -> bool:
+    """Say whether a file that can be read begins or ends with a mark, in its first or last MARKED_BYTES."""
     try:
         with open_regular(path) as file:
             head = file.read(MARKED_BYTES)

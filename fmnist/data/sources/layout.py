@@ -44,7 +44,7 @@ class Found(NamedTuple):
 class _Folder(NamedTuple):
     folders: list[str]
     pictures: list[tuple[str, tuple[int, int, int], str]]  # name, version, error
-    is_run: bool = False
+    is_run: bool = False  # or holds nothing but what a command of ours drew
 
 
 def list_pictures(root: Path) -> tuple[list[Found], Counter[str]]:
@@ -197,10 +197,11 @@ class _Reader:
         if name and is_run_directory({entry.name for entry in entries}):
             self.left_out["made by fmnist"] += len(entries)
             return _Folder([], [], is_run=True)
-        folder = _Folder([], [])
+        folder, ours = _Folder([], []), self.left_out["made by fmnist"]
         for entry in entries:
             self._add(entry, folder)
-        return folder
+        only_ours = not folder.folders and not folder.pictures and self.left_out["made by fmnist"] > ours
+        return folder._replace(is_run=bool(name) and only_ours)
 
     def _add(self, entry: os.DirEntry[str], folder: _Folder) -> None:
         version, error = (0, 0, 0), ""
