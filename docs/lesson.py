@@ -114,7 +114,8 @@ for position in errors.flatten().topk(5).indices.tolist():
 # ## Find a wrong label
 #
 # Rank all training images by the probability that the model gives to their own label. The model has seen eleven of
-# twelve of these labels (the others were held out), and still does not believe them: the first ones are worth a look. Some are hard, some are plainly wrong.
+# twelve of these labels (the others were held out), and still does not believe them: the first ones are worth a look.
+# Some are hard, some are plainly wrong.
 
 # %%
 logits, _ = run.trained(train.images)
