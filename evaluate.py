@@ -22,7 +22,7 @@ from fmnist.evaluation.exact_copies import ExactCopies, exact_copies_of
 from fmnist.evaluation.findings import Findings, findings
 from fmnist.evaluation.near_copies import NearCopies, near_copies_of
 from fmnist.evaluation.outcome import Outcome, Request, ensemble, evaluate
-from fmnist.evaluation.ranking import check_comparable, comparison_rows, split_to_use
+from fmnist.evaluation.ranking import check_comparable, comparison_rows, split_to_use, told_apart
 from fmnist.evaluation.retrieval import query_split, retrieval_key, retrieval_of
 from fmnist.report.comparison import write_comparison
 from fmnist.report.retrieval_table import RETRIEVAL_FILE, read_precision, write_precision
@@ -101,7 +101,7 @@ def main(args: argparse.Namespace | None = None) -> None:
             together = ensemble([each.outcome for each in found], args.comparison)
             found.append(report(together, copies_of(opened[0], request, compute), request))  # they are known
         if len(found) > 1:
-            compared, results = [each.outcome for each in found], [each.metrics for each in found]
+            compared, results = told_apart([each.outcome for each in found]), [each.metrics for each in found]
             rows = comparison_rows(compared, results)
             print(write_comparison(rows, compared, results, args.comparison))
             print(f"written to {args.comparison}")

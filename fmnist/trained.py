@@ -248,7 +248,9 @@ def open_trained(
             if newest.is_dir():
                 raise
         else:
-            logger.info("%s is not finished: %s, its newest valid checkpoint, is used", path, newest.name)
+            finished, whole = summary.get("status") == "finished", (run / MODEL).is_file()
+            why = f"has no {MODEL}" if finished and not whole else "is not finished"
+            logger.info("%s %s: %s, its newest valid checkpoint, is used", path, why, newest.name)
             return trained
     return opened(None)
 
@@ -305,6 +307,8 @@ def _open(
             raise ValueError(f"{checkpoint} is of another run: {one_line('; '.join(changed[:3]))}")
     info = read_info(directory, fashion_mnist(cfg.data.val_size))
     if changed := changes(kept, about_data(info.class_names, (*info.mean, *info.std))):
+        if not (directory / DATA_FILE).exists():
+            raise ValueError(f"{directory / DATA_FILE} is missing: it names the classes of the run")
         what = " and ".join(line.partition(" in ")[0] for line in changed)
         raise ValueError(
             f"{directory / DATA_FILE} does not hold the {what} that the run was trained with: it was changed"

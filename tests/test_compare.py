@@ -14,7 +14,7 @@ from fmnist.data.fashion_mnist import INFO
 from fmnist.evaluation.cost import Cost, Timing, sum_of_costs
 from fmnist.evaluation.numbers import summarize
 from fmnist.evaluation.outcome import Outcome, ensemble
-from fmnist.evaluation.ranking import check_comparable, comparison_rows, mcnemar, pareto_front
+from fmnist.evaluation.ranking import check_comparable, comparison_rows, mcnemar, pareto_front, told_apart
 from fmnist.evaluation.seeds import repeated_seeds, seed_groups
 from fmnist.report.comparison import comparison_table
 from fmnist.report.comparison import write_comparison as write_rows
@@ -100,6 +100,17 @@ def test_the_most_accurate_first_each_against_the_next(tmp_path: Path) -> None:
     assert "test device" in text
     pixels = matplotlib.image.imread(tmp_path / "comparison.png")
     assert pixels.shape[1] > 1900 and pixels[..., :3].std() > 0.02  # three panels
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders() -> None:
+    def at(place: str) -> Outcome:
+        one = outcome("cnn", range(5))
+        assert one.trained is not None
+        return replace(one, trained=replace(one.trained, directory=Path(place)))
+
+    runs = [at("/a/x/cnn"), at("/b/x/cnn"), at("/c/y/cnn"), replace(at("/z/mlp"), name="mlp")]
+    assert [each.name for each in told_apart(runs)] == ["a/x/cnn", "b/x/cnn", "y/cnn", "mlp"]
+    assert [each.name for each in told_apart([runs[0], replace(runs[1], trained=None)])] == ["x/cnn", "cnn"]
 
 
 def test_seeds_are_grouped_and_other_changes_are_not(tmp_path: Path) -> None:

@@ -220,14 +220,14 @@ def test_a_spreadsheet_may_have_saved_it(content: str, tmp_path: Path) -> None:
 
 def test_names_that_a_spreadsheet_would_run_come_back(tmp_path: Path) -> None:
     path = tmp_path / "set.npz"
-    names = ["=1+1", "a, b", "-x"]
+    names = ["=1+1", " a, b ", "-x"]
     np.savez(
         path,
         train_images=np.arange(6, dtype=np.uint8)[:, None, None] * np.ones((1, 8, 8), np.uint8),
         train_labels=np.arange(6) % 3,
         class_names=np.array(names),
     )
-    rows = csv_bytes(HEADER.strip().split(","), [(1, "train", 0, "=1+1", "a, b", 0.1, "relabel")]).decode()
+    rows = csv_bytes(HEADER.strip().split(","), [(1, "train", 0, "=1+1", " a, b ", 0.1, "relabel")]).decode()
     assert "'=1+1" in rows
     splits = corrected(str(path), rows.partition("\n")[2], tmp_path, name="npz", val_size=0)
     assert by_index(splits["train"])[0] == 1

@@ -82,7 +82,9 @@ def test_help_answers_before_torch(name: str) -> None:
         (("launch", "--schedule.epoch", 1), "did you mean schedule.epochs?"),
         (("evaluate", "nowhere"), "RUN: nowhere: no such file or folder"),
         (("evaluate", "RUN", "--batchsize", 1), "unknown option --batchsize (did you mean --batch_size?)"),
-        (("evaluate", "RUN", "RUN", "--output", "x"), "--output takes one run"),
+        (("evaluate", "RUN", "RUN"), "is given twice"),
+        (("audit", "RUN", "RUN"), "is given twice"),
+        (("evaluate", "RUN", "OTHER", "--output", "x"), "--output takes one run"),
         (("predict", "nowhere", "a.jpg"), "RUN: nowhere: no such file or folder"),
         (("predict", "RUN", "a.jpg"), "a.jpg: no such file"),
         (("predict", "--devcie", "cpu"), "unknown option --devcie (did you mean --device?)"),
@@ -103,7 +105,10 @@ def test_help_answers_before_torch(name: str) -> None:
 )
 def test_a_mistake_is_one_line_before_torch(args: tuple[object, ...], message: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("")
-    status, said, seconds = ask(*(tmp_path if arg == "RUN" else arg for arg in args))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml").write_text("")
+    places = {"RUN": tmp_path, "OTHER": tmp_path / "other"}
+    status, said, seconds = ask(*(places.get(str(arg), arg) for arg in args))
     assert status == 2 and seconds < SECONDS
     assert message in said and said.count("\n") == 0
 

@@ -41,6 +41,7 @@ from fmnist.data.sources.folder import Decoded, read_folder
 from fmnist.data.sources.layout import list_pictures
 from fmnist.data.split import Split
 from fmnist.runtime.files import read_json
+from fmnist.trained import open_trained
 
 OPTIONS: dict[str, Any] = {"stored_size": None, "fit": "crop", "bad_files": "refuse", "holdout": 0.1}
 
@@ -152,6 +153,9 @@ def test_a_run_on_png_files_ends_with_the_bits_of_one_on_idx_files(
     assert weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
     tested = [read_json(directory / "summary.json") for directory in (png, idx)]
     assert tested[0]["test.num_images"] == NUM_TEST and tested[0]["test.loss"] == tested[1]["test.loss"]
+    (png / "data.json").unlink()
+    with pytest.raises(ValueError, match=r"data.json is missing: it names the classes of the run$"):
+        open_trained(png)
 
 
 @pytest.mark.slow
@@ -642,7 +646,10 @@ LAYOUTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "root/train/fish holds no pictures",
     ),
     "names that differ in case": (picture("Cat/a.png"), "folders Cat and cat differ in upper and lower case only"),
-    "names that differ in form": (then(picture("e\u0301/a.png"), picture("\u00e9/a.png")), "differ in"),
+    "names that differ in form": (
+        then(picture("e\u0301/a.png"), picture("\u00e9/a.png")),
+        r"'e\\u0301' and '\\xe9' differ in how Unicode",
+    ),
     "a line break in a class": (picture("a\nb/a.png"), r"class folder 'a\\nb' has a control character"),
     "bytes in a class": (picture(b"a\xffb/a.png"), r"class folder 'a\\udcffb' has .*no UTF-8"),
     "a loop": (link("cat/up", "ROOT"), "one folder; a link may not lead to it again"),

@@ -136,7 +136,7 @@ def test_a_folder_with_good_and_bad_files(run_directory: Path, tmp_path: Path) -
     (photos / "13.png").write_bytes((photos / "01.png").read_bytes()[:2000])
     (tmp_path / "nothing").mkdir()
     done = predict(run_directory, "photos", "=1+1.png", "nothing", "no*.jpg", "--output", "out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr  # a pattern matches no file
     assert re.match(r"13 predicted: \d+ flagged as unfamiliar, \d+ used uncropped; 4 errors\n", done.stdout)
 
     with (tmp_path / "out" / "predictions.csv").open(newline="") as stream:
@@ -184,7 +184,9 @@ def test_exit_status_and_one_line_errors(run_directory: Path, tmp_path: Path, mo
 def test_counts_as_json(run_directory: Path, tmp_path: Path) -> None:
     for index, image in enumerate(load_split("test", None, 2000)[0][:3].numpy()):
         Image.fromarray(image).save(tmp_path / f"{index}.png")
-    said = command(main, run_directory, tmp_path, tmp_path / "absent", "--output", tmp_path / "out", "--json")
+    said = command(
+        main, run_directory, tmp_path, tmp_path / "absent", "--output", tmp_path / "out", "--json", status=1, lines=0
+    )
     found = json.loads(said)
     assert (found["predicted"], found["uncropped"], found["errors"]) == (3, 3, 1)  # 28 x 28 is used as it is
     assert found["unfamiliar"] in range(4) and found["output"] == str(tmp_path / "out")

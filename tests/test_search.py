@@ -350,11 +350,14 @@ def test_a_file_that_cannot_be_read_is_named(
     run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     query = ("query", str(run_directory), "test:0", *(f"missing_{i}.png" for i in range(7)), "--output", str(tmp_path))
-    assert search_main(list(query)) == 0
+    assert search_main(list(query)) == 1  # a path is not there
     said = capsys.readouterr()
     assert "; 7 not read" in said.out
     assert [f"missing_{i}.png: no such" in said.err.lower() for i in range(7)] == 5 * [True] + 2 * [False]
-    assert search_main([*query, "--json"]) == 0 and "missing" not in capsys.readouterr().err
+    assert search_main([*query, "--json"]) == 1 and "missing" not in capsys.readouterr().err
+    (tmp_path / "broken.png").write_bytes(b"")
+    broken = [*query[:3], str(tmp_path / "broken.png"), *query[-2:]]
+    assert search_main(broken) == 0 and "broken.png: an empty file" in capsys.readouterr().err
 
 
 def test_of_two_lists_the_nearer_of_each_item_is_kept() -> None:

@@ -95,6 +95,7 @@ def read_decisions(path: Path, class_names: Sequence[str]) -> list[Decision]:
     for line, row in read_csv(path, COLUMNS):
         cell = {name: row[name].strip() for name in COLUMNS}
         cell |= {name: cell[name].lower() for name in ("split", "decision")}
+        cell |= {name: row[name] for name in ("label", "suggested") if row[name] in numbers}  # spaces may be its own
         where = f"{path} line {line}"
         if cell["split"] not in SPLITS:
             raise ValueError(f"{where}: split is {row['split']!r:.60}; valid: {', '.join(SPLITS)}")

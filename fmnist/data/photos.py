@@ -24,6 +24,7 @@ OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".d
 WORK_SIZE = 512  # pixels of the longest edge that is worked on: an object of a tenth of it still has 51 for our 28
 MAX_FILE_BYTES = 1 << 28
 MAX_JPEG_PIXELS = 300_000_000  # before it is decoded smaller: a phone's 200 megapixels, and no bomb
+MISSING = "no such file or folder", "matches no file"  # what is said of a path that the user names, and of a pattern
 TABLES = ("predictions.csv", "search.csv", "comparison.txt")  # beside which our commands draw a .png
 DRAWN = {  # what our commands and runs draw, by name; each file bears a mark
     *("predictions.png", "search.png", "comparison.png", "samples.png", "augmented.png", "train_batch.png"),
@@ -53,7 +54,7 @@ def find_pictures(paths: Iterable[str], left_out: Counter[str] | None = None) ->
         named = os.path.lexists(name)
         matches = [name] if named else sorted(glob.glob(name, recursive=True))
         if not matches:
-            yield name, "matches no file" if glob.has_magic(name) else "no such file or folder"
+            yield name, MISSING[glob.has_magic(name)]
         for match in matches:
             number = 0
             for found, error in [(match, "")] if named and not os.path.isdir(match) else _expand(match, left_out):

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from fmnist.config.shipped import command
-from fmnist.runtime.arguments import CommandLine, number, run_path
+from fmnist.runtime.arguments import CommandLine, EachOnce, number, run_path
 from fmnist.runtime.ownership import check_outputs, check_suffix
 
 # What tells the files of an earlier evaluation or comparison from somebody else's.
@@ -28,7 +28,12 @@ def parse_args() -> argparse.Namespace:
     description = (__doc__ or "").replace("python evaluate.py", command("evaluate"))
     parser = CommandLine(prog="evaluate.py", description=description, joined=True)
     parser.add_argument(
-        "paths", nargs="+", type=run_path, metavar="RUN", help="run directories, or checkpoints in them"
+        "paths",
+        nargs="+",
+        type=run_path,
+        action=EachOnce,
+        metavar="RUN",
+        help="run directories, or checkpoints in them",
     )
     parser.add_argument("--split", choices=("test", "val", "train"), help="images to evaluate on (default: test)")
     parser.add_argument("--tta", choices=("none", "flip"), help="flip: average image and mirror (default: the run's)")

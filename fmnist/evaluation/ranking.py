@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from fmnist.config.schema import Config
 from fmnist.data.info import SplitName
 from fmnist.evaluation.numbers import SCORES
 from fmnist.evaluation.outcome import Outcome
+from fmnist.runtime.console import one_line
 from fmnist.trained import Trained
 
 logger = logging.getLogger("fmnist")
@@ -111,6 +114,22 @@ def comparison_rows(outcomes: Sequence[Outcome], results: Sequence[Mapping[str, 
             for i in pareto_front([row[key] for row in rows], [row["top1"] for row in rows]):
                 rows[i]["front"] = [*rows[i].get("front", ()), key]
     return rows
+
+
+def told_apart(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Give runs of one name, in different folders, their folders' names too, as many as tell them apart."""
+    named = Counter(outcome.name for outcome in outcomes)
+
+    def name(outcome: Outcome) -> str:
+        alike = [other for other in outcomes if other.trained and other.name == outcome.name]
+        if named[outcome.name] == 1 or outcome.trained is None:
+            return outcome.name
+        paths = [other.trained.directory.resolve().parts[:-1] for other in alike if other.trained]
+        own = outcome.trained.directory.resolve().parts[:-1]
+        depth = next((d for d in range(1, len(own) + 1) if sum(path[-d:] == own[-d:] for path in paths) == 1), len(own))
+        return one_line("/".join((*own[-depth:], outcome.name)))
+
+    return [replace(outcome, name=name(outcome)) for outcome in outcomes]
 
 
 def own_options(configs: Sequence[Config | None]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ answered at once. `train.py` and `evaluate.py` parse above their own imports ins
 import argparse
 import difflib
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -104,6 +105,18 @@ def existing(text: str) -> Path:
     if not path.exists():
         raise argparse.ArgumentTypeError(f"{path}: no such file or folder")
     return path
+
+
+class EachOnce(argparse.Action):
+    """Store a list of paths, no two of which lead to the same place."""
+
+    def __call__(self, _: object, namespace: argparse.Namespace, values: Any, __: str | None = None) -> None:
+        seen: set[str] = set()
+        for path in values:
+            if (real := os.path.realpath(path)) in seen:
+                raise argparse.ArgumentError(self, f"{path} is given twice")
+            seen.add(real)
+        setattr(namespace, self.dest, values)
 
 
 def run_path(text: str) -> Path:

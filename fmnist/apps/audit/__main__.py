@@ -11,12 +11,14 @@ again, the command keeps the decisions of its audit.csv.
 
 from pathlib import Path
 
-from fmnist.runtime.arguments import CommandLine, number, run_path
+from fmnist.runtime.arguments import CommandLine, EachOnce, number, run_path
 from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.runtime.ownership import check_suffix
 
 PARSER = CommandLine(prog="fmnist audit", description=__doc__)
-PARSER.add_argument("runs", nargs="+", type=run_path, metavar="RUN", help="run directories of train.py: one, or folds")
+PARSER.add_argument(
+    "runs", nargs="+", type=run_path, action=EachOnce, metavar="RUN", help="run directories of train.py: one, or folds"
+)
 PARSER.add_device()
 PARSER.add_argument("--batch_size", type=number(1), help="images of one forward (default: the run's)")
 PARSER.add_argument("--data.root", dest="root", help="folder with the data set (default: the run's)")

@@ -15,6 +15,7 @@ from fmnist.apps.novelty import NoveltyReference, open_reference
 from fmnist.apps.predict.photo_sheet import BLACK, GREY, ORANGE, Cell, draw_sheet
 from fmnist.apps.trust import PERSON, Trust, open_trust
 from fmnist.apps.views import NAMED, Photo, check_cutting, count_kinds, read_photos, stack_views
+from fmnist.data.photos import MISSING
 from fmnist.evaluation.calibration import few_images
 from fmnist.evaluation.occlusion import occlusion_map
 from fmnist.runtime.console import keep_at_interrupt, one_line
@@ -48,7 +49,7 @@ class Prediction:
 
 
 def predict(found: Sequence[tuple[str, str]], args: argparse.Namespace, left_out: Counter[str]) -> int:
-    """Predict pictures and write the files; return 0, or 1 where no picture could be read.
+    """Predict pictures and write the files; return 0; 1 where none could be read, or a path is not there.
 
     Args:
         found: what `find_pictures` yields.
@@ -88,7 +89,7 @@ def predict(found: Sequence[tuple[str, str]], args: argparse.Namespace, left_out
             if few := few_images(trained.info.num_val):
                 print(few)
         print(f"written to {args.output}")
-    return 0 if counts["predicted"] else 1
+    return 0 if counts["predicted"] and not any(error in MISSING for _, error in found) else 1
 
 
 def num_top(args: argparse.Namespace, trained: Trained) -> int:

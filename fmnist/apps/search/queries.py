@@ -23,6 +23,7 @@ from fmnist.apps.search.catalogue import (
 from fmnist.apps.search.hits import Hit, columns_of, hits_rows, plot_hits
 from fmnist.apps.search.names import QUERY, SOURCES
 from fmnist.apps.views import NAMED, count_kinds, read_photos
+from fmnist.data.photos import MISSING
 from fmnist.evaluation.neighbours import Neighbours
 from fmnist.evaluation.retrieval import measure_precision, query_split
 from fmnist.report.retrieval_table import RETRIEVAL_FILE, precision_table, write_precision
@@ -35,7 +36,11 @@ logger = logging.getLogger("fmnist")
 
 
 def query(args: argparse.Namespace) -> int:
-    """Find the nearest images of each picture; write search.csv, then the sheet; return 1 where none was read."""
+    """Find the nearest images of each picture; write search.csv, then the sheet.
+
+    Returns:
+        0; 1 where no picture was read, or a path is not there.
+    """
     trained = open_trained(args.run, args.device, args.batch_size)
     output = args.output or trained.folder("search")
     marks = {output / "search.csv": b"query,rank,item,", output / "search.png": b""}
@@ -44,6 +49,7 @@ def query(args: argparse.Namespace) -> int:
     queries, errors = _read_queries(args.named, trained, args.root)
     hits, milliseconds = _nearest(queries, trained, catalogue, args.k) if queries else ([], 0.0)
     rows = hits_rows(hits, catalogue, errors)
+    status = 0 if hits and not any(error in MISSING for error in errors.values()) else 1
     # First: it is there also where a sheet fails.
     write_atomic(output / "search.csv", csv_bytes(columns_of(catalogue), [list(row.values()) for row in rows]))
     for name, error in islice(() if args.json else errors.items(), NAMED):
@@ -52,14 +58,14 @@ def query(args: argparse.Namespace) -> int:
         plot_hits(shown, catalogue, output / "search.png")
     if args.json:
         print(json.dumps(rows))
-        return 0 if hits else 1
+        return status
     part = f" of the first {len(shown)} queries" if len(hits) > len(shown) else ""
     k = len(hits[0].positions) if hits else 0
     bad = f"; {len(errors):,} not read" if errors else ""
     bad += f"; left out: {count_kinds(args.left_out)}" if args.left_out else ""
     print(f"the {k} nearest of {len(catalogue):,} images to each picture, {milliseconds:.1f} ms a query{bad}")
     print(f"written to {output}: search.csv" + (f", search.png{part}" if shown else ""))
-    return 0 if hits else 1
+    return status
 
 
 def _read_queries(
@@ -88,7 +94,7 @@ def _read_queries(
 def _range(indices: Tensor) -> str:
     low, high = int(indices.min()), int(indices.max())
     whole = high - low + 1 == len(indices)
-    return f"images {low} to {high}" + ("" if whole else ", without those of the other of train and val")
+    return f"images {low} to {high}" if whole else f"{len(indices):,} of the images {low} to {high}"
 
 
 def _nearest(

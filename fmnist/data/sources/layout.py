@@ -139,7 +139,10 @@ def _check_classes(root: Path, found: list[Found], parts: list[str]) -> None:
             )
         other = known.setdefault(unicodedata.normalize("NFC", label).casefold(), label)
         if other != label:
-            raise ValueError(f"{root}: the class folders {other} and {label} differ in upper and lower case only")
+            what = "upper and lower case"
+            if unicodedata.normalize("NFC", other) == unicodedata.normalize("NFC", label):
+                what, other, label = "how Unicode spells their letters", ascii(other), ascii(label)
+            raise ValueError(f"{root}: the class folders {other} and {label} differ in {what} only")
     if len(labels) < 2:
         what = f"one class only, {labels.pop()}" if labels else f"no pictures ({', '.join(SUFFIXES)})"
         raise ValueError(f"{root / first} holds {what}; expected a folder a class, two or more")
