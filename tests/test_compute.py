@@ -23,7 +23,7 @@ from fmnist.runtime.background import Background, join_all
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.gradients import AllReduce, ShardSum
 from fmnist.runtime.hardware import autocast, peak_flops
-from fmnist.runtime.launcher import check_gpus
+from fmnist.runtime.launcher import check_gpus, gpu_warning
 from fmnist.runtime.stop_vote import STOP_SIGNALS, StopVote
 from fmnist.training.clock import Clock
 from fmnist.training.profile import SKIPPED, StepProfiler
@@ -118,6 +118,12 @@ def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_several_processes_without_a_gpu_are_warned_unless_the_cpu_is_meant() -> None:
+    line = "no GPU was found: 4 processes compute on the CPU; ACCELERATE_USE_CPU=true says that this is meant"
+    assert gpu_warning(4, 0, {}) == gpu_warning(4, 0, {"ACCELERATE_USE_CPU": "false"}) == line
+    assert gpu_warning(4, 0, {"ACCELERATE_USE_CPU": "true"}) is gpu_warning(4, 4, {}) is gpu_warning(1, 0, {}) is None
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,7 @@ SAID_CASES = {
     "schedule.warmup_epochs": {"schedule__warmup_epochs": 0.04},
     "optim.head_only_epochs": {"optim__head_only_epochs": 0.04},
     "data.val_size": {"data__val_size": 1000, "data__folds": 5, "data__fold": 0},
+    "optim.lr": {"optim__lr": 0.0},
     "log.project": {"log__project": "team", "log__wandb": "disabled"},
     "model.channels_last": {"model__channels_last": True, "model__name": "mlp"},
 }
@@ -173,7 +174,7 @@ def test_a_setting_without_effect_in_a_short_run_is_said(name: str) -> None:
     (line,) = without_effect(cfg, Length(10, 10))
     assert line.startswith(name) and ("has no effect" in line or "longer than the run" in line)
     # ... and nothing in a run in which it has one.
-    if name not in ("augment.shift", "data.val_size", "log.project", "model.channels_last"):
+    if name not in ("augment.shift", "data.val_size", "optim.lr", "log.project", "model.channels_last"):
         assert without_effect(cfg, Length(4000, 100, channels=3)) == []
 
 

@@ -110,6 +110,7 @@ SAID: tuple[tuple[str, Callable[[Config, Length], bool], str], ...] = (
         lambda cfg, run: cfg.data.folds is not None,
         "has no effect: data.folds holds a fold out in place of it",
     ),
+    ("optim.lr", lambda cfg, run: cfg.optim.lr == 0, "has no effect: nothing is trained"),
     ("log.project", lambda cfg, run: cfg.log.wandb == "disabled", "has no effect: log.wandb is disabled"),
     ("model.channels_last", lambda cfg, run: cfg.model.name == "mlp", "has no effect: the MLP has no convolution"),
 )

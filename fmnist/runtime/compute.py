@@ -31,6 +31,7 @@ from fmnist.runtime.launcher import (
     check_gpus,
     check_processes,
     check_world_size,
+    gpu_warning,
     stop_with_launcher,
     without_effect,
 )
@@ -114,6 +115,9 @@ class Compute(Processes):
         self.precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
         if self.is_main and (ignored := without_effect(self.precision)):
             logger.warning("%s: no effect here; see docs/environment.md", ", ".join(ignored))
+        found = torch.accelerator.device_count()
+        if self.is_main and named is None and (warning := gpu_warning(self.world_size, found)):
+            logger.warning("%s", warning)
         torch.backends.cudnn.deterministic = True  # a resumed run ends with the bits of an unbroken one
         torch.manual_seed(seed)
 

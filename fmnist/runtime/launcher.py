@@ -153,6 +153,21 @@ def check_gpus(found: int, environ: Mapping[str, str] = ENVIRONMENT) -> None:
         )
 
 
+def gpu_warning(processes: int, found: int, environ: Mapping[str, str] = ENVIRONMENT) -> str | None:
+    """Say that several processes found no accelerator, unless the CPU was asked for; none where nothing is wrong.
+
+    Args:
+        processes: of this run.
+        found: accelerators that torch sees.
+        environ: of this process.
+    """
+    if processes == 1 or found or is_true("ACCELERATE_USE_CPU", environ):
+        return None
+    return (
+        f"no GPU was found: {processes} processes compute on the CPU; ACCELERATE_USE_CPU=true says that this is meant"
+    )
+
+
 def signal_warning(environ: Mapping[str, str] = ENVIRONMENT) -> str | None:
     """Say what keeps SLURM's signals from stopping this run with a checkpoint; none where nothing does.
 
