@@ -94,7 +94,11 @@ def _read_queries(
 def _range(indices: Tensor) -> str:
     low, high = int(indices.min()), int(indices.max())
     whole = high - low + 1 == len(indices)
-    return f"images {low} to {high}" if whole else f"{len(indices):,} of the images {low} to {high}"
+    return (
+        f"images {low} to {high}"
+        if whole
+        else f"{len(indices):,} of the images {low} to {high}; the rest are of other splits"
+    )
 
 
 def _nearest(
