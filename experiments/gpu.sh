@@ -4,23 +4,24 @@
 #   kernels  our depthwise kernels and CUDA graphs against what they replace, after their tests
 #   ladder   where a ConvNeXt step's time goes: eager, compiled, with our depthwise kernels
 #   data     the loaders' race at 28 and 224 px
-#   recipes  three seeds of the default, ConvNeXt-Tiny from scratch at 128 and 224 px
+#   recipes  three seeds of the default and of the speedrun, ConvNeXt-Tiny from scratch at 128 and 224 px
+#   wide     the wide residual network
 # Outputs are packed into OUTPUT_FOLDER/STAGE.tgz after every command, so that what a limit cuts off is the rest alone. A
 # command that fails is said, and the next one runs. Begin with kernels where Triton's cache is empty: it compiles many at
 # once, which training does one after another (ConvNeXt-Tiny: eight of about ten seconds for each image size).
 # DRY=1 runs the same commands on a CPU, made tiny: to see that they are right before a GPU is at hand.
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit
-stage=${1:?check, kernels, ladder, data or recipes} out=$(realpath -m "${2:?a folder for the results}")
+stage=${1:?check, kernels, ladder, data, recipes or wide} out=$(realpath -m "${2:?a folder for the results}")
 python=${PYTHON:-python3} work=$(mktemp -d)
 mkdir -p "$out"
 export PYTHONUNBUFFERED=1
-tiny=() cpu=() race=() tiles=() interpreted=() small=() dry=()
+tiny=() cpu=() race=() tiles=() interpreted=() small=() narrow=() dry=()
 if [ "${DRY:-}" ]; then
   export ACCELERATE_USE_CPU=true
   tiny=(--data.limit 300 --data.val_size 500 --batch.global_batch_size 50 --schedule.epochs 2 --augment.size 32 --evaluation.test false)
   cpu=(--device cpu --only eager --rounds 1 --steps 1) race=(--sizes 28 --loaders ours-eager --rounds 2 --seconds 0.05) tiles=(--tiny) interpreted=(env TRITON_INTERPRET=1)
-  dry=(--dry) small=(--model.name convnext_atto --model.compile false)
+  dry=(--dry) small=(--model.name convnext_atto --model.compile false) narrow=(--model.options '{depth: 10, width: 1}')
 fi
 
 # run NAME SECONDS COMMAND...: the command's output in NAME.txt, its end shown, with the time and the exit status
@@ -86,11 +87,16 @@ data() {
 }
 
 recipes() {
-  for seed in 0 1 2; do train "cnn_$seed" 90 --seed "$seed"; done
-  train convnext_tiny 420 --config configs/convnext_tiny.yaml --model.pretrained false --model.depthwise triton ${small[@]+"${small[@]}"}
+  for seed in 0 1 2; do train "cnn_$seed" 60 --seed "$seed"; done
+  for seed in 0 1 2; do train "speedrun_$seed" 60 --config experiments/recipes/speedrun.yaml --seed "$seed"; done
+  train convnext_tiny 400 --config configs/convnext_tiny.yaml --model.pretrained false --model.depthwise triton ${small[@]+"${small[@]}"}
+}
+
+wide() {
+  train wide_resnet 570 --config experiments/recipes/wide_resnet.yaml ${narrow[@]+"${narrow[@]}"}
 }
 
 case $stage in
-  check | kernels | ladder | data | recipes) "$stage" ;;
-  *) echo "$stage is no stage: check, kernels, ladder, data or recipes" >&2 && exit 2 ;;
+  check | kernels | ladder | data | recipes | wide) "$stage" ;;
+  *) echo "$stage is no stage: check, kernels, ladder, data, recipes or wide" >&2 && exit 2 ;;
 esac

@@ -165,7 +165,7 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         "--resume auto|never auto: resume from the newest valid checkpoint; never: refuse a non-empty directory.",
         "--data.holdout float Share of each class held out for validation, and as much for the test, of a folder "
         "without such splits. Valid range: 0.001 to 0.45. (default: 0.1)",
-        "mlp, cnn, hybrid, or any timm classifier",
+        "mlp, cnn, hybrid, wide_resnet, or any timm classifier",
         *(path.stem for path in CONFIGS),
     ):
         assert words in shown

@@ -220,7 +220,28 @@ def test_the_hybrid_tells_places_apart_without_a_position_embedding():
     assert (corner - middle).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "hybrid"])
+def test_wide_resnet_parameters_and_places():
+    model, _ = build("wide_resnet", 28)  # WRN-16-8, 11.0 M in the paper's table, for colour
+    # A block from a to b channels: 9 (a + b) b in its convolutions, 2 (a + b) in its norms, a b in a shortcut.
+    wide = (16, 128, 128), (128, 256, 256), (256, 512, 512)
+    blocks = sum(9 * (a + b) * b + 2 * (a + b) + a * b + 18 * c * c + 4 * c for a, b, c in wide)
+    assert count(model) == 9 * 16 + blocks + 2 * 512 + 512 * 10 + 10 == 10_961_082
+    shapes = []
+    model.norm.register_forward_hook(lambda _module, inputs, _output: shapes.append(inputs[0].shape))
+    model(torch.rand(2, 1, 28, 28))
+    assert shapes == [(2, 512, 7, 7)]
+    assert count(build("wide_resnet", 28, options={"depth": 10, "width": 1})[0]) < 100_000
+    assert "valid: depth 10, 16, 22, 28" in error_of("wide_resnet", 28, options={"depth": 18})
+
+
+def test_a_block_of_the_wide_resnet_adds_to_what_came():
+    block = build("wide_resnet", 28, options={"width": 1})[0].blocks[1]
+    maps = torch.randn(2, 16, 7, 7)
+    nn.init.zeros_(block.conv2.weight)
+    assert torch.equal(block(maps), maps)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "hybrid", "wide_resnet"])
 @pytest.mark.parametrize("size", [8, 28, 33])
 def test_own_models_take_any_size(name, size):
     model, normalization = build(name, size, drop_rate=0.1)

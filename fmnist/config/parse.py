@@ -23,7 +23,7 @@ DESCRIPTION = """\
 Train an image classifier. Flags override --config files; later files and later flags override earlier ones.
 
 recipes   --config configs/NAME.yaml, with NAME: {recipes}
-models    --model.name mlp, cnn, hybrid, or any timm classifier, e.g. resnet18, convnext_tiny, vit_tiny_patch16_224
+models    --model.name mlp, cnn, hybrid, wide_resnet, or any timm classifier, e.g. resnet18, convnext_tiny
           (all of them: python -c "import timm; print(*timm.list_models())")
 examples  accelerate launch train.py --config configs/mlp.yaml --optim.lr 0.002 --output_dir runs/mlp_lr2
           accelerate launch train.py --model.name resnet18 --augment '{{size: 32, flip: 0}}' --dry_run

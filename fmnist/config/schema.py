@@ -128,7 +128,7 @@ class AugmentConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     name: str = "cnn"
-    """mlp, cnn, hybrid, or any timm classifier, e.g. convnext_tiny."""
+    """mlp, cnn, hybrid, wide_resnet, or any timm classifier, e.g. convnext_tiny."""
     pretrained: bool = False
     """Start from timm's pretrained weights, from its hub or its cache."""
     weights: str | None = None

@@ -16,6 +16,7 @@ from fmnist.models.mlp import Mlp
 from fmnist.models.pretrained import build_timm
 from fmnist.models.stem import Normalization
 from fmnist.models.trial import try_model
+from fmnist.models.wide_resnet import WideResNet
 
 __all__ = ["REGISTRY", "Normalization", "build_model", "model_names"]
 
@@ -23,6 +24,7 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "mlp": Mlp,
     "cnn": Cnn,
     "hybrid": Hybrid,
+    "wide_resnet": WideResNet,
 }
 RATES = {"drop_rate": "dropout", "drop_path_rate": "stochastic depth"}
 # Parameters that build_model passes to a model of the registry; the others are model.options.
