@@ -29,10 +29,12 @@ FINAL = {
 AMOUNTS = (100, 1_000, 5_000, 20_000)  # training images, of ten classes
 ALL_IMAGES = 55_000
 # Model -> group of its amounts, and what holds the result of all images: an entry, or a file beside the queue's folder.
-AMOUNT = {
+# None where there is no such run.
+AMOUNT: dict[str, tuple[str, str | None]] = {
     "MLP by AdamW": ("amount_mlp", "final_mlp"),
     "CNN": ("amount_cnn", "cnn_10_epochs"),
     "small ConvNeXt": ("amount_convnext", "convnext_muon"),
+    "small ConvNeXt, from its own pretraining": ("amount_convnext_rotations", None),
     "EfficientNet-Lite0, ImageNet weights": ("amount_lite0_pretrained", "efficientnet_lite0.json"),
     "EfficientNet-Lite0, from scratch": ("amount_lite0_scratch", "efficientnet_lite0_scratch.json"),
 }
@@ -117,10 +119,10 @@ def amounts(queued: Queued, model: str) -> dict[int, Accuracy]:
     """Return the test accuracy of a model by images a class."""
     group, whole = AMOUNT[model]
     found = {amount // 10: accuracy(queued.of(f"{group}_{amount}")) for amount in AMOUNTS}
-    if whole.endswith(".json"):
+    if whole and whole.endswith(".json"):
         path = queued.results.parent / whole
         found[ALL_IMAGES // 10] = accuracy([read_json(path)] if path.is_file() else [])
-    else:
+    elif whole:
         found[ALL_IMAGES // 10] = accuracy(queued.of(whole))
     return {amount: value for amount, value in found.items() if value is not None}
 
