@@ -13,8 +13,8 @@ class WideResNet(nn.Module):
         Args:
             num_classes: logits per image.
             drop_rate: dropout probability between the two convolutions of a block, in [0, 1).
-            depth: convolutions in a row, that of the stem and those beside a block's sum too: 6 n + 4 for n blocks in
-                each of three stages.
+            depth: convolutions in all: that of the stem, two in each of n blocks of each of three stages, and one in a
+                stage's shortcut: 6 n + 4.
             width: the stages have 16, 32 and 64 times this many channels.
             in_channels: of the images.
 
