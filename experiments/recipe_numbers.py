@@ -24,6 +24,7 @@ FINAL = {
     "ViT": "final_vit",
     "hybrid": "final_hybrid",
     "CNN, long": "final_cnn_long",
+    "EfficientNet-Lite0, ImageNet weights": "final_lite0",
     "EfficientNet-Lite0, ImageNet weights, to 224 px": "final_lite0_224px",
 }
 AMOUNTS = (100, 1_000, 5_000, 20_000)  # training images, of ten classes
@@ -35,7 +36,7 @@ AMOUNT: dict[str, tuple[str, str | None]] = {
     "CNN": ("amount_cnn", "cnn_10_epochs"),
     "small ConvNeXt": ("amount_convnext", "convnext_muon"),
     "small ConvNeXt, from its own pretraining": ("amount_convnext_rotations", None),
-    "EfficientNet-Lite0, ImageNet weights": ("amount_lite0_pretrained", "efficientnet_lite0.json"),
+    "EfficientNet-Lite0, ImageNet weights": ("amount_lite0_pretrained", "final_lite0"),
     "EfficientNet-Lite0, from scratch": ("amount_lite0_scratch", "efficientnet_lite0_scratch.json"),
 }
 ABLATED = {"CNN": "ablation_cnn", "small ConvNeXt": "ablation_convnext"}
