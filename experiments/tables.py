@@ -24,7 +24,12 @@ from fmnist.runtime.provenance import measured_now, processor
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
-SEEDS = {"mlp": "mlp_muon", "cnn": "cnn_10_epochs", "convnext_32px": "convnext_muon"}  # a recorded run's other seeds
+SEEDS = {  # a recorded run's other seeds
+    "mlp": "mlp_muon",
+    "cnn": "cnn_10_epochs",
+    "convnext_32px": "convnext_muon",
+    "efficientnet_lite0": "final_lite0",
+}
 
 
 def record(run: Path, name: str, command: str, note: str) -> Path:
