@@ -242,10 +242,10 @@ def test_a_run_knows_the_mean_of_images_that_its_limit_leaves_out(tmp_path: Path
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"mean": [0.3]}, "mean and std"),
-        ({"class_names": list("abcdefghij")}, "class names"),
-        ({"class_names": list("abcdefghij"), "std": [0.1]}, "class names and mean and std"),
-        (None, "class names and mean and std"),
+        ({"mean": [0.3]}, "does not hold the mean and std that the run was trained with"),
+        ({"class_names": list("abcdefghij")}, "does not hold the class names that the run was trained with"),
+        ({"class_names": list("abcdefghij"), "std": [0.1]}, "does not hold the class names and mean and std that"),
+        (None, "is missing: it names the classes of the run"),
     ],
 )
 def test_another_data_json_than_the_runs_is_refused(change: dict[str, Any] | None, words: str, tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_another_data_json_than_the_runs_is_refused(change: dict[str, Any] | Non
         (run / DATA_FILE).unlink()
     else:
         (run / DATA_FILE).write_text(json.dumps(info.to_json() | change))
-    with pytest.raises(ValueError, match=f"data.json does not hold the {words} that the run was trained with"):
+    with pytest.raises(ValueError, match=f"data.json {words}"):
         open_trained(run, "cpu")
 
 
