@@ -109,8 +109,8 @@ def test_runs_of_one_name_are_told_apart_by_their_folders() -> None:
         return replace(one, trained=replace(one.trained, directory=Path(place)))
 
     runs = [at("/a/x/cnn"), at("/b/x/cnn"), at("/c/y/cnn"), replace(at("/z/mlp"), name="mlp")]
-    assert [each.name for each in told_apart(runs)] == ["a/x/cnn", "b/x/cnn", "y/cnn", "mlp"]
-    assert [each.name for each in told_apart([runs[0], replace(runs[1], trained=None)])] == ["x/cnn", "cnn"]
+    assert [each.name for each in told_apart(runs)] == ["a/x/cnn", "b/x/cnn", "c/y/cnn", "mlp"]
+    assert [each.name for each in told_apart([runs[0], replace(runs[1], trained=None)])] == ["cnn", "cnn"]
 
 
 def test_seeds_are_grouped_and_other_changes_are_not(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_no_validation_numbers_of_weights_that_were_lost_stand_in_the_summary(
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [name for name in summary if name.startswith("val.")] == ["val.top1"] and summary["val.top1"] is None
     assert summary["weights_sha256"] == sha256_of(tmp_path / "run" / MODEL) and summary["status"] == "finished"
-    assert "summary.json has no validation numbers of it" in capsys.readouterr().err
+    assert "summary.json has no validation numbers of these weights" in capsys.readouterr().err
     go(tmp_path / "whole", data, 2)
     assert json.loads((tmp_path / "whole" / "summary.json").read_text())["val.top1"] > 0.1
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import struct
@@ -32,7 +33,7 @@ from fmnist.apps.data.__main__ import main as data_main
 from fmnist.checkpoint.fingerprint import CLASSES, IMAGES, kept_fingerprint
 from fmnist.config.schema import DataConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load
-from fmnist.data.photos import find_pictures
+from fmnist.data.photos import DRAWN, find_pictures
 from fmnist.data.registry import open_source
 from fmnist.data.sources import decode, facts, fill
 from fmnist.data.sources.cache import Cache, cache_folder
@@ -291,6 +292,12 @@ def test_what_this_program_draws_into_a_data_set_is_no_picture_of_it(
     assert len(list(find_pictures([str(root)], left_out))) == 20 and left_out == {"made by fmnist": 6}
     save(root / "cat" / "learning_curves.png", noise(1))  # somebody's own
     assert len(read(root).files) == 21
+
+
+def test_every_picture_that_the_program_names_is_known_as_its_own() -> None:
+    texts = [path.read_text() for path in (ROOT / "fmnist").rglob("*.py") if path.parts[-2] != "benchmark"]
+    names = {name for text in texts for name in re.findall(r'"([a-z_]+\.png)"', text)}
+    assert names == DRAWN and {"samples.png", "search.png"} < names
 
 
 @pytest.mark.parametrize("place", ["", "cat", "dog/deep", "link"])

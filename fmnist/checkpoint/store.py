@@ -162,7 +162,7 @@ class Checkpoints:
             logger.warning("the best weights, of step %d, cannot be used: %s", step, one_line(error))
             if newest is None:
                 raise ValueError(f"{self.directory} holds no checkpoint") from None
-            logger.warning("%s takes their place; summary.json has no validation numbers of it", newest)
+            logger.warning("%s takes their place", newest)
             data, step = self._weights(newest), read_state(newest).step
         write_atomic(target, data)
         return hashlib.sha256(data).hexdigest(), step

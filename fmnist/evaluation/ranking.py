@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -117,17 +117,17 @@ def comparison_rows(outcomes: Sequence[Outcome], results: Sequence[Mapping[str, 
 
 
 def told_apart(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Give runs of one name, in different folders, their folders' names too, as many as tell them apart."""
-    named = Counter(outcome.name for outcome in outcomes)
+    """Give runs of one name, in different folders, their path below the folder that they have in common."""
+    places: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        if outcome.trained is not None:
+            places.setdefault(outcome.name, []).append(os.path.realpath(outcome.trained.directory))
 
     def name(outcome: Outcome) -> str:
-        alike = [other for other in outcomes if other.trained and other.name == outcome.name]
-        if named[outcome.name] == 1 or outcome.trained is None:
+        if outcome.trained is None or len(alike := places[outcome.name]) == 1:
             return outcome.name
-        paths = [other.trained.directory.resolve().parts[:-1] for other in alike if other.trained]
-        own = outcome.trained.directory.resolve().parts[:-1]
-        depth = next((d for d in range(1, len(own) + 1) if sum(path[-d:] == own[-d:] for path in paths) == 1), len(own))
-        return one_line("/".join((*own[-depth:], outcome.name)))
+        below = os.path.relpath(os.path.realpath(outcome.trained.directory.parent), os.path.commonpath(alike))
+        return one_line(os.path.join(below, outcome.name))
 
     return [replace(outcome, name=name(outcome)) for outcome in outcomes]
 

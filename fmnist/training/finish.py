@@ -59,7 +59,8 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
         exported = run.on_main(training.checkpoints.export, state.best_step, run.directory / MODEL)
         if exported is not None:
             summary["weights_sha256"], summary["weights_step"] = exported
-            if summary["weights_step"] != state.best_step:  # other weights than those that were the best on validation
+            if summary["weights_step"] != state.best_step:  # others than those that were the best on validation
+                logger.warning("summary.json has no validation numbers of these weights")
                 summary = {name: value for name, value in summary.items() if not name.startswith("val.")}
                 summary["val.top1"] = None
     found = evaluate_at_end(training, cfg, run, summary) if finished else None

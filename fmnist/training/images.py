@@ -21,10 +21,9 @@ def load_splits(cfg: Config, run: Run) -> tuple[dict[str, Split], Placement]:
     """Load train, val and test, in this order, fetched where no folder was named, and move them to their place."""
 
     def load() -> dict[str, Split]:
-        root = Path(cfg.data.root or "").expanduser() if cfg.data.name == "folder" else None
-        _check_output(run.directory, root)
         source = open_source(cfg.data, fetch=True, processes=run)
-        _check_output(run.directory, root, source.files)
+        if cfg.data.name == "folder":
+            _check_output(run.directory, Path(cfg.data.root or "").expanduser(), source.files)
         for line in source.remarks(cfg.data):
             logger.warning("%s", line)
         return {name: Split.load(name, source, read=False) for name in ("train", "val", "test")}
@@ -36,9 +35,9 @@ def load_splits(cfg: Config, run: Run) -> tuple[dict[str, Split], Placement]:
     return place(splits, placement, run, run.device, batch_size), placement
 
 
-def _check_output(directory: Path, root: Path | None, pictures: Sequence[str] = ()) -> None:
+def _check_output(directory: Path, root: Path, pictures: Sequence[str]) -> None:
     """Refuse a run directory among the pictures: the next run would take it for a class, or its class for a run."""
-    folders = [root / name for name in {"", *map(os.path.dirname, pictures)}] if root is not None else []
+    folders = [root / name for name in {"", *map(os.path.dirname, pictures)}]
     if os.path.realpath(directory) in map(os.path.realpath, folders):
         raise ValueError(f"output_dir {directory} holds the pictures of data.root; give another place")
 
