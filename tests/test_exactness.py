@@ -191,7 +191,7 @@ def test_between_two_full_checkpoints_the_best_weights_are_saved_alone(forks: Fo
             forks.start(run, config, strike=[step + (moment == "saved"), moment])
             names = sorted(path.name for path in run.glob("checkpoints/[sb]*"))
             before, new = [f"best_{done:08d}" for done in best if done < step][-1:], f"best_{step:08d}"
-            # "saved" is a step later: the thread that writes may be anywhere between its first byte and its last deletion
+            # "saved" is a step later: the thread that writes may be anywhere from its first byte to its last deletion
             assert names in ([before, [*before, new], [new]] if moment == "saved" else [before])
             files = {"ema.safetensors" if ema else "model.safetensors", "state.json", "manifest.json"}
             assert all({path.name for path in (run / "checkpoints" / name).iterdir()} == files for name in names)
