@@ -89,9 +89,11 @@ def with_options(**options: Any) -> Config:
     [
         (10, {0: 20, 4: 28}),  # the recipe as it is
         (5, {0: 20, 4: 28}),
+        (4.5, {0: 20, 4: 28}),
         (4, {0: 20, 3: 28}),
         (3, {0: 20, 2: 28}),  # what people try first
-        (2.9, {0: 20, 1: 28}),  # a whole epoch, not nine tenths
+        (2.5, {0: 20, 2: 28}),
+        (2.4, {0: 20, 1: 28}),  # half an epoch at least
         (2, {0: 20, 1: 28}),
         (1, {0: 28}),
         (0.1, {0: 28}),
@@ -106,7 +108,7 @@ def test_the_size_schedule_ends_with_the_run(epochs: float, expected: dict[int, 
     assert augment.size(max(0, int(epochs - 1e-9))) == 28
     lines = without_effect(cfg, Length(round(429 * epochs), 429))
     said = f"augment.size {{0: 20, 4: 28}} becomes {expected}: the run has {epochs} epoch{'s' * (epochs != 1)}"
-    assert [line for line in lines if "augment.size" in line] == ([] if epochs > 4 else [said])
+    assert [line for line in lines if "augment.size" in line] == ([said] if expected != cfg.augment.size else [])
 
 
 def test_more_sizes_than_epochs_and_steps_instead_of_epochs() -> None:

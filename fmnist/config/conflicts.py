@@ -204,8 +204,8 @@ def sizes_by_epoch(cfg: Config, num_train: int = NUM_TRAIN) -> dict[int, int]:
     """Return augment.size as {first epoch: pixels}, in a short run fitted into it.
 
     A model is judged at the last size: one that has never seen it would be judged wrongly. So each size but the first
-    begins early enough for one whole epoch of its own and of each that follows; in a run with fewer epochs than sizes
-    the first sizes are left out.
+    begins early enough for a whole epoch of its own, and of each that follows; the last for at least half of one. In a
+    run with fewer epochs than sizes the first sizes are left out.
     """
     size = cfg.augment.size
     if isinstance(size, int):
@@ -213,7 +213,7 @@ def sizes_by_epoch(cfg: Config, num_train: int = NUM_TRAIN) -> dict[int, int]:
     steps_per_epoch = max(1, num_train // cfg.batch.global_batch_size)
     epochs = cfg.schedule.steps / steps_per_epoch if cfg.schedule.steps else cfg.schedule.epochs
     fitted: dict[int, int] = {}
-    latest = max(1, int(epochs)) - 1  # the last epoch that is whole
+    latest = max(1, int(epochs + 0.5)) - 1  # the last epoch of which there is half at least
     for first in sorted(size, reverse=True):
         fitted[max(0, min(first, latest))] = size[first]
         if latest <= 0:
