@@ -1,5 +1,6 @@
 """From Python: train, resume, open, predict and evaluate in one process, which is afterwards as it was before."""
 
+import json
 import logging
 import os
 import signal
@@ -164,6 +165,26 @@ def test_an_interrupt_stops_at_the_next_step_and_the_same_call_resumes(tmp_path:
     assert state() == before
     assert fmnist.train("configs/mlp.yaml", **options).summary["status"] == "finished"
     assert (tmp_path / "run/learning_curves.png").exists()  # without the test images too
+
+
+@pytest.mark.thorough
+def test_a_signal_to_end_reaches_the_program_once_the_run_has_saved(tmp_path: Path) -> None:
+    """A script that trains run after run would otherwise begin the next, until it is killed."""
+    script = f"""
+import fmnist
+options = {QUICK | {"schedule": {"steps": 4000, "warmup_epochs": 0.0}}}
+fmnist.train("configs/mlp.yaml", output_dir={str(tmp_path / "first")!r}, **options)
+fmnist.train("configs/mlp.yaml", output_dir={str(tmp_path / "second")!r}, **options)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    metrics = tmp_path / "first/metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(timeout=120) == -signal.SIGTERM
+    summary = json.loads((tmp_path / "first/summary.json").read_text())
+    assert (summary["status"], summary["stopped_by"]) == ("stopped", "SIGTERM") and 0 < summary["steps"] < 4000
+    assert not (tmp_path / "second").exists()
 
 
 def test_a_run_that_fails_closes_its_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import logging
+import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -34,6 +35,7 @@ from fmnist.trained import Trained, open_trained
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 EXPECTED = "paths, PIL pictures, or uint8 arrays or tensors [N, H, W] or [H, W], 0 to 255"
 DEFAULT_TOP = 3
+PASSED_ON = ("SIGTERM", "SIGUSR1", "SIGHUP")  # they ask the program to end, not the run alone
 IN_COLOUR = "[N, 3, H, W], [3, H, W], [N, H, W, 3] or [H, W, 3]"
 
 
@@ -168,7 +170,9 @@ def train(config: str | Path | Config = "configs/cnn.yaml", **options: Any) -> R
     """Train a model in this process, or resume it, as `fmnist train` does.
 
     The same call again resumes a run that was stopped, and returns one that is finished. Logging, signal handlers,
-    random state and determinism are as before when it returns. Several processes need `torchrun -m fmnist train`.
+    random state and determinism are as before when it returns. Ctrl-C (a notebook's stop button) stops the run and
+    returns it; SIGTERM, SIGUSR1 and SIGHUP act on the program too, once the run has saved. Several processes need
+    `torchrun -m fmnist train`.
 
     Args:
         config: a YAML file, or a Config.
@@ -201,7 +205,10 @@ def train(config: str | Path | Config = "configs/cnn.yaml", **options: Any) -> R
     spec.loader.exec_module(script)  # the loop itself stands in train.py
     with _process_left_as_it_was():
         script.run_training(cfg)
-    return RunResults(cfg.output_dir or "")
+    run = RunResults(cfg.output_dir or "")
+    if (stopped_by := run.summary.get("stopped_by")) in PASSED_ON:
+        signal.raise_signal(signal.Signals[stopped_by])
+    return run
 
 
 def _as_flag(value: Any) -> str:

@@ -55,6 +55,8 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
         IN_SUMMARY: run.fingerprint,
         "status": "finished" if finished else "stopped",
     }
+    if not finished:
+        summary["stopped_by"] = run.should_stop.reason
     if state.best_step:
         exported = run.on_main(training.checkpoints.export, state.best_step, run.directory / MODEL)
         if exported is not None:
