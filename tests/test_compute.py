@@ -17,7 +17,12 @@ from conftest import environment
 from filelock import FileLock, Timeout
 from torch import nn
 
+from fmnist.checkpoint.contents import TrainState
+from fmnist.config.parse import parse_config
 from fmnist.config.schema import Config
+from fmnist.data.fashion_mnist import INFO
+from fmnist.models.flops import flops_per_image
+from fmnist.network import build_network
 from fmnist.run import Run
 from fmnist.runtime.background import Background, join_all
 from fmnist.runtime.compute import Compute
@@ -25,6 +30,7 @@ from fmnist.runtime.gradients import AllReduce, ShardSum
 from fmnist.runtime.hardware import autocast, peak_flops
 from fmnist.runtime.launcher import check_gpus, gpu_warning
 from fmnist.runtime.stop_vote import STOP_SIGNALS, StopVote
+from fmnist.training import build
 from fmnist.training.clock import Clock
 from fmnist.training.profile import SKIPPED, StepProfiler
 
@@ -193,15 +199,29 @@ def test_the_peak_is_of_the_most_specific_name_and_of_bf16_alone() -> None:
 
 
 def test_mfu_is_the_rate_over_what_the_peak_would_allow(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([0.0, 0.0, 2.0])
+    now, least = iter([0.0, 0.0, 2.0]), iter([0.1, 0.1, 0.3, 0.3])
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
-    clock = Clock(100, peak_images_per_second=500.0)
+    clock = Clock(100, least_seconds=lambda: next(least))
     clock.start()
     for _ in range(4):
         clock.tick()
-    # 4 steps of 100 images in 2 s: 200 images/s of 500.
+    # 4 steps of 100 images in 2 s, two of them of larger images: they would take 0.8 s at the peak
     whole = {"save_seconds": 0.0, "images_per_second_overall": 200.0, "share_outside_steps": 0.0}
     assert clock.read() == {"images_per_second": 200.0, "step_time_s": 0.5, "mfu": pytest.approx(0.4)} | whole
+
+
+def test_the_mfu_of_a_run_that_grows_is_of_the_size_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "peak_flops", lambda *_: 1e12)
+    cfg = parse_config(["--schedule.epochs", "5"])
+    model, augment = build_network(cfg, INFO, torch.device("cpu"), load_weights=False)
+    run = SimpleNamespace(device_name="", precision="", world_size=2)
+    loader, state = SimpleNamespace(staging=None, steps_per_epoch=10), TrainState()
+    clock = build._clock(cfg, state, model, augment, loader, run)  # type: ignore[arg-type]
+    assert clock._least_seconds is not None and augment.sizes == {0: 20, 4: 28}
+    for step, size in ((1, 20), (40, 20), (41, 28), (50, 28)):
+        state.step = step
+        flops = cfg.batch.global_batch_size * flops_per_image(model, 1, size)[1]
+        assert clock._least_seconds() == pytest.approx(flops / 2e12)
 
 
 def test_the_clock_tells_what_validations_and_saves_take(monkeypatch: pytest.MonkeyPatch) -> None:

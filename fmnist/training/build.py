@@ -166,12 +166,15 @@ def _compiling(augment: Augment, schedule: Schedule, done: int) -> list[int]:
 
 
 def _clock(cfg: Config, state: TrainState, model: nn.Module, augment: Augment, loader: Loader, run: Run) -> Clock:
-    """Return the clock, which knows the rate at which all processes would compute at their peak, if that is known."""
-    peak = peak_flops(run.device_name, run.precision)
-    if peak is not None:
-        peak = peak * run.world_size / flops_per_image(model, len(augment.mean), augment.final_size)[1]
-    waited = None if loader.staging is None else loader.staging.waited
-    return Clock(cfg.batch.global_batch_size, state.train_seconds, peak, waited)
+    """Return the clock, which knows how long a step of each image size takes all processes at their peak, if known."""
+    batch, waited = cfg.batch.global_batch_size, None if loader.staging is None else loader.staging.waited
+    peak, channels = peak_flops(run.device_name, run.precision), len(augment.mean)
+    if peak is None:
+        return Clock(batch, state.train_seconds, None, waited)
+    every = batch / (peak * run.world_size)
+    least = {size: every * flops_per_image(model, channels, size)[1] for size in {*augment.sizes.values()}}
+    epoch = loader.steps_per_epoch
+    return Clock(batch, state.train_seconds, lambda: least[augment.size((state.step - 1) // epoch)], waited)
 
 
 def _progress(cfg: Config, state: TrainState, schedule: Schedule) -> Progress:

@@ -15,7 +15,8 @@ class Clock:
     Args:
         global_batch_size: images of one step.
         total_seconds: what earlier starts of the run have trained.
-        peak_images_per_second: that the hardware's peak arithmetic would allow; None where it is not known.
+        least_seconds: tells how long the step just done would take at the peak of the hardware; None where that is not
+            known.
         waited: tells the seconds that steps have waited for images so far; None where these lie on the device.
     """
 
@@ -23,13 +24,13 @@ class Clock:
         self,
         global_batch_size: int,
         total_seconds: float = 0.0,
-        peak_images_per_second: float | None = None,
+        least_seconds: Callable[[], float] | None = None,
         waited: Callable[[], float] | None = None,
     ) -> None:
         self._waited, self._waited_before = waited, 0.0
         self.global_batch_size, self.total_seconds = global_batch_size, total_seconds
-        self.peak_images_per_second = peak_images_per_second
-        self._window_seconds, self._steps = 0.0, 0
+        self._least_seconds = least_seconds
+        self._window_seconds, self._window_least, self._steps = 0.0, 0.0, 0
         self.rates: list[float] = []
         self.start()
         self._before, self._all_steps = total_seconds, 0
@@ -44,17 +45,19 @@ class Clock:
         """Count one step."""
         self._steps += 1
         self._all_steps += 1
+        if self._least_seconds is not None:
+            self._window_least += self._least_seconds()
 
     def read(self) -> dict[str, float]:
         """Return the speed since the last read; right after a device sync, so that all counted work is done."""
         self._bank()
         seconds, steps = self._window_seconds / max(1, self._steps), self._steps
-        self._window_seconds, self._steps = 0.0, 0
+        least, self._window_seconds, self._window_least, self._steps = self._window_least, 0.0, 0.0, 0
         if steps == 0:
             return {}
         rate = self.global_batch_size / seconds
         self.rates.append(rate)
-        mfu = {"mfu": rate / self.peak_images_per_second} if self.peak_images_per_second else {}
+        mfu = {} if self._least_seconds is None else {"mfu": least / steps / seconds}
         waits = {}
         if self._waited is not None:
             waits["data_wait_ms"] = 1000 * (self._waited() - self._waited_before) / steps
