@@ -1,4 +1,4 @@
-"""Twenty-three bugs, planted one at a time in a copy of the source: the test named beside each must fail there.
+"""Twenty-four bugs, planted one at a time in a copy of the source: the test named beside each must fail there.
 
 Row R16 of the table in README.md. Each names a function; what is replaced occurs exactly once in it.
 """
