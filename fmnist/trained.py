@@ -291,12 +291,14 @@ def _open(
 ) -> Trained:
     name, numbers = one_line(directory.resolve().name), summary
     step, validated = summary.get("weights_step"), summary.get("val.top1") is not None
+    trained_size, total_steps = summary.get("weights_size"), None
     weights, sha256 = directory / MODEL, summary.get("weights_sha256")
     if checkpoint is not None:
         digests = verify(checkpoint)
         state = read_state(checkpoint)
         name += f" step {state.step}"
         step, validated = state.step, state.best_step == state.step and bool(state.best_val)
+        trained_size, total_steps = state.size, state.total_steps
         numbers = {f"val.{key}": value for key, value in state.best_val.items()}
         weights = weights_to_use(checkpoint, digests)
         sha256 = digests[weights.name]
@@ -316,8 +318,10 @@ def _open(
     cfg = replace(cfg, model=replace(cfg.model, **model))
     if batch_size is not None:
         cfg = replace(cfg, evaluation=replace(cfg.evaluation, batch_size=batch_size))
-    size = numbers.get("val.size") if validated else _size_at(step, cfg, info.num_train)
-    seen_size = int(size) if isinstance(size, int | float) and not cfg.evaluation.size else None
+    planned = sizes_by_epoch(cfg, info.num_train)
+    final = planned[max(planned)]
+    size = numbers.get("val.size") if validated else trained_size or _size_at(step, total_steps, cfg, info.num_train)
+    seen_size = int(size) if isinstance(size, int | float) and size != final and not cfg.evaluation.size else None
     if seen_size:
         logger.info("%s has seen smaller images so far, and is used at %d px", name, seen_size)
     return Trained(
@@ -335,9 +339,13 @@ def _open(
     )
 
 
-def _size_at(step: Any, cfg: Config, num_train: int) -> int | None:
-    """Return the pixels per side of a step, from 1 on; None where they are the last of the run, or the step unknown."""
-    sizes = sizes_by_epoch(cfg, num_train)
+def _size_at(step: Any, total_steps: int | None, cfg: Config, num_train: int) -> int:
+    """Return the pixels per side of a step, from 1 on, of a run from before they were kept; the last if it is unknown.
+
+    Args:
+        total_steps: what `schedule.minutes` came to.
+    """
+    schedule = replace(cfg.schedule, steps=total_steps) if total_steps else cfg.schedule
+    sizes = sizes_by_epoch(replace(cfg, schedule=schedule), num_train)
     epoch = (step - 1) // max(1, num_train // cfg.batch.global_batch_size) if isinstance(step, int) else max(sizes)
-    size = sizes[max(first for first in sizes if first <= max(0, epoch))]
-    return None if size == sizes[max(sizes)] else size
+    return sizes[max(first for first in sizes if first <= max(0, epoch))]

@@ -20,7 +20,7 @@ from fmnist.config.same_run import lengthened, recipe, run_yaml
 from fmnist.config.schema import Config, OptimConfig, ScheduleConfig
 from fmnist.optim import Schedule
 from fmnist.runtime.files import sha256_of
-from fmnist.trained import Trained, open_trained
+from fmnist.trained import Trained, _size_at, open_trained
 from fmnist.training.resume import continuation
 
 
@@ -122,7 +122,7 @@ def go(run: Path, data: Path, epochs: float, name: str = "constant", **more: Any
         "configs/mlp.yaml",
         output_dir=str(run),
         model=more.pop("model", {"name": "mlp", "options": {"width": 16}, "precision": "fp32"}),
-        data={"root": str(data), "val_size": 500},
+        data={"root": str(data), "val_size": more.pop("val_size", 500)},
         batch={"global_batch_size": 500},
         schedule={"epochs": epochs, "warmup_epochs": 0.0, "name": name},
         evaluation={"every_steps": 3, "test": False},
@@ -160,6 +160,23 @@ def test_a_run_stopped_while_its_images_are_small_is_used_at_their_size(
     go(run, data, 3, **growing)
     summary = json.loads((run / "summary.json").read_text())
     assert open_trained(run).size == 28 and summary["weights_step"] == 9 and "val.size" not in summary
+
+
+def test_weights_without_validation_numbers_are_used_at_the_size_they_were_trained_at(
+    tmp_path: Path, data: Path
+) -> None:
+    """Whatever length config.yaml says: that of a run that was continued, say, and killed before its first save."""
+    cnn = {"name": "cnn", "options": {"widths": [4, 8, 16]}, "precision": "fp32"}
+    run = tmp_path / "run"
+    go(run, data, 2, model=cnn, augment={"size": {0: 14, 2: 28}}, val_size=0)  # 4 steps an epoch; {0: 14, 1: 28}
+    assert json.loads((run / "summary.json").read_text())["weights_size"] == 28
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("epochs: 2.0", "epochs: 12.0"))
+    sizes = {int(path.name[-8:]): open_trained(path).size for path in (run / "checkpoints").iterdir()}
+    assert min(sizes) <= 4 < max(sizes) and sizes == {step: 14 if step <= 4 else 28 for step in sizes}
+    assert open_trained(run).size == 28
+    cfg = open_trained(run).cfg
+    assert (_size_at(8, None, cfg, 2000), _size_at(8, 8, cfg, 2000)) == (14, 28)  # of a run by minutes from before
 
 
 def test_no_validation_numbers_of_weights_that_were_lost_stand_in_the_summary(

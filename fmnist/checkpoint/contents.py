@@ -37,6 +37,7 @@ class TrainState:
         total_steps: what `schedule.minutes` came to; None where it is not given.
         micro_batch_size: what `batch.micro_batch_size: auto` found; None where it is not auto.
         train_seconds: wall clock of training steps over all starts, evaluations apart.
+        size: pixels per side of the last step's images; None in a run from before it stood here.
     """
 
     step: int = 0
@@ -46,6 +47,7 @@ class TrainState:
     best_val: dict[str, float] = field(default_factory=dict)
     total_steps: int | None = None
     micro_batch_size: int | None = None
+    size: int | None = None
 
     def best_number(self, by: str) -> float | None:
         """Return a validation number of the best step; None where there is none."""
@@ -146,7 +148,7 @@ def read_state(directory: Path) -> TrainState:
         state = TrainState(**values)
         valid = state.step > 0 and 0 <= state.best_step <= state.step and -1 <= state.best_top1 <= 1
         finite = math.isfinite(sum(state.best_val.values())) and 0 <= state.train_seconds < math.inf
-        found = [value for value in (state.total_steps, state.micro_batch_size) if value is not None]
+        found = [value for value in (state.total_steps, state.micro_batch_size, state.size) if value is not None]
         whole = all(isinstance(value, int) for value in (state.step, *found))
         if not (valid and finite and whole and min(found, default=1) > 0):
             raise ValueError

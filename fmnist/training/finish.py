@@ -65,6 +65,8 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
                 logger.warning("summary.json has no validation numbers of these weights")
                 summary = {name: value for name, value in summary.items() if not name.startswith("val.")}
                 summary["val.top1"] = None
+    if summary["val.top1"] is None and "weights_step" in summary:
+        summary["weights_size"] = training.size_at(summary["weights_step"])
     found = evaluate_at_end(training, cfg, run, summary) if finished else None
     run.finish(summary)
     if finished and run.is_main:  # after the summary: a figure that fails costs neither numbers nor summary

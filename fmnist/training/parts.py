@@ -59,6 +59,10 @@ class Training:
 
     def validation(self, cfg: Config) -> EvaluationConfig:
         """Return the options of the validation after this step: at the size of its epoch, where none is set."""
-        size = self.augment.size((self.state.step - 1) // self.loader.steps_per_epoch)
+        size = self.size_at(self.state.step)
         own = cfg.evaluation.size or size == self.augment.final_size
         return cfg.evaluation if own else replace(cfg.evaluation, size=size)
+
+    def size_at(self, step: int) -> int:
+        """Return the pixels per side of the images of a step, from 1 on."""
+        return self.augment.size((step - 1) // self.loader.steps_per_epoch)

@@ -45,6 +45,7 @@ def save(training: Training, run: Run, *, full: bool = True) -> None:
             training.non_finite.stop(f"{'; '.join(names[:3])} not finite, not saved,", training.state.step)
 
         training.state.train_seconds = training.clock.total_seconds
+        training.state.size = training.size_at(training.state.step)
         run.on_main(_begin, training, run, files)
 
 
