@@ -1,18 +1,22 @@
 """Near copies: by hand on few images, against a plain product on real ones, and the command."""
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import environment
 from small import command
 
 from fmnist.apps.duplicates import NEAR_COPY, SIMILAR, main
+from fmnist.config.schema import DataConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load
 from fmnist.data.split import Split
 from fmnist.evaluation import near_copies
-from fmnist.evaluation.near_copies import find_near_copies
+from fmnist.evaluation.near_copies import find_near_copies, load_pair
 
 
 def test_correlation_by_hand() -> None:
@@ -57,6 +61,33 @@ def test_the_command_lists_the_89_and_counts_the_682(tmp_path: Path) -> None:
             CLASS_NAMES[labels[index]],
             CLASS_NAMES[training_labels[partner]],
         )
+
+
+def test_a_run_of_few_images_is_compared_with_its_own() -> None:
+    """Not with a part of another size of all 60,000: those that it trained on, and the ones held out of them."""
+    data = DataConfig(limit=1000)
+    split, training = load_pair("test", data)
+    own = [Split.load(name, data).published for name in ("train", "val")]
+    assert training.published is not None and len(split) == 10_000
+    assert training.published.tolist() == [place for part in own if part is not None for place in part.tolist()]
+    images, _ = load("train")
+    assert torch.equal(training.images, images[training.published]) and len(training) == 6000
+
+
+def test_pictures_that_are_all_alike_take_little_memory() -> None:
+    """240 frames of a video are 28,680 pairs: 5 GB where all of them are multiplied at once."""
+    code = """
+import resource, torch
+from fmnist.evaluation.near_copies import find_pairs
+noise = torch.Generator().manual_seed(0)
+base = torch.randint(0, 255, (1, 3, 48, 48), generator=noise)
+images = (base + torch.randint(-2, 3, (240, 3, 48, 48), generator=noise)).clamp(0, 255).byte()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+pairs, found = find_pairs(images)
+print(len(pairs), len(found), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024 < 400)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=120)
+    assert done.stdout.split() == ["28680", "28680", "True"], done.stderr
 
 
 def test_a_threshold_below_what_is_searched_is_refused() -> None:

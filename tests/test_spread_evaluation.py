@@ -115,17 +115,17 @@ def test_no_near_copies_where_there_is_nothing(train_images: Split) -> None:
 
 def test_correlations_are_numpy_s_in_whatever_batch(train_images: Split) -> None:
     one, other = train_images.images[:500], train_images.images[500:1000]
-    found = correlations(one, other)
+    same = torch.arange(500)[:, None].expand(-1, 2)  # each with the other's at its own place
+    found = correlations(one, other, same)
     expected = [
         np.corrcoef(*pair)[0, 1] for pair in zip(one.flatten(1).double(), other.flatten(1).double(), strict=True)
     ]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
-    assert torch.equal(
-        found, torch.cat([correlations(*pair) for pair in zip(one.split(1), other.split(1), strict=True)])
-    )
+    assert torch.equal(found, torch.cat([correlations(one, other, pair) for pair in same.split(1)]))
+    assert len(correlations(one, other, same[:0])) == 0
     large = torch.randint(0, 256, (2, 3, 600, 600), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    assert correlations(large, large).tolist() == pytest.approx([1, 1], abs=1e-12)  # no sum overflows
-    assert correlations(large, large // 255 * 0).tolist() == [0, 0]
+    assert correlations(large, large, same[:2]).tolist() == pytest.approx([1, 1], abs=1e-12)  # no sum overflows
+    assert correlations(large, large // 255 * 0, same[:2]).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])

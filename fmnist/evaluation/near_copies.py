@@ -20,6 +20,7 @@ CHUNK = 2048  # images of one side of a matrix product
 REFERENCES = 4 * CHUNK  # training images of the other side, which are with it on the device: 2,048 x 8,192 are 67 MB
 MARGIN = 1e-4  # of the float32 bound, whose rounding is near 1e-6
 PAIR_SIDE, MAX_PAIRS = 48, 200_000
+PAIRS = 512  # whose pixels are multiplied at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +106,9 @@ def find_near_copies(
             queries = _centred(images[first : first + CHUNK].to(device))
             bound = _with_rest(queries, basis) @ bounding
             row, column = torch.nonzero(bound > threshold - MARGIN, as_tuple=True)
-            alike = (queries[row] * references[column]).sum(dim=1) > threshold - MARGIN
-            row, column = (first + row[alike]).cpu(), (at + column[alike]).cpu()
-            pairs.append(torch.stack((row, column), dim=1))
-            exact.append(
-                correlations(*(of[each.to(of.device)].cpu() for of, each in ((images, row), (training, column))))
-            )
+            alike = _alike(queries, references, row, column, threshold)
+            pairs.append(torch.stack((first + row[alike], at + column[alike]), dim=1).cpu())
+            exact.append(correlations(images, training, pairs[-1]))
     found = [processes.gather_rows(torch.cat(part)) for part in (pairs, exact)]
     return _best(found[0], found[1], threshold, len(images))
 
@@ -128,15 +126,30 @@ def _best(pairs: Tensor, exact: Tensor, threshold: float, num_images: int) -> Ne
     return NearCopies(indices=row[best], partners=column[best], correlations=exact[best], num_images=num_images)
 
 
-def correlations(left: Tensor, right: Tensor) -> Tensor:
+def _alike(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor, threshold: float) -> Tensor:
+    """Say of which pairs of unit vectors the product may be above a threshold, bool [P]; a part of them at a time."""
+    parts = zip(rows.split(PAIRS), columns.split(PAIRS), strict=True)
+    return torch.cat([(left[row] * right[column]).sum(dim=1) > threshold - MARGIN for row, column in parts])
+
+
+def correlations(images: Tensor, others: Tensor, pairs: Tensor) -> Tensor:
     """Return Pearson's correlation of pairs of uint8 images, float64 [P] on the CPU, from exact sums.
 
     So on which side of a threshold one falls depends on no device, and on no batch that it is computed in.
+
+    Args:
+        images, others: uint8 [N, ...] and [T, ...], of one size.
+        pairs: int64 [P, 2] on the CPU, a position in each.
     """
-    x, y = (part.flatten(1).long() for part in (left, right))
-    covariance, *variances = (x.shape[1] * (a * b).sum(1) - a.sum(1) * b.sum(1) for a, b in ((x, y), (x, x), (y, y)))
-    norms = variances[0].double().sqrt() * variances[1].double().sqrt()
-    return covariance.double() / norms.clamp(min=1)
+    found = []
+    for part in pairs.split(PAIRS):  # images that are much alike have pairs without number
+        x = images[part[:, 0].to(images.device)].cpu().flatten(1).long()
+        y = others[part[:, 1].to(others.device)].cpu().flatten(1).long()
+        products = ((x, y), (x, x), (y, y))
+        covariance, *variances = (x.shape[1] * (a * b).sum(1) - a.sum(1) * b.sum(1) for a, b in products)
+        norms = variances[0].double().sqrt() * variances[1].double().sqrt()
+        found.append(covariance.double() / norms.clamp(min=1))
+    return torch.cat(found)
 
 
 def load_pair(name: Literal["test", "val"], data: DataConfig) -> tuple[Split, Split]:
@@ -146,15 +159,19 @@ def load_pair(name: Literal["test", "val"], data: DataConfig) -> tuple[Split, Sp
         name: test, to compare with the training images and those held out of them; or val, with the training images.
         data: the data set.
     """
-    source = open_source(data if name == "val" else replace(data, val_size=0))  # all of them, in the file's order
+    whole = name == "test" and data.limit is None  # all of them, in the file's order
+    source = open_source(replace(data, val_size=0) if whole else data)
     train, val = Split.load("train", source), Split.load("val", source)
     if name == "val" or not len(val):
         return Split.load(name, source), train
+    published = None
+    if not source.own_val and train.published is not None and val.published is not None:
+        published = torch.cat((train.published, val.published))
     return Split.load("test", source), replace(
         train,
         images=torch.cat((train.images, val.images)),
         labels=torch.cat((train.labels, val.labels)),
-        published=None,
+        published=published,
     )
 
 
@@ -201,7 +218,7 @@ def find_pairs(images: Tensor, threshold: float = SIMILAR) -> tuple[Tensor, Tens
 
     Returns:
         int64 [P, 2] positions, the smaller one first, and float64 [P] correlations, highest first; on the CPU, at most
-        about MAX_PAIRS.
+        MAX_PAIRS.
     """
     small = torch.cat([_shrunk(part) for part in images.split(CHUNK)]) if len(images) else images
     unit = _centred(small)
@@ -214,19 +231,17 @@ def find_pairs(images: Tensor, threshold: float = SIMILAR) -> tuple[Tensor, Tens
             row, column = torch.nonzero(bound > threshold - MARGIN, as_tuple=True)
             left, right = row + first, column + second
             left, right = left[right > left], right[right > left]
-            for part in range(0, len(left), 16 * CHUNK):  # many where images are much alike
-                near = slice(part, part + 16 * CHUNK)
-                alike = (unit[left[near]] * unit[right[near]]).sum(dim=1) > threshold - MARGIN
-                found.append(torch.stack((left[near][alike], right[near][alike]), dim=1).cpu())
-                count += len(found[-1])
+            alike = _alike(unit, unit, left, right, threshold)
+            found.append(torch.stack((left[alike], right[alike]), dim=1).cpu())
+            count += len(found[-1])
             if count > MAX_PAIRS:
                 logger.warning("more than %s pairs of near copies: the search ends at image %s", MAX_PAIRS, first)
                 break
         else:
             continue
         break
-    pairs = torch.cat(found)
-    exact = correlations(small.cpu()[pairs[:, 0]], small.cpu()[pairs[:, 1]])
+    pairs = torch.cat(found)[:MAX_PAIRS]
+    exact = correlations(small, small, pairs)
     order = exact.argsort(descending=True, stable=True)
     order = order[exact[order] > threshold]
     return pairs[order], exact[order]
