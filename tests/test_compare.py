@@ -236,6 +236,9 @@ def test_an_ensemble_averages_and_costs_the_sum(tmp_path: Path) -> None:
     assert together.validation is not None
     apart = ensemble([members[0], replace(members[1], validation=None)], tmp_path)
     assert apart.validation is None
+    folds = [replace(member, val_published=torch.arange(fold, 1000, 5)) for fold, member in enumerate(members)]
+    assert ensemble(folds, tmp_path).validation is None  # other validation images of the same labels
+    assert ensemble([replace(fold, val_published=torch.arange(200)) for fold in folds], tmp_path).validation is not None
     assert sum_of_costs([cost(1, 1.0)]).measured is False
 
 
@@ -244,6 +247,10 @@ def test_runs_of_different_images_are_refused(tmp_path: Path) -> None:
     two = replace(two, labels=two.labels.roll(1))
     with pytest.raises(ValueError, match="different images"):
         write_comparison([one, two], results([one, one]), tmp_path)
+    # two folds of a data set that is sorted by class: other images, the same labels
+    folds = [replace(one, split="val", published=torch.arange(fold, 1000, 5)) for fold in (0, 1)]
+    with pytest.raises(ValueError, match="the runs have different val images: compare runs of the same data options"):
+        write_comparison(folds, results(folds), tmp_path)
     config = Config()
     smaller = replace(config, data=replace(config.data, val_size=100))
     opened = [outcome("a", range(1), cfg=config).trained, outcome("b", range(1), cfg=smaller).trained]

@@ -69,7 +69,8 @@ class Outcome:
         data, data_sha256: name of the data set, and digest of these images and labels.
         trained: the run; none for an ensemble.
         members: names of an ensemble's models.
-        published: int64 [N], the images' positions in the data set's own file; none: those in the split.
+        published, val_published: int64, the positions of these images, and of the validation images, in the data set's
+            own file; none: those in the split.
         files: of a folder of pictures: the file of each image; empty for others.
     """
 
@@ -91,6 +92,7 @@ class Outcome:
     trained: Trained | None = None
     members: tuple[str, ...] = ()
     published: Tensor | None = None
+    val_published: Tensor | None = None
     files: tuple[str, ...] = ()
 
     @property
@@ -145,16 +147,16 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
     def logits_of(images: Split, tta: Tta) -> Tensor:
         return predict(model, images, augment, replace(cfg, tta=tta), compute).cpu()
 
-    logits, validation, cost = logits_of(split, cfg.tta), None, None
+    logits, validation, val_published, cost = logits_of(split, cfg.tta), None, None, None
     by_tta: dict[str, Tensor] = {}
     if not request.quick:
         both: tuple[Tta, Tta] = ("none", "flip")
         by_tta = {tta: logits if tta == cfg.tta else logits_of(split, tta) for tta in both}
         if request.split == "val":
-            validation = logits, split.labels.cpu()
+            validation, val_published = (logits, split.labels.cpu()), split.published
         elif trained.info.num_val:
             val_split = _same_everywhere("val", source, compute)
-            validation = logits_of(val_split, cfg.tta), val_split.labels.cpu()
+            validation, val_published = (logits_of(val_split, cfg.tta), val_split.labels.cpu()), val_split.published
         cost = compute.on_main(measure_cost, trained, split.between(0, max(BATCH_SIZES)), compute.device_name)
     outcome = Outcome(
         name=trained.name,
@@ -174,6 +176,7 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
         data_sha256=split.digest,
         trained=trained,
         published=split.published,
+        val_published=val_published,
         files=tuple(map(split.file, range(len(split)))) if split.files else (),
     )
     shown = range(0) if request.quick else None  # on the host of the main process, which draws pictures of them
@@ -185,6 +188,11 @@ def _same_everywhere(name: SplitName, source: Source, compute: Compute) -> Split
     split = compute.together(lambda: Split.load(name, source, read=False))
     compute.agree({f"as {name} images": f"sha256 {split.digest[:12]}"}, "all processes have to read the same data")
     return replace(split, labels=split.labels.to(compute.device), sha256=split.digest)
+
+
+def same_places(one: Tensor | None, other: Tensor | None) -> bool:
+    """Say whether images stand at the same positions of their data set: equal labels do not make them the same."""
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
 def ensemble(outcomes: list[Outcome], folder: Path) -> Outcome:
@@ -199,6 +207,7 @@ def ensemble(outcomes: list[Outcome], folder: Path) -> Outcome:
     known = [pair for pair in pairs if pair is not None]
     # One run's validation images are another's training images where val_size differs: nothing to fit on then.
     shared = len(known) == len(pairs) and all(torch.equal(pair[1], known[0][1]) for pair in known)
+    shared = shared and all(same_places(outcome.val_published, first.val_published) for outcome in outcomes)
     costs = [outcome.cost for outcome in outcomes if outcome.cost is not None]
     tta: Tta = "flip" if all(outcome.tta == "flip" for outcome in outcomes) else "none"
     return replace(

@@ -16,7 +16,7 @@ from fmnist.config.same_run import recipe
 from fmnist.config.schema import Config
 from fmnist.data.info import SplitName
 from fmnist.evaluation.numbers import SCORES
-from fmnist.evaluation.outcome import Outcome
+from fmnist.evaluation.outcome import Outcome, same_places
 from fmnist.runtime.console import one_line
 from fmnist.trained import Trained
 
@@ -78,8 +78,11 @@ def comparison_rows(outcomes: Sequence[Outcome], results: Sequence[Mapping[str, 
     Raises:
         ValueError: the images differ.
     """
-    if any(not torch.equal(outcome.labels, outcomes[0].labels) for outcome in outcomes):
+    first = outcomes[0]
+    if any(not torch.equal(outcome.labels, first.labels) for outcome in outcomes):
         raise ValueError("the runs were evaluated on different images: give one --data.root for all")
+    if any(not same_places(outcome.published, first.published) for outcome in outcomes):
+        raise ValueError(f"the runs have different {first.split} images: compare runs of the same data options")
     order = sorted(range(len(outcomes)), key=lambda i: -results[i]["top1"])
     own = own_options([outcome.trained.cfg if outcome.trained else None for outcome in outcomes])
     val = [outcome.trained.summary.get("val.top1") if outcome.trained else None for outcome in outcomes]
