@@ -107,6 +107,14 @@ def test_a_data_set_with_its_own_validation_images_deals_its_training_images_onl
     assert by_index(splits["train"])[5] == 1 and 4 not in by_index(splits["train"])
     with pytest.raises(ValueError, match="line 2: there is no image 15 in val$"):
         corrected(str(path), "1,val,15,1,0,0.1,relabel\n", tmp_path, name="npz")
+    # What `fmnist audit` writes of folds says train of every image, of those held out too; its own val is aside.
+    rows = "".join(f"{i + 1},train,{i},{i % 2},{1 - i % 2},0.1,{'relabel' if i in (3, 6) else ''}\n" for i in range(20))
+    for fold in (0, 1):
+        splits = corrected(str(path), rows, tmp_path, name="npz", folds=2, fold=fold)
+        both = {**by_index(splits["train"]), **by_index(splits["val"], splits["val"].corrected)}
+        assert both == {i: 1 - i % 2 if i in (3, 6) else i % 2 for i in range(20)}
+    with pytest.raises(ValueError, match="line 2: there is no image 5 in val$"):
+        corrected(str(path), "1,val,5,1,0,0.1,relabel\n", tmp_path, name="npz", folds=2, fold=1)
 
 
 @pytest.mark.parametrize(

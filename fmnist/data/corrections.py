@@ -125,7 +125,7 @@ def read_decisions(path: Path, class_names: Sequence[str]) -> list[Decision]:
 
 
 def read_corrections(
-    file: str, class_names: Sequence[str], parts: Mapping[str, Labelled], *, own_val: bool
+    file: str, class_names: Sequence[str], parts: Mapping[str, Labelled], *, own_val: bool, val_aside: bool = False
 ) -> Corrections:
     """Read a file of decisions, and compare it with the data set that it is about.
 
@@ -135,6 +135,7 @@ def read_corrections(
         parts: the data set's splits, train, val and test.
         own_val: positions of validation images are not positions among the training images: else a row may say train
             or val, since another `data.val_size` divides them otherwise.
+        val_aside: the data set's own validation images are in none of the parts: a fold of the training images is val.
 
     Raises:
         ValueError: the file cannot be read, a row is not valid or of other data, two rows contradict each other, or a
@@ -147,7 +148,9 @@ def read_corrections(
     changed: dict[str, dict[int, int]] = {name: {} for name in parts}
     decided: dict[tuple[str, int], Decision] = {}
     for row in read_decisions(path, class_names):
-        either = ("train", "val") if row.split != "test" and not own_val else (row.split,)
+        either: tuple[str, ...] = ("train", "val") if row.split != "test" and not own_val else (row.split,)
+        if row.split == "val" and val_aside:
+            either = ()
         name = next((name for name in either if row.index in places[name]), None)
         if name is None:
             raise ValueError(f"{path} line {row.line}: there is no image {row.index} in {row.split}")

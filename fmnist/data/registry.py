@@ -82,13 +82,15 @@ def open_source(cfg: DataConfig, *, fetch: bool = False, processes: Processes | 
     if cfg.name in NEEDS_ROOT and not os.path.lexists(os.path.expanduser(cfg.root or "")):
         raise ValueError(f"data.root: there is no {cfg.root}; if it was moved, give its new place: --data.root PATH")
     source = SOURCES[cfg.name](cfg if cfg.folds is None else replace(cfg, val_size=0), fetch, processes)
+    val_aside = cfg.folds is not None and source.own_val
     if cfg.folds is not None:
         read = hold_fold_out(source.read, cfg.folds, cfg.fold or 0, own_val=source.own_val)
-        source = replace(source, read=read, unused={})
+        source = replace(source, read=read, unused={}, own_val=False)
     if cfg.corrections is not None:
         parts = {name: source.read(name)[1:] for name in get_args(SplitName)}
         try:
-            found = read_corrections(cfg.corrections, source.info.class_names, parts, own_val=source.own_val)
+            names, own_val = source.info.class_names, source.own_val
+            found = read_corrections(cfg.corrections, names, parts, own_val=own_val, val_aside=val_aside)
         except ValueError as error:
             raise ValueError(f"data.corrections: {error}") from None
         source = replace(source, corrections=found)
