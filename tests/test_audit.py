@@ -70,6 +70,13 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def test_folds_that_trained_on_few_images_judge_all_that_they_held_out(planted: Path, tmp_path: Path) -> None:
+    data, short = {"root": str(planted), "folds": 2, "limit": 200}, {"schedule": {"steps": 2, "warmup_epochs": 0.0}}
+    runs = [go(tmp_path / f"fold{fold}", data | {"fold": fold}, **short) for fold in (0, 1)]
+    command(audit_main, *runs, "--output", tmp_path / "all")
+    assert sorted(int(row["index"]) for row in rows_of(tmp_path / "all")) == list(range(NUM_TRAIN))
+
+
 def test_planted_errors_come_first_from_one_run(run: Path, planted: Path) -> None:
     said = command(audit_main, run, "--suspects", 60)
     rows = rows_of(run / "audit")

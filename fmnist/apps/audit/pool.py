@@ -79,7 +79,8 @@ class _Given:
 
 
 def _read(data: DataConfig) -> _Given:
-    source = open_source(replace(data, corrections=None))
+    """Read them; of folds all that were dealt, though `data.limit` let each train on a part."""
+    source = open_source(replace(data, corrections=None, limit=data.limit if data.folds is None else None))
     train, val, test = (Split.load(name, source) for name in ("train", "val", "test"))
     assert train.published is not None and val.published is not None
     own_val = source.own_val and data.folds is None  # whose place the folds take
@@ -168,6 +169,8 @@ def _same_folds(runs: Sequence[Trained]) -> bool:
 def _division(trained: Trained, first: Trained, given: _Given, root: str | None) -> Tensor:
     """Return which of the images a run held out, bool [N], after making sure that they are its images."""
     mine, theirs = (replace(run.data(root), corrections=None, fold=None) for run in (trained, first))
+    if mine.folds is not None:
+        mine, theirs = replace(mine, limit=None), replace(theirs, limit=None)
     if mine == theirs and mine.folds is not None:
         in_val = fold_of(given.labels, mine.folds).eq(trained.cfg.data.fold or 0)
     elif mine == theirs:
