@@ -74,23 +74,24 @@ def train(training: Training, cfg: Config, run: Run) -> None:
     profiler.close()
 
 
-def run_training(cfg: Config) -> None:
-    """Train, or resume, with what stands around the loop."""
+def run_training(cfg: Config) -> int:
+    """Train, or resume, with what stands around the loop; return the signal that asked for an end, or 0."""
     log_to_console()
     directory = open_directory(cfg)
     cfg = as_begun(cfg, directory)
     with Run(cfg, directory) as run, run.watch_lost_processes():
         training = build(cfg, run, train_step)
         if training is None:  # the run is finished
-            return
+            return 0
         if cfg.dry_run:
             print_plan(training, cfg, run)
-            return
+            return 0
         run.start(training.progress, opening(training, cfg, run))
         write_train_batch(run.directory, training.loader, training.augment, training.schedule, run)
         with say_what_would_fit(training, cfg):
             train(training, cfg, run)
             finish(training, cfg, run)
+        return run.should_stop.signal
 
 
 @record  # torchrun's summary then shows this process' traceback and rank

@@ -20,6 +20,7 @@ from PIL import Image
 import fmnist
 from fmnist.config.schema import BatchConfig, Config, LogConfig, ModelConfig, ScheduleConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load
+from fmnist.run import Run
 
 QUICK: dict[str, Any] = {
     "data": {"val_size": 0},
@@ -185,6 +186,24 @@ fmnist.train("configs/mlp.yaml", output_dir={str(tmp_path / "second")!r}, **opti
     summary = json.loads((tmp_path / "first/summary.json").read_text())
     assert (summary["status"], summary["stopped_by"]) == ("stopped", "SIGTERM") and 0 < summary["steps"] < 4000
     assert not (tmp_path / "second").exists()
+
+
+def test_so_does_one_that_comes_after_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the test images are evaluated, the run is finished all the same."""
+    heard, whole = list[int](), Run.finish
+
+    def finish(run: Any, summary: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        whole(run, summary)
+
+    monkeypatch.setattr("fmnist.run.Run.finish", finish)
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        options = QUICK | {"output_dir": str(tmp_path / "run"), "schedule": {"steps": 2, "warmup_epochs": 0.0}}
+        run = fmnist.train("configs/mlp.yaml", **options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM] and run.summary["status"] == "finished" and "stopped_by" not in run.summary
 
 
 def test_a_run_that_fails_closes_its_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

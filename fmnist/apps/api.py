@@ -35,7 +35,6 @@ from fmnist.trained import Trained, open_trained
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 EXPECTED = "paths, PIL pictures, or uint8 arrays or tensors [N, H, W] or [H, W], 0 to 255"
 DEFAULT_TOP = 3
-PASSED_ON = ("SIGTERM", "SIGUSR1", "SIGHUP")  # they ask the program to end, not the run alone
 IN_COLOUR = "[N, 3, H, W], [3, H, W], [N, H, W, 3] or [H, W, 3]"
 
 
@@ -204,11 +203,10 @@ def train(config: str | Path | Config = "configs/cnn.yaml", **options: Any) -> R
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)  # the loop itself stands in train.py
     with _process_left_as_it_was():
-        script.run_training(cfg)
-    run = RunResults(cfg.output_dir or "")
-    if (stopped_by := run.summary.get("stopped_by")) in PASSED_ON:
-        signal.raise_signal(signal.Signals[stopped_by])
-    return run
+        number = script.run_training(cfg)
+    if number not in (0, signal.SIGINT):  # it asks the program to end, not the run alone
+        signal.raise_signal(number)
+    return RunResults(cfg.output_dir or "")
 
 
 def _as_flag(value: Any) -> str:

@@ -39,6 +39,7 @@ class StopVote:
 
     Attributes:
         reason: what asked for the stop, by name, once there is one: SIGTERM, max_minutes.
+        signal: the number of the last signal that asked this process, also after the last step; 0 where none did.
     """
 
     def __init__(
@@ -47,7 +48,8 @@ class StopVote:
         self.control, self.max_minutes = control, max_minutes
         self.timeout_s, self.heartbeat = timeout_s, heartbeat
         self.reason = ""
-        self._started, self._signal, self._failure = time.monotonic(), 0, 0
+        self.signal = 0
+        self._started, self._failure = time.monotonic(), 0
         self._cast: tuple[Tensor, Any] | None = None
         self._calls, self._last_call, self._left = 0, -math.inf, 0
         self._compiling = {1}  # calls that end a step in which processes may compile for long
@@ -60,9 +62,9 @@ class StopVote:
         """
 
         def note(number: int, frame: object) -> None:
-            if self._signal and number == signal.SIGINT:
+            if self.signal and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self._signal = number
+            self.signal = number
 
         if threading.current_thread() is not threading.main_thread():  # signals go to that one alone
             return
@@ -84,7 +86,7 @@ class StopVote:
         """Say whether to stop now; called by all processes after every step."""
         minutes = (time.monotonic() - self._started) / 60
         late = self.max_minutes is not None and minutes >= self.max_minutes
-        mine = self._failure or self._signal or (TIME_LIMIT if late else 0)
+        mine = self._failure or self.signal or (TIME_LIMIT if late else 0)
         if self.control is None:
             return self._decide(mine)
         self._calls += 1
