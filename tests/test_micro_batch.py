@@ -125,6 +125,25 @@ def test_it_is_tried_at_the_largest_image_size(train_images: Split, full: type[F
     assert seen == [28, 28]
 
 
+def test_the_gradients_of_the_micro_batches_before_need_room_too(
+    train_images: Split, full: type[Full], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the whole batch at once are added to gradients that are there already."""
+    Full.limit = 64
+    model = full(10)
+    weights, room, empty = 4 * sum(p.numel() for p in model.parameters()), list[int](), torch.empty
+
+    def asked(*size: Any, **more: Any) -> Tensor:
+        room.extend([int(size[0])] * (more.get("dtype") is torch.uint8 and len(size) == 1))
+        return empty(*size, **more)
+
+    monkeypatch.setattr("fmnist.training.micro_batch.torch.empty", asked)
+    optimizer, loader = torch.optim.SGD(model.parameters(), lr=0.1), Loader(train_images, global_batch_size=64, seed=0)
+    augment = Augment(AugmentConfig(), num_classes=10, mean=(0.286,), std=(0.353,))
+    assert fitting_micro_batch(model, optimizer, augment, loader, [32, 64]) == 64
+    assert room == [weights, 0]
+
+
 def test_another_error_is_not_taken_for_a_full_memory(train_images: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Tensor:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

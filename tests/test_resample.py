@@ -103,6 +103,16 @@ def test_shapes_are_arguments(interpreted: ModuleType, source: tuple[int, int, i
     assert largest_difference(interpreted, images, ALL, plan, 3) < 1e-4
 
 
+@pytest.mark.parametrize("source", [(1, 1, 28), (3, 20, 1), (1, 1, 1)], ids=str)
+def test_images_of_one_pixel_s_width_leave_the_kernel_alone(
+    interpreted: ModuleType, source: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads a pixel and the next one: before the first image, or after the last, there is none."""
+    images = torch.randint(0, 256, (11, *source), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.delattr(interpreted, "_augment_kernel")
+    assert largest_difference(interpreted, images, ALL, make_plan(ALL, 40, **COLOUR), 3) < 1e-4
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
     ("source", "size", "levels"),

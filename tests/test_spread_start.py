@@ -87,7 +87,8 @@ def test_a_failure_around_what_is_done_together_is_everybodys(failing: int, when
 @pytest.mark.parametrize("images", [COLOUR, COLOUR[..., :1], COLOUR[..., 0]])
 def test_arrays_that_are_not_compressed_stay_in_the_file(images: np.ndarray, tmp_path: Path) -> None:
     path = npz(tmp_path, train_images=images, test_images=images[:7])
-    arrays = read_arrays(str(path), in_place=True)
+    arrays, others = read_arrays(str(path), ("train_images", "train_labels"), in_place=True)
+    assert others == ["test_images", "test_labels"]  # which are not even read
     assert isinstance(arrays["train_images"], np.memmap) and not isinstance(arrays["train_labels"], np.memmap)
     assert all(np.array_equal(arrays[name], np.load(path)[name]) for name in ("train_images", "train_labels"))
     cfg = DataConfig(name="npz", root=str(path), val_size=12)
@@ -104,7 +105,7 @@ def test_arrays_that_are_not_compressed_stay_in_the_file(images: np.ndarray, tmp
 
 def test_others_are_read(tmp_path: Path) -> None:
     for save, images in ((np.savez_compressed, COLOUR), (np.savez, np.asfortranarray(COLOUR)), (np.savez, COLOUR[:0])):
-        arrays = read_arrays(str(npz(tmp_path, save, train_images=images)), in_place=True)
+        arrays, _ = read_arrays(str(npz(tmp_path, save, train_images=images)), ["train_images"], in_place=True)
         assert not isinstance(arrays["train_images"], np.memmap) and np.array_equal(arrays["train_images"], images)
 
 

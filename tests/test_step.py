@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from timm.utils import ModelEmaV3
+from torch import nn
 
 from fmnist.config.schema import AugmentConfig, ModelConfig, OptimConfig
 from fmnist.data.augment import Augment
@@ -140,6 +141,16 @@ def test_the_average_has_timms_bits_and_follows_weights_that_are_loaded() -> Non
     assert (lerp.call_count, copy.call_count) == (1, 1)  # whatever the number of tensors
     counts = [t for name, t in one.items() if name.endswith("num_batches_tracked")]
     assert counts and all(count == 6 + 1 for count in counts)  # six forwards, and the one that was loaded on top
+
+
+def test_the_average_moves_a_tensor_of_several_names_once() -> None:
+    model = nn.Module()
+    model.first = model.second = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.first.weight)
+    average = WeightAverage(model, decay=0.9)
+    nn.init.ones_(model.first.weight)
+    average.update(model)
+    assert float(average.module.second.weight) == pytest.approx(0.1)  # 0.9 * 0 + 0.1 * 1; twice it would be 0.19
 
 
 def test_gradients_that_are_not_clipped_are_not_touched() -> None:

@@ -103,8 +103,8 @@ def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     copies = {name: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for name, t in tensors.items()}
     for name, tensor in tensors.items():
         copies[name].copy_(tensor.detach(), non_blocking=True)
-    if any(tensor.device.type != "cpu" for tensor in tensors.values()):
-        torch.accelerator.synchronize()
+    for device in {tensor.device for tensor in tensors.values()} - {torch.device("cpu")}:
+        torch.accelerator.synchronize(device)
     return copies
 
 

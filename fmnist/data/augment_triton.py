@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fmnist.data.augment_torch import Plan
+from fmnist.data.augment_torch import Plan, augment_reference
 from fmnist.data.batches import to_device
 
 TILE = 32  # pixels per side of what one program makes; 7 of them are 224, so no lane idles there
@@ -221,7 +221,8 @@ def augment_fused(
     """Gather, warp, recolour, erase, mix and normalise one micro-batch in one kernel; see `augment_reference`.
 
     Args:
-        images: uint8 [N, C, H, W], contiguous, H and W at least 2; C is 1 or the number of plan.mean.
+        images: uint8 [N, C, H, W], contiguous; C is 1 or the number of plan.mean. The kernel reads a pixel and the next
+            one of each axis: what is one pixel high or wide goes through `augment_reference`.
         pyramid: uint8 [N, bytes], contiguous, with all of plan.levels; None where that is only 0.
         indices: int64 [B], the samples.
         partners: int64 [B], what is mixed into each; read only where plan.mixes.
@@ -232,34 +233,37 @@ def augment_fused(
         plan.dtype [B, len(plan.mean), S, S] on the device of the images.
     """
     (source_channels, height, width), channels, size = images.shape[1:], len(plan.mean), plan.size
+    if min(height, width) < 2:
+        return augment_reference(images, pyramid, indices, partners, table, plan)
     memory_format = torch.channels_last if plan.channels_last else torch.contiguous_format
     out = torch.empty(
         (len(indices), channels, size, size), dtype=plan.dtype, device=images.device, memory_format=memory_format
     )
     grid = (len(indices) * triton.cdiv(size, TILE) ** 2,)
-    _augment_kernel[grid](
-        images,
-        images if pyramid is None else pyramid,
-        indices,
-        partners,
-        table,
-        _statistics(plan.mean, plan.std, plan.fill, images.device),
-        out,
-        SOURCE_CHANNELS=source_channels,
-        HEIGHT=height,
-        WIDTH=width,
-        CHANNELS=channels,
-        SIZE=size,
-        CHANNELS_LAST=plan.channels_last,
-        LAST_LEVEL=plan.levels[-1],
-        PYRAMID_BYTES=0 if pyramid is None else pyramid.shape[1],
-        COLOURS=plan.colours,
-        ERASES=plan.erases,
-        MIXES=plan.mixes,
-        COLUMNS=table.shape[1],
-        TILE=TILE,
-        num_warps=NUM_WARPS,
-    )
+    with torch.cuda.device_of(images):  # Triton launches on the current device
+        _augment_kernel[grid](
+            images,
+            images if pyramid is None else pyramid,
+            indices,
+            partners,
+            table,
+            _statistics(plan.mean, plan.std, plan.fill, images.device),
+            out,
+            SOURCE_CHANNELS=source_channels,
+            HEIGHT=height,
+            WIDTH=width,
+            CHANNELS=channels,
+            SIZE=size,
+            CHANNELS_LAST=plan.channels_last,
+            LAST_LEVEL=plan.levels[-1],
+            PYRAMID_BYTES=0 if pyramid is None else pyramid.shape[1],
+            COLOURS=plan.colours,
+            ERASES=plan.erases,
+            MIXES=plan.mixes,
+            COLUMNS=table.shape[1],
+            TILE=TILE,
+            num_warps=NUM_WARPS,
+        )
     return out
 
 

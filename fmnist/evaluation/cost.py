@@ -113,9 +113,11 @@ def measure_cost(trained: Trained, images: Tensor, device_name: str) -> Cost:
             with autocast(device, augment.dtype):
                 model(augment.evaluation(batch, trained.size))
 
-        return time_batches(
-            forward, batch_size, (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
-        )
+        def synchronize() -> None:
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)  # which need not be the current one
+
+        return time_batches(forward, batch_size, synchronize)
 
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),

@@ -91,7 +91,8 @@ def launch_convolve(images: Tensor, taps: Tensor, bias: Tensor | None, flipped: 
     first, step = ((count - 1) * channels, -channels) if flipped else (0, channels)
     weights = (taps, taps if bias is None else bias)
     flags = (batch, first, step, int(bias is not None))
-    convolve[grid](images, *weights, out, *flags, **constants(images, round(count**0.5), tile))
+    with torch.cuda.device_of(images):  # Triton launches on the current device
+        convolve[grid](images, *weights, out, *flags, **constants(images, round(count**0.5), tile))
     return out
 
 
@@ -109,7 +110,8 @@ def launch_correlate(images: Tensor, gradient: Tensor, kernel: int, tile: Tile) 
     units = batch * triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.strip)
     splits = min(triton.cdiv(tile.programs, groups), triton.cdiv(units, tile.units))
     parts = images.new_empty((splits, kernel * kernel + 1, channels), dtype=torch.float32)
-    correlate[splits * groups,](images, gradient, parts, batch, **constants(images, kernel, tile))
+    with torch.cuda.device_of(images):
+        correlate[splits * groups,](images, gradient, parts, batch, **constants(images, kernel, tile))
     return parts.sum(0)
 
 

@@ -74,13 +74,14 @@ def fitting_micro_batch(
     device = next(model.parameters()).device
     epoch = max(augment.sizes, key=lambda first: augment.sizes[first])
     later = 0 if optimizer.state else memory_bytes(model, 0, optimizer, ema=False)["optimizer"]
-    if loader.world_size > 1:  # DDP's copy of the gradients
-        later += sum(p.numel() * p.element_size() for p in model.parameters())
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    later += gradients * (loader.world_size > 1)  # DDP's copy of them
 
     def fits(size: int) -> bool:
         batch = loader.cut(size).trial(epoch * loader.steps_per_epoch)
         try:
-            room = torch.empty(later, dtype=torch.uint8, device=device)
+            held = gradients * (size * loader.world_size < loader.global_batch_size)  # of the micro-batches before
+            room = torch.empty(later + held, dtype=torch.uint8, device=device)
             with as_it_was(model):
                 images, targets = augment(batch)
                 with autocast(device, augment.dtype):

@@ -98,15 +98,16 @@ def read_npz(path: str, processes: Processes | None = None) -> tuple[DataInfo, P
     Raises:
         ValueError: no such file, or an array that is missing or of another kind; one line.
     """
+    expected = [f"{part}_{kind}" for part in ("train", "val", "test") for kind in ("images", "labels")]
     try:
-        arrays = read_arrays(path, in_place=processes is not None)
+        arrays, unread = read_arrays(path, (*expected, "class_names"), in_place=processes is not None)
     except OSError as error:
         raise cannot_read(Path(path), error) from None
     except Exception as error:  # of NumPy, of its header's parser, of zipfile
         raise ValueError(f"data.root: {path} is no .npz file of plain arrays: {one_line(error, 200)}") from None
-    expected = [f"{part}_{kind}" for part in ("train", "val", "test") for kind in ("images", "labels")]
-    if unread := [one_line(name, 40) for name in arrays if name not in (*expected, "class_names")]:
-        logger.info("%s: ignored arrays: %s", path, ", ".join(unread[:10]))
+    others = [one_line(name, 40) for name in unread]
+    if others:
+        logger.info("%s: ignored arrays: %s", path, ", ".join(others[:10]))
     parts = {part: _checked(arrays, part, path) for part in ("train", "val", "test") if f"{part}_images" in arrays}
     if alone := [part for part in ("val", "test") if f"{part}_labels" in arrays and part not in parts]:
         raise ValueError(f"data.root: {path} has {alone[0]}_labels, but no {alone[0]}_images")
@@ -114,7 +115,7 @@ def read_npz(path: str, processes: Processes | None = None) -> tuple[DataInfo, P
     about = {"source": Path(path).name}
     if not parts.get("train"):
         raise ValueError(
-            f"data.root: {path} holds {', '.join(arrays) or 'nothing'}; expected train_images, train_labels"
+            f"data.root: {path} holds {', '.join((*arrays, *others)) or 'nothing'}; expected train_images, train_labels"
         )
     shapes = {part: tuple(images.shape[1:]) for part, (images, _) in parts.items()}
     if len(set(shapes.values())) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Collection
 from math import prod
 
 import numpy as np
@@ -13,19 +14,22 @@ LOCAL_HEADER = 30  # bytes of what stands before a member, and before its name
 PIECE = 1 << 22  # bytes read at a time
 
 
-def read_arrays(path: str, *, in_place: bool) -> dict[str, NDArray]:
-    """Read the arrays of a .npz file by their names.
+def read_arrays(path: str, names: Collection[str], *, in_place: bool) -> tuple[dict[str, NDArray], list[str]]:
+    """Read arrays of a .npz file, and say what others are there, which may be of any size.
 
     Args:
         path: the file.
+        names: of the arrays, those that are there.
         in_place: leave those of uint8 that are not compressed in the file, mapped, after a look at their checksum.
 
     Raises:
         Exception: what NumPy, zipfile and the system raise where it is none, or is damaged.
     """
     with np.load(path, allow_pickle=False) as file:
-        mapped = {name: _mapped(file.zip, f"{name}.npy") for name in file.files} if in_place else {}
-        return {name: file[name] if (array := mapped.get(name)) is None else array for name in file.files}
+        known = [name for name in file.files if name in names]
+        mapped = {name: _mapped(file.zip, f"{name}.npy") for name in known} if in_place else {}
+        arrays = {name: file[name] if (array := mapped.get(name)) is None else array for name in known}
+        return arrays, [name for name in file.files if name not in names]
 
 
 def _mapped(archive: zipfile.ZipFile, name: str) -> NDArray[np.uint8] | None:
