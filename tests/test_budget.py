@@ -24,7 +24,7 @@ from fmnist.config.parse import parse_config
 from fmnist.config.schema import AugmentConfig, CheckpointConfig, Config, EvaluationConfig, ScheduleConfig
 from fmnist.runtime import interrupts
 from fmnist.training import budget
-from fmnist.training.budget import REPORT_S, Costs, largest_within, seconds, sizes
+from fmnist.training.budget import REPORT_S, Costs, cheaper_from, largest_within, seconds, sizes
 
 
 def loader_of(steps_per_epoch: int, global_batch_size: int = 100) -> Any:
@@ -85,6 +85,20 @@ def test_the_largest_that_fits() -> None:
     for fits in (0, 1, 2, 3, 7, 8, 9, 1000, 123_457):
         assert largest_within(fits + 0.5, float) == fits
     assert largest_within(-1.0, float) == 0
+
+
+def test_a_longer_run_of_smaller_images_is_found() -> None:
+    """Whatever fits, by trying every number: a run of two epochs takes less than one of 1.4, all at the last size."""
+    growing = AugmentConfig(size={0: 96, 4: 128, 8: 224})
+    cfg = Config(augment=growing, batch=replace(Config().batch, global_batch_size=100))
+    costs = Costs(steps=(0.1, 0.178, 0.544), epoch=0.0, evaluation=1.0, save=0.1, end=0.0)
+    loader = loader_of(10)
+    taken = [seconds(cfg, count, costs, loader) for count in range(1, 200)]
+    assert sorted(taken) != taken
+    for limit in range(1, 40):
+        expected = max((count for count, each in enumerate(taken, start=1) if each <= limit), default=0)
+        found = largest_within(limit, lambda count: seconds(cfg, count, costs, loader), cheaper_from(cfg, loader))
+        assert found == expected, limit
 
 
 class Ticking:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -83,7 +83,7 @@ def fixed_steps(
     used = max(run.gather(run.clock() - run.began))
     minutes = cfg.schedule.minutes or 0.0
     left = 60 * minutes - used - end - REPORT_S
-    total = largest_within(left, lambda count: seconds(cfg, count, costs, loader))
+    total = largest_within(left, lambda count: seconds(cfg, count, costs, loader), cheaper_from(cfg, loader))
     if not total:
         least = (60 * minutes - left + seconds(cfg, 1, costs, loader)) / 60
         raise ValueError(f"schedule.minutes is {minutes}, in which not one step fits; valid here: {least:.2g} and more")
@@ -190,12 +190,26 @@ def seconds(cfg: Config, steps: int, costs: Costs, loader: Loader) -> float:
     return total + math.ceil(steps / per_epoch) * costs.epoch + evaluations * costs.evaluation + saves * costs.save
 
 
-def largest_within(limit: float, takes: Callable[[int], float]) -> int:
-    """Return the largest number of steps that takes no longer than the limit, seconds; 0 where not one fits."""
-    low, high = 0, 1
-    while takes(high) <= limit and high < 10**9:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if takes(middle) <= limit else (low, middle)
-    return low
+def cheaper_from(cfg: Config, loader: Loader) -> list[int]:
+    """Return the numbers of steps from which a run may take less time: its first epochs are of smaller images then."""
+    epochs = max(cfg.augment.size) if isinstance(cfg.augment.size, dict) else -1
+    return [math.ceil((epoch + 0.5) * loader.steps_per_epoch) for epoch in range(1, epochs + 2)]
+
+
+def largest_within(limit: float, takes: Callable[[int], float], falls_at: Sequence[int] = ()) -> int:
+    """Return the largest number of steps that takes no longer than the limit, seconds; 0 where not one fits.
+
+    Args:
+        limit: seconds.
+        takes: the seconds of so many steps, which rise between two of `falls_at`.
+        falls_at: numbers of steps, ascending, that may take less than one step fewer.
+    """
+    best = 0
+    for low, high in pairwise((1, *falls_at, 10**9)):
+        if takes(low) > limit:
+            continue
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if takes(middle) <= limit else (low, middle)
+        best = low
+    return best
