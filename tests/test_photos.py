@@ -13,7 +13,7 @@ from PIL import Image
 from fmnist.apps.cutout import cut_out, find_object, fit
 from fmnist.apps.views import read_photo
 from fmnist.data.fashion_mnist import INFO
-from fmnist.data.photos import WORK_SIZE, find_pictures, open_picture
+from fmnist.data.photos import WORK_SIZE, find_pictures, open_picture, to_rgb
 from fmnist.data.split import Split
 
 PAPER = (228, 224, 216)
@@ -140,6 +140,22 @@ def test_every_mode_is_read(tmp_path: Path, mode: str) -> None:
     image.save(path)
     cutout = read_photo(str(path), INFO).cutout
     assert cutout is not None and cutout.inverted and cutout.view[14, 14] > 200, mode
+
+
+@pytest.mark.parametrize("top", [255, 4096, 65535])
+def test_sixteen_bits_keep_their_levels(top: int) -> None:
+    values = np.linspace(0, top, 4096).reshape(64, 64).astype(np.uint16)
+    white = 255 if top == 255 else 65535
+    found = np.asarray(to_rgb(Image.fromarray(values)))[..., 0]
+    assert np.abs(found - values * (255 / white)).max() <= 1
+
+
+@pytest.mark.parametrize("top", [256, 1023, 4095])
+def test_ten_bits_in_sixteen_are_refused_and_not_shown_black(tmp_path: Path, top: int) -> None:
+    values = np.linspace(0, top, 4096).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "dark.png")
+    said = f"its values end at {top} of 65,535, which 8 bits would show as black: stretch them"
+    assert said in read_photo(str(tmp_path / "dark.png"), INFO).error
 
 
 def test_a_large_photo_is_worked_on_small(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", "
 # Pictures too, though of formats that are not read: errors, where a text file in the same folder is passed over.
 OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw")
 WORK_SIZE = 512  # pixels of the longest edge that is worked on: an object of a tenth of it still has 51 for our 28
+DARKEST = 4096  # of what the largest value of 16 bits has to reach
 MAX_FILE_BYTES = 1 << 28
 MAX_JPEG_PIXELS = 300_000_000  # before it is decoded smaller: a phone's 200 megapixels, and no bomb
 MISSING = "no such file or folder", "matches no file"  # what is said of a path that the user names, and of a pattern
@@ -193,7 +194,11 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return a picture in 8 bits, RGB or, with transparency, RGBA."""
+    """Return a picture in 8 bits, RGB or, with transparency, RGBA.
+
+    Raises:
+        ValueError: values that are not finite, or of 10 or 12 bits in 16, of which next to nothing would be left.
+    """
     if image.mode.startswith(("I", "F")):  # 16 bits: Pillow's own conversion clips at 255
         deep = np.asarray(image, dtype=np.float32)
         if not np.isfinite(deep).all():
@@ -201,6 +206,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         top = float(deep.max(initial=0))
         # the range that the largest value fits into: 0 to 1 of floats, 8 bits, 16 bits, or its own
         white = 1.0 if image.mode.startswith("F") and top <= 1 else 255.0 if top <= 255 else max(65535.0, top)
+        if 255 < top < DARKEST:
+            raise ValueError(f"its values end at {top:g} of 65,535, which 8 bits would show as black: stretch them")
         grey = deep * np.float32(255 / white)
         return Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
