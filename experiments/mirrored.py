@@ -35,7 +35,7 @@ def hits(run: Trained, *, mirrored: bool) -> torch.Tensor:
 
 def measure(directory: Path) -> dict[str, Any]:
     """Return a run's row: its options of flips, and top1 as they are, mirrored, and mirrored by class."""
-    run = open_trained(directory)
+    run = open_trained(directory, "cpu")
     plain, mirrored = (hits(run, mirrored=flag) for flag in (False, True))
     labels = run.split("val").labels
     classes = {name: mirrored[labels == label].float().mean().item() for label, name in enumerate(run.class_names)}

@@ -43,7 +43,7 @@ def chosen(rule: str, confidence: torch.Tensor, correct: torch.Tensor, max_error
 
 def other_sets(run: Path) -> dict[str, dict[str, float]]:
     """Return size and worst coverage of sets at 95 %: one threshold for all classes; the adaptive score, by class."""
-    trained = open_trained(run)
+    trained = open_trained(run, "cpu")
     known, others = (trained.split(name) for name in ("val", "test"))
     chances = [trained.probabilities(trained(split.images)[0]) for split in (known, others)]
     every = torch.cat([chances[0].gather(1, known.labels[:, None]), torch.zeros(len(known.labels), 1)], dim=1)
@@ -65,7 +65,7 @@ def other_sets(run: Path) -> dict[str, dict[str, float]]:
 
 def splits(run: Path) -> dict[str, dict[str, dict[str, float]]]:
     """Return, by rule and allowed errors, in which share of the splits more were found, and the share automatic."""
-    trained, parts = open_trained(run), []
+    trained, parts = open_trained(run, "cpu"), []
     for name in ("val", "test"):
         split = trained.split(name)
         confidence, predictions = trained.probabilities(trained(split.images)[0]).max(1)

@@ -285,6 +285,23 @@ def test_a_malicious_pickle_is_never_executed(file: str, sealed: bool, run: Path
     assert not marker.exists()
 
 
+def test_a_checkpoint_that_is_dropped_while_it_is_looked_at_is_not_damaged(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the run, which goes on meanwhile."""
+    whole, seen = inspect(run)[0], list[Path]()
+
+    def dropped(path: Path) -> dict[str, str]:
+        if not seen:
+            shutil.rmtree(path)
+        seen.append(path)
+        return verify(path)
+
+    monkeypatch.setattr("fmnist.checkpoint.contents.verify", dropped)
+    found, problems = inspect(run)
+    assert [checked.step for checked in found] == [checked.step for checked in whole[1:]] and problems == []
+
+
 @pytest.mark.parametrize("file", ["config.yaml", MODEL, "summary.json"])
 def test_a_malicious_pickle_in_the_run_directory_is_never_executed(file: str, run: Path, tmp_path: Path) -> None:
     marker = tmp_path / "executed"

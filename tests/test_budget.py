@@ -281,7 +281,7 @@ def test_a_jobs_limit_becomes_minutes(tmp_path: Path) -> None:
     programs.mkdir()
     asked = tmp_path / "asked"
     for name, script in (
-        ("squeue", 'echo "$LIMIT"'),
+        ("squeue", '[[ -n ${SLURM_ARRAY_JOB_ID:-} && " $* " != *" --jobs=5_2 "* ]] && echo "$LIMIT"; echo "$LIMIT"'),
         ("python", f'[ "$1" = -c ] && exit 0; printf "%s\\n" "$@" > {asked}; exit 7'),
     ):
         (programs / name).write_text(f"#!/bin/bash\n{script}\n")
@@ -301,6 +301,9 @@ def test_a_jobs_limit_becomes_minutes(tmp_path: Path) -> None:
     assert submitted("1:00:00", "--schedule.minutes=job")[2] == ["--schedule.minutes=57"]
     untouched = ["--schedule.minutes", "9", "--log.project", "job", "--output_dir", "a b"]
     assert submitted("1:00:00", *untouched)[2] == untouched
+    # SLURM names the last task of an array by the id of the whole: squeue would answer with a line for each task
+    env |= {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}
+    assert submitted("1:00:00", "--schedule.minutes=job")[2] == ["--schedule.minutes=57"]
     for limit in ("UNLIMITED", "3:00", ""):
         status, said, _ = submitted(limit, "--schedule.minutes", "job")
         assert status == 2 and "--schedule.minutes job needs a --time of more than three minutes" in said

@@ -275,6 +275,7 @@ def test_comparison_table() -> None:
 
 def test_plot_comparison_without_costs(tmp_path: Path) -> None:
     plot_comparison([*ROWS, {"run": "unfinished"}], tmp_path / "comparison.png")
+    plot_comparison([row | {"run": "a_$x_$"} for row in ROWS], tmp_path / "names.png")  # is no formula
     pixels = matplotlib.image.imread(tmp_path / "comparison.png")
     assert pixels.shape[1] == 1350  # 9 inches at 150 dpi: one panel
     with pytest.raises(ValueError, match="top1"):

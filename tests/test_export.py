@@ -20,9 +20,9 @@ from other_sets import untrained_on, write_npz
 from small import VAL_SIZE, command, untrained, write_small_data
 
 from fmnist.apps.export.__main__ import main as export_main
-from fmnist.apps.export.expected import Expected, open_expected
-from fmnist.apps.export.hub import write_hub
-from fmnist.apps.export.model_card import escape
+from fmnist.apps.export.expected import Expected, _check_metrics, open_expected
+from fmnist.apps.export.hub import _portable_config, write_hub
+from fmnist.apps.export.model_card import escape, own_licence
 from fmnist.apps.export.onnx import check, write_onnx
 from fmnist.apps.export.preprocess import means
 from fmnist.config.schema import ModelConfig
@@ -267,6 +267,29 @@ def test_flip_averaged_figures_are_said_to_be_so(cnn_run: Path, tmp_path: Path) 
     assert "each image averaged with its mirror" in (run / "export" / "hub" / "README.md").read_text()
     export(evaluated(run), "--to", "hub")
     assert "averaged with its mirror" not in (run / "export" / "hub" / "README.md").read_text()
+
+
+def test_weights_that_began_from_another_run_have_no_licence_of_their_own(cnn_run: Path) -> None:
+    trained = open_expected(cnn_run).trained
+    assert own_licence(trained) == "mit"
+    cfg = replace(trained.cfg, model=replace(trained.cfg.model, weights="runs/from_imagenet"))
+    assert own_licence(replace(trained, cfg=cfg)) == "other"
+    cfg = replace(cfg, data=replace(cfg.data, root="/home/anna", corrections="/home/anna/audit.csv"))
+    assert "anna" not in _portable_config(replace(trained, cfg=cfg))
+
+
+def test_a_class_without_test_images_has_no_ratios_and_a_card_all_the_same() -> None:
+    whole = {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 3}
+    none = {"precision": None, "recall": 0.0, "f1": None, "support": 0}
+    metrics = {"top1": 0.5, "loss": 1.0, "ece": 0.1, "num_images": 3, "top1_interval": [0.1, 0.9]}
+    _check_metrics(metrics | {"per_class": {"a": whole, "b": none}})
+    for wrong in (
+        {"loss": None},
+        {"per_class": {"a": whole | {"support": None}}},
+        {"per_class": {"a": {"support": 3}}},
+    ):
+        with pytest.raises((ValueError, KeyError)):
+            _check_metrics(metrics | {"per_class": {"a": whole}} | wrong)
 
 
 def test_names_are_escaped() -> None:

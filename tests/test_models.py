@@ -443,6 +443,12 @@ def test_values_that_are_not_finite(value, tensors, tmp_path):
     assert "1 tensors (bn1.weight) with values that are not finite" in message
 
 
+def test_weights_of_eight_bits_are_one_line(tensors, tmp_path):
+    small = tensors["bn1.weight"].to(torch.float8_e4m3fn)
+    message = weights_error(tensors | {"bn1.weight": small}, tmp_path / "w.safetensors")
+    assert "1 tensors (bn1.weight) of 8 bits; valid: 16 bits and more" in message
+
+
 class Planted:
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from small import command, untrained, write_small_data
 from test_fingerprint import go, other_labels
 
@@ -27,6 +29,7 @@ from fmnist.runtime.ownership import (
     delete_run_files,
     foreign_file,
     listing,
+    remove_own,
     run_around,
 )
 
@@ -274,6 +277,22 @@ def test_a_file_that_a_command_did_not_make_stays_without_force(tmp_path: Path) 
         check_outputs({tmp_path / "pipe.csv": b"query,rank,"})
     with pytest.raises(ValueError, match="is a folder"):
         check_outputs({tmp_path: b"x"}, force=True)
+
+
+def test_an_index_of_many_names_is_known_wherever_the_library_puts_its_mark(tmp_path: Path) -> None:
+    """safetensors writes what is said of a file in any order: beyond 64 KiB the mark stood within them by chance."""
+    about = {"weights_sha256": "0" * 64, "names": json.dumps([f"pictures/number_{i:06d}.jpg" for i in range(10_000)])}
+    for i in range(12):
+        save_file({"features": torch.zeros(30_000)}, tmp_path / f"{i}.safetensors", metadata=about)
+        check_outputs({tmp_path / f"{i}.safetensors": b""})
+        remove_own(tmp_path / f"{i}.safetensors")
+    save_file({"features": torch.zeros(30_000)}, tmp_path / "other.safetensors", metadata={"names": about["names"]})
+    with pytest.raises(ValueError, match="was not made by this command"):
+        check_outputs({tmp_path / "other.safetensors": b""})
+    remove_own(tmp_path / "other.safetensors")
+    (tmp_path / "short.safetensors").write_bytes(b"\xff" * 8)
+    remove_own(tmp_path / "short.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.safetensors", "short.safetensors"]
 
 
 def test_a_runs_files_are_replaced_by_no_output_and_not_by_force(run: Path) -> None:

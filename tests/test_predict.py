@@ -160,6 +160,8 @@ def test_a_folder_with_good_and_bad_files(run_directory: Path, tmp_path: Path) -
     with Image.open(tmp_path / "out" / "predictions.png") as sheet:
         assert sheet.format == "PNG" and sheet.width > 1000
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["predictions.csv", "predictions.png"]
+    predict(run_directory, "photos/00.jpg", "--sheet", 0, "--output", "out", cwd=tmp_path)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["predictions.csv"]  # no sheet of other pictures
 
 
 def test_exit_status_and_one_line_errors(run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,7 +258,7 @@ def test_a_step_logged_twice_counts_once(tmp_path: Path) -> None:
 
 def test_learning_curves_of_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
-    plot_learning_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", "cnn")
+    plot_learning_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", "a_$x_$", "b_$y_$")  # no formulas
     assert check_png(tmp_path / "curves.png", 500, 500) == (780, 660)
 
 

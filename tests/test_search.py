@@ -179,6 +179,15 @@ def test_a_split_needs_no_index_and_is_computed_once(
     assert not (tmp_path / "search.png").exists()
 
 
+def test_an_index_of_one_picture_has_nothing_to_find_for_it(run_directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    Image.fromarray(load_split("test", None, VAL_SIZE)[0][0].numpy()).save(tmp_path / "one" / "a.png")
+    search("index", run_directory, "--folder", tmp_path / "one", "--output", tmp_path / "one.safetensors")
+    args = ("query", run_directory, tmp_path / "one" / "a.png", "--index", tmp_path / "one.safetensors")
+    said = search(*args, "--output", tmp_path / "out", status=2)
+    assert "there is nothing to find: the index holds one picture" in said
+
+
 def test_the_csv_is_there_where_the_sheet_fails(
     run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

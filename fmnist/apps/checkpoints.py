@@ -4,6 +4,8 @@ The exit status is 0 where each run has a checkpoint and none is damaged, 1 wher
 """
 
 import json
+import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,10 +63,11 @@ def inspect(run: Path) -> tuple[list[Checked], list[str]]:
     paths = [*map(checkpoints.path, checkpoints.steps()), *map(checkpoints.best_path, checkpoints.steps(BEST))]
     for path in sorted(paths, key=lambda path: path.name.partition("_")[2]):
         full, step = path.name.startswith(FULL), int(path.name.partition("_")[2])
-        size = sum(file.stat().st_size for file in path.glob("*") if file.is_file())
-        checked = Checked(step=step, full=full, bytes=size, problem="", roles=[], meta={})
+        checked = Checked(step=step, full=full, bytes=0, problem="", roles=[], meta={})
         found.append(checked)
         try:
+            with suppress(FileNotFoundError):
+                checked.bytes = sum(file.stat().st_size for file in path.glob("*") if file.is_file())
             digests = verify(path)
             state, meta = read_state(path), read_meta(path)
             files = [name for name in digests if name.endswith(".safetensors")]
@@ -73,6 +76,9 @@ def inspect(run: Path) -> tuple[list[Checked], list[str]]:
             if differing := changes(lengthened(meta.pop("config", {}), expected), expected):
                 raise ValueError(f"{path} is of another config: {'; '.join(differing[:3])}")
         except ValueError as error:
+            if not os.path.lexists(path):  # dropped meanwhile, by a run that goes on
+                found.remove(checked)
+                continue
             checked.problem = str(error)
             problems.append(checked.problem)
             continue

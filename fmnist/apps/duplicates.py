@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         flags = flags_of(args.data)
         given = {"root": args.root, "val_size": args.val_size}
         flags += [f"--data.{name}={value}" for name, value in given.items() if value is not None]
-        data = parse_config(flags, prog=PARSER.prog).data
+        data = parse_config(flags, prog=PARSER.prog, to_run=False).data
         near = data.name == "fashion_mnist" and not args.exact
         if args.output:
             check_outputs({args.output: ",".join(HEADER if near else EXACT).encode()}, force=args.force)

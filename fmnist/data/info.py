@@ -89,12 +89,17 @@ def read_info(directory: Path, default: DataInfo) -> DataInfo:
         return default
     content = read_json(path)
     try:
-        return _from_json(content)
+        return info_from_json(content)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} was not written by a run: {str(error)[:200]}") from None
 
 
-def _from_json(content: Mapping[str, Any]) -> DataInfo:
+def info_from_json(content: Mapping[str, Any]) -> DataInfo:
+    """Return what `DataInfo.to_json` was made of.
+
+    Raises:
+        TypeError, ValueError: it is something else.
+    """
     values = {item.name: content[item.name] for item in fields(DataInfo) if item.name in content}
     for name, kind in (("class_names", str), ("mean", float), ("std", float), ("shape", int)):
         if not isinstance(values.get(name), list) or any(type(value) is not kind for value in values[name]):

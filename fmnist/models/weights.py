@@ -48,6 +48,9 @@ def read_weights(path: str) -> dict[str, Tensor]:
             tensors = tensors[key]
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"model.weights: {path} is not a state_dict (tensors by name)")
+    small = [str(key) for key, value in tensors.items() if value.is_floating_point() and value.itemsize < 2]
+    if small:
+        raise ValueError(f"model.weights: {path}: {_few(small)} of 8 bits; valid: 16 bits and more")
     if broken := [str(key) for key, value in tensors.items() if not torch.isfinite(value).all()]:
         raise ValueError(f"model.weights: {path}: {_few(broken)} with values that are not finite")
     return dict(tensors)

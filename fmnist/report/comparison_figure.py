@@ -58,7 +58,9 @@ def _draw_intervals(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         axes.plot([low, high], [position, position], color=GREY, linewidth=2.5, marker="|", markersize=10)
         axes.plot(top1, position, "o", color=BLUE, markersize=8)
         axes.annotate(f"{top1:.2f}", (top1, position), (0, 8), textcoords="offset points", ha="center")
-    axes.set_yticks(range(len(rows)), [_shorten(str(row.get("run", "-"))) for row in rows], fontsize=11)
+    axes.set_yticks(
+        range(len(rows)), [_shorten(str(row.get("run", "-"))) for row in rows], fontsize=11, parse_math=False
+    )
     axes.set_ylim(-0.6, len(rows) - 0.3)
     axes.margins(x=0.08)
     axes.xaxis.set_major_formatter(PERCENT)
@@ -84,7 +86,14 @@ def _draw_front(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str) -> None
         name = _shorten(str(row.get("run", "-")))
         shade = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0}
         axes.annotate(
-            name, (costs[i], scores[i]), (offset, 0), textcoords="offset points", ha=side, va="center", bbox=shade
+            name,
+            (costs[i], scores[i]),
+            (offset, 0),
+            textcoords="offset points",
+            ha=side,
+            va="center",
+            bbox=shade,
+            parse_math=False,
         )
     axes.set(xscale="log", xlim=(left, right), ylabel="top1")
     axes.yaxis.set_major_formatter(PERCENT)

@@ -128,7 +128,7 @@ def plot_learning_curves(metrics_path: Path, path: Path, title: str, note: str =
         if steps_per_epoch > 0:
             scale = (lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch)
             axes.secondary_xaxis("top", functions=scale).set_xlabel("epoch")
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(title, fontsize=13, parse_math=False)
     if note:
-        figure.supxlabel(note, fontsize=9, color="#52606d")
+        figure.supxlabel(note, fontsize=9, color="#52606d", parse_math=False)
     save_figure(path, figure)

@@ -62,6 +62,7 @@ NOBODYS = (".lock", ".DS_Store", "Thumbs.db", "desktop.ini", ".nfs*")  # of the 
 # Where a file begins or ends with one of these, by its suffix, fmnist made it.
 MARKS = {".png": b"Software\x00fmnist", ".onnx": b"weights_sha256", ".safetensors": b"weights_sha256"}
 MARKED_BYTES = 1 << 16
+MAX_HEADER = 100 << 20  # of safetensors
 
 
 def listing(folder: Path) -> list[str]:
@@ -217,11 +218,22 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"{folder} cannot be written: {reason(error)}; --output names another place") from None
 
 
+def remove_own(path: Path) -> None:
+    """Remove a file that a command made earlier, where it is no longer of what stands beside it; no other."""
+    if bears(path, MARKS[path.suffix]):
+        path.unlink()
+
+
 def bears(path: Path, mark: bytes) -> bool:
-    """Say whether a file that can be read begins or ends with a mark, in its first or last MARKED_BYTES."""
+    """Say whether a file that can be read begins or ends with a mark, in its first or last MARKED_BYTES.
+
+    Of safetensors the whole header begins it, in which the library puts what is said in any order.
+    """
     try:
         with open_regular(path) as file:
             head = file.read(MARKED_BYTES)
+            if path.suffix.lower() == ".safetensors":
+                head += file.read(max(0, min(int.from_bytes(head[:8], "little"), MAX_HEADER) + 8 - MARKED_BYTES))
             file.seek(max(0, os.fstat(file.fileno()).st_size - MARKED_BYTES))
             return mark in head or mark in file.read()
     except OSError:

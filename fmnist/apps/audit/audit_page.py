@@ -176,7 +176,7 @@ def _copies(pool: Pool, copies: Copies) -> dict[str, Any]:
     alike = [(*found, value) for found, value in zip(copies.pairs, copies.correlations, strict=True)]
     conflicts = [item for item in alike if labels[item[0]] != labels[item[1]]]
     near = [item[:2] for item in alike if item[2] > NEAR_COPY]
-    agreeing = [item for item in alike[:COPIES_SHOWN] if labels[item[0]] == labels[item[1]]]
+    agreeing = [item for item in alike if labels[item[0]] == labels[item[1]]][:COPIES_SHOWN]
     more = f", the first {CONFLICTS_SHOWN} of {len(conflicts):,}" if len(conflicts) > CONFLICTS_SHOWN else ""
     return {
         "near_copy": NEAR_COPY,

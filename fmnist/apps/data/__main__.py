@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         from fmnist.config.parse import parse_config
         from fmnist.data.named import flags_of
 
-        show(parse_config([*flags_of(args.data), *passed], prog=PARSER.prog), args)
+        show(parse_config([*flags_of(args.data), *passed], prog=PARSER.prog, to_run=False), args)
     return 0
 
 

@@ -107,7 +107,9 @@ def _check_metrics(metrics: dict[str, Any]) -> None:
     rows = metrics.get("per_class")
     if not isinstance(rows, dict) or not rows:
         raise ValueError("per_class is missing")
-    numbers += [row[key] for row in rows.values() for key in ("precision", "recall", "f1", "support")]
+    numbers += [row["support"] for row in rows.values()]
+    ratios = [row[key] for row in rows.values() for key in ("precision", "recall", "f1")]
+    numbers += [ratio for ratio in ratios if ratio is not None]  # as of a class without an image
     low, high = metrics["top1_interval"]
     if not all(isinstance(value, int | float) for value in (*numbers, low, high)):
         raise ValueError("a number is missing")

@@ -118,7 +118,13 @@ def _portable_config(trained: Trained) -> str:
     model = replace(cfg.model, pretrained=cfg.model.has_pretrained_input, weights=None)
     model = replace(model, precision="auto")
     name = trained.directory.resolve().name
-    cfg = replace(cfg, model=model, data=replace(cfg.data, root=None), log=type(cfg.log)(), output_dir=f"runs/{name}")
+    cfg = replace(
+        cfg,
+        model=model,
+        data=replace(cfg.data, root=None, corrections=None),
+        log=type(cfg.log)(),
+        output_dir=f"runs/{name}",
+    )
     return to_yaml(cfg)
 
 

@@ -113,8 +113,11 @@ def model_card(trained: Trained, measured: Measured, *, ours: bool) -> str:
 
 
 def own_licence(trained: Trained) -> str:
-    """Return the licence of weights that began from none: that of the data's makers decides, where they are known."""
-    return "mit" if trained.info.is_fashion_mnist else "other"
+    """Return the licence of weights that began from none: that of the data's makers decides, where they are known.
+
+    Those that began from another run may descend from anybody's.
+    """
+    return "mit" if trained.info.is_fashion_mnist and not trained.cfg.model.starts_from_run else "other"
 
 
 def _images(info: DataInfo) -> str:

@@ -75,6 +75,7 @@ def float_graph(expected: Expected) -> tuple[Any, dict[str, float]]:
     about = {
         "class_names": json.dumps(trained.class_names),
         "data": trained.info.title,
+        "data_info": json.dumps(trained.info.to_json()),  # what a program needs to make pictures into its images
         "run": trained.name,
         "model": trained.cfg.model.name,
         "weights_sha256": trained.digest,

@@ -20,6 +20,7 @@ from fmnist.evaluation.calibration import few_images
 from fmnist.evaluation.occlusion import occlusion_map
 from fmnist.runtime.console import keep_at_interrupt, one_line
 from fmnist.runtime.files import csv_bytes, write_atomic
+from fmnist.runtime.ownership import remove_own
 from fmnist.trained import Trained, open_trained
 
 logger = logging.getLogger("fmnist")
@@ -218,4 +219,6 @@ def write_predictions(
         part = f", the first {len(shown)} of {len(rows):,}" if len(rows) > len(shown) else ""
         cells = [sheet_cell(item, columns) for item in shown]
         write_atomic(args.output / "predictions.png", draw_sheet(cells, title + part))
+    else:
+        remove_own(args.output / "predictions.png")  # of other pictures
     return counts

@@ -29,7 +29,7 @@ from fmnist.evaluation.retrieval import measure_precision, query_split
 from fmnist.report.retrieval_table import RETRIEVAL_FILE, precision_table, write_precision
 from fmnist.runtime.console import counted, one_line
 from fmnist.runtime.files import csv_bytes, write_atomic
-from fmnist.runtime.ownership import check_outputs
+from fmnist.runtime.ownership import check_outputs, remove_own
 from fmnist.trained import Trained, open_trained
 
 logger = logging.getLogger("fmnist")
@@ -56,6 +56,8 @@ def query(args: argparse.Namespace) -> int:
         logger.warning("%s: %s", one_line(name), error)
     if shown := hits[: args.sheet]:
         plot_hits(shown, catalogue, output / "search.png")
+    else:
+        remove_own(output / "search.png")  # of other queries
     if args.json:
         print(json.dumps(rows))
         return status
@@ -113,6 +115,8 @@ def _nearest(
     logits, features = trained(images)
     exclude = torch.tensor([_position(name, catalogue) for name in queries])
     k = min(most, len(catalogue) - bool((exclude >= 0).any()))
+    if not k:
+        raise ValueError(f"there is nothing to find: the index holds one picture, {next(iter(queries))} itself")
     neighbours = Neighbours(catalogue.features, trained.device)
     start = time.perf_counter()
     similarities, positions = neighbours(features, k, exclude)
