@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -157,6 +158,19 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     return {"statuses": run_all(job["processes"], functools.partial(work, job, log)), "said": log.read_text()}
 
 
+def free_socket() -> socket.socket:
+    """Bind a port that nothing uses, below those that the system gives to connections: it is likely to stay free."""
+    for port in random.Random().sample(range(15_000, 32_000), 100):
+        bound = socket.socket()
+        try:
+            bound.bind(("127.0.0.1", port))
+        except OSError:
+            bound.close()
+        else:
+            return bound
+    raise OSError("no free port")
+
+
 def run_all(processes: int, work: Callable[[dict[str, str]], int], seconds: float = TIME_LIMIT_S) -> list[int]:
     """Fork processes and wait for them; where one is killed or fails, or the time is over, kill the others.
 
@@ -168,8 +182,7 @@ def run_all(processes: int, work: Callable[[dict[str, str]], int], seconds: floa
     Returns:
         each process's status as of subprocess.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with free_socket() as free:
         port = str(free.getsockname()[1])
     children = {}
     for rank in map(str, range(processes)):
@@ -256,6 +269,7 @@ def set_trap(step: int, moment: str, number: int) -> None:
     from fmnist.runtime.stop_vote import StopVote
 
     state: dict[str, Any] = {"step": 0, "micro_batches": 0}
+    later = threading.Event()
     assert moment in MOMENTS
 
     def strike(now: str) -> None:
@@ -289,11 +303,14 @@ def set_trap(step: int, moment: str, number: int) -> None:
 
     def should_stop(self: Any) -> bool:
         strike("logged")
+        if state["step"] > step:
+            later.set()
         return real_stop(self)
 
     def end(*args: Any) -> None:
         strike("saved")
         strike("end")
+        later.set()
         real_end(*args)
 
     def finish(self: Any, summary: Any) -> None:
@@ -310,7 +327,7 @@ def set_trap(step: int, moment: str, number: int) -> None:
 
     def strike_save(now: str, saved: Any) -> None:
         if (now, saved.step) == (moment, step):
-            time.sleep(0.1)  # the next step begins
+            later.wait(30)  # until the next step is done
             os.kill(os.getpid(), number)
 
     entry.train_step, entry.validate, entry.set_lr, entry.finish = train_step, validate, set_lr, end

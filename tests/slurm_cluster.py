@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from conftest import ROOT, environment
+from forks import free_socket
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "srun", "salloc")
 CONFIG = """
@@ -59,9 +60,7 @@ def search_path() -> str:
 
 def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
+        sockets = [stack.enter_context(free_socket()) for _ in range(count)]
         return [item.getsockname()[1] for item in sockets]
 
 
@@ -139,5 +138,5 @@ class Cluster:
     def wait_for(self, job: int, seconds: float = 240) -> dict[str, str]:
         """Wait for a job, through all its restarts, and return its record."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
-        self.wait_until(lambda: self.job(job)["JobState"] in over, f"job {job}: {self.log(job)[-2000:]}", seconds)
+        self.wait_until(lambda: self.job(job).get("JobState") in over, f"job {job}: {self.log(job)[-2000:]}", seconds)
         return self.job(job)

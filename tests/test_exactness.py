@@ -268,6 +268,8 @@ def move_about(forks: Forks, run: Path, config: dict[str, Any], **job: Any) -> N
         number = signal.SIGKILL if step == 6 else signal.SIGTERM
         more = {} if step is None else {"strike": [step, "update"], "rank": processes - 1, "signal": int(number)}
         forks.start(run, config, processes, **job, **more)
+        if number == signal.SIGTERM and step is not None:
+            assert json.loads((run / "summary.json").read_text())["stopped_by"] == "SIGTERM"
 
 
 @pytest.mark.parametrize("model", MODELS)

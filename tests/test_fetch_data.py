@@ -286,7 +286,13 @@ def test_killed_between_two_renames(
 def test_the_real_package_is_downloaded_and_unpacked(tmp_path: Path) -> None:
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         pytest.skip("no apt-get here: not a Debian")
-    fetch_files(tmp_path / "new", mirrors=[closed_port()])
+    try:
+        fetch_files(tmp_path / "new", mirrors=[closed_port()])
+    except ValueError:
+        here = subprocess.run(["apt-get", "download", fetch.DEBIAN_PACKAGE], cwd=tmp_path, capture_output=True)
+        if here.returncode:
+            pytest.skip("the distribution's mirror does not answer")
+        raise
     assert names_in(tmp_path / "new") == set(NAMES)
     assert load("test", str(tmp_path / "new"))[0].shape == (10_000, 28, 28)
 

@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import shutil
-import socket
 import struct
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, environment
+from forks import free_socket
 from safetensors.torch import save_file
 from small import command, write_small_data
 
@@ -456,8 +456,7 @@ def on_two_machines(
     Returns:
         Their statuses and messages.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with free_socket() as probe:
         port = probe.getsockname()[1]
     children = []
     for rank, place in enumerate(places):

@@ -204,7 +204,7 @@ def test_ctrl_c_at_any_moment_of_the_start_is_one_line(tmp_path: Path) -> None:
         "fmnist benchmark": ["-m", "fmnist", "benchmark", "data", "--sizes", "28"],
         "fmnist doctor": ["-m", "fmnist", "doctor"],
     }
-    ended = 0
+    ended = set()
     for seconds in (1.0, 2.0, 3.5, 5.0):  # not earlier: a busy machine is still in the interpreter then
         for name, command in commands.items():
             started = subprocess.Popen(
@@ -214,10 +214,9 @@ def test_ctrl_c_at_any_moment_of_the_start_is_one_line(tmp_path: Path) -> None:
             time.sleep(seconds)
             started.send_signal(signal.SIGINT)
             _, said = started.communicate(timeout=120)
-            if started.returncode == -signal.SIGINT:  # the doctor may have been done
-                ended += 1
-                # ... or said all it had to say: then it ends without a word
-                said_nothing = [[]] if name == "fmnist doctor" else []
-                assert said.splitlines()[-1:] in ([f"{name}: interrupted"], *said_nothing), (seconds, said)
-                assert "Traceback" not in said
-    assert ended >= 8
+            # Done, or stopped with a checkpoint; or ended by the signal, without a word while it is still importing.
+            assert started.returncode in (0, -signal.SIGINT) and "Traceback" not in said, (seconds, name, said)
+            if started.returncode and said:
+                assert said.splitlines()[-1] == f"{name}: interrupted", (seconds, said)
+                ended.add(name)
+    assert ended == set(commands)

@@ -103,11 +103,8 @@ def stop(launcher: str, target: str, number: signal.Signals, folder: Path, run: 
     (psutil.Process(child.pid) if target == "launcher" else ranks[int(target)]).send_signal(number)
     ranks[0].resume()
     child.wait(90)
-    # The launcher may be gone before the last save: what counts is that nobody is left 5 s after it.
-    deadline = time.monotonic() + 5
-    while mentioning(str(run)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not mentioning(str(run)), log.read_text()[-3000:]
+    # The launcher may be gone before the last save: what counts is that nobody is left behind.
+    wait_for(lambda: not mentioning(str(run)), 30, lambda: f"the end of all\n{log.read_text()[-3000:]}")
 
 
 QUICK = [

@@ -174,7 +174,7 @@ def test_a_server_that_cannot_be_used(
     config, expected = disabled
     done = train("--config", config, "--output_dir", tmp_path / "run", "--log.wandb", "auto")
     assert_same_result(tmp_path / "run", expected)
-    assert start_delay_s(tmp_path / "run") < 10
+    assert start_delay_s(tmp_path / "run") < 20  # 5 s of waiting for the server, and W&B's imports; its own limit is 90
     # On a busy machine even a local server may not answer in time.
     assert said in done.stderr or "does not answer: offline" in done.stderr
     assert KEY not in done.stderr

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -182,7 +183,7 @@ def test_killed_in_mid_epoch_and_continued_it_ends_with_the_same_bits(
     command = [sys.executable, str(ROOT / "train.py"), *map(str, flags(config, killed))]
     child = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (killed / "checkpoints/step_00000005").exists():  # 12 steps: after the 5th, in mid-epoch
+    while max((killed / "checkpoints").glob("step_*"), default=Path()).name < "step_00000005":  # of 12, in mid-epoch
         assert time.monotonic() < deadline
         assert child.poll() is None
         time.sleep(0.002)
@@ -198,19 +199,18 @@ def test_killed_in_mid_epoch_and_continued_it_ends_with_the_same_bits(
 @pytest.mark.thorough
 def test_sigterm_saves_and_stops_and_the_same_command_continues(finished: tuple[Path, Path], tmp_path: Path) -> None:
     config, run = finished
-    stopped = tmp_path / "stopped"
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, flags(config, stopped, "--checkpoint.every_steps", 0))]
+    stopped = tmp_path / "frozen"
+    more = map(str, flags(config, tmp_path, "--checkpoint.every_steps", 0))
+    command = [sys.executable, str(ROOT / "tests/inject.py"), "frozen", *more]  # stops itself in step 7
     child = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (stopped / "metrics.jsonl").exists() or not (stopped / "metrics.jsonl").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    assert os.WIFSTOPPED(os.waitpid(child.pid, os.WUNTRACED)[1])
     child.send_signal(signal.SIGTERM)
+    child.send_signal(signal.SIGCONT)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 0, err
     summary = json.loads((stopped / "summary.json").read_text())
     assert summary["status"] == "stopped"
-    assert 0 < summary["steps"] < 12
+    assert summary["steps"] == 7 and summary["stopped_by"] == "SIGTERM"
     assert (stopped / "REQUEUE").exists()
     warm_train(*flags(config, stopped, "--checkpoint.every_steps", 0))
     assert not (stopped / "REQUEUE").exists()
