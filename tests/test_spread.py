@@ -500,8 +500,8 @@ def test_who_is_lost_in_an_exchange_is_named(kind: str, tmp_path: Path, small_co
     if kind == "fails_in_exchange":
         assert "KeyError: 'planted'" in done.stderr
     newest = Checkpoints(tmp_path / kind / "checkpoints", 2, {}).newest_good()
-    # Step 7 is under way; it ends where the thread alone hangs, or fails, which the next step notices.
-    assert newest is not None and read_state(newest).step in ((6,) if kind == "killed_in_exchange" else (6, 7))
+    # Step 7 is under way; it ends where the thread alone hangs, or fails, which the next step notices, or is late.
+    assert newest is not None and read_state(newest).step in (6, 7)
 
 
 @pytest.mark.thorough
