@@ -147,14 +147,6 @@ class Trained:
         load_strict(model, tensors, self.weights)
         return model.eval(), augment, digest
 
-    def load(self) -> None:
-        """Build the model and read the weights now.
-
-        Raises:
-            ValueError: see `model`.
-        """
-        _ = self._loaded
-
     @property
     def model(self) -> nn.Module:
         """The network in evaluation mode with these weights.
@@ -243,7 +235,7 @@ def open_trained(
     while (newest := newer_than_weights(run, summary)) is not None:
         try:
             trained = opened(newest)
-            trained.load()  # now: a run that is training drops its older checkpoints
+            _ = trained.model  # now: a run that is training drops its older checkpoints
         except ValueError:
             if newest.is_dir():
                 raise

@@ -48,6 +48,18 @@ def test_of_many_classes_the_largest_and_the_smallest_are_listed(tmp_path: Path)
     assert "101.0 times as many training images" in table[-1]
 
 
+def test_what_is_erased_has_the_mean_of_these_images(tmp_path: Path) -> None:
+    """As in training; Fashion-MNIST's own mean would be darker."""
+    images = np.full((20, 8, 8), 200, np.uint8)
+    images[::2] += 2  # images of one colour are refused
+    arrays = {"train_images": images, "train_labels": np.arange(20) % 2}
+    np.savez(tmp_path / "set.npz", **arrays)
+    flags = ["--data.name", "npz", "--data.root", str(tmp_path / "set.npz"), "--data.val_size", "0"]
+    cfg = parse_config([*flags, "--augment.size", "16", "--augment.erase", "1.0"])
+    square = augmented(Split.load("train", cfg.data), torch.arange(10), cfg)
+    assert torch.allclose(square, torch.tensor(201 / 255), atol=0.01)
+
+
 def test_samples_are_of_each_class_and_the_same_are_augmented(tmp_path: Path) -> None:
     write_npz(tmp_path / "set.npz", 9, (8, 10))
     cfg = parse_config([*flags_of(str(tmp_path / "set.npz")), "--augment.size=10", "--augment.flip=0"])

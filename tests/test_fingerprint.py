@@ -232,10 +232,10 @@ def test_flipped_bits_of_a_finished_runs_weights_are_found_by_every_command(fini
     content[-2] ^= 0x40
     (finished / MODEL).write_bytes(content)
     with pytest.raises(ValueError, match=r"model.safetensors does not have the hash in summary.json"):
-        open_trained(finished).load()
+        _ = open_trained(finished).model
     assert "does not have the hash in summary.json" in command(checkpoint_main, finished, status=1, lines=None)
     (finished / "summary.json").write_text('{"status": "finished"}')  # of a run from before: nothing to compare with
-    open_trained(finished).load()
+    _ = open_trained(finished).model
 
 
 @pytest.mark.parametrize("kind", ["stopped before", "summary lost", "being copied"])
@@ -381,10 +381,10 @@ def test_tensors_of_another_type_are_not_cast_in_silence(finished: Path) -> None
     (finished / "summary.json").write_text('{"status": "finished"}')
     save_file({key: value.half() for key, value in tensors.items()}, finished / MODEL)
     with pytest.raises(ValueError, match=r"does not fit the model: .* is torch.float16 not torch.float32"):
-        open_trained(finished).load()
+        _ = open_trained(finished).model
     save_file({key: value.to(torch.float8_e4m3fn) for key, value in tensors.items()}, finished / MODEL)
     with pytest.raises(ValueError, match="float8_e4m3fn, which no run writes"):
-        open_trained(finished).load()
+        _ = open_trained(finished).model
 
 
 # --- several processes -----------------------------------------------------------------------------------------------

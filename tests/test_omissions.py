@@ -310,7 +310,7 @@ def test_a_position_in_a_split_is_never_shown_for_the_published_index(run_direct
     assert not len(outcome.images)  # which a quick one has no use for
     outcome = replace(outcome, images=parts[1][0])
     assert outcome.indices == parts[1][2].tolist() != list(range(500))
-    for error in confident_errors(outcome, 20):
+    for error in confident_errors(outcome)[:20]:
         assert torch.equal(images[error.index], torch.as_tensor(error.row(outcome)["picture"]))
     summary = summarize(outcome.logits, outcome.labels, outcome.class_names)
     assert summary["num_images"] == 500

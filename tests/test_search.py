@@ -115,7 +115,8 @@ def test_precision_by_hand() -> None:
     assert torch.allclose(precision, torch.tensor([2 / 3, 2 / 3], dtype=torch.float64))
     # Each item against the others, k = 2: 0 -> 10 20: 1/2; 10 -> 0 20: 1/2; 20 -> 10 0: 0; 60 -> 70 90 (90 is 30
     # off, 20 is 40 off): 1/2; 70 -> 60 90: 1/2; 90 -> 70 60: 0.
-    precision = precision_at_k(neighbours, labels, items, labels, 2, torch.arange(6))
+    positions = neighbours(items, 2, torch.arange(6))[1]
+    precision = (labels[positions] == labels[:, None]).double().mean(1)
     assert precision.tolist() == [0.5, 0.5, 0.0, 0.5, 0.5, 0.0]
     # Class 0: (1/2 + 1/2 + 0) / 3; class 1: (0 + 1/2 + 1/2) / 3; class 2 was never asked for.
     summary = summarize_precision(precision, labels, ["a", "b", "c"])

@@ -52,7 +52,6 @@ def test_a_share_is_a_number_of_images() -> None:
     labels = torch.arange(10).repeat(100)
     assert torch.equal(subset(labels, 0.1), subset(labels, 100))
     assert len(subset(labels, 1.0)) == len(subset(labels, 1000)) == 1000 and len(subset(labels, 1)) == 1
-    assert torch.equal(subset(labels, None), torch.arange(1000))
 
 
 @pytest.mark.parametrize("limit", [1001, 0.0001])

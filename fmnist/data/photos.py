@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 import warnings
 from collections import Counter
@@ -161,18 +162,14 @@ def decode(image: Image.Image, shorter: int | None) -> Image.Image:
     Raises:
         Exception: what Pillow raises on a damaged file or more than its limit of pixels.
     """
-    if shorter and isinstance(image, JpegImagePlugin.JpegImageFile) and _pixels(image) <= MAX_JPEG_PIXELS:
+    if shorter and isinstance(image, JpegImagePlugin.JpegImageFile) and math.prod(image.size) <= MAX_JPEG_PIXELS:
         image.draft(None, (shorter, shorter))
-    if _pixels(image) > (Image.MAX_IMAGE_PIXELS or MAX_JPEG_PIXELS):  # Pillow itself doubles its limit
+    if math.prod(image.size) > (Image.MAX_IMAGE_PIXELS or MAX_JPEG_PIXELS):  # Pillow itself doubles its limit
         raise Image.DecompressionBombError
     image.load()
     with suppress(Exception):  # broken metadata does not make a broken picture
         ImageOps.exif_transpose(image, in_place=True)
     return image
-
-
-def _pixels(image: Image.Image) -> int:
-    return image.width * image.height
 
 
 def why_unreadable(error: Exception) -> str:

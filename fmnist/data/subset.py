@@ -6,7 +6,7 @@ from torch import Tensor
 SUBSET_SEED = 20260401  # every run and seed has the same parts, so that two lengths of one curve are comparable
 
 
-def subset(labels: Tensor, limit: int | float | None) -> Tensor:
+def subset(labels: Tensor, limit: int | float) -> Tensor:
     """Return the positions of a part of the images: the first `limit` of an order of all of them.
 
     The order depends on the labels alone. Within a class chance decides; the image of rank r of n in its class comes
@@ -15,7 +15,7 @@ def subset(labels: Tensor, limit: int | float | None) -> Tensor:
 
     Args:
         labels: int64 [N] on the CPU.
-        limit: `data.limit`: images, or a share of them as a float; None takes all, in the order of the files.
+        limit: `data.limit`: images, or a share of them as a float.
 
     Returns:
         int64 [limit] positions, on the CPU.
@@ -24,8 +24,6 @@ def subset(labels: Tensor, limit: int | float | None) -> Tensor:
         ValueError: more images than there are, or a share of less than one.
     """
     total = len(labels)
-    if limit is None:
-        return torch.arange(total)
     count = limit if isinstance(limit, int) else round(limit * total)
     if not 1 <= count <= total:
         raise ValueError(f"data.limit is {limit}; valid: 1 to {total:,} training images, or a share of them up to 1.0")

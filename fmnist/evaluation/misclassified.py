@@ -51,17 +51,12 @@ def channels_last(image: Tensor) -> NDArray[np.uint8]:
     return np.asarray(image if image.ndim == 2 else image.movedim(0, -1).contiguous())
 
 
-def confident_errors(outcome: Outcome, limit: int | None = None) -> list[Misclassified]:
-    """Return the errors, most confident first.
-
-    Args:
-        outcome: of an evaluation.
-        limit: how many at most; none is all.
-    """
+def confident_errors(outcome: Outcome) -> list[Misclassified]:
+    """Return the errors of an evaluation, most confident first."""
     probabilities = outcome.logits.double().softmax(dim=1)
     confidence, predictions = probabilities.max(dim=1)
     wrong = (predictions != outcome.labels).nonzero().flatten()
-    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)][:limit]
+    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)]
     indices = outcome.indices
     return [
         Misclassified(

@@ -90,9 +90,7 @@ def _first(values: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values[:, :k], items.gather(1, order[:, :k])
 
 
-def precision_at_k(
-    neighbours: Neighbours, labels: Tensor, queries: Tensor, query_labels: Tensor, k: int, exclude: Tensor | None = None
-) -> Tensor:
+def precision_at_k(neighbours: Neighbours, labels: Tensor, queries: Tensor, query_labels: Tensor, k: int) -> Tensor:
     """Return, for each query, the share of its k nearest items that are of its class.
 
     Args:
@@ -101,7 +99,6 @@ def precision_at_k(
         queries: [Q, D].
         query_labels: int [Q].
         k: items counted per query.
-        exclude: int64 [Q], the item that is the query itself; see Neighbours.
 
     Returns:
         float64 [Q].
@@ -109,5 +106,5 @@ def precision_at_k(
     Source:
         Manning, Raghavan and Schuetze, "Introduction to Information Retrieval", 2008, section 8.4.
     """
-    _, positions = neighbours(queries, k, exclude)
+    _, positions = neighbours(queries, k)
     return (labels.cpu()[positions] == query_labels.cpu()[:, None]).double().mean(1)

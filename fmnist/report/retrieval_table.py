@@ -41,8 +41,6 @@ def precision_table(result: dict[str, Any]) -> str:
 def precision_line(result: dict[str, Any]) -> str:
     """Say the mean precision of `measure_precision` in one line."""
     low, high = (100 * bound for bound in result["features"]["interval"])
-    counts = (
-        f"{result['num_queries']:,} {result.get('split', 'test')} images among {result['num_items']:,} training images"
-    )
+    counts = f"{result['num_queries']:,} {result['split']} images among {result['num_items']:,} training images"
     mean = f"{100 * result['features']['mean']:.2f} % (95 % interval {low:.2f} to {high:.2f})"
     return f"precision at {result['k']}, {counts}: {mean}; by raw pixels {100 * result['pixels']['mean']:.2f} %"

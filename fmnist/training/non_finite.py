@@ -1,6 +1,5 @@
 """NaN and infinity: at which step it began, on which process, and what the model was looking at."""
 
-import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,6 @@ from fmnist.data.batches import Loader
 from fmnist.runtime.processes import Processes
 from fmnist.training.batch_pictures import write_batch
 
-logger = logging.getLogger("fmnist")
 MAX_WINDOW = 10_000
 
 

@@ -145,6 +145,7 @@ def augmented(train: Split, chosen: Tensor, cfg: Config) -> Tensor:
         num_classes=len(train.class_names),
         mean=train.info.mean,
         std=train.info.std,
+        fill=train.info.mean,
     )
     loader = Loader(train, global_batch_size=min(cfg.batch.global_batch_size, len(train)), seed=cfg.seed)
     batch = loader.micro_batches(0)[0]

@@ -128,20 +128,19 @@ def _portable_config(trained: Trained) -> str:
     return to_yaml(cfg)
 
 
-def check(folder: Path, expected: Expected, ours: bool, limit: float = LARGEST_DIFFERENCE) -> float:
+def check(folder: Path, expected: Expected, ours: bool) -> float:
     """Open the folder as a user would and compare logits on the expected images.
 
     Args:
         folder: what was written.
         expected: the run's images and logits.
         ours: open it with fmnist; else with timm.
-        limit: largest difference that passes, for logits of up to 10.
 
     Returns:
         The largest difference of a logit.
 
     Raises:
-        ValueError: one line, for a folder that cannot be opened, or a difference that is not under the limit.
+        ValueError: one line, for a folder that cannot be opened, or a difference that is not under LARGEST_DIFFERENCE.
     """
     try:
         logits = open_trained(folder, "cpu")(expected.images)[0] if ours else _timm_logits(folder, expected)
@@ -149,7 +148,7 @@ def check(folder: Path, expected: Expected, ours: bool, limit: float = LARGEST_D
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"the folder cannot be opened again: {reason}") from error
     difference = float((logits - expected.logits).abs().max())
-    limit *= max(1.0, float(expected.logits.abs().max()) / 10)
+    limit = LARGEST_DIFFERENCE * max(1.0, float(expected.logits.abs().max()) / 10)
     if not difference < limit:  # a NaN does not pass
         raise ValueError(f"the folder's logits differ from the run's by {difference:.1e}; the limit is {limit:.0e}")
     return difference

@@ -143,19 +143,18 @@ def open_session(graph: Path | bytes) -> Any:
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
-def check(graph: Path | bytes, expected: Expected, limit: float = LARGEST_DIFFERENCE) -> dict[str, float]:
+def check(graph: Path | bytes, expected: Expected) -> dict[str, float]:
     """Run a graph in onnxruntime over the expected images, in batches of several sizes.
 
     Args:
         graph: the .onnx file, or its content.
         expected: the run's images and logits.
-        limit: largest difference that passes, for values of up to 10.
 
     Returns:
         The largest difference of `logits` and of `probabilities`, and `images_per_second` of the largest batch.
 
     Raises:
-        ValueError: one line, for a graph that cannot be run, or a difference that is not under the limit.
+        ValueError: one line, for a graph that cannot be run, or a difference that is not under LARGEST_DIFFERENCE.
     """
     count = len(expected.images)
     sizes = [size for size in (min(count, 1), min(count - 1, 7), count - 8) if size > 0]
@@ -172,7 +171,7 @@ def check(graph: Path | bytes, expected: Expected, limit: float = LARGEST_DIFFER
     pairs = {"logits": (logits, expected.logits), "probabilities": (probabilities, calibrated)}
     differences = {name: float((got - wanted).abs().max()) for name, (got, wanted) in pairs.items()}
     for name, difference in differences.items():
-        scaled = limit * max(1.0, float(pairs[name][1].abs().max()) / 10)
+        scaled = LARGEST_DIFFERENCE * max(1.0, float(pairs[name][1].abs().max()) / 10)
         if not difference < scaled:  # a NaN does not pass
             raise ValueError(
                 f"the ONNX graph's {name} differ from torch's by {difference:.1e}; the limit is {scaled:.0e}"
