@@ -55,7 +55,7 @@ def test_what_is_erased_has_the_mean_of_these_images(tmp_path: Path) -> None:
     arrays = {"train_images": images, "train_labels": np.arange(20) % 2}
     np.savez(tmp_path / "set.npz", **arrays)
     flags = ["--data.name", "npz", "--data.root", str(tmp_path / "set.npz"), "--data.val_size", "0"]
-    cfg = parse_config([*flags, "--augment.size", "16", "--augment.erase", "1.0"])
+    cfg = parse_config([*flags, "--augment.size", "16", "--augment.erase", "1.0", "--augment.shift", "0"])
     square = augmented(Split.load("train", cfg.data), torch.arange(10), cfg)
     assert torch.allclose(square, torch.tensor(201 / 255), atol=0.01)
 
