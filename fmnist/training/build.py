@@ -168,13 +168,16 @@ def _compiling(augment: Augment, schedule: Schedule, done: int) -> list[int]:
 def _clock(cfg: Config, state: TrainState, model: nn.Module, augment: Augment, loader: Loader, run: Run) -> Clock:
     """Return the clock, which knows how long a step of each image size takes all processes at their peak, if known."""
     batch, waited = cfg.batch.global_batch_size, None if loader.staging is None else loader.staging.waited
-    peak, channels = peak_flops(run.device_name, run.precision), len(augment.mean)
-    if peak is None:
-        return Clock(batch, state.train_seconds, None, waited)
-    every = batch / (peak * run.world_size)
-    least = {size: every * flops_per_image(model, channels, size)[1] for size in {*augment.sizes.values()}}
-    epoch = loader.steps_per_epoch
-    return Clock(batch, state.train_seconds, lambda: least[augment.size((state.step - 1) // epoch)], waited)
+    peak, channels, epoch = peak_flops(run.device_name, run.precision), len(augment.mean), loader.steps_per_epoch
+    least: dict[int, float] = {}
+    if peak is not None:
+        every = batch / (peak * run.world_size)
+        least = {size: every * flops_per_image(model, channels, size)[1] for size in {*augment.sizes.values()}}
+
+    def least_seconds() -> float:
+        return least[augment.size((state.step - 1) // epoch)]
+
+    return Clock(batch, state.train_seconds, least_seconds if least else None, waited)
 
 
 def _progress(cfg: Config, state: TrainState, schedule: Schedule) -> Progress:
