@@ -248,7 +248,7 @@ def go(run: Path, data: Path, **schedule: Any) -> fmnist.RunResults:
 def test_a_run_of_minutes_has_the_bits_of_one_of_steps_and_resumes_with_its_own_number(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budget, "largest_within", lambda limit, takes: 8)  # whatever the real clock says
+    monkeypatch.setattr(budget, "largest_within", lambda *_: 8)  # whatever the real clock says
     timed, given = tmp_path / "timed", tmp_path / "given"
     results = go(timed, data, minutes=5)
     assert (results.summary["status"], results.summary["steps"]) == ("finished", 8)
@@ -267,7 +267,7 @@ def test_a_run_of_minutes_has_the_bits_of_one_of_steps_and_resumes_with_its_own_
         patch.setattr("fmnist.runtime.stop_vote.StopVote.__call__", lambda self: True)
         patch.setattr("fmnist.runtime.stop_vote.StopVote.reason", "SIGTERM", raising=False)
         assert go(stopped, data, minutes=5).summary["status"] == "stopped"
-    monkeypatch.setattr(budget, "largest_within", lambda limit, takes: 99)
+    monkeypatch.setattr(budget, "largest_within", lambda *_: 99)
     assert go(stopped, data, minutes=5).summary["steps"] == 8
     assert (stopped / MODEL).read_bytes() == (given / MODEL).read_bytes()
     with pytest.raises(ValueError, match=r"schedule.minutes was 5.0, now 6.0"):

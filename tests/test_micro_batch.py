@@ -288,7 +288,7 @@ def test_auto_is_a_run_of_the_size_it_found_and_keeps_it(data: Path, tmp_path: P
 def test_a_run_of_minutes_searches_once(
     data: Path, tmp_path: Path, full: type[Full], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budget, "largest_within", lambda limit, takes: 4)  # whatever the real clock says
+    monkeypatch.setattr(budget, "largest_within", lambda *_: 4)  # whatever the real clock says
     timed = go(tmp_path / "timed", data, "auto", minutes=5)
     assert full.asked.count(16) == 1  # which does not fit, so that nothing but a search asks for it
     plain = go(tmp_path / "plain", data, 8)
