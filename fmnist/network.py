@@ -32,20 +32,15 @@ def build_network(
     by_epoch = sizes_by_epoch(cfg, info.num_train)
     sizes = tuple(by_epoch.values())
     final = cfg.evaluation.size or sizes[-1]
-    try:
-        model, normalization = build_model(
-            cfg.model,
-            num_classes=len(info.class_names),
-            mean=info.mean,
-            std=info.std,
-            image_size=final,
-            image_sizes=sizes,
-            load_weights=load_weights,
-        )
-    except ValueError as error:
-        if final in sizes or not str(error).startswith("augment.size"):
-            raise
-        raise ValueError(f"evaluation.size {final} beside {error}") from error
+    model, normalization = build_model(
+        cfg.model,
+        num_classes=len(info.class_names),
+        mean=info.mean,
+        std=info.std,
+        image_size=final,
+        image_sizes=sizes,
+        load_weights=load_weights,
+    )
     memory_format = torch.channels_last if cfg.model.channels_last else torch.contiguous_format
     model = model.to(device).to(memory_format=memory_format)
     use_fast_layers(model, cfg.model.depthwise, device)

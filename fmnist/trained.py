@@ -282,15 +282,13 @@ def _open(
     model: Mapping[str, Any],
 ) -> Trained:
     name, numbers = one_line(directory.resolve().name), summary
-    step, validated = summary.get("weights_step"), summary.get("val.top1") is not None
-    trained_size, total_steps = summary.get("weights_size"), None
+    validated, trained_size = summary.get("val.top1") is not None, summary.get("weights_size")
     weights, sha256 = directory / MODEL, summary.get("weights_sha256")
     if checkpoint is not None:
         digests = verify(checkpoint)
         state = read_state(checkpoint)
         name += f" step {state.step}"
-        step, validated = state.step, state.best_step == state.step and bool(state.best_val)
-        trained_size, total_steps = state.size, state.total_steps
+        validated, trained_size = state.best_step == state.step and bool(state.best_val), state.size
         numbers = {f"val.{key}": value for key, value in state.best_val.items()}
         weights = weights_to_use(checkpoint, digests)
         sha256 = digests[weights.name]
@@ -312,7 +310,7 @@ def _open(
         cfg = replace(cfg, evaluation=replace(cfg.evaluation, batch_size=batch_size))
     planned = sizes_by_epoch(cfg, info.num_train)
     final = planned[max(planned)]
-    size = numbers.get("val.size") if validated else trained_size or _size_at(step, total_steps, cfg, info.num_train)
+    size = numbers.get("val.size") if validated else trained_size
     seen_size = int(size) if isinstance(size, int | float) and size != final and not cfg.evaluation.size else None
     if seen_size:
         logger.info("%s has seen smaller images so far, and is used at %d px", name, seen_size)
@@ -329,15 +327,3 @@ def _open(
         fingerprint=kept,
         seen_size=seen_size,
     )
-
-
-def _size_at(step: Any, total_steps: int | None, cfg: Config, num_train: int) -> int:
-    """Return the pixels per side of a step, from 1 on, of a run from before they were kept; the last if it is unknown.
-
-    Args:
-        total_steps: what `schedule.minutes` came to.
-    """
-    schedule = replace(cfg.schedule, steps=total_steps) if total_steps else cfg.schedule
-    sizes = sizes_by_epoch(replace(cfg, schedule=schedule), num_train)
-    epoch = (step - 1) // max(1, num_train // cfg.batch.global_batch_size) if isinstance(step, int) else max(sizes)
-    return sizes[max(first for first in sizes if first <= max(0, epoch))]

@@ -20,7 +20,7 @@ from fmnist.config.same_run import lengthened, recipe, run_yaml
 from fmnist.config.schema import Config, OptimConfig, ScheduleConfig
 from fmnist.optim import Schedule
 from fmnist.runtime.files import sha256_of
-from fmnist.trained import Trained, _size_at, open_trained
+from fmnist.trained import Trained, open_trained
 from fmnist.training.resume import continuation
 
 
@@ -175,8 +175,6 @@ def test_weights_without_validation_numbers_are_used_at_the_size_they_were_train
     sizes = {int(path.name[-8:]): open_trained(path).size for path in (run / "checkpoints").iterdir()}
     assert min(sizes) <= 4 < max(sizes) and sizes == {step: 14 if step <= 4 else 28 for step in sizes}
     assert open_trained(run).size == 28
-    cfg = open_trained(run).cfg
-    assert (_size_at(8, None, cfg, 2000), _size_at(8, 8, cfg, 2000)) == (14, 28)  # of a run by minutes from before
 
 
 def test_no_validation_numbers_of_weights_that_were_lost_stand_in_the_summary(

@@ -111,16 +111,6 @@ def test_the_size_schedule_ends_with_the_run(epochs: float, expected: dict[int, 
     assert [line for line in lines if "augment.size" in line] == ([said] if expected != cfg.augment.size else [])
 
 
-def test_a_model_of_one_size_names_the_option_that_asks_for_another() -> None:
-    for flags, said in (
-        (["--evaluation.size", "32"], "evaluation.size 32 beside augment.size: mlp cannot take images of 28 px"),
-        (["--augment.size", "{0: 20, 4: 28}"], "augment.size: mlp cannot take images of 20 px"),
-    ):
-        cfg = parse_config(["--config", "configs/mlp.yaml", *flags])
-        with pytest.raises(ValueError, match=f"^{said}"):
-            build_network(cfg, INFO, CPU, load_weights=False)
-
-
 def test_more_sizes_than_epochs_and_steps_instead_of_epochs() -> None:
     sizes = {0: 96, 4: 128, 8: 224}
     assert sizes_by_epoch(Config(augment=AugmentConfig(size=sizes), schedule=ScheduleConfig(epochs=12))) == sizes

@@ -32,5 +32,5 @@ def draw_grid(path: Path, images: Tensor, titles: Sequence[str], heading: str, *
         axes.text(*place, text, fontsize=6, va="bottom", linespacing=0.9, parse_math=False)
     axes.imshow(canvas.numpy(), interpolation="nearest")
     axes.set_axis_off()
-    axes.set_title(heading, fontsize=8)
+    axes.set_title(heading, fontsize=8, parse_math=False)
     save_figure(path, figure)
