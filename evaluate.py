@@ -69,9 +69,10 @@ def precision_of(
 def report(outcome: Outcome, copies: Copies, request: Request, retrieval: dict[str, Any] | None = None) -> Findings:
     """Compute the rest and write the files, on the main process."""
     logger.info("%s: computing the numbers, drawing the figures", outcome.name)
-    found = findings(outcome, copies[0], retrieval, copies[1], request.root, quick=request.quick)
+    near, exact = copies
+    found = findings(outcome, near, retrieval, exact, request.root, quick=request.quick)
     write_evaluation(found)
-    print((outcome.directory / "report.txt").read_text())
+    print((outcome.directory / "report.txt").read_text(encoding="utf-8"))
     print(f"written to {one_line(str(outcome.directory), 4096)}\n", flush=True)
     return found
 
@@ -99,7 +100,7 @@ def main(args: argparse.Namespace | None = None) -> None:
                 found.append(report(outcome, copies, request, retrieval))
         if args.ensemble and found:
             together = ensemble([each.outcome for each in found], args.comparison)
-            found.append(report(together, copies_of(opened[0], request, compute), request))  # they are known
+            found.append(report(together, copies_of(opened[0], request, compute), request))  # not searched again
         if len(found) > 1:
             compared, results = told_apart([each.outcome for each in found]), [each.metrics for each in found]
             rows = comparison_rows(compared, results)

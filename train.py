@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from fmnist.checkpoint.run_directory import as_begun, open_directory
+from fmnist.checkpoint.run_directory import open_directory
 from fmnist.metrics import validate
 from fmnist.optim import set_lr
 from fmnist.run import Run
@@ -60,8 +60,8 @@ def train(training: Training, cfg: Config, run: Run) -> None:
         if schedule.validates(state.step):
             with clock.paused():
                 val = validate(training.eval_model, training.val_split, augment, training.validation(cfg), run)
-                run.log("val", val, state.step)
                 state.update_best(val, cfg.evaluation.best)
+                run.log("val", val, state.step)
 
         # save, or stop; the weights alone where they are the best between two checkpoints
         stopping = run.should_stop()
@@ -78,8 +78,7 @@ def run_training(cfg: Config) -> int:
     """Train, or resume, with what stands around the loop; return the signal that asked for an end, or 0."""
     log_to_console()
     directory = open_directory(cfg)
-    cfg = as_begun(cfg, directory)
-    with Run(cfg, directory) as run, run.watch_lost_processes():
+    with Run(cfg, directory) as run:
         training = build(cfg, run, train_step)
         if training is None:  # the run is finished
             return 0

@@ -30,7 +30,7 @@ from fmnist.data.split import Split
 from fmnist.optim import Schedule, set_lr
 from fmnist.runtime.captured_step import CapturedStep
 from fmnist.runtime.compute import Compute
-from fmnist.runtime.files import write_atomic
+from fmnist.runtime.files import write_json
 from fmnist.runtime.provenance import measured_now
 from fmnist.runtime.weight_average import WeightAverage
 
@@ -177,7 +177,7 @@ def main() -> None:
     if not args.dry:
         before = json.loads(args.output.read_text()) if args.output.exists() else {}
         result = before | {"compiled" if args.compiled else "steps": about | {"rows": found}}
-        write_atomic(args.output, json.dumps(result, indent=2) + "\n")
+        write_json(args.output, result)
     print(f"{'':38} {'eager ms':>9} {'graph ms':>9} {'images/s':>10} {'ratio':>6} {'host us':>8} {'alone':>7}  bits")
     for name, row in found.items():
         if "failed" in row:

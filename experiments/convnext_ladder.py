@@ -9,7 +9,6 @@ first and the fastest rung are sorted into classes last. A rung that fails is sa
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -31,7 +30,7 @@ from fmnist.benchmark.trainer import Trainer
 from fmnist.config.schema import AugmentConfig, Config, ModelConfig, OptimConfig
 from fmnist.models.residual import use_stock_residual
 from fmnist.runtime.compute import Compute
-from fmnist.runtime.files import write_atomic
+from fmnist.runtime.files import write_json
 from fmnist.runtime.hardware import available_cores
 from fmnist.runtime.provenance import measured_now
 
@@ -201,7 +200,7 @@ def main(argv: Sequence[str]) -> None:
             "load": os.getloadavg()[1],
         }
         found = race(args, compute)
-    write_atomic(args.output, json.dumps(about | found, indent=2) + "\n")
+    write_json(args.output, about | found)
     print(f"\n{'rung':42s} images/s (lowest to highest)       of the first   MFU   loss")
     first = next((entry["images_per_second"] for entry in found["rungs"].values()), 1.0)
     for key, entry in found["rungs"].items():

@@ -10,7 +10,6 @@ fmnist/models/depthwise_triton.py are read off the table that comes last.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -34,7 +33,7 @@ from fmnist.models.depthwise_triton import (
     weights_tile,
 )
 from fmnist.runtime.environment import ENVIRONMENT
-from fmnist.runtime.files import write_atomic
+from fmnist.runtime.files import write_json
 from fmnist.runtime.provenance import measured_now
 
 OUTPUT = Path(__file__).parent / "results" / "depthwise_gpu.json"
@@ -314,7 +313,7 @@ def main() -> None:
         "versions": about["versions"] | {"triton": triton.__version__},
         "layers": layers,
     }
-    write_atomic(args.output, json.dumps(result, indent=2) + "\n")
+    write_json(args.output, result)
     print_table(layers)
 
 

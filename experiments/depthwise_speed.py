@@ -30,7 +30,7 @@ from fmnist.data.split import Split
 from fmnist.models.depthwise import axes, depthwise_matmul
 from fmnist.models.matmul_layers import describe_matmul
 from fmnist.runtime.compute import Compute
-from fmnist.runtime.files import write_atomic
+from fmnist.runtime.files import write_json
 from fmnist.runtime.provenance import measured_now, processor
 
 OUTPUT = Path(__file__).parent / "results" / "depthwise_speed.json"
@@ -184,7 +184,7 @@ def main() -> None:
         "load": os.getloadavg()[1],
     }
     result = before | {"gpu" if args.gpu else "cpu": about | measured}
-    write_atomic(args.output, json.dumps(result, indent=2) + "\n")
+    write_json(args.output, result)
 
 
 if __name__ == "__main__":

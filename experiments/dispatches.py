@@ -21,7 +21,7 @@ from fmnist.config.schema import AugmentConfig, Config, ModelConfig, OptimConfig
 from fmnist.data.batches import Loader
 from fmnist.data.split import Split
 from fmnist.runtime.compute import Compute
-from fmnist.runtime.files import write_atomic
+from fmnist.runtime.files import write_json
 from fmnist.runtime.provenance import measured_now
 
 try:
@@ -97,7 +97,7 @@ def main() -> None:
         **measured_now(),
         "operations": found,
     }
-    write_atomic(RESULT, json.dumps(kept, indent=2) + "\n")
+    write_json(RESULT, kept)
     for name, parts in found.items():
         print(name, ", ".join(f"{part} {number}" for part, number in parts.items()))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fmnist.runtime.files import write_atomic
+from fmnist.runtime.files import write_json
 from fmnist.runtime.provenance import measured_now
 from fmnist.trained import Trained, open_trained
 
@@ -70,7 +70,7 @@ def main() -> None:
     command = f"python -m experiments.mirrored {' '.join(run.name for run in args.runs)}"
     result = {"name": "mirrored", "command": command, **measured_now(device="CPU")}
     result |= {"rows": [measure(run) for run in args.runs]}
-    write_atomic(args.out, json.dumps(result, indent=2) + "\n")
+    write_json(args.out, result)
     print(table() if args.out == OUT else json.dumps(result["rows"], indent=2))
 
 

@@ -25,7 +25,7 @@ from PIL import Image
 
 from fmnist.config.parse import load_config
 from fmnist.data.fashion_mnist import load
-from fmnist.runtime.files import write_atomic
+from fmnist.runtime.files import write_json
 from fmnist.runtime.provenance import measured_now
 
 SIDE, BATCH_SIZE = 480, 64
@@ -125,7 +125,7 @@ def race(run: Path, numbers: tuple[int, int], repeats: int) -> None:
             "cpu_ms_per_picture": round(1000 * busy, 2),
             "start_s": round(start_s, 2),
         }
-    write_atomic(OUTPUT, json.dumps(result, indent=2) + "\n")
+    write_json(OUTPUT, result)
     print(json.dumps(result, indent=2))
 
 

@@ -10,7 +10,6 @@ training. experiments/queue_file.py says how an entry is written.
 """
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -24,7 +23,7 @@ from experiments.queue_entries import Entry, chosen, has_result, in_order, names
 from experiments.queue_file import read_queue
 from experiments.queue_job import ROOT, Job, take_lock
 from experiments.queue_results import curve, plan, result_of, table
-from fmnist.runtime.files import read_json, write_atomic
+from fmnist.runtime.files import read_json, write_json
 
 POLL_S = 0.5
 
@@ -156,7 +155,7 @@ class Queue:
         if status == "finished" or (status == "stopped" and job.lagging and not self.stopped_by):
             try:
                 result = result_of(job.entry, job.seed, job.directory)
-                write_atomic(result_path(self.results, job.entry.name, job.seed), json.dumps(result, indent=2) + "\n")
+                write_json(result_path(self.results, job.entry.name, job.seed), result)
             except (KeyError, ValueError, OSError) as error:  # one bad run costs the night no other
                 print(f"--- {name} has no result: {type(error).__name__} {error}", flush=True)
                 self.failed += 1

@@ -9,7 +9,6 @@ processor time to plan an exchange.
 
 import argparse
 import datetime
-import json
 import math
 import os
 import re
@@ -27,7 +26,7 @@ from fmnist.data.mapped import Mapped
 from fmnist.data.placement import place, place_of
 from fmnist.data.split import Split
 from fmnist.runtime.exchange import Exchange
-from fmnist.runtime.files import write_atomic
+from fmnist.runtime.files import write_json
 from fmnist.runtime.processes import Processes
 from fmnist.runtime.provenance import git_revision, processor, versions
 
@@ -291,7 +290,7 @@ def main() -> None:
             "versions": versions(),
             "git_revision": git_revision(),
         }
-        write_atomic(args.out, json.dumps(content, indent=2) + "\n")
+        write_json(args.out, content)
     if args.figure:
         draw(args.figure, memory, planning, image_bytes)
 

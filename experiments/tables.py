@@ -19,7 +19,7 @@ from typing import Any
 
 from experiments import mirrored, prediction_sets, recipe_tables
 from experiments.queue_results import numbers, spread
-from fmnist.runtime.files import read_json, write_atomic
+from fmnist.runtime.files import read_json, write_json
 from fmnist.runtime.provenance import measured_now, processor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +74,7 @@ def record_comparison(path: Path, command: str, name: str) -> Path:
 def write_result(result: dict[str, Any]) -> Path:
     """Write experiments/results/NAME.json."""
     path = RESULTS / f"{result['name']}.json"
-    write_atomic(path, json.dumps(result, indent=2) + "\n")
+    write_json(path, result)
     return path
 
 

@@ -53,7 +53,7 @@ def predict(model: nn.Module, split: Split, augment: Augment, cfg: EvaluationCon
 
 
 def score(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Score logits by counts over all images; float64 scalars, on a device that has them.
+    """Score logits by counts over all images; float64 scalars, on the host where the device has no float64.
 
     Args:
         logits: float32 [N, num_classes].
@@ -70,7 +70,7 @@ def score(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     )
     present = support > 0  # a class without images has no recall to average
     scores = {
-        "top1": in_float64(logits.argmax(-1) == labels).mean(),
+        "top1": in_float64(predictions == labels).mean(),
         "macro_f1": (2 * hits / (support + predicted))[present].mean(),
         "balanced_accuracy": (hits / support)[present].mean(),
     }
@@ -91,4 +91,7 @@ def validate(
         return {}
     logits = predict(model, split, augment, cfg, processes)
     other_size = {} if cfg.size in (None, augment.final_size) else {"size": float(cfg.size)}
-    return processes.mean(score(logits, split.labels)) | other_size
+    numbers = score(logits, split.labels)
+    stacked = in_float64(torch.stack(list(numbers.values())))
+    processes.broadcast([stacked])  # all have them; a mean of equal numbers would differ in the last bit for three
+    return dict(zip(numbers, stacked.tolist(), strict=True)) | other_size

@@ -26,6 +26,9 @@ def build_network(
         device: where the parameters live.
         load_weights: read pretrained weights; false where a checkpoint will fill the model.
 
+    Returns:
+        The model, in training mode, and the augmentation.
+
     Raises:
         ValueError: an unknown model, an option or size it does not take, or weights that do not fit.
     """

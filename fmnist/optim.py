@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from fmnist.config.conflicts import Length, warmup_steps
-from fmnist.config.schema import Config, OptimConfig
+from fmnist.config.schema import MOST_STEPS, Config, OptimConfig
 from fmnist.models.head import head_parameters
 from fmnist.runtime.adamw import FusedAdamW
 from fmnist.runtime.muon import Muon, suits_muon
@@ -23,8 +24,8 @@ class Schedule:
         shape: cosine, linear or constant, after the warm-up.
         peak_lr, min_lr: learning rates after the warm-up and at the end.
         steps_per_epoch, total_steps, warmup_steps, head_only_steps: optimizer updates.
-        log_steps, evaluation_steps, checkpoint_steps: updates between logged lines, evaluations and checkpoints; of
-            the last 0 is with every evaluation.
+        log_steps, evaluation_steps, checkpoint_steps: updates between logged lines, evaluations and checkpoints;
+            checkpoint_steps 0: one with every evaluation.
     """
 
     shape: str
@@ -43,10 +44,13 @@ class Schedule:
         """Turn durations in epochs into steps.
 
         Raises:
-            ValueError: a warm-up in steps is as long as the run, the head-only phase longer, or min_lr lies above lr.
+            ValueError: a warm-up in steps is as long as the run, the head-only phase longer, min_lr lies above lr, or
+                the run has more steps than a checkpoint's name has digits for.
         """
         schedule, evaluation = cfg.schedule, cfg.evaluation
         total = schedule.steps or max(1, round(schedule.epochs * steps_per_epoch))
+        if total > MOST_STEPS:
+            raise ValueError(f"schedule.epochs {schedule.epochs} are {total:,} steps; valid: at most {MOST_STEPS:,}")
         head_only = round(cfg.optim.head_only_epochs * steps_per_epoch)
         if head_only > total:
             raise ValueError(
@@ -119,11 +123,18 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]
     else:
         raise ValueError(f"optim.layer_decay is {cfg.layer_decay} but this model has no layers known to timm")
     head = {id(p) for p in head_parameters(model)}
+    # such as tables of position biases: no matrices that images pass through
+    spared = {id(p) for name, p in model.named_parameters() if any(fnmatchcase(name, pattern) for pattern in excluded)}
+
+    def kind(parameter: nn.Parameter) -> tuple[bool, bool]:
+        is_head = id(parameter) in head
+        muon = cfg.name == "muon" and suits_muon(parameter) and not is_head and id(parameter) not in spared
+        return is_head, muon
+
     split = []
     for group in groups:
-        kinds = [(id(p) in head, cfg.name == "muon" and suits_muon(p) and id(p) not in head) for p in group["params"]]
         for is_head, muon in ((True, False), (False, True), (False, False)):
-            if params := [p for p, kind in zip(group["params"], kinds, strict=True) if kind == (is_head, muon)]:
+            if params := [p for p in group["params"] if kind(p) == (is_head, muon)]:
                 split.append(
                     {
                         "params": params,

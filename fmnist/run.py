@@ -1,6 +1,5 @@
 """A training run: compute, and beside it a directory with its lock, signals and trackers."""
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from fmnist.runtime import interrupts
 from fmnist.runtime.background import Background
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.console import log_to_file, stop_logging_to
-from fmnist.runtime.files import write_atomic
+from fmnist.runtime.files import write_atomic, write_json
 from fmnist.runtime.launcher import announce
 from fmnist.runtime.ownership import delete_run_files
 from fmnist.runtime.stop_vote import StopVote
@@ -104,9 +103,9 @@ class Run(Compute):
         write_atomic(self.directory / "config.yaml", run_yaml(self.cfg))
         keep_fingerprint(self.fingerprint, self.directory)
         for name, content in self.kept.items():
-            write_atomic(self.directory / name, json.dumps(content, indent=2) + "\n")
+            write_json(self.directory / name, content)
         if (summary := read_summary(self.directory)).get("status") == "finished":  # it goes on beyond its end
-            write_atomic(self.directory / SUMMARY, json.dumps(summary | {"status": "stopped"}, indent=2) + "\n")
+            write_json(self.directory / SUMMARY, summary | {"status": "stopped"})
         self._open_log()
         for line in opening:
             logger.info("%s", line)
@@ -126,12 +125,13 @@ class Run(Compute):
         self.on_main(self._conclude, summary)
 
     def _conclude(self, summary: Mapping[str, Any]) -> None:
-        write_atomic(self.directory / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        write_json(self.directory / SUMMARY, summary)
         if summary["status"] == "stopped":
             write_atomic(self.directory / "REQUEUE", "continue with the same command\n")
         self.tracker.finish(summary)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.end_if_lost(error)
         try:
             self.writing.wait()
         except OSError as unwritten:  # a write that failed is told even where another error ends the run

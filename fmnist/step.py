@@ -36,7 +36,8 @@ def train_step(
         ema: the weights' moving average, if there is one.
 
     Returns:
-        float32 scalars on the device: `loss`, this process's mean, and `grad_norm`, the L2 norm before clipping.
+        float32 scalars on the device: `loss`, this process's mean (with `--exact` the global batch's), and
+        `grad_norm`, the L2 norm before clipping.
     """
     # forward and backward: gradients add up over the micro-batches
     for batch in gradients.over(model, micro_batches):
@@ -63,8 +64,8 @@ def mean_loss(logits: Tensor, targets: Tensor, batch: MicroBatch, cfg: OptimConf
     micro-batch alone, as torch does by itself, the loss would depend on how the batch is cut.
 
     Args:
-        logits: float32 [B, C].
-        targets: int64 [B], or float32 [B, C] where mixed.
+        logits: float32 [B, K].
+        targets: int64 [B], or float32 [B, K] where mixed.
         batch: its class weights.
         cfg: label smoothing.
     """

@@ -1,8 +1,9 @@
 """A trained run, or one of its checkpoints, as a function of images: logits and features."""
 
-import json
 import logging
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +15,13 @@ from torch import Tensor, nn
 from fmnist.checkpoint.contents import MODEL, is_checkpoint, read_meta, read_state, verify, weights_to_use
 from fmnist.checkpoint.fingerprint import IMAGES, about_data, class_changes, kept_fingerprint
 from fmnist.checkpoint.run_directory import SUMMARY, read_summary
-from fmnist.checkpoint.store import newer_than_weights
+from fmnist.checkpoint.store import Checkpoints, newer_than_weights
 from fmnist.checkpoint.tensors import load_strict, non_finite, read_tensors_and_digest
 from fmnist.config.conflicts import sizes_by_epoch
 from fmnist.config.parse import load_config
-from fmnist.config.same_run import changes, lengthened, recipe
+from fmnist.config.same_run import changes, not_of
 from fmnist.config.schema import Config, DataConfig
 from fmnist.data.augment import Augment
-from fmnist.data.fashion_mnist import published as fashion_mnist
 from fmnist.data.info import DATA_FILE, DataInfo, SplitName, read_info
 from fmnist.data.split import Split
 from fmnist.models.head import feature_width, logits_and_features
@@ -99,20 +99,35 @@ class Trained:
 
     def data(self, root: str | None = None) -> DataConfig:
         """Return the options of its data set, with another place where one is given."""
-        return replace(self.cfg.data, root=root or self.cfg.data.root)
+        return replace(self.cfg.data, root=root or self.cfg.data.root, corrections=self._corrections)
 
-    def split(self, name: SplitName, root: str | None = None) -> Split:
+    @cached_property
+    def _corrections(self) -> str | None:
+        corrections = self.cfg.data.corrections
+        if corrections is not None and not os.path.exists(os.path.expanduser(corrections)):
+            logger.warning("%s: data.corrections: %s is gone: labels are used as given", self.name, corrections)
+            return None
+        return corrections
+
+    def split(self, name: SplitName, root: str | None = None, *, own: bool = False) -> Split:
         """Read a split as the run divides its data set, on the CPU.
 
         Args:
             name: train, val or test.
             root: where the data set lies; None takes the run's.
+            own: refuse other images or labels than the run was made with; else they are one warning.
 
         Raises:
-            ValueError: it cannot be found or read, or has no images.
+            ValueError: it cannot be found or read, has no images, or see `own`.
         """
-        split = Split.load(name, self.data(root))
-        return self.check_split(name, split)
+        split = self.check_split(name, Split.load(name, self.data(root)))
+        if self.images_sha256(name) not in (None, split.digest):
+            kind = {"train": "training", "val": "validation", "test": "test"}[name]
+            said = f"{split.location} holds other {kind} images or labels than {self.name} was made with"
+            if own:
+                raise ValueError(said)
+            logger.warning("%s", said)
+        return split
 
     def check_split(self, name: SplitName, split: Split) -> Split:
         """Refuse a split that holds no images, or is of other classes than the run."""
@@ -239,11 +254,11 @@ def open_trained(
         except ValueError:
             if newest.is_dir():
                 raise
-        else:
-            finished, whole = summary.get("status") == "finished", (run / MODEL).is_file()
-            why = f"has no {MODEL}" if finished and not whole else "is not finished"
-            logger.info("%s %s: %s, its newest valid checkpoint, is used", path, why, newest.name)
-            return trained
+            continue  # the run is training and dropped it: there is a newer one
+        finished, whole = summary.get("status") == "finished", (run / MODEL).is_file()
+        why = f"has no {MODEL}" if finished and not whole else "is not finished"
+        logger.info("%s %s: %s, its newest valid checkpoint, is used", path, why, newest.name)
+        return trained
     return opened(None)
 
 
@@ -273,6 +288,15 @@ def open_together(path: Path, compute: "Compute") -> Trained:
     return trained
 
 
+def _newest_meta(directory: Path) -> dict[str, Any]:
+    """Return what a run's newest checkpoint says about itself; nothing where there is none that can be read."""
+    checkpoints = Checkpoints(directory / "checkpoints", 1, {})
+    for step in checkpoints.steps()[-1:]:
+        with suppress(ValueError):
+            return read_meta(checkpoints.path(step))
+    return {}
+
+
 def _open(
     directory: Path,
     checkpoint: Path | None,
@@ -281,26 +305,24 @@ def _open(
     batch_size: int | None,
     model: Mapping[str, Any],
 ) -> Trained:
-    name, numbers = one_line(directory.resolve().name), summary
-    validated, trained_size = summary.get("val.top1") is not None, summary.get("weights_size")
-    weights, sha256 = directory / MODEL, summary.get("weights_sha256")
-    if checkpoint is not None:
-        digests = verify(checkpoint)
-        state = read_state(checkpoint)
+    name = one_line(directory.resolve().name)
+    cfg, kept = load_config(directory / "config.yaml"), kept_fingerprint(directory)
+    if checkpoint is None:
+        weights, sha256 = directory / MODEL, summary.get("weights_sha256")
+        size = summary.get("val.size" if summary.get("val.top1") is not None else "weights_size")
+        if changed := not_of(_newest_meta(directory).get("config", {}), cfg, kept):
+            changes_made = one_line("; ".join(changed[:3]))
+            raise ValueError(f"{directory / 'config.yaml'} was changed after the training: {changes_made}")
+    else:
+        digests, state = verify(checkpoint), read_state(checkpoint)
+        if changed := not_of(read_meta(checkpoint)["config"], cfg, kept):
+            raise ValueError(f"{checkpoint} is of another run: {one_line('; '.join(changed[:3]))}")
         name += f" step {state.step}"
-        validated, trained_size = state.best_step == state.step and bool(state.best_val), state.size
-        numbers = {f"val.{key}": value for key, value in state.best_val.items()}
         weights = weights_to_use(checkpoint, digests)
         sha256 = digests[weights.name]
-    cfg, kept = load_config(directory / "config.yaml"), kept_fingerprint(directory)
-    if checkpoint is not None:
-        own = json.loads(json.dumps(recipe(cfg))) | kept
-        if changed := changes(lengthened(read_meta(checkpoint)["config"], own), own):
-            raise ValueError(f"{checkpoint} is of another run: {one_line('; '.join(changed[:3]))}")
-    info = read_info(directory, fashion_mnist(cfg.data.val_size))
+        size = state.best_val.get("size") if state.best_val and state.best_step == state.step else state.size
+    info = read_info(directory)
     if changed := changes(kept, about_data(info.class_names, (*info.mean, *info.std))):
-        if not (directory / DATA_FILE).exists():
-            raise ValueError(f"{directory / DATA_FILE} is missing: it names the classes of the run")
         what = " and ".join(line.partition(" in ")[0] for line in changed)
         raise ValueError(
             f"{directory / DATA_FILE} does not hold the {what} that the run was trained with: it was changed"
@@ -310,7 +332,6 @@ def _open(
         cfg = replace(cfg, evaluation=replace(cfg.evaluation, batch_size=batch_size))
     planned = sizes_by_epoch(cfg, info.num_train)
     final = planned[max(planned)]
-    size = numbers.get("val.size") if validated else trained_size
     seen_size = int(size) if isinstance(size, int | float) and size != final and not cfg.evaluation.size else None
     if seen_size:
         logger.info("%s has seen smaller images so far, and is used at %d px", name, seen_size)

@@ -62,28 +62,43 @@ class Disk:
 
 
 class File:
-    """An unbuffered file that reports its writes."""
+    """A file whose writes arrive when it is flushed or closed, and not before: Python's buffer may hold them back."""
 
     def __init__(self, disk: Disk, path: Path, file: Any) -> None:
         self.disk, self.path, self.file = disk, path, file
+        self.held: list[Any] = []
 
     def write(self, data: Any) -> int:
-        def half() -> None:
-            self.file.write(data[: len(data) // 2])
-            self.file.flush()
+        self.held.append(data if isinstance(data, str) else bytes(data))
+        return len(self.held[-1])
 
-        self.disk.event("write", self.path, data if isinstance(data, str) else bytes(data), half)
-        count = self.file.write(data)
+    def flush(self) -> None:
+        if self.held:
+            data, self.held = type(self.held[0])().join(self.held), []
+
+            def half() -> None:
+                self.file.write(data[: len(data) // 2])
+                self.file.flush()
+
+            self.disk.event("write", self.path, data, half)
+            self.file.write(data)
         self.file.flush()
-        return count
+
+    def close(self) -> None:
+        try:
+            self.flush()
+        finally:
+            self.file.close()
 
     def __enter__(self) -> "File":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
+        self.close()
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("seek", "tell", "truncate", "read"):
+            self.flush()
         return getattr(self.file, name)
 
 
@@ -98,7 +113,7 @@ def installed(disk: Disk) -> Iterator[Disk]:
             path = disk.below(file)
             if path is None or mode[0] == "r":
                 return real_open(file, mode, *args, **kwargs)
-            disk.event("create" if mode[0] == "w" else "append", path)
+            disk.event("create" if mode[0] in "wx" else "append", path)
             return File(disk, path, real_open(file, mode, *args, **kwargs))
 
         def os_open(file: Any, flags: int, *args: Any, **kwargs: Any) -> int:

@@ -112,7 +112,7 @@ def digest(run: Path) -> dict[str, Any]:
         left[str(path.relative_to(run))] = hashlib.sha256(path.read_bytes()).hexdigest()
     for path in sorted(run.glob("checkpoints/*/state.json")):
         state = json.loads(path.read_text())
-        left[str(path.relative_to(run))] = {k: state[k] for k in ("step", "best_top1", "best_step")}
+        left[str(path.relative_to(run))] = {k: state[k] for k in ("step", "best_val", "best_step")}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     left["metrics.jsonl"] = [{k: v for k, v in line.items() if k not in PERF_KEYS} for line in lines]
     summary = json.loads((run / "summary.json").read_text())

@@ -1,6 +1,7 @@
 """Small things that several tests build: part of the real images, a run that was never trained, a command run here."""
 
 import io
+import json
 import logging
 import struct
 from collections.abc import Callable
@@ -12,7 +13,8 @@ from safetensors.torch import save_file
 
 from fmnist.checkpoint.tensors import apart
 from fmnist.config.schema import AugmentConfig, BatchConfig, Config, DataConfig, ModelConfig, to_yaml
-from fmnist.data.fashion_mnist import MEAN, STD, load
+from fmnist.data.fashion_mnist import MEAN, STD, load, published
+from fmnist.data.info import DATA_FILE
 from fmnist.models import build_model
 
 NUM_TRAIN, NUM_TEST, VAL_SIZE = 2000, 1100, 500
@@ -46,6 +48,7 @@ def untrained(folder: Path, model: ModelConfig, size: int) -> Path:
                 tensor += 0.03 * torch.randn_like(tensor)  # norms, running statistics and zero-initialised heads too
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(cfg))
+    (folder / DATA_FILE).write_text(json.dumps(published(VAL_SIZE).to_json()))
     save_file(apart(built.state_dict()), folder / "model.safetensors")
     return folder
 

@@ -18,6 +18,7 @@ from conftest import ROOT, SMALL_RUN, environment
 from PIL import Image
 
 import fmnist
+from fmnist.config.parse import load_config, parse_config
 from fmnist.config.schema import BatchConfig, Config, LogConfig, ModelConfig, ScheduleConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load
 from fmnist.run import Run
@@ -103,6 +104,15 @@ def test_paths_pictures_and_arrays_give_one_answer(run: fmnist.RunResults, tmp_p
     assert run.predict([]) == []
 
 
+def test_a_picture_that_pillow_opened_is_turned_upright_too(run: fmnist.RunResults, tmp_path: Path) -> None:
+    upright = Image.fromarray(255 - load("test")[0][1].numpy()).convert("RGB").resize((280, 280))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the viewer turns it by 90 degrees clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.png", exif=exif)
+    with Image.open(tmp_path / "phone.png") as picture:
+        assert run.predict(picture) == run.predict(tmp_path / "phone.png") == run.predict(upright)
+
+
 def test_every_kind_of_picture_works_or_is_one_line(run: fmnist.RunResults, tmp_path: Path) -> None:
     images = load("test")[0][:3].numpy()
     answers = run.predict(images)
@@ -139,6 +149,16 @@ def test_every_kind_of_picture_works_or_is_one_line(run: fmnist.RunResults, tmp_
     for top in (2.5, 0, True, "3", None):
         with pytest.raises(ValueError, match="^top is .*; valid: a whole number from 1 to 10$"):
             run.predict(images, top=top)
+
+
+def test_minutes_take_the_place_of_a_configs_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[Config] = []
+    monkeypatch.setattr("fmnist.apps.api.parse_config", lambda flags: parsed.append(parse_config(flags)) or parsed[-1])
+    with pytest.raises(ValueError, match="dry_run"):  # before anything is trained
+        fmnist.train(load_config(ROOT / "configs/mlp.yaml"), schedule={"minutes": 2}, dry_run=True)
+    assert (parsed[-1].schedule.minutes, parsed[-1].optim.name) == (2.0, "muon")
+    with pytest.raises(ValueError, match="two lengths"):
+        fmnist.train(load_config(ROOT / "configs/mlp.yaml"), schedule={"minutes": 2, "epochs": 3}, dry_run=True)
 
 
 def test_a_mistake_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

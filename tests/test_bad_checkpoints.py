@@ -24,7 +24,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from fmnist.apps.checkpoints import inspect, main
-from fmnist.checkpoint.contents import EMA, MANIFEST, MODEL, OPTIMIZER, STATE, TrainState, verify
+from fmnist.checkpoint.contents import EMA, FORMAT, MANIFEST, MODEL, OPTIMIZER, STATE, TrainState, verify
 from fmnist.checkpoint.run_directory import lock_directory, open_directory
 from fmnist.checkpoint.start_weights import find_start_weights
 from fmnist.checkpoint.store import Checkpoints
@@ -33,6 +33,7 @@ from fmnist.config.parse import load_config
 from fmnist.config.same_run import recipe
 from fmnist.config.schema import AugmentConfig, Config, ModelConfig, OptimConfig, to_yaml
 from fmnist.data.fashion_mnist import INFO
+from fmnist.data.info import DATA_FILE
 from fmnist.network import build_network
 from fmnist.optim import build_optimizer
 from fmnist.trained import open_trained
@@ -51,6 +52,7 @@ def make_run(run: Path, cfg: Config = CFG, **meta: object) -> Path:
     """A run with the checkpoints of steps 1, 2 and 3, trained on noise; step 2 is the best, its weights exported."""
     run.mkdir()
     (run / "config.yaml").write_text(to_yaml(cfg))
+    (run / DATA_FILE).write_text(json.dumps(INFO.to_json()))
     torch.manual_seed(0)
     model, _ = build_network(cfg, INFO, CPU, load_weights=False)
     optimizer = build_optimizer(model, cfg.optim)
@@ -67,7 +69,7 @@ def make_run(run: Path, cfg: Config = CFG, **meta: object) -> Path:
             OPTIMIZER: optimizer_tensors(model, optimizer),
             EMA: ema.module.state_dict(),
         }
-        checkpoints.save(TrainState(step=step, best_step=min(step, 2), best_top1=0.5), groups)
+        checkpoints.save(TrainState(step=step, best_step=min(step, 2), best_val={"top1": 0.5}), groups)
     checkpoints.export(2, run / MODEL)
     return run
 
@@ -108,7 +110,7 @@ def seal(checkpoint: Path) -> None:
         for path in checkpoint.iterdir()
         if path.name != MANIFEST
     }
-    (checkpoint / MANIFEST).write_text(json.dumps({"format": 1, "files": files}))
+    (checkpoint / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}))
 
 
 def test_the_undamaged_run_resumes_at_its_newest(run: Path) -> None:
@@ -185,7 +187,7 @@ def test_a_dangling_link_or_a_file_under_a_checkpoints_name_is_passed_over(run: 
 
 def test_another_format_is_passed_over(run: Path) -> None:
     manifest = json.loads((newest(run) / MANIFEST).read_text())
-    (newest(run) / MANIFEST).write_text(json.dumps(manifest | {"format": 2}))
+    (newest(run) / MANIFEST).write_text(json.dumps(manifest | {"format": FORMAT + 1}))
     assert resume(run)[0].step == 2
 
 
@@ -249,7 +251,7 @@ def test_another_process_count_and_torch_version_are_no_fault_but_the_version_is
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "3", '{"step": "3"}', '{"step": 3, "best_top1": NaN}', '{"step": 9}', "[" * 5000]
+    "text", ["[]", "3", '{"step": "3"}', '{"step": 3, "best_val": {"top1": NaN}}', '{"step": 9}', "[" * 5000]
 )
 def test_a_state_that_is_none_is_refused(text: str, run: Path) -> None:
     (newest(run) / STATE).write_text(text)

@@ -23,6 +23,7 @@ from fmnist.config import strict_yaml
 from fmnist.config.conflicts import validate
 from fmnist.config.parse import load_config, parse_config
 from fmnist.config.schema import OPTIONS, Config, LogConfig, ModelConfig, flatten, to_yaml
+from fmnist.runtime.ownership import check_place
 
 DEFAULTS = flatten(Config())
 RANGES = {name: field.metadata["valid"] for name, field in OPTIONS.items() if "valid" in field.metadata}
@@ -306,6 +307,14 @@ def test_a_later_config_beats_an_earlier_one(tmp_path: Path) -> None:
     (tmp_path / "two.yaml").write_text("optim: {lr: 0.125}")
     cfg = parse_config(["--config", str(tmp_path / "one.yaml"), f"--config={tmp_path / 'two.yaml'}"])
     assert (cfg.seed, cfg.optim.lr, cfg.optim.beta1, cfg.output_dir) == (1, 0.125, 0.5, "runs/two")
+
+
+def test_a_tilde_is_the_home_folder_and_no_folder_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/anna")
+    cfg = parse_config(["--output_dir=~/runs/x", "--model.weights=~/w.safetensors"], to_run=False)
+    assert (cfg.output_dir, cfg.model.weights) == ("/home/anna/runs/x", "/home/anna/w.safetensors")
+    with pytest.raises(ValueError, match="~/out would be a folder called ~: give the path that ~ stands for"):
+        check_place(Path("~/out"))
 
 
 def test_the_names_in_a_model_s_options_stay_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,13 @@ from sklearn.utils.class_weight import compute_class_weight
 from fmnist.config.parse import parse_config
 from fmnist.config.schema import AugmentConfig, OptimConfig
 from fmnist.data.augment import Augment
-from fmnist.data.balance import balanced_order, class_members, class_weights
+from fmnist.data.balance import balanced_order, class_members, class_weights, own_draws
 from fmnist.data.batches import Loader, epoch_generator
 from fmnist.data.split import Split
 from fmnist.models.mlp import Mlp
 from fmnist.optim import build_optimizer
 from fmnist.runtime.compute import Compute
+from fmnist.runtime.exchange import Exchange
 from fmnist.runtime.gradients import AllReduce, ShardSum
 from fmnist.step import train_step
 
@@ -165,6 +167,34 @@ def test_the_loader_of_one_process_makes_what_all_make_together(uneven: Split) -
     for part in second.micro_batches(3):
         assert torch.equal(part.indices, whole[part.key].indices)
         assert torch.equal(part.total_weight, whole[part.key].total_weight)
+
+
+def test_each_draw_of_an_epoch_has_augmentation_parameters_of_its_own() -> None:
+    order = torch.tensor([3, 0, 3, 1, 3, 1])  # 2, 4 and 5 are not drawn
+    assert own_draws(order).tolist() == [3, 0, 4, 1, 5, 2]  # by image, then by place: the second 1, two more of 3
+    assert own_draws(torch.tensor([2, 0, 1])).tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.4])
+def test_an_image_that_is_drawn_again_is_augmented_anew(uneven: Split, mixup: float) -> None:
+    cfg = AugmentConfig(rotation=20.0, shift=0.1, mixup_alpha=mixup)
+    kinds: dict[str, Any] = {"global_batch_size": 64, "seed": 5, "sampling": "balanced", "mixes": mixup > 0}
+
+    def made(step: int, **more: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        augment = Augment(cfg, num_classes=10, mean=(0.286,), std=(0.353,))
+        parts = Loader(uneven, **kinds, **more).micro_batches(step)
+        images, targets = zip(*map(augment, parts), strict=True)
+        return torch.cat([part.indices for part in parts]), torch.cat(images), torch.cat(targets)
+
+    indices, images, targets = made(1)
+    values, counts = indices.unique(return_counts=True)
+    again = torch.nonzero(indices == values[counts.argmax()]).flatten()
+    assert len(again) > 5  # the one image of a class of 1, of 64 drawn
+    assert len(images[again].flatten(1).unique(dim=0)) == len(again)
+    # the same for any way to cut and bring them
+    for more in ({"micro_batch_size": 16}, {"exchange": Exchange()}, {"exchange": Exchange(), "micro_batch_size": 16}):
+        other = made(1, **more)
+        assert all(torch.equal(*pair) for pair in zip(other, (indices, images, targets), strict=True))
 
 
 # Options

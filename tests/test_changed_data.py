@@ -377,7 +377,9 @@ def test_other_images_are_refused_by_what_changed_and_the_run_is_left_as_it_is(
     kept_of(name, place)  # as the run read them: a folder has its cache
     kill(run)
     before = state(run)
-    words = words.strip("^$") + ("[.] Give what it began with, or another --output_dir" if words.endswith("$") else "")
+    words = words.strip("^$") + (
+        "[.] Restore what it began with, or give another --output_dir" if words.endswith("$") else ""
+    )
     with pytest.raises(ValueError, match=words) as caught:
         go(run, name, change(place) or place)
     assert "\n" not in str(caught.value) and state(run) == before

@@ -223,6 +223,13 @@ def test_the_choice_is_by_the_number_that_chose_the_epochs(tmp_path: Path) -> No
     assert [row.get("chosen") for row in comparison_rows(other, found)] == [True, None]
 
 
+def test_a_checkpoint_has_no_validation_numbers_of_its_run() -> None:
+    outcomes = [outcome("a", range(0, 10), val_top1=0.9), outcome("b", range(0, 20), val_top1=0.95)]
+    outcomes[1] = replace(outcomes[1], trained=replace(outcomes[1].trained, checkpoint="step_00000100"))
+    rows = comparison_rows(outcomes, results(outcomes))
+    assert [(row["val_top1"], row.get("chosen")) for row in rows] == [(0.9, True), (None, None)]
+
+
 def test_an_ensemble_averages_and_costs_the_sum(tmp_path: Path) -> None:
     # Each errs with logit 5 where the other is right with 5: the tie is broken, everything else is right.
     members = [outcome("a", range(0, 10)), outcome("b", range(50, 70)), outcome("c", range(90, 95))]

@@ -127,7 +127,7 @@ def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
 
 
 def test_several_processes_without_a_gpu_are_warned_unless_the_cpu_is_meant() -> None:
-    line = "no GPU was found: 4 processes compute on the CPU; ACCELERATE_USE_CPU=true says that this is meant"
+    line = "no GPU found: 4 processes compute on the CPU; set ACCELERATE_USE_CPU=true if that is intended"
     assert gpu_warning(4, 0, {}) == gpu_warning(4, 0, {"ACCELERATE_USE_CPU": "false"}) == line
     assert gpu_warning(4, 0, {"ACCELERATE_USE_CPU": "true"}) is gpu_warning(4, 4, {}) is gpu_warning(1, 0, {}) is None
 
@@ -228,13 +228,14 @@ def test_the_clock_tells_what_validations_and_saves_take(monkeypatch: pytest.Mon
     # made 0, started 1, paused 3, saved 4 to 5, on again at 6, read at 8; after the loop saved 9 to 11
     now = iter([0.0, 1.0, 3.0, 4.0, 5.0, 6.0, 8.0, 9.0, 11.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
-    clock = Clock(100, total_seconds=50.0)
+    waits: list[str] = []
+    clock = Clock(100, total_seconds=50.0, synchronize=lambda: waits.append("device"))
     assert set(clock.summary().values()) == {None}
     clock.start()
     for _ in range(4):
         clock.tick()
     with clock.paused(), clock.saving():
-        pass
+        assert waits == ["device"]  # what a validation would wait for is the time of steps
     # 4 steps of 100 images in 2 + 2 s of training, 7 s in all
     assert clock.read() == pytest.approx(
         {"images_per_second": 100.0, "step_time_s": 1.0, "save_seconds": 1.0}
@@ -315,4 +316,7 @@ def test_a_refused_process_count_leaves_nothing_behind(monkeypatch: pytest.Monke
 
 
 def test_speed_is_unknown_where_nothing_was_timed() -> None:
-    assert Clock(100).median_rate() is None
+    clock = Clock(100)
+    assert clock.median_rate() is None
+    clock.rates = [7.0, 100.0, 200.0]
+    assert clock.median_rate() == 150.0  # the first is the warm-up

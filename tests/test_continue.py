@@ -17,7 +17,7 @@ from fmnist.checkpoint.contents import EMA, MODEL, OPTIMIZER, TrainState
 from fmnist.checkpoint.run_directory import is_finished, open_directory
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.config.same_run import lengthened, recipe, run_yaml
-from fmnist.config.schema import Config, OptimConfig, ScheduleConfig
+from fmnist.config.schema import AugmentConfig, Config, OptimConfig, ScheduleConfig
 from fmnist.optim import Schedule
 from fmnist.runtime.files import sha256_of
 from fmnist.trained import Trained, open_trained
@@ -49,10 +49,10 @@ def test_only_a_finished_run_may_be_longer_and_nothing_else_may_change(tmp_path:
         with pytest.raises(ValueError, match=said):
             open_directory(cfg)
     (run / "summary.json").write_text(json.dumps({"status": "stopped", "steps": 60}))
-    with pytest.raises(ValueError, match="Only a finished run is continued: finish it with the command it began with"):
+    with pytest.raises(ValueError, match="Only a finished run can be extended: finish it with its original command"):
         open_directory(options(run, 20))
     (run / "summary.json").unlink()
-    with pytest.raises(ValueError, match="Only a finished run is continued"):
+    with pytest.raises(ValueError, match="Only a finished run can be extended"):
         open_directory(options(run, 20))
 
 
@@ -106,9 +106,30 @@ def test_what_becomes_of_the_learning_rate_is_said_in_one_line(
     meta = {"config": recipe(replace(cfg, schedule=replace(schedule, epochs=10)))}
     path = Checkpoints(tmp_path, 1, meta).save(TrainState(step=100, best_step=100), {MODEL: {}, OPTIMIZER: {}})
     line = continuation(path, cfg, Schedule.from_config(cfg, 10), 100)
-    assert line.startswith("a run of 100 steps is continued at step 100 to 200: ") and said in line
+    assert line.startswith("continuing a run of 100 steps from step 100 to 200: ") and said in line
     same = replace(cfg, schedule=replace(schedule, epochs=10))
     assert continuation(path, same, Schedule.from_config(same, 10), 100) == ""
+
+
+@pytest.mark.parametrize(
+    ("size", "warmup", "differs"),
+    [
+        (28, 0.0, False),
+        ({0: 20, 2: 28}, 0.0, False),  # both had the second size from epoch 2 on
+        ({0: 20, 14: 28}, 0.0, True),  # a run of 10 epochs had the second size from epoch 9 on
+        (28, 2.0, False),
+        (28, 12.0, True),  # of 10 epochs a tenth, 1 of them; of 20 epochs 12
+    ],
+)
+def test_a_constant_learning_rate_alone_does_not_make_it_one_long_run(
+    size: int | dict[int, int], warmup: float, differs: bool, tmp_path: Path
+) -> None:
+    schedule = ScheduleConfig(epochs=20, name="constant", warmup_epochs=warmup)
+    cfg = Config(schedule=schedule, augment=AugmentConfig(size=size))
+    meta = {"config": recipe(replace(cfg, schedule=replace(schedule, epochs=10)))}
+    path = Checkpoints(tmp_path, 1, meta).save(TrainState(step=100, best_step=100), {MODEL: {}, OPTIMIZER: {}})
+    line = continuation(path, cfg, Schedule.from_config(cfg, 10), 100)
+    assert line.endswith("; the result differs from a single run of that length") == differs, line
 
 
 @pytest.fixture(scope="module")

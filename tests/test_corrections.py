@@ -1,6 +1,7 @@
 """Decisions about labels and folds: what a file of them may hold, what they change, and that a run stands by them."""
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from fmnist.data.folds import fold_of
 from fmnist.data.registry import open_source
 from fmnist.data.split import Split
 from fmnist.runtime.files import csv_bytes, read_csv
+from fmnist.trained import open_trained
 
 FOLDS_OF_20 = [1, 0, 2, 2, 3, 2, 1, 3, 2, 1, 0, 1, 4, 4, 4, 4, 0, 3, 3, 0]
 VAL_DIGEST = "585d3e1b81975036"
@@ -270,7 +272,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_small_data(tmp_path_factory.mktemp("data"))
 
 
-def test_a_run_stands_by_its_corrections(data: Path, tmp_path: Path) -> None:
+def test_a_run_stands_by_its_corrections(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     splits = {name: Split.load(name, DataConfig(root=str(data), val_size=500)) for name in ("train", "val", "test")}  # type: ignore[arg-type]
     names = splits["train"].class_names
     rows = []
@@ -307,6 +309,14 @@ def test_a_run_stands_by_its_corrections(data: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"data\.corrections was sha256 [0-9a-f]{12}, now ") as error:
             go(tmp_path / "run", data, **options)
         assert "\n" not in str(error.value)
+    # Where the file has gone, the run is used still: what is given to val and test never depends on it.
+    file.unlink()
+    gone = open_trained(tmp_path / "run", "cpu")
+    with caplog.at_level(logging.WARNING, logger="fmnist"):
+        assert torch.equal(gone.split("test").images, splits["test"].images)
+        assert len(gone.split("train")) == 1500
+    said = [line for line in caplog.messages if "is gone: labels are used as given" in line]
+    assert len(said) == 1 and "holds other training images or labels than run was made with" in caplog.text
     plain = go(tmp_path / "plain", data)
     before = kept_fingerprint(tmp_path / "plain")
     assert before[CORRECTIONS] == "none" != kept[CORRECTIONS]

@@ -13,7 +13,7 @@ from conftest import warm_train as train
 from torchvision.transforms.v2 import functional as tv
 
 from fmnist.config.conflicts import Length, validate, without_effect
-from fmnist.config.schema import AugmentConfig, Config
+from fmnist.config.schema import AugmentConfig, Config, OptimConfig
 from fmnist.data import augment_table as params
 from fmnist.data.augment import Augment
 from fmnist.data.augment_table import COLOUR, LEVEL, MATRIX, augmentation_table
@@ -262,6 +262,12 @@ def test_options_without_effect_are_refused_or_said() -> None:
         "augment.hue 0.1 has no effect: the images are grey",
     ]
     assert without_effect(cfg, rgb) == []
+    average = Config(optim=OptimConfig(ema_decay=0.998))
+    assert without_effect(average, Length(5148, 429)) == [
+        "optim.ema_decay 0.998 is not reached: in 5,148 steps it warms up to 0.9966"
+    ]
+    assert without_effect(average, Length(20_000, 429)) == []  # as good as there: 0.99864
+    assert without_effect(Config(optim=OptimConfig(ema_decay=0.99)), Length(2140, 214)) == []
     note = loss_note(Config(augment=AugmentConfig(flip=0, flip_vertical=0.5, crop=0.5, hue=0.1)))
     assert note == "train loss: with flips, crops, changes of colour; val loss: without"
     shift = AugmentConfig(shift=0.01, trivial=0.1)

@@ -3,7 +3,6 @@
 import copy
 import json
 import pickle
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +19,6 @@ from test_exactness import make_config
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
-from fmnist.checkpoint.run_directory import as_begun, open_directory
-from fmnist.config.parse import load_config
-from fmnist.config.same_run import run_yaml
 from fmnist.config.schema import AugmentConfig, Config, ModelConfig
 from fmnist.data.fashion_mnist import INFO
 from fmnist.models.depthwise import axes, depthwise_matmul
@@ -375,45 +371,6 @@ def test_exact_and_resumed_runs_keep_their_bits(forks: Forks, tmp_path: Path) ->
     forks.start(tmp_path / "moved", config, 1, strike=[17, "saved"])
     forks.start(tmp_path / "moved", config, 4)
     assert difference(tmp_path / "moved", tmp_path / "whole") == []
-
-
-@pytest.mark.thorough
-def test_a_stopped_run_from_before_the_option_ends_with_its_bits(forks: Forks, tmp_path: Path) -> None:
-    forks.start(tmp_path / "convolutions", whole_run(depthwise="conv"))
-    forks.start(tmp_path / "stopped", whole_run(depthwise="conv"), strike=[9, "logged"], signal=int(signal.SIGTERM))
-    config = tmp_path / "stopped/config.yaml"
-    config.write_text(config.read_text().replace("  depthwise: conv\n", ""))
-    forks.start(tmp_path / "stopped", whole_run())  # the same command, of today
-    found = difference(tmp_path / "stopped", tmp_path / "convolutions")
-    assert [name for name in found if name.endswith("safetensors")] == []
-    assert load_config(config).model.depthwise == "conv"
-
-
-def test_a_run_from_before_the_option_goes_on_with_convolutions(tmp_path: Path) -> None:
-    cfg = Config(output_dir=str(tmp_path))
-    assert as_begun(cfg, tmp_path).model.depthwise == "auto"  # nothing lies there
-    whole = run_yaml(cfg)
-    older = whole.replace("  depthwise: auto\n", "")
-    assert older != whole
-    (tmp_path / "config.yaml").write_text(older)
-    assert load_config(tmp_path / "config.yaml").model.depthwise == "conv"
-    assert open_directory(cfg) == tmp_path  # it is no other config
-    begun = as_begun(cfg, tmp_path)
-    assert begun.model.depthwise == "conv"
-    assert replace(begun, model=replace(begun.model, depthwise="auto")) == cfg
-    (tmp_path / "config.yaml").write_text(run_yaml(begun))  # as the resumed run writes it
-    assert as_begun(cfg, tmp_path).model.depthwise == "conv"
-    # what is said overrides it; so does a run that begins anew
-    said = replace(cfg, model=replace(cfg.model, depthwise="matmul"))
-    assert open_directory(said) == tmp_path and as_begun(said, tmp_path) == said
-    anew = replace(cfg, overwrite=True, resume="never")
-    assert as_begun(anew, tmp_path).model.depthwise == "conv"  # the unfinished run of this very command
-    assert as_begun(replace(anew, seed=7), tmp_path).model.depthwise == "auto"
-    (tmp_path / "summary.json").write_text('{"status": "finished"}')
-    assert as_begun(anew, tmp_path).model.depthwise == "auto"
-    # a run of today keeps what it began with
-    (tmp_path / "config.yaml").write_text(whole)
-    assert as_begun(cfg, tmp_path) == cfg
 
 
 def test_a_trained_run_answers_alike_whatever_the_option(tmp_path: Path) -> None:

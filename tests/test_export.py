@@ -19,6 +19,7 @@ from conftest import ROOT
 from other_sets import untrained_on, write_npz
 from small import VAL_SIZE, command, untrained, write_small_data
 
+from fmnist.apps.export import hub
 from fmnist.apps.export.__main__ import main as export_main
 from fmnist.apps.export.expected import Expected, _check_metrics, open_expected
 from fmnist.apps.export.hub import _portable_config, write_hub
@@ -249,6 +250,27 @@ def test_a_hub_folder_of_a_run_that_shrinks_its_images(
         assert "the largest difference" in write_onnx(expected, tmp_path / "model.onnx")
 
 
+def test_a_folder_that_is_half_replaced_is_opened_by_nobody(
+    cnn_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, real, written = tmp_path / "hub", hub.write_atomic, []
+    write_hub(open_expected(cnn_run), folder)
+    assert open_trained(folder, "cpu").class_names
+
+    def full_disk(path: Path, content: bytes) -> None:
+        written.append(path.name)
+        if path.name == "model.safetensors":
+            raise OSError(28, "No space left on device")
+        real(path, content)
+
+    monkeypatch.setattr(hub, "write_atomic", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_hub(open_expected(cnn_run), folder)
+    assert not {"config.json", "config.yaml"} & {path.name for path in folder.iterdir()}
+    with pytest.raises(ValueError, match=r"not a run directory of train\.py"):
+        open_trained(folder, "cpu")
+
+
 def test_a_card_needs_figures_of_these_weights(cnn_run: Path, tmp_path: Path) -> None:
     run = untrained(tmp_path / "run", ModelConfig(name="mlp", options={"width": 16}), 28)
     assert "measured figures, and there is no" in export(run, "--to", "hub", status=2)
@@ -261,7 +283,7 @@ def test_a_card_needs_figures_of_these_weights(cnn_run: Path, tmp_path: Path) ->
 def test_flip_averaged_figures_are_said_to_be_so(cnn_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    for name in ("config.yaml", "model.safetensors"):
+    for name in ("config.yaml", "data.json", "model.safetensors"):
         (run / name).write_bytes((cnn_run / name).read_bytes())
     export(evaluated(run, flip=True), "--to", "hub")
     assert "each image averaged with its mirror" in (run / "export" / "hub" / "README.md").read_text()

@@ -2,10 +2,13 @@
 
 import argparse
 import csv
+import errno
 import io
 import os
 import signal
 import stat
+import subprocess
+import sys
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -14,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from disk import Disk, installed
 from small import command
 
 from fmnist.apps.monitor.__main__ import main as monitor_main
@@ -52,6 +57,46 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) ->
     with pytest.raises(OSError, match="No space"):
         write_atomic(target, full_disk)
     assert target.read_text() == "old" and names(tmp_path) == ["file"]
+
+
+def test_its_content_is_on_the_disk_before_its_name(tmp_path: Path) -> None:
+    with installed(Disk(tmp_path)) as disk:
+        write_atomic(tmp_path / "file", "short enough for a buffer")
+    assert [operation for operation, *_ in disk.events] == ["create", "write", "fsync", "rename", "fsync"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on file sizes")
+def test_a_full_disk_that_takes_not_a_byte_keeps_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+    code = (
+        "import resource, signal\nfrom pathlib import Path\nfrom fmnist.runtime.files import write_atomic\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        f"try:\n    write_atomic(Path({str(target)!r}), 'new')\nexcept OSError as error:\n    raise SystemExit(3)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 3
+    assert target.read_text() == "old" and names(tmp_path) == ["file"]
+
+
+def test_a_file_system_that_syncs_no_directory_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_atomic(tmp_path / "file", "x")
+    assert (tmp_path / "file").read_text() == "x"
+
+    def broken(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output error: '.*file"):  # which file is said
+        write_atomic(tmp_path / "file", "y")
+    assert (tmp_path / "file").read_text() == "x"
 
 
 def test_no_link_is_followed(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from small import command, write_small_data
 import fmnist
 from fmnist.apps.checkpoints import main as checkpoint_main
 from fmnist.apps.export.expected import open_expected
-from fmnist.checkpoint.contents import EMA, MANIFEST, MODEL, OPTIMIZER, STATE, verify
+from fmnist.checkpoint.contents import EMA, FORMAT, MANIFEST, MODEL, OPTIMIZER, STATE, verify
 from fmnist.checkpoint.fingerprint import CLASSES, CORRECTIONS, IMAGES, STATISTICS, WEIGHTS, kept_fingerprint
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.config.same_run import of_all_ranks
@@ -347,8 +347,10 @@ def test_a_manifest_names_the_files_that_a_checkpoint_needs(listed: list[str], k
 
 def test_all_damaged_is_no_advice_to_delete(killed: Path, data: Path) -> None:
     for path in (killed / "checkpoints").glob("step_*"):
-        (path / MANIFEST).write_text(json.dumps({"format": 2, "files": {}}))  # whole, of a later version
-    with pytest.raises(ValueError, match="holds no valid checkpoint .*format 2.* another --output_dir") as error:
+        (path / MANIFEST).write_text(json.dumps({"format": FORMAT + 1, "files": {}}))  # whole, of a later version
+    with pytest.raises(
+        ValueError, match=f"holds no valid checkpoint .*format {FORMAT + 1}.* another --output_dir"
+    ) as error:
         go(killed, data)
     assert "overwrite" not in str(error.value)
 

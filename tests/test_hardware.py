@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
 
+from fmnist.runtime import provenance
 from fmnist.runtime.console import counted
 from fmnist.runtime.hardware import (
     describe_device,
@@ -76,6 +78,18 @@ def test_exact_allows_deterministic_kernels_only(monkeypatch: pytest.MonkeyPatch
     assert not torch.utils.deterministic.fill_uninitialized_memory  # which would cost an eighth of a step
     assert calls == [True, 1]
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+def test_the_commit_of_a_repository_around_us_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where fmnist is installed into a virtual environment inside somebody's repository."""
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", tmp_path, *who, *command], check=True)
+    (tmp_path / "provenance.py").write_text("")
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    assert provenance.git_revision() == "unknown"
+    subprocess.run(["git", "-C", tmp_path, "add", "provenance.py"], check=True)
+    assert provenance.git_revision().endswith("-dirty")  # it is theirs now
 
 
 def test_names_for_people() -> None:

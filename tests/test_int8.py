@@ -18,7 +18,8 @@ from fmnist.apps.export.__main__ import main as export_main
 from fmnist.apps.export.expected import Expected
 from fmnist.apps.export.int8 import Proof
 from fmnist.config.schema import ModelConfig
-from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
+from fmnist.data.fashion_mnist import CLASS_NAMES, load_split, published
+from fmnist.data.info import DATA_FILE
 
 TINY = {"cnn": {"widths": [8, 16, 32]}, "mlp": {"width": 64}}
 
@@ -144,6 +145,7 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.Mo
     without = tmp_path / "run"
     without.mkdir()
     (without / "config.yaml").write_text(text.replace(f"val_size: {VAL_SIZE}", "val_size: 0"))
+    (without / DATA_FILE).write_text(json.dumps(published(0).to_json()))
     (without / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes())
     assert "it has no validation images" in export(without, "--int8", status=2)
 

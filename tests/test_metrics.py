@@ -9,7 +9,7 @@ from fmnist.config.schema import AugmentConfig, EvaluationConfig
 from fmnist.data.augment import Augment
 from fmnist.data.split import Split
 from fmnist.evaluation.numbers import summarize
-from fmnist.metrics import predict, score
+from fmnist.metrics import predict, score, validate
 from fmnist.models.cnn import Cnn
 from fmnist.runtime.processes import Processes
 
@@ -26,6 +26,34 @@ class Share(Processes):
 
     def broadcast(self, tensors: object) -> None:
         pass
+
+
+class Alike(Processes):
+    """One of several ranks that all have the same numbers."""
+
+    def __init__(self, world_size: int) -> None:
+        super().__init__(0, 1)
+        self.world_size = world_size
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor * self.world_size
+
+    def broadcast(self, tensors: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 6, 7])
+def test_any_number_of_processes_reads_the_same_validation_numbers(
+    world_size: int, train_images: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = 5 * F.one_hot(train_images.labels[:500], 10).float()
+    logits[0] = logits[0].roll(1)  # 499 of 500 are right: a third of three times that is another number
+    monkeypatch.setattr("fmnist.metrics.predict", lambda *_: logits)
+    split = Split(images=train_images.images[:500], labels=train_images.labels[:500])
+    augment = Augment(AugmentConfig(), num_classes=10, mean=(0.286,), std=(0.353,))
+    found = validate(torch.nn.Identity(), split, augment, EvaluationConfig(), Alike(world_size))
+    assert found == {name: float(value) for name, value in score(logits, split.labels).items()}
+    assert found["top1"] == 499 / 500
 
 
 @pytest.fixture(scope="module")

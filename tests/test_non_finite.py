@@ -90,9 +90,9 @@ def test_between_two_logged_lines_it_is_noticed_at_the_save_or_the_line_and_trac
     kinds = ["loss_nan", "moment"]
     late = ["--log.every_steps", 10, "--checkpoint.every_steps", 3, "--evaluation.every_steps", 100]
     err = inject(kinds, tmp_path, small_config, *late, processes=1)
-    check(tmp_path / "runs/loss_nan", 1, 9, 7, "not finite, not saved, at step 9, begun at step 7", err)
+    check(tmp_path / "runs/loss_nan", 1, 9, 7, "not finite, so nothing is saved, at step 9, first at step 7", err)
     # The moment broke after step 7: the weights with it in step 8, whose loss is that of step 9.
-    check(tmp_path / "runs/moment", 1, 9, 9, "not finite, not saved, at step 9", err)
+    check(tmp_path / "runs/moment", 1, 9, 9, "not finite, so nothing is saved, at step 9", err)
 
 
 def test_the_window_remembers_the_first_bad_step_and_nothing_older(train_images: Split, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The flag is raised for its share of clothes, and for other pictures; features kept on disk are used only if valid."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from small import NUM_TRAIN, untrained, write_small_data
 
 from fmnist.apps.novelty import FLAGGED, NoveltyReference, open_reference
 from fmnist.config.schema import ModelConfig
-from fmnist.data.fashion_mnist import load_split
+from fmnist.data.fashion_mnist import load_split, published
 from fmnist.evaluation import features
 from fmnist.trained import Trained, open_trained
 
@@ -119,6 +120,7 @@ def test_without_validation_images_other_training_images_stand_in(
     run = untrained(tmp_path / "run", ModelConfig(name="mlp", options={"width": 32}), 28)
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("val_size: 500", "val_size: 0"))
+    (run / "data.json").write_text(json.dumps(published(0).to_json()))
     reference = open_reference(open_trained(run, "cpu"))
     assert len(reference.train) == len(reference.val) == len(reference.val_logits) == NUM_TRAIN // 2
     assert not (reference.val[:, None] == reference.train).all(2).any()  # and none is in both

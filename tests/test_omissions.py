@@ -36,7 +36,8 @@ from fmnist.config.schema import (
 )
 from fmnist.data.augment import Augment
 from fmnist.data.augment_torch import resample
-from fmnist.data.fashion_mnist import INFO, load, load_indexed, load_split
+from fmnist.data.fashion_mnist import INFO, load, load_indexed, load_split, published
+from fmnist.data.info import DATA_FILE
 from fmnist.data.photos import find_pictures, open_picture
 from fmnist.data.split import Split
 from fmnist.data.whole_pixels import check_whole_pixels, shift_and_flip
@@ -379,6 +380,7 @@ def test_a_handful_of_validation_images_is_too_few(run_directory: Path, tmp_path
     text = (few / "config.yaml").read_text()
     assert "val_size: 500" in text
     (few / "config.yaml").write_text(text.replace("val_size: 500", "val_size: 20"))
+    (few / DATA_FILE).write_text(json.dumps(published(20).to_json()))
     np.save(tmp_path / "day.npy", load_split("test", None, 0)[0][:300].numpy())
     said = command(monitor, few, tmp_path / "day.npy", status=2, lines=None)
     assert "few has 20 validation images: too few to say what is usual; valid: data.val_size 100 and more" in said

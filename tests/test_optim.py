@@ -52,6 +52,11 @@ def test_a_schedule_that_cannot_be_is_refused(kwargs: dict[str, float], message:
         schedule(**kwargs)
 
 
+def test_a_run_has_no_more_steps_than_the_names_of_checkpoints_have_digits_for() -> None:
+    with pytest.raises(ValueError, match=r"schedule.epochs 100000 are 107,100,000 steps; valid: at most 99,999,999"):
+        Schedule.from_config(Config(schedule=ScheduleConfig(epochs=100_000)), 1071)
+
+
 def test_what_is_due_is_due_at_its_period_and_at_the_end() -> None:
     s = replace(schedule(steps=10), log_steps=4, evaluation_steps=5, checkpoint_steps=3)
     steps = range(1, 11)
@@ -176,6 +181,15 @@ def test_muon_takes_hidden_filters_and_adamw_the_rest() -> None:
     assert "stages.1.downsample.1.weight" in by_muon
     assert not any(name.startswith(("stem", "head")) for name in by_muon)
     assert not any(group["muon"] for group in parameter_groups(model, OptimConfig(name="adamw")))
+
+
+def test_muon_leaves_tables_of_position_biases_to_adamw() -> None:
+    model = timm.create_model("levit_128s", num_classes=10, in_chans=1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, OptimConfig(name="muon"))
+    by_muon = {names[id(p)] for group in groups if group["muon"] for p in group["params"]}
+    tables = {name for name in names.values() if name.endswith("attention_biases")}
+    assert tables and not tables & by_muon and any(name.endswith("qkv.linear.weight") for name in by_muon)
 
 
 @pytest.mark.parametrize("shape", [(64, 288), (96, 32), (40, 40)])

@@ -25,10 +25,11 @@ from fmnist.apps.predict.__main__ import main as predict_main
 from fmnist.apps.search.__main__ import main as search_main
 from fmnist.apps.views import read_photo, view_of
 from fmnist.checkpoint.run_directory import is_finished
-from fmnist.config.schema import DataConfig
+from fmnist.config.schema import Config, DataConfig
 from fmnist.data.fashion_mnist import INFO
 from fmnist.data.photos import WORK_SIZE
 from fmnist.data.registry import open_source
+from fmnist.data.split import Split
 from fmnist.evaluation.retrieval import _pixels
 from fmnist.report.figures import shorten
 from fmnist.trained import open_trained
@@ -359,6 +360,24 @@ def test_two_classes_are_enough_for_the_defaults(tmp_path: Path) -> None:
     assert {row["top1"], row["top2"]} == {"0", "1"} and "top3" not in row
     assert len(fmnist.open_run(run, "cpu").predict(tmp_path / "a.png")[0]) == 2
     assert "valid range: 1 to 2" in command(predict_main, run, tmp_path / "a.png", "--top", 3, status=2)
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_training_and_evaluation_name_images_alike(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = {} if part == "test" else {"test_images": None, "test_labels": None}
+    npz = write_npz(tmp_path / "set.npz", 5, (16, 16), val_images=None, val_labels=None, **absent)
+    run = fmnist.train(
+        Config(), data={"name": "npz", "root": str(npz), "val_size": 60}, batch={"global_batch_size": 60},
+        model={"name": "mlp", "options": {"width": 8}}, schedule={"steps": 2}, log={"wandb": "disabled"},
+        output_dir=str(tmp_path / "run"),
+    ).directory  # fmt: skip
+    table = run / "evaluation" / part / "predictions.csv"
+    by_training = table.read_bytes()
+    evaluated(run, monkeypatch)
+    assert table.read_bytes() == by_training
+    if part == "val":
+        indices = [int(row["index"]) for row in csv.DictReader(by_training.decode().splitlines())]
+        assert indices == Split.load("val", DataConfig(name="npz", root=str(npz), val_size=60)).published.tolist()
 
 
 def test_images_of_a_folder_are_named_by_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

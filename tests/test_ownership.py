@@ -19,10 +19,10 @@ from fmnist.checkpoint.run_directory import open_directory
 from fmnist.config.parse import load_config, parse_config
 from fmnist.config.same_run import OF_A_START
 from fmnist.config.schema import Config, ModelConfig, to_yaml
-from fmnist.evaluation.options import EVALUATION, parse_args
+from fmnist.evaluation.options import parse_args
 from fmnist.report.figures import save_figure
 from fmnist.runtime.ownership import (
-    EVALUATION_FILES,
+    EVALUATION,
     check_outputs,
     check_suffix,
     check_writable,
@@ -121,8 +121,7 @@ def test_a_foreign_file_among_a_runs_own_is_named_and_nothing_goes(name: str, ru
 
 
 def test_all_that_a_run_and_its_commands_write_is_known_to_be_its_own(run: Path, data: Path) -> None:
-    assert set(EVALUATION) == set(EVALUATION_FILES)
-    fill(run, *(f"evaluation/test/{name}" for name in EVALUATION_FILES))
+    fill(run, *(f"evaluation/test/{name}" for name in EVALUATION))
     fill(run, "evaluation/step_00000004/val-0123abcd/report.txt", "evaluation/test/.report.txt.01234567.part")
     fill(run, "features/train_sample.safetensors", "features/step_00000004/val.safetensors", "REQUEUE")
     fill(run, *(f"checkpoints/{name}/manifest.json" for name in ("best_00000004", ".part_old_best_00000002")))

@@ -158,6 +158,15 @@ def test_ten_bits_in_sixteen_are_refused_and_not_shown_black(tmp_path: Path, top
     assert said in read_photo(str(tmp_path / "dark.png"), INFO).error
 
 
+@pytest.mark.parametrize("top", [1.0001, 3.0])
+def test_floats_a_little_above_1_are_refused_and_not_shown_black(tmp_path: Path, top: float) -> None:
+    values = np.linspace(0, top, 4096).reshape(64, 64).astype(np.float32)
+    Image.fromarray(values).save(tmp_path / "sharpened.tiff")
+    said = f"its values end at {top:g}, neither at 1 nor at 255"
+    assert said in read_photo(str(tmp_path / "sharpened.tiff"), INFO).error
+    assert np.asarray(to_rgb(Image.fromarray(values / top)))[..., 0].max() == 255
+
+
 def test_a_large_photo_is_worked_on_small(tmp_path: Path) -> None:
     block((4000, 3000), (1500, 900, 2500, 2100), PAPER, (30, 60, 120)).save(tmp_path / "large.jpg")
     image = open_picture(tmp_path / "large.jpg")

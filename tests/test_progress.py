@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from conftest import environment
 
+from fmnist.checkpoint.contents import TrainState
 from fmnist.tracking import progress as module
 from fmnist.tracking.progress import Progress, duration, has_width
 
@@ -34,13 +35,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def watched(step: list[int], every: int = 10, best: float | None = None, by: str = "top1") -> Progress:
-    """A run of 3 epochs of 10 steps that validates after `every` steps and at its end."""
+    """A run of 3 epochs of 10 steps that validates after `every` steps and at its end; its best is a constant."""
     progress = Progress(
         lambda: step[0],
         lambda number: number % every == 0 or number == 30,
         total_steps=30,
         steps_per_epoch=10,
-        best=best,
+        best=lambda: best,
         by=by,
     )
     progress.start()
@@ -48,7 +49,7 @@ def watched(step: list[int], every: int = 10, best: float | None = None, by: str
 
 
 def test_an_epoch_is_one_line(said: list[str], clock: list[float]) -> None:
-    progress = watched([0])
+    progress = watched([0], best=0.9124)
     progress.log("train", {"loss": 0.5, "images_per_second": 1000.0}, 5)
     progress.log("train", {"loss": 0.3, "images_per_second": 1258.4}, 10)
     clock[0] += 20  # 10 steps in 20 s: 2 s a step, 20 steps are left
@@ -72,14 +73,20 @@ def test_a_resumed_run_knows_its_best(said: list[str], clock: list[float]) -> No
 
 
 def test_numbers_at_two_image_sizes_are_not_compared(said: list[str], clock: list[float]) -> None:
-    progress = watched([0])
-    for step, val in (10, {"top1": 0.9, "size": 20.0}), (20, {"top1": 0.8}), (30, {"top1": 0.7}):
+    state = TrainState()
+    progress = Progress(
+        lambda: state.step, lambda _: True, total_steps=30, steps_per_epoch=10, best=lambda: state.best_val.get("top1")
+    )
+    vals = {"top1": 0.9, "size": 20.0}, {"top1": 0.8}, {"top1": 0.7}, {"top1": float("nan")}
+    for state.step, val in zip((10, 20, 25, 30), vals, strict=True):
         clock[0] += 10
-        progress.log("val", val, step)
+        state.update_best(val)
+        progress.log("val", val, state.step)
     assert [line.partition("  val ")[2].partition("  0:")[0] for line in said] == [
         "top1 90.00 % (best 90.00 %)  at 20 px",
         "top1 80.00 % (best 80.00 %)",
         "top1 70.00 % (best 80.00 %)",
+        "top1 nan % (best 80.00 %)",
     ]
 
 
@@ -87,7 +94,7 @@ def test_numbers_at_two_image_sizes_are_not_compared(said: list[str], clock: lis
     ("by", "told"),
     [
         ("macro_f1", "val top1 90.00 %  val macro F1 80.00 % (best 85.00 %)"),
-        ("loss", "val top1 90.00 %  val loss 0.2000 (best 0.2000)"),
+        ("loss", "val top1 90.00 %  val loss 0.2000 (best 0.8500)"),
     ],
 )
 def test_the_number_that_chooses_the_epoch_is_shown_with_its_best(

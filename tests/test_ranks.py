@@ -191,5 +191,5 @@ def test_a_run_that_is_suspended_for_longer_than_the_timeout_goes_on(tmp_path: P
             process.resume()
         time.sleep(1)
     assert child.wait(240) == 0, (tmp_path / "log").read_text()
-    assert "stood still for 1" in (tmp_path / "log").read_text()
+    assert "was suspended for about 1" in (tmp_path / "log").read_text()
     assert json.loads((run / "summary.json").read_text())["steps"] == 60

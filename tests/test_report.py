@@ -1,7 +1,5 @@
 """The numbers, tables and figures of an evaluation."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

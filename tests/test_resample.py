@@ -13,10 +13,11 @@ from fmnist.config.schema import AugmentConfig
 from fmnist.data.augment import Augment
 from fmnist.data.augment_table import LEVEL, augmentation_table, levels_read
 from fmnist.data.augment_torch import Plan, augment_reference
-from fmnist.data.batches import NUM_UNIFORMS, MicroBatch, to_device
+from fmnist.data.batches import NUM_UNIFORMS, MicroBatch
 from fmnist.data.colour import changes_colours
 from fmnist.data.pyramid import build_pyramid
 from fmnist.data.split import Split
+from fmnist.runtime.hardware import to_device
 
 pytest.importorskip("triton")
 

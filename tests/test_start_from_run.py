@@ -21,6 +21,7 @@ from fmnist.config.parse import parse_config
 from fmnist.config.same_run import run_yaml
 from fmnist.config.schema import Config, ModelConfig
 from fmnist.data.fashion_mnist import INFO
+from fmnist.data.info import DATA_FILE
 from fmnist.models import build_model
 from fmnist.runtime.files import sha256_of
 from fmnist.trained import open_trained
@@ -84,6 +85,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory, rgb: Path) -> dict[str, Pa
         model, cfg = network(seed=7, **MODELS[kind] | ({"weights": str(rgb)} if kind == "pretrained" else {}))
         save_file(model.state_dict(), folder / MODEL)
         (folder / "config.yaml").write_text(run_yaml(replace(Config(), model=cfg, output_dir=str(folder))))
+        (folder / DATA_FILE).write_text(json.dumps(INFO.to_json()))
         summary = {"status": "finished", "weights_sha256": sha256_of(folder / MODEL)}
         (folder / "summary.json").write_text(json.dumps(summary))
     return found
@@ -173,7 +175,7 @@ def test_other_classes_get_a_new_head_and_that_is_said_once(
     for name, tensor in model.state_dict().items():
         is_head = name.startswith(("head.fc", "head.weight", "head.bias"))
         assert torch.equal(tensor, fresh[name] if is_head else before[name]), name
-    assert caplog.text.count("the head is new") == 1
+    assert caplog.text.count("the head starts from new weights") == 1
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -1,6 +1,7 @@
 """The temperature leaves the report: fitted on validation at a run's end, used by predict, the monitor and ONNX."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -18,7 +19,9 @@ from fmnist.apps.novelty import NoveltyReference
 from fmnist.apps.predict.__main__ import main as predict
 from fmnist.data.fashion_mnist import load, load_split
 from fmnist.evaluation.calibration import few_images, fit_temperature
+from fmnist.evaluation.cost import measure_cost
 from fmnist.evaluation.numbers import calibration_error
+from fmnist.training.finish import calibration_errors
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,16 @@ def test_a_run_fits_it_on_its_validation_images(run: fmnist.RunResults) -> None:
     for key, calibrate in (("test.ece", False), ("test.ece_calibrated", True)):
         ece = calibration_error(run.trained.probabilities(logits, calibrate=calibrate), labels)
         assert run.summary[key] == pytest.approx(ece, abs=1e-4)
+
+
+def test_it_is_not_of_probabilities_that_are_averaged_over_mirror_images(
+    run: fmnist.RunResults, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = SimpleNamespace(outcome=SimpleNamespace(tta="flip"), metrics={"ece": 0.1})
+    assert calibration_errors(found, 1.2) == {"test.ece": 0.1}  # type: ignore[arg-type]
+    monkeypatch.setattr("fmnist.evaluation.cost.SECONDS", 0.01)
+    one, two = (measure_cost(run.trained, load("test")[0][:256], "cpu", tta) for tta in ("none", "flip"))
+    assert two.flops_per_image == 2 * one.flops_per_image and two.parameters == one.parameters
 
 
 def test_predictions_use_it_and_can_leave_it_out(run: fmnist.RunResults) -> None:

@@ -246,7 +246,7 @@ def test_no_folder_for_wandb_and_none_for_the_numbers(disabled: tuple[Path, Path
     (run / "metrics.jsonl").mkdir()
     done = train("--config", config, "--output_dir", run, "--log.wandb", "offline")
     assert (run / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
-    assert done.stderr.count("metrics.jsonl: numbers are missing from here") == 1
+    assert done.stderr.count("metrics.jsonl: further numbers are not written") == 1
     assert "Traceback" not in done.stderr
     assert json.loads((run / "summary.json").read_text())["status"] == "finished"
 

@@ -1,5 +1,7 @@
 """A trained run, called on images, gives the logits of evaluation and the features its classifier takes."""
 
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,6 +72,29 @@ def test_paths_are_those_that_the_user_gave(
     assert (trained.name, trained.checkpoint, trained.directory.resolve()) == ("run", "", run_directory.resolve())
 
 
+def test_a_config_that_was_changed_after_the_training_is_refused(run_directory: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run_directory, tmp_path / "run"))
+    text = (run / "config.yaml").read_text()
+    assert "  size: 28\n" in text
+    (run / "config.yaml").write_text(text.replace("  size: 28\n", "  size: 32\n", 1))
+    with pytest.raises(ValueError, match="config.yaml was changed after the training: augment.size was 28, now 32"):
+        open_trained(run, "cpu")
+    (run / "config.yaml").write_text(text.replace("batch_size: 500", "batch_size: 100"))  # which changes no answer
+    assert open_trained(run, "cpu").cfg.evaluation.batch_size == 100
+
+
+def test_a_run_opens_wherever_the_command_starts(
+    run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(run_directory, tmp_path / "run"))
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(re.sub("output_dir: .*", "output_dir: .", text))  # trained in its own folder
+    (tmp_path / "My Project").mkdir()
+    for place in ("/", tmp_path / "My Project", run):
+        monkeypatch.chdir(place)
+        assert open_trained(run, "cpu").cfg.output_dir == "."
+
+
 def test_what_is_made_of_a_checkpoint_stays_out_of_it(
     run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,6 +109,7 @@ def test_what_is_made_of_a_checkpoint_stays_out_of_it(
     command(search_main, "evaluate", checkpoint)
     command(export_main, checkpoint, "--to", "onnx")
     command(predict_main, checkpoint, "pictures")
+    monkeypatch.delenv("FMNIST_DATA")  # what is usual is said by the run's own images
     assert "20 pictures" in command(monitor_main, checkpoint, "pictures", status=None, lines=None)
     verify(checkpoint)  # a further file would be an error
     for made in (

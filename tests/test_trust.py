@@ -150,6 +150,11 @@ def test_coverage_is_counted_by_class() -> None:
     assert found["mean_size"] == pytest.approx((3 + 3 + 2) / 3)
     assert found["per_class"]["b"] == {"threshold": 0.0, "coverage": None, "expected": None}
     assert found["per_class"]["a"]["threshold"] == 0.8
+    assert found["below"] == []  # of three images 2/3 is no surprise
+    many = (seen[:1].expand(900, 3), torch.tensor([0] * 300 + [1] * 600))
+    assert set_coverage((known, labels), many, 0.9, ("a", "b", "c"))["below"] == []
+    wrong = torch.tensor([[0.3, 0.6, 0.1]], dtype=torch.float64).expand(300, 3)
+    assert set_coverage((known, labels), (wrong, torch.zeros(300).long()), 0.9, ("a", "b", "c"))["below"] == ["a"]
     json.dumps(found, allow_nan=False)
 
 
@@ -408,7 +413,7 @@ def test_what_has_no_thresholds_is_refused(
     other = tmp_path / "other"
     other.mkdir()
     asked = ("--max_error", 0.01, "--data.root", write_small_data(other))
-    assert "holds other validation images than run was made with" in command(
+    assert "holds other validation images or labels than run was made with" in command(
         predict, learned, one, *asked, *output, status=2
     )
     parts = {f"val_{kind}": None for kind in ("images", "labels")}

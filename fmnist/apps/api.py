@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from fmnist.apps.novelty import open_reference
@@ -190,6 +190,8 @@ def train(config: str | Path | Config = "configs/cnn.yaml", **options: Any) -> R
         section = isinstance(value, Mapping) and name in Config.__dataclass_fields__
         given |= {f"{name}.{field}": inner for field, inner in value.items()} if section else {name: value}
     wanted = update(flatten(config), given) if isinstance(config, Config) else given
+    if wanted.get("schedule.minutes") is not None and "schedule.epochs" not in given:
+        wanted.pop("schedule.epochs", None)  # a Config has a number of epochs always: it is not asked for
     flags += [f"--{name}={_as_flag(value)}" for name, value in wanted.items()]
     try:
         with contextlib.redirect_stderr(io.StringIO()):
@@ -226,6 +228,8 @@ def _as_views(picture: Picture, info: DataInfo) -> Tensor:
     if isinstance(picture, str | Path):
         return read_view(str(picture), info)[None]
     if isinstance(picture, Image.Image):
+        with contextlib.suppress(Exception):  # broken metadata does not make a broken picture
+            ImageOps.exif_transpose(picture := picture.copy(), in_place=True)
         return torch.from_numpy(view_of(as_rgb(picture) if info.is_fashion_mnist else picture, info).view)[None]
     if not isinstance(picture, np.ndarray | Tensor):
         raise ValueError(f"a picture is {picture!r:.100}; expected {_expected(info)}")

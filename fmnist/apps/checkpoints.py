@@ -53,10 +53,10 @@ def inspect(run: Path) -> tuple[list[Checked], list[str]]:
     from fmnist.checkpoint.store import Checkpoints
     from fmnist.checkpoint.tensors import non_finite, read_tensors
     from fmnist.config.parse import load_config
-    from fmnist.config.same_run import changes, lengthened, recipe
+    from fmnist.config.same_run import not_of
     from fmnist.runtime.files import sha256_of
 
-    expected = json.loads(json.dumps(recipe(load_config(run / "config.yaml"))))
+    cfg = load_config(run / "config.yaml")
     checkpoints = Checkpoints(run / "checkpoints", 1, {})
     weights = sha256_of(run / MODEL) if (run / MODEL).is_file() else None
     found, best, problems = [], 0, []
@@ -73,7 +73,7 @@ def inspect(run: Path) -> tuple[list[Checked], list[str]]:
             files = [name for name in digests if name.endswith(".safetensors")]
             if bad := [f"{name}: {key}" for name in files for key in non_finite(read_tensors(path / name))]:
                 raise ValueError(f"{path} holds non-finite values in {', '.join(bad[:3])}")
-            if differing := changes(lengthened(meta.pop("config", {}), expected), expected):
+            if differing := not_of(meta.pop("config"), cfg):
                 raise ValueError(f"{path} is of another config: {'; '.join(differing[:3])}")
         except ValueError as error:
             if not os.path.lexists(path):  # dropped meanwhile, by a run that goes on

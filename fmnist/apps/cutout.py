@@ -1,7 +1,5 @@
 """From a photo on a plain background to what Fashion-MNIST shows: light on black, trimmed, centred, 28 x 28."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache

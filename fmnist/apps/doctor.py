@@ -4,8 +4,6 @@ The exit status is 1 where a run would fail. Launched as a run would be, it also
 torchrun --nproc_per_node 4 -m fmnist doctor
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import platform

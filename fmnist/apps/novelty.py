@@ -1,7 +1,5 @@
 """Which pictures are unfamiliar: far from the training images, by a threshold calibrated on validation images."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,7 +76,7 @@ class NoveltyReference:
         return torch.cat(found) if found else torch.zeros(0, 2)
 
 
-def open_reference(trained: Trained, root: str | None = None) -> NoveltyReference:
+def open_reference(trained: Trained, root: str | None = None, *, own: bool = False) -> NoveltyReference:
     """Return the features of at most NUM_IMAGES training and as many validation images.
 
     Which images those are is drawn with a fixed seed; their features are kept beside the run. Where the run kept no
@@ -87,20 +85,21 @@ def open_reference(trained: Trained, root: str | None = None) -> NoveltyReferenc
     Args:
         trained: the run.
         root: where the data set lies; None takes the run's.
+        own: refuse other images than the run was made with where they say what is usual.
 
     Raises:
-        ValueError: the images are missing and cannot be fetched, or too few.
+        ValueError: the images are missing and cannot be fetched, or too few; or see `own`.
     """
     generator = torch.Generator().manual_seed(SEED)
-    images = trained.split("train", root).images
-    order = torch.randperm(len(images), generator=generator)
     has_val = bool(trained.info.num_val)
+    images = trained.split("train", root, own=own and not has_val).images
+    order = torch.randperm(len(images), generator=generator)
     count = NUM_IMAGES if has_val else min(NUM_IMAGES, len(images) // 2)
     if not count:
         raise ValueError(f"{len(images):,} training image and no validation images: too few to calibrate on")
     train = _features(trained, "train", images, order[:count])
     if has_val:
-        images = trained.split("val", root).images
+        images = trained.split("val", root, own=own).images
         val = _features(trained, "val", images, torch.randperm(len(images), generator=generator)[:NUM_IMAGES])
     else:
         logger.warning("the run has no validation images: calibrated on training images, so more will be flagged")

@@ -1,7 +1,5 @@
 """Which classes may be right, and which answers need no person, by thresholds from the run's validation images."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from numbers import Real
 
@@ -150,9 +148,10 @@ def open_trust(
     option = " and ".join(asked)
     if not trained.info.num_val:
         raise ValueError(f"{option}: thresholds are taken from validation images, and {trained.name} has none")
-    split = trained.split("val", root)
-    if trained.images_sha256("val") not in (None, split.digest):
-        raise ValueError(f"{option}: {split.location} holds other validation images than {trained.name} was made with")
+    try:
+        split = trained.split("val", root, own=True)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
     logits = features_of(trained, "val", split.images).logits
     probabilities, labels = trained.probabilities(logits, calibrate=calibrate), split.labels
     trust.num_images = len(labels)

@@ -1,13 +1,12 @@
 """What the model sees of a picture from outside, or why it sees nothing."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from PIL import Image
@@ -15,8 +14,9 @@ from torch import Tensor
 
 from fmnist.apps.cutout import Cutout, Invert, cut_out
 from fmnist.data.info import DataInfo
-from fmnist.data.photos import as_rgb, on_white, open_picture, why_unreadable
-from fmnist.data.sources.decode import Fit, into_shape, open_for
+from fmnist.data.photos import WORK_SIZE, as_rgb, decode, on_white, open_header, open_picture, why_unreadable
+from fmnist.data.sources.decode import into_shape, open_for
+from fmnist.runtime.console import one_line
 from fmnist.runtime.hardware import keep_freed_memory
 
 NAMED = 5  # broken pictures that are named on the terminal; a CSV file holds all
@@ -58,6 +58,17 @@ def view_of(image: Image.Image, info: DataInfo, *, invert: Invert = "auto", crop
     return Cutout(view=pixels if len(pixels) > 1 else pixels[0], box=box, inverted=False)
 
 
+def decode_for(stream: BinaryIO, info: DataInfo) -> Image.Image:
+    """Decode a picture upright, no larger than a model of this data set needs it: what `view_of` takes.
+
+    Raises:
+        Exception: what Pillow raises on a damaged file or more than its limit of pixels.
+    """
+    if info.is_fashion_mnist:
+        return as_rgb(decode(open_header(stream), 2 * WORK_SIZE))
+    return open_for(stream, info.shape, "pad" if info.fit == "pad" else "crop")
+
+
 def check_cutting(info: DataInfo, *, invert: Invert, crop: bool) -> None:
     """Refuse options of the cut-out where nothing is cut out.
 
@@ -81,10 +92,8 @@ def read_photo(name: str, info: DataInfo, *, invert: Invert = "auto", crop: bool
     Returns:
         The photo; where anything about the file is wrong, one with its error.
     """
-    fit: Fit = "pad" if info.fit == "pad" else "crop"
-    read = None if info.is_fashion_mnist else lambda stream: open_for(stream, info.shape, fit)
     try:
-        image = open_picture(Path(name), read)
+        image = open_picture(Path(name), lambda stream: decode_for(stream, info))
         shown = on_white(image if info.is_fashion_mnist else as_rgb(image))
     except Exception as error:
         return Photo(name=name, error=why_unreadable(error))
@@ -135,7 +144,7 @@ def read_photos(
 
 def count_kinds(kinds: Counter[str]) -> str:
     """Say how many files there are of each kind, e.g. "3 .txt, 1 .csv"."""
-    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+    return ", ".join(f"{count:,} {one_line(kind, 40)}" for kind, count in kinds.most_common())
 
 
 def stack_views(photos: Iterable[Photo], info: DataInfo) -> Tensor:

@@ -1,6 +1,5 @@
 """Time to accuracy: fmnist benchmark accuracy [--config FILE] --target TOP1 --runs N [-- options of train.py]."""
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from fmnist.config.schema import Config, flatten
 from fmnist.config.shipped import shipped
 from fmnist.runtime.arguments import CommandLine, number
 from fmnist.runtime.console import log_to_console, one_line_errors
-from fmnist.runtime.files import read_json, write_atomic
+from fmnist.runtime.files import read_json, write_json
 from fmnist.runtime.ownership import CONFIG, check_outputs, check_suffix, delete_run_files
 
 PROGRAM = "fmnist benchmark accuracy"
@@ -63,7 +62,7 @@ def main(argv: list[str]) -> int:
         def write() -> None:
             result = {"name": "accuracy", "command": shlex.join([*PROGRAM.split(), *argv]), **made_by(folder, rows)}
             result |= {"config": args.config, "train_options": options, "target": args.target}
-            write_atomic(folder / RESULT, json.dumps(result | summarize(rows) | {"rows": rows}, indent=2) + "\n")
+            write_json(folder / RESULT, result | summarize(rows) | {"rows": rows})
 
         if not (folder / RESULT).exists():
             write()  # before any run: it says whose the folder is

@@ -17,7 +17,7 @@ from typing import Any
 from fmnist.config.shipped import shipped
 from fmnist.runtime.arguments import CommandLine, existing, number
 from fmnist.runtime.console import log_to_console, one_line, one_line_errors
-from fmnist.runtime.files import read_json, temporary_folder, write_atomic
+from fmnist.runtime.files import read_json, temporary_folder, write_atomic, write_json
 from fmnist.runtime.launcher import stop_with_parent
 from fmnist.runtime.ownership import check_outputs
 
@@ -143,7 +143,7 @@ def main(argv: list[str]) -> int:
         about |= {"timm_sources": timm_version(options.timm), "model": options.model, "size": options.size}
         about |= {"batch_size": options.batch, "steps": options.steps, "precision": precision}
         about |= {"compiled": options.compile, "rows": rows}
-        write_atomic(path, json.dumps(about, indent=2) + "\n")
+        write_json(path, about)
         title = f"{options.model}, {options.size} px, batch {options.batch}, {precision}"
         print(f"\n{title} ({scaled(images)} images an epoch; ratios to {TRAIN})")
         print(f"{text_table(rows, columns, ['name', 'failed'])}\n\nwrote {path}", flush=True)

@@ -6,7 +6,6 @@ Fashion-MNIST, in interleaved rounds: an exchange of a micro-batch and nothing e
 lie on each process's device; the same step on images that are spread, one micro-batch brought ahead beside it.
 """
 
-import json
 import statistics
 from argparse import Namespace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from fmnist.runtime.arguments import CommandLine, number
 from fmnist.runtime.console import log_to_console, one_line_errors
-from fmnist.runtime.files import write_atomic
+from fmnist.runtime.files import write_json
 from fmnist.runtime.ownership import check_outputs
 from fmnist.runtime.provenance import measured_now
 
@@ -113,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         about |= measured_now(device=compute.device_name) | {"world_size": compute.world_size}
         about["options"] = {key: given[key] for key in ("model", "batch", "rounds", "steps")}
-        compute.on_main(write_atomic, options.output, json.dumps(about | found, indent=2) + "\n")
+        compute.on_main(write_json, options.output, about | found)
         compute.on_main(print, f"{table(found)}\nwrote {options.output}", flush=True)
     return 0
 

@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import json
 import math
 import platform
 import sys
@@ -22,7 +21,7 @@ from fmnist.benchmark.trainer import Trainer
 from fmnist.config.schema import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig
 from fmnist.data.split import Split
 from fmnist.runtime.compute import Compute
-from fmnist.runtime.files import read_json, write_atomic
+from fmnist.runtime.files import read_json, write_json
 from fmnist.runtime.hardware import available_cores
 
 
@@ -159,7 +158,7 @@ class Suite:
         self.result["tables"].append(table)
         self.result["hardware"]["clocks_after"] = output.gpu_clocks()
         self.say(output.render_table(table) + output.render_profile(table))
-        self.compute.on_main(write_atomic, self.path, json.dumps(self.result, indent=2) + "\n")
+        self.compute.on_main(write_json, self.path, self.result)
 
     def fatal(self, trainer: Trainer | None) -> tuple[type[Exception], ...]:
         """Return the errors that end more than a row."""

@@ -13,7 +13,7 @@ from fmnist.runtime.files import Unreadable, cannot_read, open_regular, read_jso
 
 logger = logging.getLogger("fmnist")
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, STATE, MODEL, EMA, OPTIMIZER = (
     "manifest.json",
     "state.json",
@@ -31,27 +31,21 @@ class TrainState:
 
     Attributes:
         step: completed optimizer updates.
-        best_top1: validation top1 of the best step (fraction); -1 before the first evaluation.
         best_step: the step whose weights are kept; without validation images, the newest.
-        best_val: all validation numbers of the best step, by name; none in a run from before they stood here.
+        best_val: all validation numbers of the best step, by name; empty without a validation.
         total_steps: what `schedule.minutes` came to; None where it is not given.
         micro_batch_size: what `batch.micro_batch_size: auto` found; None where it is not auto.
         train_seconds: wall clock of training steps over all starts, evaluations apart.
-        size: pixels per side of the last step's images; None in a run from before it stood here.
+        size: pixels per side of the last step's images; None before the first.
     """
 
     step: int = 0
-    best_top1: float = -1.0
     best_step: int = 0
     train_seconds: float = 0.0
     best_val: dict[str, float] = field(default_factory=dict)
     total_steps: int | None = None
     micro_batch_size: int | None = None
     size: int | None = None
-
-    def best_number(self, by: str) -> float | None:
-        """Return a validation number of the best step; None where there is none."""
-        return self.best_val.get(by, self.best_top1 if by == "top1" and self.best_top1 >= 0 else None)
 
     def update_best(self, val: Mapping[str, float], by: str = "top1") -> None:
         """Take this step as the best if no step before was as good, or if there is no validation.
@@ -63,7 +57,7 @@ class TrainState:
             val: validation numbers by name; empty without validation images.
             by: `evaluation.best`; of loss the lowest is the best.
         """
-        sign, before = -1 if by == "loss" else 1, self.best_number(by)
+        sign, before = -1 if by == "loss" else 1, self.best_val.get(by)
         size_before = self.best_val.get("size")
         # Whatever is first is the best so far, a NaN too: there are weights to use.
         if (
@@ -71,7 +65,7 @@ class TrainState:
             or before is None
             or (sign * val[by] > sign * before if val.get("size") == size_before else size_before is not None)
         ):
-            self.best_top1, self.best_step = val.get("top1", -1.0), self.step
+            self.best_step = self.step
             self.best_val = {name: value for name, value in val.items() if math.isfinite(value)}
 
 
@@ -146,7 +140,7 @@ def read_state(directory: Path) -> TrainState:
         values = read_json(directory / STATE)
         values.pop("meta", None)
         state = TrainState(**values)
-        valid = state.step > 0 and 0 <= state.best_step <= state.step and -1 <= state.best_top1 <= 1
+        valid = state.step > 0 and 0 <= state.best_step <= state.step
         finite = math.isfinite(sum(state.best_val.values())) and 0 <= state.train_seconds < math.inf
         found = [value for value in (state.total_steps, state.micro_batch_size, state.size) if value is not None]
         whole = all(isinstance(value, int) for value in (state.step, *found))

@@ -13,7 +13,7 @@ from fmnist.checkpoint.contents import read_meta
 from fmnist.checkpoint.run_directory import SUMMARY
 from fmnist.checkpoint.start_weights import find_start_weights
 from fmnist.runtime.console import one_line
-from fmnist.runtime.files import cannot_read, read_json, sha256_of, write_atomic
+from fmnist.runtime.files import cannot_read, read_json, sha256_of, write_json
 
 FINGERPRINT, IN_SUMMARY = "fingerprint.json", "fingerprint"
 CLASSES, STATISTICS = "class names in data.root", "mean and std in data.root"
@@ -100,7 +100,7 @@ def digest_of_weights(weights: str) -> str:
 
 def keep_fingerprint(found: Mapping[str, str], directory: Path) -> None:
     """Write a run's fingerprint into its directory."""
-    write_atomic(directory / FINGERPRINT, json.dumps(dict(found), indent=2) + "\n")
+    write_json(directory / FINGERPRINT, dict(found))
 
 
 def kept_fingerprint(directory: Path) -> dict[str, str]:

@@ -5,7 +5,6 @@ import logging
 import os
 import platform
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +59,11 @@ def open_directory(cfg: Config) -> Path:
         if (changed := changes(before, after)) and not (only_longer and _status(directory) == "finished"):
             way_out = "Give another --output_dir, or --resume never --overwrite true"
             if only_longer:
-                way_out = "Only a finished run is continued: finish it with the command it began with, then give more"
+                way_out = (
+                    "Only a finished run can be extended: finish it with its original command, then raise the length"
+                )
             raise ValueError(f"{directory} holds a run with another config: {'; '.join(changed[:3])}. {way_out}")
     return directory
-
-
-def as_begun(cfg: Config, directory: Path) -> Config:
-    """Return the config with the arithmetic that the run in its directory began with, where it leaves that to auto."""
-    begins = not has_run(directory) or (
-        cfg.overwrite and (_status(directory) == "finished" or not same_recipe(directory, cfg))
-    )
-    if begins or cfg.model.depthwise != "auto":
-        return cfg
-    return replace(cfg, model=replace(cfg.model, depthwise=_run_config(directory).model.depthwise))
 
 
 def _status(directory: Path) -> Any:
@@ -179,7 +170,7 @@ def is_finished(directory: Path, *, test: bool, total_steps: int, length: str | 
         return False
     if isinstance(steps, int) and steps < total_steps:
         return False
-    evaluated = "the test images were not evaluated" if top1 is None else "it names no test accuracy"
+    evaluated = "the test images were not evaluated" if top1 is None else "summary.json has no valid test accuracy"
     evaluated = "its data set has no test images" if no_test else evaluated
     if isinstance(top1, int | float):
         evaluated = f"test top1 {100 * top1:.2f} %"

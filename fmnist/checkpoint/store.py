@@ -40,7 +40,8 @@ class Checkpoints:
     Args:
         directory: `<run>/checkpoints`.
         keep_last: newest ones kept; the best one, or its weights alone, is kept too.
-        meta: written into each, for people: config digest, versions, world size.
+        meta: written into each checkpoint: `model`, `world_size`, `versions`, and `config`, the recipe with the
+            fingerprint, which a restart compares.
     """
 
     def __init__(self, directory: Path, keep_last: int, meta: Mapping[str, Any]) -> None:
@@ -181,14 +182,15 @@ class Checkpoints:
         return data
 
     def _prune(self, state: TrainState) -> None:
-        """Drop what is not kept: older ones, and later ones, which are damaged: the run went on from before them."""
+        """Drop what no restart and no export can need; later ones are damaged: the run went on from before them."""
         every = self.steps()
-        full = [step for step in every if step <= state.step and step not in self._damaged]
-        kept = full[-self.keep_last :]
-        best = {state.best_step, *map(self._best_of, kept[-1:])}  # a restart goes on from that one
-        dropped = [self.path(step) for step in every if step not in full or step not in best.union(kept)]
-        best = {state.best_step, *map(self._best_of, kept)}.difference(full)  # or from one before, if it is damaged
-        dropped += [self.best_path(step) for step in self.steps(BEST) if step not in best]
+        valid = [step for step in every if step <= state.step and step not in self._damaged]
+        newest = valid[-self.keep_last :]
+        wanted = {*newest, state.best_step, *map(self._best_of, newest[-1:])}  # a restart goes on from the newest
+        dropped = [self.path(step) for step in every if not (step in valid and step in wanted)]
+        # or from one before, if that is damaged: the weights that these know as the best, where no full one holds them
+        alone = {state.best_step, *map(self._best_of, newest)}.difference(valid)
+        dropped += [self.best_path(step) for step in self.steps(BEST) if step not in alone]
         for path in dropped:
             path.rename(self._trash(path))
         self._clear_leftovers()

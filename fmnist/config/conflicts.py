@@ -37,7 +37,7 @@ class Length:
 REFUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     (
         "augment.mix_probability",
-        lambda cfg: not (cfg.augment.mixup_alpha or cfg.augment.cutmix_alpha),
+        lambda cfg: not cfg.augment.mixes,
         "augment.mixup_alpha and augment.cutmix_alpha are 0",
     ),
     ("augment.mixup_alpha", lambda cfg: not cfg.augment.mix_probability, "augment.mix_probability is 0"),
@@ -160,17 +160,20 @@ def without_effect(cfg: Config, run: Length) -> list[str]:
     lines = [f"{_given(cfg, name)} {what}" for name, when, what in SAID if _given(cfg, name) and when(cfg, run)]
     if not run.num_val and (best := _given(cfg, "evaluation.best")):
         lines.append(f"{best} has no effect: there are no validation images")
-    epochs, warmup, sizes = (
-        run.total_steps / run.steps_per_epoch,
-        cfg.schedule.warmup_epochs,
-        sizes_by_epoch(cfg, run.num_train),
-    )
+    epochs, warmup = run.total_steps / run.steps_per_epoch, cfg.schedule.warmup_epochs
+    sizes = sizes_by_epoch(cfg, run.num_train)
+    reached = 1 - run.total_steps ** (-2 / 3)  # by the warm-up of timm's average
+    if 1.25 * (1 - cfg.optim.ema_decay) < 1 - reached:
+        lines.append(
+            f"optim.ema_decay {cfg.optim.ema_decay} is not reached: in {run.total_steps:,} steps it warms up to "
+            f"{reached:.4g}"
+        )
     length = f"the run has {epochs:.3g} epoch{'s' * (epochs != 1)}"
     steps = warmup_steps(cfg, run)
     if cfg.schedule.warmup_steps is None and steps < run.steps(warmup):
         shown = f"{steps / run.steps_per_epoch:.3g}"
         lines.append(f"schedule.warmup_epochs {warmup} becomes {shown}, a tenth of the whole: {length}")
-    if isinstance(cfg.augment.size, dict) and sizes != cfg.augment.size:
+    if sizes != cfg.augment.sizes:
         lines.append(f"augment.size {cfg.augment.size} becomes {sizes}: {length}")
     return lines
 
@@ -207,9 +210,7 @@ def sizes_by_epoch(cfg: Config, num_train: int = NUM_TRAIN) -> dict[int, int]:
     begins early enough for a whole epoch of its own, and of each that follows; the last for at least half of one. In a
     run with fewer epochs than sizes the first sizes are left out.
     """
-    size = cfg.augment.size
-    if isinstance(size, int):
-        return {0: size}
+    size = cfg.augment.sizes
     steps_per_epoch = max(1, num_train // cfg.batch.global_batch_size)
     epochs = cfg.schedule.steps / steps_per_epoch if cfg.schedule.steps else cfg.schedule.epochs
     fitted: dict[int, int] = {}

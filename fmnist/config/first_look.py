@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from fmnist.config.schema import WEIGHTS, Config
+from fmnist.config.schema import WEIGHTS, Config, check_name
 
 OURS = Path(__file__).resolve().parent.parent / "models" / "__init__.py"  # its REGISTRY names our own
 NEEDS_ROOT = {"npz": "a file of arrays", "folder": "a folder with a folder of pictures for each class"}
@@ -19,6 +19,7 @@ def look(cfg: Config) -> None:
     Raises:
         ValueError: one line with the option and its value.
     """
+    check_name("the last part of output_dir", Path(cfg.output_dir or "run").resolve().name)
     data, root, weights = cfg.data.name, cfg.data.root, cfg.model.weights
     begun = os.path.exists(os.path.join(cfg.output_dir or "", "config.yaml"))  # it may be finished, and need neither
     if root is None and data in NEEDS_ROOT:

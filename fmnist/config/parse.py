@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,6 @@ from fmnist.config.shipped import find_recipe, shipped
 DEFAULT_CONFIG = shipped("configs/cnn.yaml")
 USAGE = """%(prog)s [--config FILE ...] [--SECTION.FIELD VALUE ...] [--dry_run]
        %(prog)s --help | --print_config [same options]"""
-BEFORE = {"model.depthwise": "conv"}  # what a run did whose config.yaml is older than the option
 DESCRIPTION = """\
 Train an image classifier. Flags override --config files; later files and later flags override earlier ones.
 
@@ -61,6 +61,9 @@ def parse_config(argv: list[str] | None = None, prog: str | None = None, *, to_r
         options = update(options, flags)
         if options["output_dir"] is None:
             options["output_dir"] = f"runs/{Path(files[-1]).stem}"
+        for name in ("output_dir", "model.weights"):  # a shell leaves --output_dir=~/x as it is
+            if isinstance(options[name], str):
+                options[name] = os.path.expanduser(options[name])
         validate(cfg := unflatten(options), [name for name, _ in args.flags or []])
         if to_run and not args.print_config:
             look(cfg)
@@ -88,7 +91,7 @@ def load_config(path: Path) -> Config:
     if not path.is_file():
         raise ValueError(f"{path} is missing: not a run directory of train.py")
     with _origin(f"{path} does not hold a config of this version"):
-        validate(cfg := unflatten(flatten(Config()) | BEFORE | _read(strict_yaml.load_file(path))))
+        validate(cfg := unflatten(flatten(Config()) | _read(strict_yaml.load_file(path))))
     return cfg
 
 

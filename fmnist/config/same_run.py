@@ -80,6 +80,19 @@ def lengthened(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str,
     return dict(before) | longer
 
 
+def not_of(kept: Mapping[str, Any], cfg: Config, fingerprint: Mapping[str, str] | None = None) -> list[str]:
+    """Name what a checkpoint was written with and a config has otherwise; a longer schedule is no difference.
+
+    Args:
+        kept: options under their dotted names and digests, as the checkpoint's JSON has them; what it lacks is not
+            compared.
+        cfg: the run's.
+        fingerprint: of its data and weights, see checkpoint/fingerprint.py.
+    """
+    own = json.loads(json.dumps(recipe(cfg))) | dict(fingerprint or {})  # lists and text keys, as JSON has them
+    return changes(lengthened(kept, own), own)
+
+
 def yaml_value(value: Any) -> str:
     """Return a value as one writes it in a YAML file or flag: null, true, 0.1."""
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

@@ -13,13 +13,13 @@ from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from itertools import pairwise
 from operator import attrgetter
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from fmnist.config import strict_yaml
 
 WEIGHTS = (".safetensors", ".pt", ".pth")  # of a file of weights
+MOST_STEPS = 10**8 - 1  # the names of checkpoints have eight digits
 
 
 def option(default: Any, *, valid: tuple[float, float]) -> Any:
@@ -120,6 +120,11 @@ class AugmentConfig:
         return bool(self.rotation or self.scale or self.trivial or self.crop < 1)
 
     @property
+    def sizes(self) -> dict[int, int]:
+        """Return `size` as {first epoch: pixels}."""
+        return self.size if isinstance(self.size, dict) else {0: self.size}
+
+    @property
     def mixes(self) -> bool:
         """Say whether another image may be mixed into each."""
         return self.mixup_alpha > 0 or self.cutmix_alpha > 0
@@ -182,23 +187,24 @@ class OptimConfig:
     head_lr_scale: float = option(1.0, valid=(0, 1000))
     """Learning rate factor of the classifier head."""
     head_only_epochs: float = option(0.0, valid=(0, 10_000))
-    """Epochs at the start that update only the head; the whole run: a linear probe."""
+    """Epochs at the start that update only the head; statistics of batch norms follow the images nevertheless."""
     grad_clip_norm: float | None = option(None, valid=(1e-6, 10**6))
-    """Clip the gradient to this global L2 norm; null disables it."""
+    """Clip the gradient of all parameters to this global L2 norm; null disables it."""
     label_smoothing: float = option(0.0, valid=(0, 0.9))
     """Probability mass spread evenly over the classes."""
     class_weights: Literal["none", "balanced"] | list[float] = option("none", valid=(1e-6, 10**6))
     """Weight of each class in the training loss; balanced: images / (classes * images of the class), or one number a
     class, e.g. [1, 1, 2.5]. The loss is the weighted mean over the global batch."""
     ema_decay: float = option(0.0, valid=(0, 0.99999))
-    """Decay per step of the moving average of the weights, which is evaluated in their place; 0 disables it."""
+    """Decay per step of the moving average of the weights, which is evaluated in their place; 0 disables it. It warms
+    up: at most 1 - step^(-2/3), 0.99 from step 1,000 on and 0.999 from 31,623."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     epochs: float = option(10.0, valid=(1e-6, 100_000))
     """Passes over the training images."""
-    steps: int | None = option(None, valid=(1, 10**9))
+    steps: int | None = option(None, valid=(1, MOST_STEPS))
     """Total optimizer steps; overrides epochs."""
     minutes: float | None = option(None, valid=(0.01, 10**6))
     """Minutes that the whole run may take, from the program's start to its last file, in place of epochs: fifty steps
@@ -206,7 +212,7 @@ class ScheduleConfig:
     name: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up."""
     warmup_epochs: float = option(0.0, valid=(0, 100_000))
-    """Epochs of linear warm-up from 0; a tenth of the run where they are not shorter than it."""
+    """Epochs of linear warm-up from 0; if that is not shorter than the run, a tenth of the run."""
     warmup_steps: int | None = option(None, valid=(0, 10**9))
     """Steps of linear warm-up; overrides warmup_epochs."""
     min_lr: float = option(0.0, valid=(0, 100))
@@ -234,8 +240,8 @@ class EvaluationConfig:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every_steps: int = option(0, valid=(0, 10**9))
-    """Steps between checkpoints, and one at the end; an evaluation between two saves no more than weights that are the
-    best so far; 0: one per evaluation."""
+    """Steps between full checkpoints, and one at the end; 0: one per evaluation. Evaluations in between save only
+    weights, and only the best so far."""
     keep_last: int = option(2, valid=(1, 10_000))
     """Number of newest checkpoints kept; the best one is kept too."""
 
@@ -381,11 +387,8 @@ def check_values(cfg: Config) -> None:
         if limits := OPTIONS[name].metadata.get("valid"):
             low, high = limits
             numbers = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
-            for number in numbers:
-                if (
-                    number is not None and not isinstance(number, str) and not low <= number <= high
-                ):  # NaN fails both comparisons
-                    raise ValueError(f"{name} is {value!s:.100}; valid range: {low} to {high}")
+            if any(isinstance(number, int | float) and not low <= number <= high for number in numbers):  # NaN, too
+                raise ValueError(f"{name} is {value!s:.100}; valid range: {low} to {high}")
     if isinstance(cfg.data.limit, float) and cfg.data.limit > 1:
         raise ValueError(f"data.limit is {cfg.data.limit}; valid: a whole number of images, or a share up to 1.0")
     size = cfg.augment.size
@@ -397,10 +400,13 @@ def check_values(cfg: Config) -> None:
         raise ValueError(
             "model.options holds a number that is not finite; valid: finite numbers, text, lists"
         ) from None
-    run_name = Path(cfg.output_dir or "run").resolve().name
-    for name, text in (("log.project", cfg.log.project), ("the last part of output_dir", run_name)):
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", text):
-            raise ValueError(f"{name} is {text[:100]!r}; valid: 1 to 64 of A-Z, a-z, 0-9, dot, dash, underscore")
+    check_name("log.project", cfg.log.project)
+
+
+def check_name(what: str, text: str) -> None:
+    """Refuse a name that Weights & Biases would refuse."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", text):
+        raise ValueError(f"{what} is {text[:100]!r}; valid: 1 to 64 of A-Z, a-z, 0-9, dot, dash, underscore")
 
 
 def flatten(cfg: Config) -> dict[str, Any]:

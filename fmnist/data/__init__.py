@@ -1,4 +1,4 @@
-"""The data path: find, fetch and parse Fashion-MNIST; keep a split on the device; augment it there.
+"""The data path: find or fetch a data set, keep a split on the device, augment it there.
 
 In somebody else's loop: `fmnist.data.load("fashion_mnist", "train").batches(256, epoch=0, flip=0.5)`.
 """

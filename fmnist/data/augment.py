@@ -64,7 +64,7 @@ class Augment:
     ) -> None:
         self.cfg, self.num_classes = cfg, num_classes
         self.mean, self.std, self.fill, self.channels_last, self.dtype = mean, std, fill, channels_last, dtype
-        self.sizes = cfg.size if isinstance(cfg.size, dict) else {0: cfg.size}
+        self.sizes = cfg.sizes
         self.mixes = cfg.mixes
         self.backend = choose_backend(cfg.backend, device or torch.device("cpu"))
         self._make = _implementation(self.backend)
@@ -143,29 +143,36 @@ class Augment:
     def __call__(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Return images, self.dtype [B, C, S, S], and targets: int64 [B], or float32 [B, num_classes] where mixed."""
         split, table = batch.split, self.table(batch)
-        plan = self.plan(self.size(batch.epoch), _source_shape(split.images))
-        if batch.pixels is None:
-            assert split.rows is None, "images that lie elsewhere have to be staged"
-            sources = with_channels(split.images), self.pyramid(split.images)
-            images = self._make(*sources, batch.indices, batch.partners, table, plan)
-        else:
-            staged, size = batch.pixels(), len(batch.indices)
-            stored, highest = with_channels(staged.images), plan.levels[-1]
-            pyramid = build_pyramid(stored, highest) if highest else None
-            indices, partners = staged.places[:size], staged.places[size:]  # no partners where none are mixed in
-            images = self._make(stored, pyramid, indices, partners, table[staged.positions], plan)
+        images = self._images(batch, table, self.plan(self.size(batch.epoch), _source_shape(split.images)))
         labels = split.labels[batch.indices]
         if not self.mixes:
             return images, labels
-        share = table[batch.indices, OWN_SHARE, None]
+        share = table[batch.indices if batch.draws is None else batch.draws[0], OWN_SHARE, None]
         own, partner = (F.one_hot(item, self.num_classes) for item in (labels, split.labels[batch.partners]))
         return images, own * share + partner * (1 - share)
+
+    def _images(self, batch: MicroBatch, table: Tensor, plan: Plan) -> Tensor:
+        split, size = batch.split, len(batch.indices)
+        assert split.rows is None or batch.pixels is not None, "images that lie elsewhere have to be staged"
+        if batch.pixels is None and batch.draws is None:
+            sources = with_channels(split.images), self.pyramid(split.images)
+            return self._make(*sources, batch.indices, batch.partners, table, plan)
+        if batch.pixels is not None:
+            staged, highest = batch.pixels(), plan.levels[-1]
+            stored, places, rows = with_channels(staged.images), staged.places, table[staged.positions]
+            pyramid = build_pyramid(stored, highest) if highest else None
+        else:  # an image that is drawn twice has two rows
+            samples = torch.cat((batch.indices, batch.partners)) if self.mixes else batch.indices
+            stored, rows, pyramid = with_channels(split.images)[samples], table[samples], self.pyramid(split.images)
+            pyramid, places = None if pyramid is None else pyramid[samples], torch.arange(len(rows), device=rows.device)
+        if batch.draws is not None:
+            rows[places] = table[batch.draws.flatten()[: len(rows)]]
+        return self._make(stored, pyramid, places[:size], places[size:], rows, plan)
 
 
 def highest_level(cfg: AugmentConfig, images: Tensor) -> int:
     """Return the highest level of the pyramid that a sample of any epoch may read."""
-    sizes = cfg.size.values() if isinstance(cfg.size, dict) else [cfg.size]
-    return max(levels_read(cfg, _source_shape(images), size)[-1] for size in sizes)
+    return max(levels_read(cfg, _source_shape(images), size)[-1] for size in cfg.sizes.values())
 
 
 def pyramid_bytes(cfg: AugmentConfig, images: Tensor) -> int:
@@ -187,6 +194,9 @@ def choose_backend(wish: str, device: torch.device) -> str:
     """Return triton, compiled or eager: the one place where this is decided.
 
     The kernel wherever there is a GPU and Triton; else plain torch, which needs no compiler and starts at once.
+
+    Raises:
+        ValueError: triton is asked for where it cannot run.
     """
     if wish == "triton" and not has_triton(device):
         raise ValueError(

@@ -12,9 +12,10 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from fmnist.config.schema import AugmentConfig
-from fmnist.data.batches import FLIP_IN_TURN, NUM_UNIFORMS, epoch_generator, to_device
+from fmnist.data.batches import FLIP_IN_TURN, NUM_UNIFORMS, epoch_generator
 from fmnist.data.colour import changes_colours, colour_matrix
 from fmnist.data.pyramid import level_of
+from fmnist.runtime.hardware import to_device
 
 # What each column of the uniforms decides.
 FLIP, ANGLE, SHIFT_X, SHIFT_Y, ZOOM, ERASE, ERASE_AREA, ERASE_ASPECT, ERASE_X, ERASE_Y = range(10)
@@ -173,7 +174,7 @@ def _erase_box(cfg: AugmentConfig, u: tuple[Tensor, ...], size: int) -> list[Ten
 def _mixing(cfg: AugmentConfig, u: tuple[Tensor, ...], size: int) -> tuple[Tensor, list[Tensor], Tensor]:
     """Return the own weight [N], the cut box as 4 x [N], and the own share [N]."""
     share_cut = 0.5 if cfg.mixup_alpha and cfg.cutmix_alpha else float(cfg.cutmix_alpha > 0)
-    mixed = u[MIX] < (cfg.mix_probability if cfg.mixup_alpha or cfg.cutmix_alpha else 0)
+    mixed = u[MIX] < (cfg.mix_probability if cfg.mixes else 0)
     cut = mixed & (u[MIX_KIND] < share_cut)
     weight = torch.where(mixed & ~cut, beta_quantile(u[MIX_LAMBDA], cfg.mixup_alpha or 1.0), 1.0)
     half = (1 - beta_quantile(u[MIX_LAMBDA], cfg.cutmix_alpha or 1.0)).sqrt() / 2

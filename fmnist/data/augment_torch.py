@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fmnist.data.augment_table import COLOUR, CUT_BOX, ERASE_BOX, LEVEL, MATRIX, OWN_WEIGHT
 from fmnist.data.colour import recolour
-from fmnist.data.fashion_mnist import MEAN
 from fmnist.data.pyramid import at_level
 from fmnist.data.whole_pixels import shift_and_flip
 
@@ -41,14 +40,14 @@ class Plan:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    fill: tuple[float, ...] = (MEAN,)
-    dtype: torch.dtype = torch.float32
-    channels_last: bool = False
-    levels: range = range(1)
-    colours: bool = False
-    erases: bool = False
-    mixes: bool = False
-    whole_pixels: bool = False
+    fill: tuple[float, ...]
+    dtype: torch.dtype
+    channels_last: bool
+    levels: range
+    colours: bool
+    erases: bool
+    mixes: bool
+    whole_pixels: bool
 
 
 def resample(images: Tensor, matrices: Tensor, size: int) -> Tensor:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fmnist.data.augment_torch import Plan, augment_reference
-from fmnist.data.batches import to_device
+from fmnist.runtime.hardware import to_device
 
 TILE = 32  # pixels per side of what one program makes; 7 of them are 224, so no lane idles there
 NUM_WARPS = 2  # 16 pixels a thread pay for reading a sample's row once

@@ -67,3 +67,18 @@ def balanced_order(members: list[Tensor], generator: torch.Generator) -> Tensor:
         drawn += [member] * whole + [member[torch.randperm(len(member), generator=generator)[:part]]]
     order = torch.cat(drawn)
     return order[torch.randperm(len(order), generator=generator)]
+
+
+def own_draws(order: Tensor) -> Tensor:
+    """Give each draw of an epoch augmentation parameters of its own: an image that is drawn again borrows another's.
+
+    Args:
+        order: int64 [N], positions of N images, some of them several times and others not at all.
+
+    Returns:
+        int64 [N], each position once: an image's own where it is drawn first, then those of images that are not drawn.
+    """
+    draws, (values, places) = order.clone(), order.sort(stable=True)
+    again = places[1:][values[1:] == values[:-1]]
+    draws[again] = torch.nonzero(torch.bincount(order, minlength=len(order)) == 0).flatten()
+    return draws

@@ -7,16 +7,17 @@ device and process count sees the same ones, and moved once per epoch. Any batch
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fmnist.data.balance import balanced_order, class_members
+from fmnist.data.balance import balanced_order, class_members, own_draws
 from fmnist.data.split import Split
 from fmnist.data.staging import Staged, Staging
 from fmnist.runtime.background import Background
 from fmnist.runtime.exchange import Exchange
+from fmnist.runtime.hardware import to_device
 
 # Random numbers of one sample and epoch; augment_table.py says what each decides. The first FIRST_UNIFORMS are drawn
 # together; each that is added later has a key of its own, so that it moves no draw of an older run.
@@ -42,6 +43,8 @@ class MicroBatch:
         pixels: gives the images of the samples, and of the partners after them where they are mixed in; None: they are
             read by index from the split, which is on the device.
         table: what `Augment.table` makes of the uniforms, where a CUDA graph reads it from memory of its own.
+        draws: int64 [2, B], where an epoch repeats images: whose augmentation parameters the samples and their partners
+            have; None: their own.
     """
 
     split: Split
@@ -54,6 +57,7 @@ class MicroBatch:
     total_weight: Tensor | None = None
     pixels: Callable[[], Staged] | None = None
     table: Tensor | None = None
+    draws: Tensor | None = None
 
     @property
     def step(self) -> int:
@@ -66,18 +70,23 @@ class MicroBatch:
         return mix_key(*self.key)
 
     @property
-    def _chosen(self) -> list[Tensor]:
-        return [self.indices, self.partners, *([] if self.total_weight is None else [self.total_weight])]
+    def _chosen(self) -> dict[str, Tensor]:
+        values = {name: getattr(self, name) for name in ("indices", "partners", "draws", "total_weight")}
+        return {name: value for name, value in values.items() if value is not None}
 
     def standing(self, table: Tensor) -> "MicroBatch":
         """Return a micro-batch in memory of its own, which `take` fills, with a table."""
-        indices, partners, *total = (tensor.clone() for tensor in self._chosen)
-        weight = total[0] if total else None
-        return replace(self, indices=indices, partners=partners, total_weight=weight, table=table)
+        own: dict[str, Any] = {name: tensor.clone() for name, tensor in self._chosen.items()}
+        return replace(self, table=table, **own)
+
+    def first(self, most: int) -> "MicroBatch":
+        """Return a micro-batch of no more than so many of its samples."""
+        draws = None if self.draws is None else self.draws[:, :most]
+        return replace(self, indices=self.indices[:most], partners=self.partners[:most], draws=draws)
 
     def take(self, other: "MicroBatch") -> None:
         """Put the samples of another micro-batch of the same size into the memory of this one."""
-        torch._foreach_copy_(self._chosen, other._chosen)
+        torch._foreach_copy_([*self._chosen.values()], [*other._chosen.values()])
 
 
 def mix_key(*key: int) -> int:
@@ -159,6 +168,7 @@ class Loader:
             sampling = "uniform"
         self.sampling, self.class_weights = sampling, class_weights
         self._tables: tuple[int, Tensor, Tensor] | None = None
+        self._draws = torch.empty(0, dtype=torch.int64)  # of the tables' epoch, where it repeats images
         self._drawing, self._drawn = Background(), NOTHING_DRAWN  # the tables of the next epoch
         self._ahead = -1  # the epoch that is drawn, or was drawn last
         self._orders: dict[int, Tensor] = {}  # of two epochs: one micro-batch is staged ahead
@@ -191,7 +201,7 @@ class Loader:
         """
         batches = self.whole().micro_batches(step)
         if most is not None:
-            batches = [replace(b, indices=b.indices[:most], partners=b.partners[:most]) for b in batches[:1]]
+            batches = [batches[0].first(most)]
         if self.staging is None:
             return batches
         samples = [torch.cat((b.indices, b.partners) if self.mixes else (b.indices,)) for b in batches]
@@ -199,7 +209,10 @@ class Loader:
         return [replace(b, pixels=partial(lambda here: here, here)) for b, here in zip(batches, staged, strict=True)]
 
     def _order(self, epoch: int) -> Tensor:
-        """Return the epoch's order, int64 [N], on the CPU; called from several threads."""
+        """Return the epoch's order, int64 [N], on the CPU; called from several threads.
+
+        The epoch before is kept, too: one micro-batch is staged ahead.
+        """
         orders = self._orders
         if epoch not in orders:
             generator = epoch_generator(self.seed, epoch, ORDER)
@@ -207,7 +220,8 @@ class Loader:
                 order = balanced_order(self._members, generator)
             else:
                 order = torch.randperm(len(self.split), generator=generator)
-            orders = self._orders = {**dict([*orders.items()][-1:]), epoch: order}
+            newest = dict([*orders.items()][-1:])
+            orders = self._orders = newest | {epoch: order}
         return orders[epoch]
 
     def _wanted(self, number: int) -> list[Tensor]:
@@ -231,6 +245,8 @@ class Loader:
             drawn = self._drawn if self._drawn[0] == epoch else self._draw(epoch)
             self._drawn = NOTHING_DRAWN  # on a GPU the host has no more need of them
             self._tables = (epoch, to_device(drawn[1], device), to_device(drawn[2], device))
+            if self.sampling == "balanced":
+                self._draws = to_device(own_draws(drawn[1]), device)
         return self._tables[1:]
 
     def _draw(self, epoch: int) -> tuple[int, Tensor, Tensor]:
@@ -256,6 +272,10 @@ class Loader:
         start = position * self.global_batch_size
         batch = order[start : start + self.global_batch_size]
         mirrored = batch.flip(0)  # the first is mixed with the last, and so on, whichever process holds them
+        draws = None
+        if self.sampling == "balanced":
+            draws = self._draws[start : start + self.global_batch_size]
+            draws = torch.stack((draws, draws.flip(0)))
         weights, total_weight = self.class_weights, None
         if weights is not None:  # of the whole batch, which every process knows: no share depends on how it is cut
             total_weight = weights[self.split.labels[batch]].sum() * (self.micro_batch_size / self.global_batch_size)
@@ -276,11 +296,7 @@ class Loader:
                     class_weights=weights,
                     total_weight=total_weight,
                     pixels=pixels,
+                    draws=None if draws is None else draws[:, part],
                 )
             )
         return parts
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a host tensor without making the host wait for the device's queue."""
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -1,7 +1,5 @@
 """Fashion-MNIST as tensors: find the four IDX files, verify and parse them, split off the validation images."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Fetch Fashion-MNIST from torchvision's mirrors, then from Debian's package; keep only the published bytes."""
 
-from __future__ import annotations
-
 import functools
 import gzip
 import hashlib

@@ -1,7 +1,5 @@
 """Find the folder of Fashion-MNIST, before torch is imported; fetch it only where no folder was named."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

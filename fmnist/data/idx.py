@@ -1,7 +1,5 @@
 """Read IDX, the format of the MNIST family: a header with the dimensions, then the values."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import math

@@ -74,19 +74,18 @@ def mean_and_std(count: int, total: int, squares: int) -> tuple[float, float]:
     return round(total / count / 255, 4), std or 1.0
 
 
-def read_info(directory: Path, default: DataInfo) -> DataInfo:
+def read_info(directory: Path) -> DataInfo:
     """Read what a run directory keeps of its data set.
 
     Args:
         directory: of the run, or of an export.
-        default: of a run from before other data sets could be named.
 
     Raises:
-        ValueError: the file is there and is not what a run writes.
+        ValueError: the file is missing, or is not what a run writes.
     """
     path = directory / DATA_FILE
     if not path.exists():
-        return default
+        raise ValueError(f"{path} is missing: it names the classes of the run")
     content = read_json(path)
     try:
         return info_from_json(content)

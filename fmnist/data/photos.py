@@ -1,7 +1,5 @@
 """Find and decode pictures from outside, from files, folders and globs."""
 
-from __future__ import annotations
-
 import glob
 import math
 import os
@@ -194,7 +192,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Return a picture in 8 bits, RGB or, with transparency, RGBA.
 
     Raises:
-        ValueError: values that are not finite, or of 10 or 12 bits in 16, of which next to nothing would be left.
+        ValueError: values that are not finite, a little above 1, or of 10 or 12 bits in 16: next to nothing would be
+            left of them.
     """
     if image.mode.startswith(("I", "F")):  # 16 bits: Pillow's own conversion clips at 255
         deep = np.asarray(image, dtype=np.float32)
@@ -203,6 +202,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         top = float(deep.max(initial=0))
         # the range that the largest value fits into: 0 to 1 of floats, 8 bits, 16 bits, or its own
         white = 1.0 if image.mode.startswith("F") and top <= 1 else 255.0 if top <= 255 else max(65535.0, top)
+        if image.mode.startswith("F") and 1 < top < 16:
+            raise ValueError(f"its values end at {top:g}, neither at 1 nor at 255: rescale them")
         if 255 < top < DARKEST:
             raise ValueError(f"its values end at {top:g} of 65,535, which 8 bits would show as black: stretch them")
         grey = deep * np.float32(255 / white)

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from fmnist.data.batches import to_device
+from fmnist.runtime.hardware import to_device
 
 CHUNK = 2**24  # pixels averaged at a time: what the pyramid needs besides itself, some 200 MB
 

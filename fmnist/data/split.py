@@ -83,7 +83,14 @@ class Split:
         return self.images if rows is None else self.images[rows.start : rows.stop : rows.step].clone()
 
     def between(self, first: int, last: int) -> Tensor:
-        """Return the images from `first` to before `last`, which have to be held here, on the device of the labels."""
+        """Return the images from `first` to before `last`, on the device of the labels.
+
+        Returns:
+            uint8 [n, H, W] or [n, C, H, W].
+
+        Raises:
+            IndexError: they are held by another process.
+        """
         last = min(last, len(self))
         if self.rows is not None:
             if self.rows.step != 1 or not self.rows.start <= first <= last <= self.rows.stop:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fmnist.data.split import Split
 from fmnist.runtime.exchange import Exchange
+from fmnist.runtime.hardware import to_device
 
 Arrived = tuple[Tensor, Any]  # the order of `Exchange.fetch`, and an event after which a GPU may read
 
@@ -168,7 +169,5 @@ class Staging:
     def _staged(self, images: Tensor, mine: Tensor, order: Tensor) -> Staged:
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order))
-        tensors = (tensor if self._stream is None else tensor.pin_memory().to(self._device, non_blocking=True)
-                   for tensor in (mine[order], places))  # fmt: skip
-        positions, places = tensors
+        positions, places = (to_device(tensor, self._device) for tensor in (mine[order], places))
         return Staged(images=images, positions=positions, places=places)

@@ -1,10 +1,7 @@
 """Temperature scaling: one number, fitted on validation images, that makes confidences mean what they say."""
 
-from __future__ import annotations
-
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from scipy.optimize import minimize_scalar
@@ -71,10 +68,6 @@ class Calibration:
     ece_after: float
     loss_before: float
     loss_after: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return what metrics.json holds."""
-        return asdict(self)
 
 
 def calibrate(logits: Tensor, labels: Tensor, validation: tuple[Tensor, Tensor], *, same_images: bool) -> Calibration:

@@ -1,7 +1,5 @@
 """The images in each cell of a confusion matrix, in the order in which to look at them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

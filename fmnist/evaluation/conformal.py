@@ -1,7 +1,5 @@
 """Prediction sets: the classes that may be right, with the coverage asked for in every class."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence
@@ -92,8 +90,9 @@ def set_coverage(
 
     Returns:
         JSON-ready: `asked`, `coverage`, `mean_size` (classes a set), `worst_class` and its `worst_coverage`, of the
-        classes that have images; `in_every_set`, classes with too few validation images; and `per_class`, each with
-        `threshold`, `coverage`, and `expected`, where it falls by chance in 95 % of cases in all classes together.
+        classes that have images; `in_every_set`, classes with too few validation images; `per_class`, each with
+        `threshold`, `coverage`, and `expected`, where it falls by chance in 95 % of cases in all classes together; and
+        `below`, those that lie under it.
     """
     thresholds = class_thresholds(*validation, coverage)
     probabilities, labels = evaluated
@@ -121,6 +120,11 @@ def set_coverage(
         "mean_size": float(sets.sum(dim=1).double().mean()),
         "worst_class": class_names[worst],
         "worst_coverage": covered[worst],
+        "below": [
+            name
+            for name, row in zip(class_names, per_class, strict=True)
+            if row["expected"] and row["coverage"] is not None and row["coverage"] < row["expected"][0]
+        ],
         "in_every_set": [name for name, count in zip(class_names, known, strict=True) if count < few],
         "per_class": dict(zip(class_names, per_class, strict=True)),
     }

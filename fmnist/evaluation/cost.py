@@ -1,12 +1,10 @@
 """What a model costs to use: parameters, operations, and the time of a forward on this device."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import quantiles
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,7 +42,7 @@ class Cost:
 
     Attributes:
         parameters: how many numbers.
-        flops_per_image: floating-point operations of one forward; a multiply-add is two.
+        flops_per_image: floating-point operations of one answer; a multiply-add is two.
         timings: one per batch size.
         device, precision, torch: what they were measured on.
         image_size: pixels per side.
@@ -59,10 +57,6 @@ class Cost:
     torch: str
     image_size: int | None
     measured: bool = True
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return what metrics.json holds."""
-        return asdict(self)
 
 
 def time_batches(forward: Callable[[], object], batch_size: int, synchronize: Callable[[], object]) -> Timing:
@@ -95,13 +89,14 @@ def time_batches(forward: Callable[[], object], batch_size: int, synchronize: Ca
     )
 
 
-def measure_cost(trained: Trained, images: Tensor, device_name: str) -> Cost:
+def measure_cost(trained: Trained, images: Tensor, device_name: str, tta: Literal["none", "flip"] = "none") -> Cost:
     """Measure what a model costs on its device; timings are of one process alone.
 
     Args:
         trained: the run.
-        images: uint8 [N, H, W] on the device.
+        images: uint8 [N, H, W] or [N, 3, H, W] on the device.
         device_name: as people know it.
+        tta: flip: each image and its mirror image, two forwards.
     """
     model, augment, device = trained.model, trained.augment, trained.device
 
@@ -111,7 +106,9 @@ def measure_cost(trained: Trained, images: Tensor, device_name: str) -> Cost:
         @torch.inference_mode()
         def forward() -> None:
             with autocast(device, augment.dtype):
-                model(augment.evaluation(batch, trained.size))
+                prepared = augment.evaluation(batch, trained.size)
+                for view in (prepared,) if tta == "none" else (prepared, prepared.flip(-1)):
+                    model(view)
 
         def synchronize() -> None:
             if device.type != "cpu":
@@ -121,7 +118,7 @@ def measure_cost(trained: Trained, images: Tensor, device_name: str) -> Cost:
 
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
-        flops_per_image=flops_per_image(model, len(augment.mean), trained.size)[0],
+        flops_per_image=flops_per_image(model, len(augment.mean), trained.size)[0] * (1 if tta == "none" else 2),
         timings=tuple(timing(batch_size) for batch_size in BATCH_SIZES),
         device=device_name,
         precision="bf16" if augment.dtype == torch.bfloat16 else "fp32",

@@ -1,7 +1,5 @@
 """Find images that stand in two splits of a data set, pixel for pixel."""
 
-from __future__ import annotations
-
 import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The features of a split under given weights: computed once, and kept beside the run."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from dataclasses import dataclass
@@ -45,7 +43,7 @@ class Features:
     def __len__(self) -> int:
         return len(self.logits)
 
-    def __getitem__(self, indices: Tensor) -> Features:
+    def __getitem__(self, indices: Tensor) -> "Features":
         """Return those of some images, int64 [M]."""
         return Features(features=self.features[indices], lengths=self.lengths[indices], logits=self.logits[indices])
 
@@ -61,7 +59,7 @@ def features_of(trained: Trained, name: str, images: Tensor, processes: Processe
     Args:
         trained: the run or checkpoint.
         name: of the file in its folder `features`, e.g. the split's.
-        images: uint8 [N, H, W].
+        images: uint8 [N, H, W] or [N, 3, H, W].
         processes: each computes its share, and the main one keeps them.
 
     Raises:
@@ -103,7 +101,7 @@ def kept_features(trained: Trained, name: str, images: Tensor) -> Features | Non
 
 
 def compute_features(trained: Trained, images: Tensor) -> Features:
-    """Run the model over images, uint8 [N, H, W], with a progress bar on a terminal.
+    """Run the model over images, uint8 [N, H, W] or [N, 3, H, W]; on a terminal with a progress bar.
 
     Raises:
         ValueError: a feature is not finite.
@@ -134,5 +132,5 @@ def _key(trained: Trained, images: Tensor) -> dict[str, str]:
 
 
 def images_sha256(images: Tensor) -> str:
-    """Return the sha256 of the pixels of images, uint8 [N, H, W] on the CPU."""
+    """Return the sha256 of the pixels of images, uint8 [N, H, W] or [N, 3, H, W] on the CPU."""
     return hashlib.sha256(images.contiguous().numpy().data).hexdigest()

@@ -1,9 +1,7 @@
 """All that is computed of one evaluation, for report/ to write."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -91,9 +89,9 @@ def findings(
         risk = risk_coverage(confidence, predictions == outcome.labels)
         metrics |= {
             "subsets": subset_accuracies(outcome.by_tta, outcome.labels, copies) | _without_copies(outcome, exact),
-            "calibration": calibration and calibration.as_dict(),
+            "calibration": calibration and asdict(calibration),
             "trust": trust(outcome, temperature),
-            "cost": outcome.cost and outcome.cost.as_dict(),
+            "cost": outcome.cost and asdict(outcome.cost),
             "retrieval": retrieval,
             "duplicates": [pair.as_dict() for pair in exact],
         }

@@ -1,7 +1,5 @@
 """The training images that a model takes for most like an image: where a wrong label, or a wrong habit, comes from."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

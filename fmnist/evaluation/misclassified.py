@@ -1,7 +1,5 @@
 """The images that a model gets wrong, and the classes that it takes for each other."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

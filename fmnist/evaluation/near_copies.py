@@ -235,7 +235,7 @@ def find_pairs(images: Tensor, threshold: float = SIMILAR) -> tuple[Tensor, Tens
             found.append(torch.stack((left[alike], right[alike]), dim=1).cpu())
             count += len(found[-1])
             if count > MAX_PAIRS:
-                logger.warning("more than %s pairs of near copies: the search ends at image %s", MAX_PAIRS, first)
+                logger.warning("more than %s pairs of similar images: the search ends at image %s", MAX_PAIRS, first)
                 break
         else:
             continue

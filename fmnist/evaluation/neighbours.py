@@ -1,7 +1,5 @@
 """Nearest neighbours by cosine on the device, and how often they are of the same class."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

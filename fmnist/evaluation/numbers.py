@@ -1,7 +1,5 @@
 """Every number of an evaluation, from logits and labels: accuracy with its interval, calibration, per class."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Why an answer: how much its probability drops when a part of the image is covered."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 

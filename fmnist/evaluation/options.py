@@ -8,18 +8,9 @@ from pathlib import Path
 
 from fmnist.config.shipped import command
 from fmnist.runtime.arguments import CommandLine, EachOnce, number, run_path
-from fmnist.runtime.ownership import check_outputs, check_suffix
+from fmnist.runtime.ownership import EVALUATION, check_outputs, check_suffix
 
-# What tells the files of an earlier evaluation or comparison from somebody else's.
-EVALUATION = {
-    "metrics.json": b'"top1_interval"',
-    "report.txt": b": top1 ",
-    "predictions.csv": b"index,label,prediction,confidence,",
-    "confusion_matrix.png": b"",
-    "reliability.png": b"",
-    "report.html": b"This page holds everything it shows",
-    "retrieval.json": b'"num_queries"',
-}
+# What tells the files of an earlier comparison from somebody else's.
 COMPARISON = {"comparison.txt": b"McNemar's exact p", "comparison.json": b'"seeds"', "comparison.png": b""}
 
 

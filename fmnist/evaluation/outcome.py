@@ -1,7 +1,5 @@
 """Evaluate a trained model on a split, or several together: logits, and what it costs."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -32,11 +30,11 @@ class Request:
 
     Attributes:
         split: the images.
-        tta: flip averages an image and its mirror; none takes the run's own setting.
-        batch_size: images of one forward; none takes the run's own.
-        root: folder of the IDX files; none takes the run's own.
+        tta: flip averages an image and its mirror; None takes the run's own setting.
+        batch_size: images of one forward; None takes the run's own.
+        root: where the data set lies; None takes the run's own.
         quick: metrics and figures only: skips accuracy on subsets, calibration, timing and report.html.
-        output: folder of its files; none takes the run's `evaluation/<split>`.
+        output: folder of its files; None takes the run's `evaluation/<split>`.
         written: files will be written, so a folder that cannot be is refused before anything is computed.
     """
 
@@ -157,7 +155,8 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
         elif trained.info.num_val:
             val_split = _same_everywhere("val", source, compute)
             validation, val_published = (logits_of(val_split, cfg.tta), val_split.labels.cpu()), val_split.published
-        cost = compute.on_main(measure_cost, trained, split.between(0, max(BATCH_SIZES)), compute.device_name)
+        few = split.between(0, max(BATCH_SIZES))
+        cost = compute.on_main(measure_cost, trained, few, compute.device_name, cfg.tta)
     outcome = Outcome(
         name=trained.name,
         model=trained.cfg.model.name,

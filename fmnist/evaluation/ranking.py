@@ -1,7 +1,5 @@
 """Several evaluations of the same images side by side: what may be chance, which none beats."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -85,11 +83,11 @@ def comparison_rows(outcomes: Sequence[Outcome], results: Sequence[Mapping[str, 
         raise ValueError(f"the runs have different {first.split} images: compare runs of the same data options")
     order = sorted(range(len(outcomes)), key=lambda i: -results[i]["top1"])
     own = own_options([outcome.trained.cfg if outcome.trained else None for outcome in outcomes])
-    val = [outcome.trained.summary.get("val.top1") if outcome.trained else None for outcome in outcomes]
+    val = [_validated(outcome, "top1") for outcome in outcomes]
     # The choice is by the number that chose each run's epoch; runs that differ in it are compared by accuracy.
     kept = {outcome.trained.cfg.evaluation.best for outcome in outcomes if outcome.trained}
     by = kept.pop() if len(kept) == 1 else "top1"
-    chosen = [outcome.trained.summary.get(f"val.{by}") if outcome.trained else None for outcome in outcomes]
+    chosen = [_validated(outcome, by) for outcome in outcomes]
     best = (min if by == "loss" else max)((value for value in chosen if value is not None), default=None)
     rows = []
     for rank, i in enumerate(order):
@@ -117,6 +115,12 @@ def comparison_rows(outcomes: Sequence[Outcome], results: Sequence[Mapping[str, 
             for i in pareto_front([row[key] for row in rows], [row["top1"] for row in rows]):
                 rows[i]["front"] = [*rows[i].get("front", ()), key]
     return rows
+
+
+def _validated(outcome: Outcome, name: str) -> float | None:
+    """Return a validation number of the weights; summary.json has those of the run's own, not of its checkpoints."""
+    trained = outcome.trained
+    return None if trained is None or trained.checkpoint else trained.summary.get(f"val.{name}")
 
 
 def told_apart(outcomes: Sequence[Outcome]) -> list[Outcome]:

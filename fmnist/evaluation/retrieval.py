@@ -1,7 +1,5 @@
 """How often a run's features find images of the same class."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence

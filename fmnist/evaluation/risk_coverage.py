@@ -1,7 +1,5 @@
 """What can be automated: errors among the most confident answers, and the confidence from which on they are few."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

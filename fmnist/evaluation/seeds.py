@@ -1,7 +1,5 @@
 """Runs of one recipe that differ by the seed only, summed up."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Rank labels by how likely they are wrong, and count which classes are taken for each other."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -32,7 +32,7 @@ def flops_per_image(model: nn.Module, channels: int, size: int) -> tuple[int, in
     """Count floating-point operations (a multiply-add is two) of matrix products and convolutions.
 
     Args:
-        model: from images [B, C, H, W] to logits; it is not changed.
+        model: from images [B, C, H, W] to logits; left as it is, but for its gradients, which are cleared.
         channels: C.
         size: H and W in pixels.
 

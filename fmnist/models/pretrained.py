@@ -58,7 +58,7 @@ def build_timm(
                 raise
             model = _create(cfg, num_classes, 3, sizes)
             try_model(model, cfg.name, 3, sizes)
-            log.info("%s reads three channels: it takes no grey images", cfg.name)
+            log.info("%s needs three channels: grey images are repeated as RGB", cfg.name)
             return model, Normalization(normalization.mean * 3, normalization.std * 3)
         return model, normalization
 

@@ -56,4 +56,4 @@ def describe_triton(model: nn.Module, channels: int, sizes: Iterable[int]) -> st
         return ""
     programs = 2 * len({(shape, conv.kernel_size) for conv, shape in taken})  # one is for the gradient of the weights
     convolutions = counted(len({conv for conv, _ in taken}), "depthwise convolution")
-    return f"{convolutions} by our kernel: Triton compiles it for their maps at the first start, {programs} times 10 s"
+    return f"{convolutions} by our kernel: Triton compiles {programs} kernels at the first start, about 10 s each"

@@ -1,7 +1,5 @@
 """Compare evaluations of the same images: one table, one figure, and what may be chance."""
 
-from __future__ import annotations
-
 import json
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +9,7 @@ from typing import Any
 from fmnist.evaluation.outcome import Outcome
 from fmnist.evaluation.seeds import repeated_seeds, seed_rows
 from fmnist.report.comparison_figure import plot_comparison
-from fmnist.runtime.files import write_atomic
+from fmnist.runtime.files import write_atomic, write_json
 
 # The costs against which a row may lie on the Pareto front, in a word each.
 FRONTS = {"flops_per_image": "FLOPs", "latency_ms_1": "ms"}
@@ -114,6 +112,6 @@ def write_comparison(
             lines.append("What an ensemble costs is the sum of its members.")
     text = "\n".join(lines) + "\n"
     write_atomic(folder / "comparison.txt", text)
-    write_atomic(folder / "comparison.json", json.dumps({"rows": rows, "seeds": seeds}, indent=2) + "\n")
+    write_json(folder / "comparison.json", {"rows": rows, "seeds": seeds})
     plot_comparison(rows, folder / "comparison.png")
     return text

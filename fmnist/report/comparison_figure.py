@@ -1,7 +1,5 @@
 """Accuracy against cost: which models no other beats, and the figure of a comparison."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Learning curves of a run, from its metrics.jsonl."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The confusion matrix of report.html: cells with their colours, and the images that each opens."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """report.html: one evaluation as one offline page, with its figures and pictures inside."""
 
-from __future__ import annotations
-
 import datetime
 import math
 from collections.abc import Sequence
@@ -54,7 +52,7 @@ def _maps(findings: Findings) -> list[tuple[str, float] | None]:
     """Return, for each error on the page, the URI of its map and the largest drop; None where none was made."""
     outcome, shown = findings.outcome, findings.errors[:NUM_SHOWN]
     made = [
-        (picture(overlay(outcome.images[error.position], drops)), float(drops.max()))
+        (picture(overlay(outcome.images[error.position], drops)), max(0.0, float(drops.max())))
         for error, drops in zip(shown, findings.maps, strict=False)
     ]
     return [*made, *[None] * (len(shown) - len(made))]

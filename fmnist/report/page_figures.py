@@ -1,7 +1,5 @@
 """Figures and pictures of report.html as data URIs: SVG for curves, PNG for images."""
 
-from __future__ import annotations
-
 import base64
 import io
 from pathlib import Path

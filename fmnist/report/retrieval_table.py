@@ -1,7 +1,5 @@
 """Retrieval precision as a file that is kept, a table, and one line."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Write every file of one evaluation: metrics, tables, figures, report.html, and W&B's copy. Runs no model."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping

@@ -80,7 +80,7 @@ class Compute(Processes):
         if not device:
             check_gpus(torch.accelerator.device_count())
         named = find_device(device) if device else None
-        # said to Accelerate, which else leaves processes on a machine without accelerator to themselves
+        # tell Accelerate: on a machine without an accelerator it would otherwise leave each process on its own
         no_gpu = is_true("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
         on_cpu = named.type == "cpu" if named else no_gpu
         if shards and on_cpu and threads not in (None, 1):
@@ -95,7 +95,7 @@ class Compute(Processes):
                     InitProcessGroupKwargs(timeout=2 * PATIENCE),  # NCCL's; the host's group, which says who, is first
                 ],
             )
-        # cpu:1 is what Accelerate calls the CPU of rank 1, and bringing a tensor of the CPU there would copy it
+        # Accelerate calls rank 1's CPU cpu:1; moving a CPU tensor there would copy it
         self.device, self.shards = named or (torch.device("cpu") if on_cpu else self.accelerator.device), shards
         try:
             check_world_size(self.accelerator.num_processes)
@@ -175,6 +175,7 @@ class Compute(Processes):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.end_if_lost(error)
         # After an error the other processes may be gone, and a join would wait for them: the group ends with this one.
         if error is None or self.world_size == 1:
             self.close()

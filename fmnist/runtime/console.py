@@ -83,13 +83,13 @@ class _LogFile(logging.FileHandler):
     def _drop(self, error: object) -> None:
         if self in logger.handlers:
             logger.removeHandler(self)
-            logger.warning("%s: messages are missing from here: %s", self.baseFilename, error)
+            logger.warning("%s: further messages are not written: %s", self.baseFilename, error)
 
 
 def log_to_file(path: Path) -> logging.Handler:
     """Append messages to a file, until `stop_logging_to` is called with what is returned."""
     try:
-        handler: logging.Handler = _LogFile(path)
+        handler: logging.Handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         logger.warning("%s: messages are not written: %s", path, error.strerror)
         return logging.NullHandler()

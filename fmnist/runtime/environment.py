@@ -26,7 +26,7 @@ class Variable(NamedTuple):
 VARIABLES = tuple(
     Variable(*row)
     for row in (
-        ("FMNIST_DATA", "obeyed", "folder with the data set, unless `data.root` names one"),
+        ("FMNIST_DATA", "obeyed", "folder with Fashion-MNIST, unless `data.root` names one"),
         ("FMNIST_CACHE", "obeyed", "folder for decoded pictures; default $XDG_CACHE_HOME/fmnist or ~/.cache/fmnist"),
         ("FMNIST_EXPECTED_WORLD_SIZE", "obeyed", "set by slurm/train.sbatch: another number of processes is refused"),
         ("FMNIST_*", "no effect", "on the programs; slurm/README.md lists those of the batch scripts"),

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,7 @@ try:
 except ImportError:  # Windows has no flock: leftovers there go by their age
     fcntl = None  # type: ignore[assignment]
 
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # what FUSE and CIFS answer where they sync no directory
 MAX_JSON_BYTES = MAX_CSV_BYTES = 1 << 26
 CHUNK_BYTES = 1 << 20  # read at once from a file or server whose length is not known
 LEFTOVER_AGE_S = 3600.0  # without flock, a temporary file this old is taken for one that nobody writes any more
@@ -36,10 +37,13 @@ class Unreadable(ValueError):
 
 
 def sync_path(path: Path) -> None:
-    """Force a file or directory to the disk."""
+    """Force a file or directory to the disk; some file systems take no directory, and write it by themselves."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC or not path.is_dir():
+            raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(descriptor)
 
@@ -67,6 +71,7 @@ def write_atomic(path: Path, content: bytes | str | Callable[[BinaryIO], object]
                 content(file)
             else:
                 file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()  # a full disk is found before the old file goes; and what is held back would not be synced
             sync_path(part)
             if fcntl is not None:
                 part.replace(path)  # while it is locked: nobody takes it for a leftover
@@ -181,6 +186,15 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {one_line(error, 120)}") from None
     return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write what `read_json` reads, whole or not at all.
+
+    Raises:
+        OSError: see `write_atomic`.
+    """
+    write_atomic(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_at_most(stream: io.BufferedIOBase, limit: int) -> bytes:

@@ -222,3 +222,8 @@ def too_large(num_bytes: int, where: str = "device") -> str:
     if num_bytes <= FREE_SHARE * free:
         return ""
     return f"{num_bytes / 2**30:.2f} GiB of images, {free / 2**30:.2f} GiB are free {place}"
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a host tensor without making the host wait for the device's queue."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -124,7 +124,7 @@ class Heartbeat(threading.Thread):
             now = time.monotonic()
             passed, before, number = now - before, now, number + 1
             if passed > STOOD_STILL_S:
-                logger.warning("rank %d stood still for %.0f s (suspended?) and waits again", self.rank, passed)
+                logger.warning("rank %d was suspended for about %.0f s and is waiting again", self.rank, passed)
             try:
                 mine = self._beat(number)
                 if not waiting.waits(mine):

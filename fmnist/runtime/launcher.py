@@ -163,9 +163,7 @@ def gpu_warning(processes: int, found: int, environ: Mapping[str, str] = ENVIRON
     """
     if processes == 1 or found or is_true("ACCELERATE_USE_CPU", environ):
         return None
-    return (
-        f"no GPU was found: {processes} processes compute on the CPU; ACCELERATE_USE_CPU=true says that this is meant"
-    )
+    return f"no GPU found: {processes} processes compute on the CPU; set ACCELERATE_USE_CPU=true if that is intended"
 
 
 def signal_warning(environ: Mapping[str, str] = ENVIRONMENT) -> str | None:
@@ -192,18 +190,18 @@ def signal_warning(environ: Mapping[str, str] = ENVIRONMENT) -> str | None:
     return f"set in the job's environment, as slurm/train.sbatch does: {'; '.join(missing)}"
 
 
-def announce(environ: Mapping[str, str] = ENVIRONMENT) -> None:
+def announce() -> None:
     """Log the SLURM job and what its signals would miss; call it once, on the main process."""
-    if "SLURM_JOB_ID" in environ:
-        nodes, restarts = environ.get("SLURM_JOB_NUM_NODES", "1"), environ.get("SLURM_RESTART_COUNT", "0")
-        logger.info("SLURM job %s, nodes: %s, restart %s", environ["SLURM_JOB_ID"], nodes, restarts)
-    if warning := signal_warning(environ):
+    if "SLURM_JOB_ID" in ENVIRONMENT:
+        nodes, restarts = ENVIRONMENT.get("SLURM_JOB_NUM_NODES", "1"), ENVIRONMENT.get("SLURM_RESTART_COUNT", "0")
+        logger.info("SLURM job %s, nodes: %s, restart %s", ENVIRONMENT["SLURM_JOB_ID"], nodes, restarts)
+    if warning := signal_warning(ENVIRONMENT):
         logger.warning("%s", warning)
 
 
-def stop_with_launcher(environ: Mapping[str, str] = ENVIRONMENT) -> None:
+def stop_with_launcher() -> None:
     """Do as `stop_with_parent` where a launcher is the parent."""
-    if "TORCHELASTIC_RUN_ID" in environ or "ACCELERATE_MIXED_PRECISION" in environ:
+    if "TORCHELASTIC_RUN_ID" in ENVIRONMENT or "ACCELERATE_MIXED_PRECISION" in ENVIRONMENT:
         stop_with_parent()
 
 

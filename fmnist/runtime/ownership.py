@@ -33,10 +33,15 @@ RUN_FILES = (
     "non_finite_step_*.png",
     CONFIG,
 )
-EVALUATION_FILES = (
-    *("metrics.json", "report.txt", "predictions.csv", "confusion_matrix.png", "reliability.png", "report.html"),
-    "retrieval.json",
-)
+EVALUATION = {  # and what tells each file of an evaluation from somebody else's of its name
+    "metrics.json": b'"top1_interval"',
+    "report.txt": b": top1 ",
+    "predictions.csv": b"index,label,prediction,confidence,",
+    "confusion_matrix.png": b"",
+    "reliability.png": b"",
+    "report.html": b"This page holds everything it shows",
+    "retrieval.json": b'"num_queries"',
+}
 # What lies in its folders, a part of the path at a time; ** is all that is below. The client of Weights & Biases puts
 # the run's id behind its names.
 STEPS, HEX = tuple(f"{kind}_{'[0-9]' * 8}" for kind in ("step", "best")), "[0-9a-f]" * 8
@@ -52,7 +57,7 @@ INSIDE = (
         for folder in ("", *(f"{step}/" for step in STEPS))
         for split in ("train", "val", "test")
         for data in ("", f"-{HEX}")
-        for name in EVALUATION_FILES
+        for name in EVALUATION
     ),
     *("wandb/*run-*-{run_id}/**", "wandb/latest-run", "wandb/debug*.log"),
     *(f"{folders}.*.{HEX}.part" for folders in ("*/", "*/*/", "*/*/*/")),
@@ -190,6 +195,8 @@ def check_place(folder: Path) -> Path:
     Raises:
         ValueError: it cannot be made, or files that are made there could not be read back by their own owner.
     """
+    if folder.parts[:1] and folder.parts[0].startswith("~"):
+        raise ValueError(f"{folder} would be a folder called {folder.parts[0]}: give the path that ~ stands for")
     place = folder
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent

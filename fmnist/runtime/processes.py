@@ -5,8 +5,7 @@ The files beside this one and `data/batches.py` are the only ones that know rank
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -60,7 +59,7 @@ class Processes:
         return tensor
 
     def mean(self, scalars: Mapping[str, Tensor]) -> dict[str, float]:
-        """Average device scalars over processes and read them: the loop's one device sync."""
+        """Average device scalars, float32 [] each, over processes and read them: one device sync."""
         stacked = self.sum(in_float64(torch.stack(list(scalars.values())))) / self.world_size
         return dict(zip(scalars, stacked.tolist(), strict=True))
 
@@ -162,14 +161,9 @@ class Processes:
         if self.control is not None:
             dist.barrier(group=self.control)
 
-    @contextmanager
-    def watch_lost_processes(self) -> Iterator[None]:
-        """End this process with one line and status 1 where a collective fails because another one died or hangs."""
-        try:
-            yield
-        except RuntimeError as error:
-            if self.control is None or not is_lost_process(error):
-                raise
+    def end_if_lost(self, error: BaseException | None) -> None:
+        """End this process with one line and status 1 where a collective failed because another one died or hangs."""
+        if self.control is not None and isinstance(error, RuntimeError) and is_lost_process(error):
             others = [rank for rank in range(self.world_size) if rank != self.rank]
             loss = describe_loss(error, self.control, others)
             end_for_another(self.rank, loss, one_line(error, 160))

@@ -19,9 +19,16 @@ def versions() -> dict[str, str]:
 
 def git_revision() -> str:
     """Return the commit of the code, with -dirty where it was changed, or unknown."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    here = Path(__file__)
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here.parent), *command], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        git("ls-files", "--error-unmatch", here.name)  # installed inside another repository, its commit is not ours
+        return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 

@@ -22,9 +22,8 @@ class Progress:
         step: returns the completed optimizer updates.
         validates: says whether the validation images are evaluated after so many updates.
         total_steps, steps_per_epoch: of the run.
-        best: the best validation number of earlier starts; None where there is none.
+        best: returns the best validation number so far; None where there is none.
         by: its name, see `evaluation.best`.
-        size: in pixels, where it is not that of the end.
     """
 
     def __init__(
@@ -34,13 +33,12 @@ class Progress:
         *,
         total_steps: int,
         steps_per_epoch: int,
-        best: float | None = None,
+        best: Callable[[], float | None] = lambda: None,
         by: Literal["top1", "macro_f1", "loss"] = "top1",
-        size: float | None = None,
     ) -> None:
         self.step, self.validates = step, validates
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
-        self.best, self.by, self._size = best, by, size
+        self.best, self.by = best, by
         self._losses: list[float] = []
         self._rate: float | None = None
         self._overall: float | None = None
@@ -90,13 +88,11 @@ class Progress:
         if self._losses:
             parts.append(f"train loss {sum(self._losses) / len(self._losses):.4f}")
         if val:
-            number, better = val[self.by], min if self.by == "loss" else max
-            if self.best is None or val.get("size") != self._size:  # numbers at two sizes are not compared
-                self.best, self._size = number, val.get("size")
-            self.best = better(self.best, number)
+            number, best = val[self.by], self.best()
+            best = number if best is None else best  # a NaN is never kept as the best
             parts += [f"val top1 {100 * val['top1']:.2f} %"] if self.by != "top1" else []
-            parts.append(f"val {WORDS[self.by]} {_shown(self.by, number)} (best {_shown(self.by, self.best)})")
-            parts += [f"at {self._size:g} px"] if self._size else []
+            parts.append(f"val {WORDS[self.by]} {_shown(self.by, number)} (best {_shown(self.by, best)})")
+            parts += [f"at {val['size']:g} px"] if "size" in val else []
         if self._rate is not None:
             overall = "" if self._overall is None else f" ({self._overall:,.0f} overall)"
             parts.append(f"{self._rate:,.0f} images/s{overall}")

@@ -94,7 +94,7 @@ class Tracker(NullTracker):
 
     def _warn(self, error: OSError) -> None:
         if not self._warned:
-            logger.warning("%s: numbers are missing from here: %s", self.path, error.strerror or error)
+            logger.warning("%s: further numbers are not written: %s", self.path, error.strerror or error)
         self._warned = True
 
     def _try_wandb(self, call: Callable[[], Any]) -> None:

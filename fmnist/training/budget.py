@@ -2,6 +2,7 @@
 
 import logging
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import pairwise
@@ -13,7 +14,7 @@ from fmnist.checkpoint.contents import EMA, MODEL, OPTIMIZER, TrainState
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.checkpoint.tensors import optimizer_tensors
 from fmnist.config.conflicts import sizes_by_epoch
-from fmnist.config.schema import Config
+from fmnist.config.schema import MOST_STEPS, Config
 from fmnist.data.batches import Loader
 from fmnist.data.info import DataInfo
 from fmnist.data.split import Split
@@ -86,16 +87,24 @@ def fixed_steps(
     total = largest_within(left, lambda count: seconds(cfg, count, costs, loader), cheaper_from(cfg, loader))
     if not total:
         least = (60 * minutes - left + seconds(cfg, 1, costs, loader)) / 60
-        raise ValueError(f"schedule.minutes is {minutes}, in which not one step fits; valid here: {least:.2g} and more")
+        raise ValueError(
+            f"schedule.minutes is {minutes}, too short for one step; valid here: {no_less(least)} and more"
+        )
     by_size = ", ".join(
-        f"{1000 * each:.3g} ms a step of {size} px" for each, size in zip(costs.steps, sizes(cfg), strict=True)
+        f"{1000 * each:.3g} ms per step at {size} px" for each, size in zip(costs.steps, sizes(cfg), strict=True)
     )
     logger.info(
         f"schedule.minutes {minutes:g}: {total:,} steps, {total / loader.steps_per_epoch:.4g} epochs; {by_size}, "
-        f"{evaluation:.3g} s an evaluation, {save:.2g} s a checkpoint; {used:.0f} s have gone, {end + REPORT_S:.0f} s "
-        "are kept for the end"
+        f"{evaluation:.3g} s per evaluation, {save:.2g} s per checkpoint; {used:.0f} s used, {end + REPORT_S:.0f} s "
+        "reserved for the end"
     )
     return total, micro_batch_size
+
+
+def no_less(number: float) -> str:
+    """Return a number above 0 in two digits, rounded up."""
+    unit = 10.0 ** (math.floor(math.log10(number)) - 1)
+    return f"{math.ceil(number / unit) * unit:g}"
 
 
 def _flat(costs: Costs) -> tuple[float, ...]:
@@ -192,8 +201,8 @@ def seconds(cfg: Config, steps: int, costs: Costs, loader: Loader) -> float:
 
 def cheaper_from(cfg: Config, loader: Loader) -> list[int]:
     """Return the numbers of steps from which a run may take less time: its first epochs are of smaller images then."""
-    epochs = max(cfg.augment.size) if isinstance(cfg.augment.size, dict) else -1
-    return [math.ceil((epoch + 0.5) * loader.steps_per_epoch) for epoch in range(1, epochs + 2)]
+    last = max(cfg.augment.sizes)  # the epoch whose size is the last
+    return [math.ceil((epoch + 0.5) * loader.steps_per_epoch) for epoch in range(1, last + 2)] if last else []
 
 
 def largest_within(limit: float, takes: Callable[[int], float], falls_at: Sequence[int] = ()) -> int:
@@ -205,11 +214,7 @@ def largest_within(limit: float, takes: Callable[[int], float], falls_at: Sequen
         falls_at: numbers of steps, ascending, that may take less than one step fewer.
     """
     best = 0
-    for low, high in pairwise((1, *falls_at, 10**9)):
-        if takes(low) > limit:
-            continue
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if takes(middle) <= limit else (low, middle)
-        best = low
+    for low, high in pairwise((1, *falls_at, MOST_STEPS + 1)):
+        if fitting := bisect_right(range(low, high), limit, key=takes):
+            best = low + fitting - 1
     return best

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from fmnist.checkpoint.contents import TrainState, read_state
@@ -177,7 +178,11 @@ def _clock(cfg: Config, state: TrainState, model: nn.Module, augment: Augment, l
     def least_seconds() -> float:
         return least[augment.size((state.step - 1) // epoch)]
 
-    return Clock(batch, state.train_seconds, least_seconds if least else None, waited)
+    def synchronize() -> None:
+        if run.device.type != "cpu":
+            torch.accelerator.synchronize(run.device)
+
+    return Clock(batch, state.train_seconds, least_seconds if least else None, waited, synchronize)
 
 
 def _progress(cfg: Config, state: TrainState, schedule: Schedule) -> Progress:
@@ -187,7 +192,6 @@ def _progress(cfg: Config, state: TrainState, schedule: Schedule) -> Progress:
         schedule.validates,
         total_steps=schedule.total_steps,
         steps_per_epoch=schedule.steps_per_epoch,
-        best=state.best_number(cfg.evaluation.best),
+        best=lambda: state.best_val.get(cfg.evaluation.best),
         by=cfg.evaluation.best,
-        size=state.best_val.get("size"),
     )

@@ -1,5 +1,6 @@
 """Images per second: of training alone, of all time since the first step, and as a share of the hardware's peak."""
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ class Clock:
         least_seconds: tells how long the step just done would take at the peak of the hardware; None where that is not
             known.
         waited: tells the seconds that steps have waited for images so far; None where these lie on the device.
+        synchronize: waits until the device has done all steps that it was given.
     """
 
     def __init__(
@@ -26,7 +28,9 @@ class Clock:
         total_seconds: float = 0.0,
         least_seconds: Callable[[], float] | None = None,
         waited: Callable[[], float] | None = None,
+        synchronize: Callable[[], object] = lambda: None,
     ) -> None:
+        self._synchronize = synchronize
         self._waited, self._waited_before = waited, 0.0
         self.global_batch_size, self.total_seconds = global_batch_size, total_seconds
         self._least_seconds = least_seconds
@@ -49,7 +53,13 @@ class Clock:
             self._window_least += self._least_seconds()
 
     def read(self) -> dict[str, float]:
-        """Return the speed since the last read; right after a device sync, so that all counted work is done."""
+        """Return the speed since the last read; right after a device sync, so that all counted work is done.
+
+        Returns:
+            `images_per_second`, `step_time_s` and `save_seconds` since the last read; `images_per_second_overall` and
+            `share_outside_steps` (0 to 1) since the start; `mfu` (0 to 1) and `data_wait_ms` where they are known.
+            Empty before a step.
+        """
         self._bank()
         seconds, steps = self._window_seconds / max(1, self._steps), self._steps
         least, self._window_seconds, self._window_least, self._steps = self._window_least, 0.0, 0.0, 0
@@ -89,12 +99,13 @@ class Clock:
 
         None where nothing was timed: a run that is resumed after its last step.
         """
-        rates = sorted(self.rates[1:] or self.rates)
-        return round(rates[len(rates) // 2], 1) if rates else None
+        rates = self.rates[1:] or self.rates
+        return round(statistics.median(rates), 1) if rates else None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out what happens inside: evaluations and checkpoints."""
+        """Leave out what happens inside: evaluations and checkpoints, which would wait for the steps as well."""
+        self._synchronize()
         self._bank()
         yield
         self._since = time.perf_counter()

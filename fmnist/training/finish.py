@@ -44,7 +44,7 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
         "steps": state.step,
         "world_size": run.world_size,
         "seed": cfg.seed,
-        **{f"val.{name}": value for name, value in ({"top1": state.best_number("top1")} | state.best_val).items()},
+        **{f"val.{name}": value for name, value in ({"top1": None} | state.best_val).items()},
         **training.clock.summary(),
         "startup_seconds": round(training.clock.started - run.began, 3),
         "startup_processor_seconds": round(training.clock.processor_before, 3),
@@ -67,8 +67,8 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
                 summary["val.top1"] = None
     if summary["val.top1"] is None and "weights_step" in summary:
         summary["weights_size"] = training.size_at(summary["weights_step"])
-    found = evaluate_at_end(training, cfg, run, summary) if finished else None
-    run.finish(summary)
+    found, numbers = evaluate_at_end(training, cfg, run) if finished else (None, {})
+    run.finish(summary | numbers)
     if finished and run.is_main:  # after the summary: a figure that fails costs neither numbers nor summary
         write_report(found, run)
     if not finished:
@@ -79,24 +79,25 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
         logger.info("%s", closing(run.directory, summary["val.top1"], found, has_test=has_test))
 
 
-def evaluate_at_end(training: Training, cfg: Config, run: Run, summary: dict[str, Any]) -> Findings | None:
-    """Evaluate the weights to use, add the numbers to the summary, and return what was found on the main process."""
+def evaluate_at_end(training: Training, cfg: Config, run: Run) -> tuple[Findings | None, dict[str, Any]]:
+    """Evaluate the weights to use; return what was found, on the main process, and numbers for the summary."""
     use_best_weights(training, run)
+    numbers: dict[str, Any] = {}
     with eager_unless_long(training, cfg, run):
-        summary["temperature"] = fit_on_validation(training, cfg, run)
+        numbers["temperature"] = fit_on_validation(training, cfg, run)
         if (split := training.val_split).corrected is not None:
             logits = predict(training.model, split, training.augment, cfg.evaluation, run)
-            summary |= scores_corrected("val", logits, split)
+            numbers |= scores_corrected("val", logits, split)
         found = evaluate_test(training, cfg, run) if cfg.evaluation.test else None
     if found is not None and found.outcome.split == "test":
         scores = {key: found.metrics[key] for key in (*SCORES, "loss", "num_images") if key in found.metrics}
         run.log("test", scores, training.state.step)
-        summary |= {f"test.{key}": value for key, value in scores.items()}
-        summary |= calibration_errors(found, summary["temperature"])
-        summary |= scores_corrected("test", found.outcome.logits, training.test_split)
+        numbers |= {f"test.{key}": value for key, value in scores.items()}
+        numbers |= calibration_errors(found, numbers["temperature"])
+        numbers |= scores_corrected("test", found.outcome.logits, training.test_split)
     elif not len(training.test_split):
-        summary["test.num_images"] = 0
-    return found
+        numbers["test.num_images"] = 0
+    return found, numbers
 
 
 def use_best_weights(training: Training, run: Run) -> None:
@@ -134,9 +135,12 @@ def scores_corrected(name: str, logits: Tensor, split: Split) -> dict[str, float
 
 
 def calibration_errors(found: Findings, temperature: float | None) -> dict[str, float]:
-    """Return the expected calibration error on the test images, without and with the temperature."""
+    """Return the expected calibration error on the test images, without and with the temperature.
+
+    That is of single images: probabilities that are averaged over mirror images have another, which evaluate.py fits.
+    """
     outcome, errors = found.outcome, {"test.ece": found.metrics["ece"]}
-    if temperature is not None:
+    if temperature is not None and outcome.tta == "none":
         scaled = (outcome.logits.double() / temperature).softmax(dim=1)
         errors["test.ece_calibrated"] = calibration_error(scaled, outcome.labels)
     return errors
@@ -168,6 +172,8 @@ def evaluate_test(training: Training, cfg: Config, run: Run) -> Findings | None:
         info=split.info,
         data=split.title(),
         data_sha256=split.digest,
+        published=split.published,
+        files=tuple(map(split.file, range(len(split)))) if split.files else (),
     )
     return run.on_main(findings, outcome, quick=True)
 

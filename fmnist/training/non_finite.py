@@ -69,10 +69,11 @@ class NonFiniteWatch:
         first = min((found[0] for found in firsts if found), default=step)
         ranks = [rank for rank, found in enumerate(firsts) if found == (first, True)]
         where = f" (the loss of rank {', '.join(map(str, ranks))})" if 0 < len(ranks) < len(firsts) else ""
-        began = "" if first == step else f", begun at step {first}"
+        began = "" if first == step else f", first at step {first}"
         picture = self.directory / f"non_finite_step_{first:08d}.png"
         batches = self.loader.for_main(first - 1)
         self.processes.on_main(write_batch, picture, batches, self.augment, first)
         raise FloatingPointError(
-            f"{message} at step {step}{began}{where}; the batch is drawn in {picture}; the last checkpoint is older"
+            f"{message} at step {step}{began}{where}; the batch is drawn in {picture}; "
+            "the last checkpoint is from before"
         )

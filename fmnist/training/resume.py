@@ -1,12 +1,11 @@
 """Where a start begins: what the run directory holds, compared between the processes, and put back."""
 
-import json
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.utils import ModelEmaV3
@@ -17,7 +16,8 @@ from fmnist.checkpoint.fingerprint import kept_fingerprint, short, what_changed
 from fmnist.checkpoint.run_directory import has_run, is_finished, read_summary, same_recipe
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.checkpoint.tensors import load_optimizer_tensors, load_strict, read_tensors
-from fmnist.config.same_run import changes, lengthened, recipe
+from fmnist.config.conflicts import sizes_by_epoch
+from fmnist.config.same_run import not_of
 from fmnist.config.schema import Config
 from fmnist.data.info import DATA_FILE
 from fmnist.optim import Schedule
@@ -45,14 +45,13 @@ def find_start(cfg: Config, run: Run, checkpoints: Checkpoints, total_steps: int
     made_of = {f"as {name}": short(digest) for name, digest in run.fingerprint.items()}
     run.agree(made_of, "all processes have to read the same data and weights")
     place, shared = f"in {run.directory}", "output_dir must be shared by all processes"
-    finished, again = run.together(lambda: _status(cfg, run, total_steps))
-    state = "a finished run" if finished else "nothing to go on with" if again else "an unfinished run or none"
-    run.agree({place: state}, shared)
-    if finished:
+    standing = run.together(lambda: _standing(cfg, run, total_steps))
+    run.agree({place: f"a run that is {standing}"}, shared)
+    if standing == "finished":
         return True, None
     if not cfg.dry_run:
         run.claim()
-    if again:
+    if standing == "replaced":
         return False, None
     newest = run.together(lambda: _newest(cfg, checkpoints))
     state = "no checkpoint" if newest is None else f"step {int(newest.name.removeprefix('step_'))}"
@@ -71,27 +70,28 @@ def find_start(cfg: Config, run: Run, checkpoints: Checkpoints, total_steps: int
     return False, newest
 
 
-def _status(cfg: Config, run: Run, total_steps: int) -> tuple[bool, bool]:
-    """Say whether the run is finished, and whether it is to be begun again over what lies there."""
+def _standing(cfg: Config, run: Run, total_steps: int) -> Literal["finished", "replaced", "unfinished or new"]:
+    """Say what becomes of what lies in the run directory; replaced: the run begins again over it."""
     directory = run.directory
     if not has_run(directory):
-        return False, cfg.overwrite
+        return "replaced" if cfg.overwrite else "unfinished or new"
     about: dict[str, Any] = {}
-    with suppress(ValueError):  # a run from before it was kept
+    with suppress(ValueError):  # it is damaged or missing: the digests are compared
         about = read_json(directory / DATA_FILE)
     changed = what_changed(kept_fingerprint(directory), run.fingerprint, about, run.kept.get(DATA_FILE, {}))
     if cfg.overwrite:
         restarted = ENVIRONMENT.get("SLURM_RESTART_COUNT", "0") > "0"  # by SLURM, not by a person
         ended = read_summary(directory).get("status") == "finished" and not restarted
         if changed or ended or not same_recipe(directory, cfg):
-            return False, True
+            return "replaced"
     elif changed:
         raise ValueError(
-            f"{directory} holds a run that was made of something else: {'; '.join(changed)}. "
-            "Give what it began with, or another --output_dir"
+            f"{directory} holds a run on other data or weights: {'; '.join(changed)}. "
+            "Restore what it began with, or give another --output_dir"
         )
     length = None if cfg.schedule.minutes is not None else "schedule.steps" if cfg.schedule.steps else "schedule.epochs"
-    return is_finished(directory, test=cfg.evaluation.test, total_steps=total_steps, length=length), False
+    finished = is_finished(directory, test=cfg.evaluation.test, total_steps=total_steps, length=length)
+    return "finished" if finished else "unfinished or new"
 
 
 def _newest(cfg: Config, checkpoints: Checkpoints) -> Path | None:
@@ -114,17 +114,24 @@ def continuation(path: Path, cfg: Config, schedule: Schedule, step: int) -> str:
     """
     meta = read_meta(path)["config"]
     length = {key: meta.get(f"schedule.{key}", getattr(cfg.schedule, key)) for key in ("epochs", "steps")}
-    before = Schedule.from_config(replace(cfg, schedule=replace(cfg.schedule, **length)), schedule.steps_per_epoch)
+    shorter = replace(cfg, schedule=replace(cfg.schedule, **length))
+    before = Schedule.from_config(shorter, schedule.steps_per_epoch)
     if before.total_steps == schedule.total_steps:
         return ""
     old, new = before.lr(before.total_steps - 1), schedule.lr(step)
     lr = f"the learning rate stays {new:.4g}"
     if old != new:
-        lr = (
-            f"the learning rate jumps from {old:.4g} to {new:.4g}, its value there in a run of that length; the result "
-            "is not that of one run of that length"
-        )
-    return f"a run of {before.total_steps:,} steps is continued at step {step:,} to {schedule.total_steps:,}: {lr}"
+        lr = f"the learning rate jumps from {old:.4g} to {new:.4g}, its value there in a run of that length"
+    done, num_train = step / schedule.steps_per_epoch, schedule.steps_per_epoch * cfg.batch.global_batch_size
+    had, would_have = (
+        {first: size for first, size in sizes_by_epoch(each, num_train).items() if first < done}
+        for each in (shorter, cfg)
+    )
+    same = before.shape == "constant" and before.warmup_steps == schedule.warmup_steps and had == would_have
+    return (
+        f"continuing a run of {before.total_steps:,} steps from step {step:,} to {schedule.total_steps:,}: {lr}"
+        f"{'' if same else '; the result differs from a single run of that length'}"
+    )
 
 
 def restore(
@@ -141,9 +148,7 @@ def restore(
         ValueError: it is of another config, model, data or weights; one line naming the file and what differs.
     """
     state, meta = read_state(path), read_meta(path)
-    # Only what both know is compared: a checkpoint from before the fingerprint goes on without one.
-    own = json.loads(json.dumps(recipe(cfg))) | dict(fingerprint or {})
-    if changed := changes(lengthened(meta["config"], own), own):
+    if changed := not_of(meta["config"], cfg, fingerprint):
         raise ValueError(f"{path / STATE} is of another config: {'; '.join(changed[:3])}")
     load_strict(model, read_tensors(path / MODEL), path / MODEL)
     moments = path / OPTIMIZER

@@ -42,7 +42,7 @@ def save(training: Training, run: Run, *, full: bool = True) -> None:
         bad = [f"{file}: {name}" for file, tensors in files.items() for name in non_finite(tensors)]
         if run.mean({"bad": torch.tensor(len(bad), device=run.device)})["bad"]:
             names = next(filter(None, run.gather(bad)))
-            training.non_finite.stop(f"{'; '.join(names[:3])} not finite, not saved,", training.state.step)
+            training.non_finite.stop(f"{'; '.join(names[:3])}: not finite, so nothing is saved,", training.state.step)
 
         training.state.train_seconds = training.clock.total_seconds
         training.state.size = training.size_at(training.state.step)

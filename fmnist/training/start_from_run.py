@@ -8,7 +8,6 @@ from torch import nn
 from fmnist.checkpoint.start_weights import find_start_weights
 from fmnist.checkpoint.tensors import non_finite, read_tensors_and_digest
 from fmnist.config.schema import ModelConfig
-from fmnist.data.fashion_mnist import INFO
 from fmnist.data.info import read_info
 from fmnist.models.head import head_parameters
 from fmnist.models.weights import mismatches
@@ -49,10 +48,11 @@ def start_from_run(model: nn.Module, cfg: ModelConfig, class_names: Sequence[str
 
     own, heads = model.state_dict(), {id(p) for p in head_parameters(model)}
     head = {name for name, p in model.named_parameters() if id(p) in heads}
-    left_out = set() if read_info(found.run, INFO).class_names == tuple(class_names) else head
+    left_out = set() if read_info(found.run).class_names == tuple(class_names) else head
     body = {name: tensor for name, tensor in tensors.items() if name not in left_out}
     if misfits := mismatches(body, {name: tensor for name, tensor in own.items() if name not in left_out}):
         raise ValueError(f"{where} does not fit {cfg.name} as configured: {'; '.join(misfits.values())}")
     model.load_state_dict(body, strict=False)
-    logger.info("starting from %s%s", found.file, "; its classes are others: the head is new" if left_out else "")
+    new_head = "; its classes differ, so the head starts from new weights" if left_out else ""
+    logger.info("starting from %s%s", found.file, new_head)
     return digest

@@ -1,7 +1,5 @@
 """The command after its arguments."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Sequence

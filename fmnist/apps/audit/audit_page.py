@@ -1,7 +1,5 @@
 """audit.html: suspects to decide on, near copies, and noise by class, as one offline page."""
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import io
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from fmnist.apps.audit.pool import Pool
 from fmnist.apps.audit.table import HEADER, Row, table_bytes
-from fmnist.evaluation.near_copies import NEAR_COPY, SIMILAR, find_pairs
+from fmnist.evaluation.near_copies import MAX_PAIRS, NEAR_COPY, SIMILAR, find_pairs
 from fmnist.evaluation.neighbours import Neighbours
 from fmnist.evaluation.suspects import confident_joint
 from fmnist.report.page import render
@@ -182,6 +180,7 @@ def _copies(pool: Pool, copies: Copies) -> dict[str, Any]:
         "near_copy": NEAR_COPY,
         "similar": SIMILAR,
         "num_pairs": len(alike),
+        "cut_short": len(alike) >= MAX_PAIRS,
         "num_near": len(near),
         "num_conflicts": len(conflicts),
         "pair_counts": Counter(map(where, near)).most_common(),

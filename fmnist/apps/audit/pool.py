@@ -1,7 +1,5 @@
 """The training images of a data set, as given, and what finished runs make of them."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -198,4 +196,5 @@ def describe(runs: Sequence[Trained], pool: Pool) -> str:
         given = counted(len({trained.cfg.data.fold for trained in runs}), "fold")
         return f"{given} of {runs[0].cfg.data.folds} ({names}), each judging the images that it was not trained on"
     models = "one run" if len(runs) == 1 else f"{len(runs)} runs, averaged"
-    return f"{models} ({names}), trained on these very labels"
+    but = ", but for the validation images" if runs[0].info.num_val else ""
+    return f"{models} ({names}), trained on these very labels{but}"

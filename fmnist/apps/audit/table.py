@@ -1,7 +1,5 @@
 """audit.csv: every image with its rank, and the decisions that people filled in."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterable

@@ -138,8 +138,7 @@ def samples(images: Tensor) -> Tensor:
 
 def augmented(train: Split, chosen: Tensor, cfg: Config) -> Tensor:
     """Return the images as the model is trained on them in the last epochs: float32 [N, S, S, 3] in about 0 to 1."""
-    size = cfg.augment.size
-    last = size[max(size)] if isinstance(size, dict) else size
+    last = cfg.augment.sizes[max(cfg.augment.sizes)]
     maker = Augment(
         replace(cfg.augment, size=last, backend="eager"),
         num_classes=len(train.class_names),

@@ -84,7 +84,7 @@ def read_measured(expected: Expected) -> Measured:
     try:
         metrics = read_json(folder / "metrics.json")
         _check_metrics(metrics)
-        with (folder / "predictions.csv").open(newline="") as file:
+        with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
             probabilities = slice(4, 4 + len(trained.class_names))
             rows = [
                 row[probabilities] for row, _ in zip(csv.reader(file), range(1 + len(expected.images)), strict=False)

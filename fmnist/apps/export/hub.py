@@ -54,7 +54,10 @@ def write_hub(expected: Expected, folder: Path) -> str:
     with temporary_folder(folder) as part:
         write_files(trained, measured, part, ours)
         difference = check(part, expected, ours)
-        for file in FILES:
+        configs = ("config.yaml", "config.json")
+        for file in configs:  # by which the folder is opened: last, so that nothing opens a mix of two models
+            (folder / file).unlink(missing_ok=True)
+        for file in (*(file for file in FILES if file not in configs), *configs):
             write_atomic(folder / file, (part / file).read_bytes())
     opener = f'open_trained(Path("{folder}"))' if ours else f'timm.create_model("local-dir:{folder}", pretrained=True)'
     seen = f"{len(expected.images):,} {expected.split} images"

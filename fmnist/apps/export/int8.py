@@ -1,7 +1,5 @@
 """The ONNX graph with int8 weights and activations, for a CPU, and what that costs: measured on validation images."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -82,7 +80,7 @@ def write_int8(
     Raises:
         ValueError: one line: no validation images, the float graph differs from torch, or too much is lost.
     """
-    validation = expected.trained.split("val", root)
+    validation = expected.trained.split("val", root, own=True)
     training = expected.trained.split("train", root).images
     proto, _ = float_graph(expected)
     drawn = torch.randperm(len(training), generator=torch.Generator().manual_seed(SEED))[:NUM_CALIBRATION]

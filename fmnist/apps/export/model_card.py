@@ -155,7 +155,9 @@ def _headline(trained: Trained, measured: Measured) -> str:
     chosen = (
         f"The best epoch was chosen on {held_out if measured.split != 'val' else 'these very images'}; this is one run."
     )
-    if not trained.info.num_val:
+    if trained.checkpoint:
+        chosen = "These are the weights of one checkpoint; this is one run."
+    elif not trained.info.num_val:
         chosen = "There were no validation images: these are the weights of the last step. This is one run."
     return (
         f"On {metrics['num_images']:,} {measured.split} images{averaging}: accuracy **{100 * metrics['top1']:.2f} %** "
@@ -216,7 +218,9 @@ def _stem(trained: Trained, *, ours: bool, from_pretrained: bool) -> str:
 
 def _training(trained: Trained, pretrained_licence: str | None) -> str:
     summary, cfg = trained.summary, trained.cfg
-    facts = [f"seed {cfg.seed}"]
+    facts = [f"seed {cfg.seed}", *([trained.checkpoint] if trained.checkpoint else [])]
+    if trained.checkpoint:  # the summary's length is that of the whole run
+        summary = {name: value for name, value in summary.items() if name not in ("epochs", "steps")}
     facts += [f"{summary[key]:,} {key}" for key in ("epochs", "steps") if isinstance(summary.get(key), int | float)]
     facts += [f"on {escape(str(summary['device']))}"] if summary.get("device") else []
     versions = summary.get("versions") if isinstance(summary.get("versions"), dict) else {}

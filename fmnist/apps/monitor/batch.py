@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmnist.apps.monitor.drift import MIN_PICTURES, SIGNALS, BatchSums, DriftTest, drift_test
+from fmnist.apps.monitor.drift import MIN_PICTURES, SIGNALS, BatchSums, DriftTest, by_class, drift_test
 from fmnist.apps.novelty import MIN_CALIBRATION, open_reference
 from fmnist.apps.views import count_kinds, read_photos, stack_views
 from fmnist.data.idx import MAX_FILE_BYTES, read_idx
@@ -32,7 +32,7 @@ def monitor(args: argparse.Namespace) -> int:
         ValueError: one line, for a run or a batch that cannot be used.
     """
     trained = open_trained(args.run, args.device, args.batch_size)
-    reference = open_reference(trained, args.root)
+    reference = open_reference(trained, args.root, own=True)
     if len(reference.val) < MIN_CALIBRATION:
         raise ValueError(
             f"{trained.name} has {len(reference.val)} validation images: too few to say what is usual; valid: "
@@ -142,7 +142,7 @@ def report(
     if errors > UNREADABLE * (errors + batch.num_images):
         found.append(f"more than {UNREADABLE:.0%} of the files unreadable")
     result["verdict"] = "alert" if found else "fine"
-    like = f"like the training data (smallest p {tested.p.min():.2g}, false alarms {args.false_alarms:g})"
+    like = f"like the training data (p {tested.joint_p:.2g}, an alarm from {args.false_alarms:g} down)"
     result["line"] = f"{result['verdict']}: {number}: {'; '.join(found) or like}"
     return result
 
@@ -150,11 +150,11 @@ def report(
 def reasons(mean: np.ndarray, tested: DriftTest, class_names: tuple[str, ...]) -> list[str]:
     """Say each alarm in words, with the batch's number and the usual one."""
     usual, classes = tested.usual, len(class_names)
-    most = int(np.abs(mean - usual)[:classes].argmax())
+    most = int(by_class(mean - usual, usual, classes).argmax())
     words = {
-        "class mix": f"class mix ({class_names[most]} {mean[most]:.0%}, usually {usual[most]:.0%})",
-        "confidence": f"mean confidence {mean[classes]:.2f} (usually {usual[classes]:.2f})",
-        "unfamiliar": f"{mean[classes + 1]:.0%} unfamiliar (usually {usual[classes + 1]:.0%})",
+        "class mix": f"class mix ({class_names[most]} {mean[most]:.1%}, usually {usual[most]:.1%})",
+        "confidence": f"mean confidence {mean[classes]:.4f} (usually {usual[classes]:.4f})",
+        "unfamiliar": f"{mean[classes + 1]:.1%} unfamiliar (usually {usual[classes + 1]:.1%})",
         "drift": f"features drifted {tested.values[3]:.3g} (usually at most {tested.limits[3]:.3g})",
     }
     return [words[name] for name, alarm in zip(SIGNALS, tested.alarms, strict=True) if alarm]

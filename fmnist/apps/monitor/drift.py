@@ -1,7 +1,5 @@
 """Whether a batch of pictures looks like the training data: four signals, tested together by a bootstrap."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,14 +65,18 @@ def signals(batch: NDArray[np.float64], usual: NDArray[np.float64], num_classes:
         mean features (the maximum mean discrepancy of a linear kernel).
     """
     difference = batch - usual
-    mix, (confidence, flagged) = (
-        difference[..., :num_classes],
-        np.moveaxis(difference[..., num_classes:][..., :2], -1, 0),
-    )
-    # A class that is never predicted has an expected share of 0: a thousandth keeps one such picture from infinity.
-    chi_square = (mix**2 / (usual[..., :num_classes] + 1e-3)).sum(-1)
+    confidence, flagged = np.moveaxis(difference[..., num_classes:][..., :2], -1, 0)
+    chi_square = by_class(difference, usual, num_classes).sum(-1)
     drift = (difference[..., num_classes + 2 :] ** 2).sum(-1)
     return np.stack([chi_square, np.abs(confidence), np.maximum(flagged, 0.0), drift], axis=-1)
+
+
+def by_class(difference: NDArray[np.float64], usual: NDArray[np.float64], num_classes: int) -> NDArray[np.float64]:
+    """Return what each class adds to the chi-square distance, [..., num_classes].
+
+    A class that is never predicted has an expected share of 0: a thousandth keeps one such picture from infinity.
+    """
+    return difference[..., :num_classes] ** 2 / (usual[..., :num_classes] + 1e-3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,7 @@ class DriftTest:
         values: float64 [4], see `signals`.
         limits: float64 [4], the largest values that raise no alarm.
         p: float64 [4], the share of usual batches of this size with as large a value.
+        joint_p: the share of usual batches with as small a p in any of the four.
         alarms: bool [4].
         usual: the means of `describe` over the validation images.
     """
@@ -92,6 +95,7 @@ class DriftTest:
     values: NDArray[np.float64]
     limits: NDArray[np.float64]
     p: NDArray[np.float64]
+    joint_p: float
     alarms: NDArray[np.bool_]
     usual: NDArray[np.float64]
 
@@ -127,6 +131,7 @@ def drift_test(batch: BatchSums, rate: float) -> DriftTest:
         values=values,
         limits=ordered[REPLICATES - int(limit)],
         p=(larger + 1) / (REPLICATES + 1),
+        joint_p=float(((ranks.min(axis=1) <= larger.min()).sum() + 1) / (REPLICATES + 1)),
         alarms=larger < limit,
         usual=usual,
     )

@@ -1,7 +1,5 @@
 """A contact sheet: each photo beside what the model sees, with the prediction."""
 
-from __future__ import annotations
-
 import importlib.util
 import io
 from collections.abc import Sequence

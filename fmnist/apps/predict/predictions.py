@@ -178,7 +178,7 @@ def sheet_cell(item: Prediction, columns: Sequence[str] = ()) -> Cell:
     lines += trust
     lines += [(f"unfamiliar ({item.score:.2f})", ORANGE)] if item.unfamiliar else []
     cutout, drops = item.photo.cutout, item.drops
-    lines += [(f"covered: down by {100 * float(drops.max()):.0f} points", GREY)] if drops is not None else []
+    lines += [(f"covered: down by {100 * max(0.0, float(drops.max())):.0f} points", GREY)] if drops is not None else []
     return Cell(image=item.photo.image, box=cutout.box, view=cutout.view, drops=drops, lines=lines)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from fmnist.apps.views import count_kinds, read_photos
 from fmnist.data.photos import find_pictures
 from fmnist.evaluation.features import compute_features, features_of
+from fmnist.runtime.console import one_line
 from fmnist.runtime.files import write_atomic
 from fmnist.trained import Trained
 
@@ -110,7 +111,7 @@ def folder_catalogue(trained: Trained, folder: Path) -> Catalogue:
     views, names = [], []
     for photo in (photo for photos in read_photos(found, trained.info) for photo in photos):
         if photo.cutout is None:
-            logger.warning("left out: %s: %s", photo.name, photo.error)
+            logger.warning("left out: %s: %s", one_line(photo.name), photo.error)
         else:
             views.append(torch.from_numpy(photo.cutout.view))
             names.append(Path(photo.name).relative_to(folder).as_posix())

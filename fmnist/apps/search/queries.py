@@ -106,7 +106,7 @@ def _range(indices: Tensor) -> str:
 def _nearest(
     queries: dict[str, tuple[Tensor, int]], trained: Trained, catalogue: Catalogue, most: int
 ) -> tuple[list[Hit], float]:
-    """Return the hits, and the milliseconds of a query.
+    """Return the hits, and the milliseconds that the search of a query takes, the model's time apart.
 
     A picture from outside may point the other way than the images do. Where the run learned from mirrored images, its
     mirror image is looked for as well, and each item counts by the nearer of the two.
@@ -118,11 +118,13 @@ def _nearest(
     if not k:
         raise ValueError(f"there is nothing to find: the index holds one picture, {next(iter(queries))} itself")
     neighbours = Neighbours(catalogue.features, trained.device)
+    outside = torch.tensor([label == UNKNOWN for _, label in queries.values()])
+    mirrors = trained.cfg.augment.flip > 0 and bool(outside.any())
+    mirrored_features = trained(images[outside].flip(-1))[1] if mirrors else features[:0]
     start = time.perf_counter()
     similarities, positions = neighbours(features, k, exclude)
-    outside = torch.tensor([label == UNKNOWN for _, label in queries.values()])
-    if trained.cfg.augment.flip and outside.any():
-        mirrored = neighbours(trained(images[outside].flip(-1))[1], k, exclude[outside])
+    if mirrors:
+        mirrored = neighbours(mirrored_features, k, exclude[outside])
         similarities[outside], positions[outside] = nearer((similarities[outside], positions[outside]), mirrored)
     milliseconds = 1000 * (time.perf_counter() - start) / len(queries)
     found = zip(queries.items(), logits.argmax(1), positions, similarities, strict=True)

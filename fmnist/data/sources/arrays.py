@@ -1,7 +1,5 @@
 """Data sets that are arrays already: a .npz file, and those that torchvision reads."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Mapping
@@ -44,7 +42,7 @@ TORCHVISION: dict[str, tuple[str, dict[str, dict[str, Any]], str, str]] = {
 def read_torchvision(
     name: str, root: str | None, *, fetch: bool, processes: Processes | None = None
 ) -> tuple[DataInfo, Parts]:
-    """Read a data set with torchvision, which checks the files' digests.
+    """Read a data set with torchvision, which checks the digests of what it downloads.
 
     Args:
         name: a key of TORCHVISION.

@@ -1,7 +1,5 @@
 """Decoded image folders on the disk: an array a folder and its options, and a JSON file that says it is whole."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Picture files as arrays of one shape: headers first, then the pixels, in threads."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os

@@ -1,7 +1,5 @@
 """What is known of a folder's decoded pictures: classes, parts, mean and deviation, digests."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import groupby

@@ -1,7 +1,5 @@
 """Decode a folder of pictures into its cache: what it takes, which files are bad, and the writing."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from math import prod

@@ -1,7 +1,5 @@
 """A folder of pictures by class as tensors: decoded once, kept in a cache, and read in place from there."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """List a folder of pictures by class: ROOT/CLASS/*, or ROOT/{train,val,test}/CLASS/*, and nothing between the two."""
 
-from __future__ import annotations
-
 import os
 import time
 import unicodedata

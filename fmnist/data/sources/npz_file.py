@@ -1,7 +1,5 @@
 """The arrays of a .npz file, of which large ones may stay in it."""
 
-from __future__ import annotations
-
 import zipfile
 import zlib
 from collections.abc import Collection
@@ -29,6 +27,8 @@ def read_arrays(path: str, names: Collection[str], *, in_place: bool) -> tuple[d
         known = [name for name in file.files if name in names]
         mapped = {name: _mapped(file.zip, f"{name}.npy") for name in known} if in_place else {}
         arrays = {name: file[name] if (array := mapped.get(name)) is None else array for name in known}
+        if strange := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+            raise ValueError(f"{strange[0]} is not an array")
         return arrays, [name for name in file.files if name not in names]
 
 
