@@ -197,6 +197,19 @@ def test_an_image_that_is_drawn_again_is_augmented_anew(uneven: Split, mixup: fl
         assert all(torch.equal(*pair) for pair in zip(other, (indices, images, targets), strict=True))
 
 
+def test_a_graph_of_its_own_memory_takes_all_that_a_batch_chooses(uneven: Split) -> None:
+    weights = torch.linspace(1, 2, 10)  # as a list of them: balanced ones are refused beside balanced epochs
+    loader = Loader(uneven, global_batch_size=64, seed=5, sampling="balanced", class_weights=weights)
+    first, other = (loader.micro_batches(step)[0] for step in (0, 1))
+    augment = Augment(AugmentConfig(rotation=20.0), num_classes=10, mean=(0.286,), std=(0.353,))
+    table = augment.table(first)
+    own = first.standing(table)
+    own.take(other)
+    for name in ("indices", "partners", "draws", "total_weight"):
+        assert torch.equal(getattr(own, name), getattr(other, name)), name
+    assert torch.equal(augment(own)[0], augment(other)[0])
+
+
 # Options
 
 

@@ -143,10 +143,8 @@ def test_the_command_says_it_in_a_line_a_json_and_a_status(trained: Trained, tmp
             assert sum(result["batch_means"]["class_mix"].values()) == pytest.approx(1)
             assert 0 <= result["usual_means"]["unfamiliar"] < 0.1 < result["usual_means"]["confidence"]
     assert "BATCH: absent: no such file or folder" in command(main, run, "absent", status=2)
-    (tmp_path / "data").mkdir()
-    other = command(
-        main, run, tmp_path / "usual.npy", "--data.root", write_small(tmp_path / "data", 5000, 100), status=2
-    )
+    place = write_small(tmp_path / "data", 5000, 100)
+    other = command(main, run, tmp_path / "usual.npy", "--data.root", place, status=2, lines=None)
     assert "holds other validation images or labels than run was made with" in other  # which would say what is usual
     rate = command(main, run, tmp_path / "few.npy", "--false_alarms", 0.0001, status=2)
     assert "--false_alarms: '0.0001' is not valid; valid range: 0.005 to 0.5" in rate
