@@ -35,7 +35,7 @@ def train(training: Training, cfg: Config, run: Run) -> None:
     """Train to the schedule's end, or until asked to stop."""
     state, schedule, clock, non_finite = training.state, training.schedule, training.clock, training.non_finite
     loader, optimizer, augment, ema = training.loader, training.optimizer, training.augment, training.ema
-    model, gradients = run.prepare(training.model, compiled=cfg.model.compile)
+    model, gradients = run.prepare(training.model, compiled=cfg.model.compile, trial=training.trial)
     update = run.captured(train_step, cfg.model.cuda_graph)  # train_step, on a GPU launched as one graph
     profiler = StepProfiler(cfg.profile if run.is_main else None, run.directory / "profile", run.device)
     model.train()

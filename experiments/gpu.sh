@@ -44,9 +44,10 @@ killed() { # killed NAME OPTIONS...: ended by SIGKILL when its first checkpoint 
   train "$name" 200 "$@" >/dev/null &
   local shell=$!
   until compgen -G "$work/$name/checkpoints/step_*" >/dev/null || ! kill -0 $shell 2>/dev/null; do sleep 0.05; done
-  sleep 0.5
+  sleep 0.05
   pkill -KILL -f "output_dir $work/$name " && wait $shell
   train "$name" 200 "$@"
+  grep -q "resuming at step" "$work/$name.txt" || echo "$name: NOT RESUMED: it was finished when it was killed"
 }
 digest() { sed -n 's/.*"weights_sha256": "\(.\{16\}\).*/\1/p' "$work/$1/summary.json"; }
 same() { # same "ONE TWO": whether two runs have the same weights

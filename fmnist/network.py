@@ -47,7 +47,7 @@ def build_network(
     memory_format = torch.channels_last if cfg.model.channels_last else torch.contiguous_format
     model = model.to(device).to(memory_format=memory_format)
     use_fast_layers(model, cfg.model.depthwise, device)
-    bf16 = resolve_precision(cfg.model.precision) == "bf16"
+    bf16 = resolve_precision(cfg.model.precision, device) == "bf16"
     if bf16:  # in float32 it would save one multiplication
         use_lean_residual(model)
     augment = Augment(

@@ -144,6 +144,16 @@ def test_a_job_with_gpus_that_torch_cannot_see_is_refused(
         check_gpus(found, environ)
 
 
+def test_more_processes_than_gpus_are_refused_before_they_meet() -> None:
+    environ = {"WORLD_SIZE": "4", "LOCAL_RANK": "2"}
+    check_gpus(3, environ)
+    with pytest.raises(ValueError, match="process 2 of this machine has no GPU of its own: torch sees 2"):
+        check_gpus(2, environ)
+    check_gpus(2, environ | {"ACCELERATE_USE_CPU": "true"})
+    check_gpus(0, environ)  # on the CPU, which is a warning
+    check_gpus(1, {"LOCAL_RANK": "2"})  # left over of another run
+
+
 @pytest.mark.parametrize(("step_s", "voted"), [(0.01, [1, 2, 12, 22]), (0.5, list(range(1, 26)))])
 def test_quick_steps_vote_every_ten_and_long_ones_each_time(
     step_s: float, voted: list[int], monkeypatch: pytest.MonkeyPatch
@@ -194,6 +204,9 @@ def test_the_peak_is_of_the_most_specific_name_and_of_bf16_alone() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989.5e12
     assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
     assert peak_flops("NVIDIA L40S", "bf16") == 362e12
+    assert peak_flops("NVIDIA H200 NVL", "bf16") == 835e12
+    for unknown in ("NVIDIA L40", "NVIDIA A10G", "NVIDIA A100 80GB PCIe MIG 1g.10gb", "NVIDIA RTX 4090 Laptop GPU"):
+        assert peak_flops(unknown, "bf16") is None, unknown  # a part of its name is another card's
     assert peak_flops("NVIDIA H100 80GB HBM3", "fp32") is None
     assert peak_flops("CPU (x86_64), 2 threads", "bf16") is None
 

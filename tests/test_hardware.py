@@ -62,11 +62,12 @@ def test_cores_are_taken_back_from_launchers(
 
 
 def test_precision_is_what_was_asked_for_or_what_the_device_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (resolve_precision("fp32"), resolve_precision("bf16")) == ("fp32", "bf16")
-    for available, supported, expected in ((False, True, "fp32"), (True, False, "fp32"), (True, True, "bf16")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda answer=available: answer)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert (resolve_precision("fp32", gpu), resolve_precision("bf16", cpu)) == ("fp32", "bf16")
+    for supported, expected in ((False, "fp32"), (True, "bf16")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda answer=supported, **_: answer)
-        assert resolve_precision("auto") == expected
+        assert resolve_precision("auto", gpu) == expected
+        assert resolve_precision("auto", cpu) == "fp32"  # of a machine that has a GPU as well
 
 
 def test_exact_allows_deterministic_kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:

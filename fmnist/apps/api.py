@@ -257,13 +257,13 @@ def _process_left_as_it_was() -> Iterator[None]:
     logger = logging.getLogger("fmnist")
     handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
     deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
-    cudnn = torch.backends.cudnn.deterministic
+    cudnn, tf32 = torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32
     try:
         with torch.random.fork_rng():
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
-        torch.backends.cudnn.deterministic = cudnn
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = cudnn, tf32
         torch.set_num_threads(threads)
         for handler in set(logger.handlers) - set(handlers):
             handler.close()

@@ -117,7 +117,8 @@ def main(argv: list[str]) -> int:
         path = options.output.with_name(f"{options.output.name}.json")
         log = path.with_suffix(".txt")
         check_outputs({path: b'"name": "programs"', log: PROGRAM.encode()}, force=options.force)
-        device, precision, images = find_device(None), resolve_precision("auto"), options.batch * options.steps
+        device, images = find_device(None), options.batch * options.steps
+        precision = resolve_precision("auto", device)
         if images > MOST_IMAGES:
             raise ValueError(f"--batch times --steps is {images:,} images; valid range: 1 to {MOST_IMAGES:,}")
         split = Split.load("train", DataConfig(), find_device("cpu"))

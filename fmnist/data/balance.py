@@ -24,7 +24,7 @@ def class_weights(wish: Literal["none", "balanced"] | list[float], labels: Tenso
     if wish == "none":
         return None
     if wish == "balanced":
-        counts = torch.bincount(labels, minlength=num_classes).double()
+        counts = torch.bincount(labels.cpu(), minlength=num_classes).double()  # MPS has no float64
         weights = len(labels) / ((counts > 0).sum() * counts)
         weights[counts == 0] = 0.0
     else:
@@ -33,10 +33,10 @@ def class_weights(wish: Literal["none", "balanced"] | list[float], labels: Tenso
                 f"optim.class_weights has {len(wish)} numbers, but there are {num_classes} classes; valid: none, "
                 f"balanced, or {num_classes} numbers in the order of the classes"
             )
-        weights = torch.tensor(wish, dtype=torch.float64, device=labels.device)
+        weights = torch.tensor(wish, dtype=torch.float64)
     if bool((weights == weights[0]).all()):
         return None
-    return weights.float()
+    return weights.float().to(labels.device)
 
 
 def class_members(labels: Tensor) -> list[Tensor]:

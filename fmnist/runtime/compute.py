@@ -10,13 +10,13 @@ from typing import Any, Literal, Self
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
-from torch import nn
+from torch import Tensor, nn
 
 from fmnist.runtime.captured_step import CapturedStep
 from fmnist.runtime.console import one_line
 from fmnist.runtime.cuda_graph import record_cuda_graph
 from fmnist.runtime.environment import hidden, is_true
-from fmnist.runtime.gradients import AllReduce, Gradients, ShardSum
+from fmnist.runtime.gradients import AllReduce, Gradients, ShardSum, as_it_was
 from fmnist.runtime.hardware import (
     describe_device,
     find_device,
@@ -83,12 +83,15 @@ class Compute(Processes):
         # tell Accelerate: on a machine without an accelerator it would otherwise leave each process on its own
         no_gpu = is_true("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
         on_cpu = named.type == "cpu" if named else no_gpu
+        place = (
+            named or (torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()) or torch.device("cpu")
+        )
         if shards and on_cpu and threads not in (None, 1):
             raise ValueError(f"threads is {threads}, but exact computes with one on a CPU: leave threads out")
         with _meeting(check_processes()):
             self.accelerator = Accelerator(
                 cpu=on_cpu,
-                mixed_precision={"fp32": "no", "bf16": "bf16"}[resolve_precision(precision)],
+                mixed_precision={"fp32": "no", "bf16": "bf16"}[resolve_precision(precision, place)],
                 kwargs_handlers=[
                     # `predict` gives all processes the main one's buffers; no step does
                     DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
@@ -119,14 +122,22 @@ class Compute(Processes):
         if self.is_main and named is None and (warning := gpu_warning(self.world_size, found)):
             logger.warning("%s", warning)
         torch.backends.cudnn.deterministic = True  # a resumed run ends with the bits of an unbroken one
+        torch.backends.cudnn.allow_tf32 = False  # float32 means it, for convolutions as for matrix products
         torch.manual_seed(seed)
 
-    def prepare(self, model: nn.Module, *, compiled: bool = False) -> tuple[nn.Module, Gradients]:
+    def prepare(
+        self, model: nn.Module, *, compiled: bool = False, trial: Callable[[], Tensor] | None = None
+    ) -> tuple[nn.Module, Gradients]:
         """Wrap a model for autocast and DDP; its parameters stay the optimizer's.
 
+        From three processes on the order of a sum depends on where a gradient lies among the others, and DDP lays them
+        out by the order in which they came in its first backward. So one is computed before the first step: without it
+        the first step after a restart would sum otherwise than the same step of a run that was not stopped.
+
         Args:
-            model: on the device.
+            model: on the device, in training mode.
             compiled: compile it in place, so that the names of its tensors stay as they are.
+            trial: makes images such as a step's, [B, C, S, S]; None where the bits of a restart do not matter.
 
         Returns:
             The wrapped model, and what sums its gradients over micro-batches and processes.
@@ -137,6 +148,9 @@ class Compute(Processes):
             model.compile(dynamic=False)
         if self.shards is None:
             wrapped = self.accelerator.prepare_model(model)
+            if self.world_size > 2 and trial is not None:
+                with as_it_was(model), torch.compiler.set_stance("force_eager"):
+                    wrapped(trial()).sum().backward()
             return wrapped, AllReduce(model, self.accelerator)
         self.broadcast(model.state_dict().values())  # what DDP does when it wraps
         wrapped = self.accelerator.prepare_model(model, evaluation_mode=True)  # true leaves DDP out

@@ -9,6 +9,7 @@ one CPU thread a process, and only deterministic kernels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -135,3 +136,15 @@ class ShardSum:
             if module.num_batches_tracked is not None:
                 module.num_batches_tracked += self._shards - local
         return total[0]
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put the model's buffers back, such as BatchNorm's statistics, and drop its gradients."""
+    before = [buffer.clone() for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, old in zip(model.buffers(), before, strict=True):
+            buffer.copy_(old)
+        model.zero_grad(set_to_none=True)

@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping
 
@@ -45,16 +46,22 @@ def open_device(device: torch.device | str | None) -> torch.device:
         ValueError: one line, for a device that is not there.
     """
     place = find_device(device)
+    torch.backends.cudnn.allow_tf32 = False  # float32 means it, for convolutions as for matrix products
     if place.type == "cpu":
         set_threads(None, 1)
     return place
 
 
-def resolve_precision(precision: str) -> str:
-    """Turn auto into bf16 where the GPU computes in it, else fp32."""
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """Turn auto into bf16 where a GPU computes in it, else fp32.
+
+    Args:
+        precision: `model.precision`.
+        device: that computes, which on a machine with a GPU may be the CPU.
+    """
     if precision != "auto":
         return precision
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -164,12 +171,15 @@ def describe_device(device: torch.device) -> str:
     """Return the device's name as people know it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return f"{device.type} ({platform.machine()})"
     return f"CPU ({platform.machine()}), {counted(torch.get_num_threads(), 'thread')}"
 
 
 # Dense bf16 matrix products, operations per second, by a part of the name that the driver gives.
 # Source: NVIDIA's data sheets.
 PEAK_FLOPS = {
+    "H200 NVL": 835e12,
     "H200": 989.5e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -185,9 +195,9 @@ PEAK_FLOPS = {
 
 def peak_flops(device_name: str, precision: str) -> float | None:
     """Return the bf16 operations per second that a GPU's data sheet states; None where it is not known, or for fp32."""
-    if precision != "bf16":
+    if precision != "bf16" or "MIG" in device_name or "Laptop" in device_name:
         return None
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+    return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 FREE_SHARE = 0.9  # of the free memory that images may take; the rest is little for a large model: see --dry_run

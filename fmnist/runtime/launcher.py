@@ -136,7 +136,7 @@ def given_gpus(environ: Mapping[str, str] = ENVIRONMENT) -> int:
 
 
 def check_gpus(found: int, environ: Mapping[str, str] = ENVIRONMENT) -> None:
-    """Refuse to train on the CPU in a SLURM job that was given GPUs, unless that is asked for.
+    """Refuse more processes than GPUs, and to train on the CPU in a SLURM job that was given some, unless asked to.
 
     Args:
         found: accelerators that torch sees.
@@ -150,6 +150,11 @@ def check_gpus(found: int, environ: Mapping[str, str] = ENVIRONMENT) -> None:
         raise ValueError(
             f"torch sees no GPU, and this job has {given} on its node: install a torch that fits the driver "
             "(nvidia-smi names it), or train on the CPU with ACCELERATE_USE_CPU=true"
+        )
+    local = integer("LOCAL_RANK", 0, environ) if integer("WORLD_SIZE", 1, environ) > 1 else 0
+    if found and local >= found and not is_true("ACCELERATE_USE_CPU", environ):
+        raise ValueError(
+            f"process {local} of this machine has no GPU of its own: torch sees {found}; start one process for each GPU"
         )
 
 

@@ -166,7 +166,7 @@ class Processes:
         if self.control is not None and isinstance(error, RuntimeError) and is_lost_process(error):
             others = [rank for rank in range(self.world_size) if rank != self.rank]
             loss = describe_loss(error, self.control, others)
-            end_for_another(self.rank, loss, one_line(error, 160))
+            end_for_another(self.rank, loss, one_line(error, 4096)[-160:])  # NCCL says why at the end
 
     def gather_shards(self, rows: Tensor) -> Tensor:
         """Gather [A, P] from W processes into [A x W, P]; micro-batch a of rank r is shard a x W + r."""

@@ -1,8 +1,5 @@
 """Device memory of a run: what stays in it, and what activations take."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -10,6 +7,7 @@ from torch.optim import Optimizer
 
 from fmnist.checkpoint.tensors import expected_state
 from fmnist.data.augment import Augment
+from fmnist.runtime.gradients import as_it_was
 from fmnist.runtime.hardware import autocast
 
 
@@ -35,18 +33,6 @@ def memory_bytes(model: nn.Module, data_bytes: int, optimizer: Optimizer, *, ema
         "optimizer": moments,
         "ema": weights if ema else 0,
     }
-
-
-@contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put the model's buffers back, such as BatchNorm's statistics, and drop its gradients."""
-    before = [buffer.clone() for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, old in zip(model.buffers(), before, strict=True):
-            buffer.copy_(old)
-        model.zero_grad(set_to_none=True)
 
 
 def activation_bytes(model: nn.Module, augment: Augment, size: int, num_images: int) -> int:

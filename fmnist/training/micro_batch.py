@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 from fmnist.config.schema import Config
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader
+from fmnist.runtime.gradients import as_it_was
 from fmnist.runtime.hardware import autocast, free_memory, is_out_of_memory
 from fmnist.runtime.processes import Processes
-from fmnist.training.memory import as_it_was, memory_bytes
+from fmnist.training.memory import memory_bytes
 from fmnist.training.parts import Training
 
 logger = logging.getLogger("fmnist")
@@ -86,7 +87,9 @@ def fitting_micro_batch(
                 images, targets = augment(batch)
                 with autocast(device, augment.dtype):
                     logits = model(images)
-                F.cross_entropy(logits.float(), targets).backward()
+                loss = F.cross_entropy(logits.float(), targets)
+                # not backward(), whose hooks would begin to sum over processes: another may be elsewhere
+                torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
             del room
         except (RuntimeError, ValueError) as error:
             if not is_out_of_memory(error) and size > 1:  # a single image is no batch to BatchNorm

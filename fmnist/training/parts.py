@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from fmnist.checkpoint.contents import TrainState
 from fmnist.checkpoint.store import Checkpoints
@@ -62,6 +62,10 @@ class Training:
         size = self.size_at(self.state.step)
         own = cfg.evaluation.size or size == self.augment.final_size
         return cfg.evaluation if own else replace(cfg.evaluation, size=size)
+
+    def trial(self) -> Tensor:
+        """Return images such as the next step's, self.augment.dtype [B, C, S, S]; black where they lie elsewhere."""
+        return self.augment(self.loader.trial(self.state.step))[0]
 
     def size_at(self, step: int) -> int:
         """Return the pixels per side of the images of a step, from 1 on."""
