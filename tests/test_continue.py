@@ -229,7 +229,7 @@ def test_with_a_constant_learning_rate_it_ends_with_the_bits_of_one_long_run(dat
     for name in (MODEL, OPTIMIZER):
         assert (parts / last / name).read_bytes() == (whole / last / name).read_bytes()
     assert [line["step"] for line in done.metrics() if line["prefix"] == "train"] == [1, 2, 3, 4, 5, 6]
-    assert "a run of 3 steps is continued at step 3 to 6: the learning rate stays" in (parts / "train.log").read_text()
+    assert "continuing a run of 3 steps from step 3 to 6: the learning rate stays" in (parts / "train.log").read_text()
     assert open_trained(parts / "checkpoints/step_00000003")  # older checkpoints are still of this run
     assert inspect(parts)[1] == []
     before = (parts / MODEL).read_bytes()
