@@ -92,17 +92,17 @@ def plot_ablation(queue: Queued, path: Path) -> None:
 
 
 def draw_amounts(axes: Axes, found: Mapping[str, Mapping[int, Accuracy]]) -> None:
-    """Draw test top1 against images a class, a line a model; a bar holds the 95 % intervals of all seeds."""
+    """Draw test top1 against images a class, a line a model; a bar holds the 95 % intervals of all seeds.
+
+    A line ends where the next amount is not measured: what lies between is not known.
+    """
+    ticks = [count // 10 for count in (*AMOUNTS, ALL_IMAGES)]
+    unknown = Accuracy(mean=np.nan, low=np.nan, high=np.nan, top1=[], lr=np.nan)
     for (model, points), style in zip(found.items(), STYLES[: len(found)], strict=True):
         if points:
-            counts = sorted(points)
-            means = [points[count].mean for count in counts]
-            bars = [
-                [points[count].mean - points[count].low for count in counts],
-                [points[count].high - points[count].mean for count in counts],
-            ]
-            axes.errorbar(counts, means, yerr=bars, capsize=3, label=model, **style)
-    ticks = [count // 10 for count in (*AMOUNTS, ALL_IMAGES)]
+            shown = [points.get(count, unknown) for count in ticks]
+            bars = [[each.mean - each.low for each in shown], [each.high - each.mean for each in shown]]
+            axes.errorbar(ticks, [each.mean for each in shown], yerr=bars, capsize=3, label=model, **style)
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{count:,}" for count in ticks])
     axes.minorticks_off()
@@ -148,7 +148,7 @@ def plot_curves(queue: Queued, path: Path) -> None:
     best = max(max(curve.high) for curve in found.values() if curve is not None)
     panels[0].set_ylim(max(best - 8, 0), best + 0.4)  # the first epochs would press the rest together
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     save_figure(path, figure)
 
 
@@ -172,7 +172,7 @@ def plot_costs(queue: Queued, path: Path) -> None:
     """Draw accuracy against the time it takes."""
     figure = Figure(figsize=(7.5, 5.6), layout="constrained")
     draw_costs(figure.add_subplot(), timed(queue))
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     save_figure(path, figure)
 
 

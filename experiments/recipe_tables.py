@@ -52,7 +52,7 @@ def final_table(queue: Queued) -> str:
             [
                 model,
                 f"{found[0]['parameters'] / 1e6:.2f} M",
-                f"{found[0]['epochs']:g}",
+                f"{found[0]['epochs']:.3g}",
                 "-" if minutes is None else f"{minutes:.1f}",
                 spread(numbers(found, "val.top1"), scale=100),
                 f"**{spread(numbers(found, 'test.top1'), scale=100)}**",

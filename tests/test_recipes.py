@@ -117,9 +117,10 @@ def test_amounts_are_found_by_images_a_class_and_drawn_there(write: Any, tmp_pat
     draw_amounts(panel, {"none": {}, model: found})
     (drawn,) = panel.containers
     assert drawn.get_label() == model
-    assert list(drawn.lines[0].get_xdata()) == [100, 5_500]
-    assert list(drawn.lines[0].get_ydata()) == [pytest.approx(60.0), pytest.approx(90.0)]
-    low, high = drawn.lines[2][0].get_segments()[0][:, 1]
+    assert list(drawn.lines[0].get_xdata()) == [10, 100, 500, 2_000, 5_500]
+    # no line crosses what is not measured
+    assert list(drawn.lines[0].get_ydata()) == pytest.approx([np.nan, 60.0, np.nan, np.nan, 90.0], nan_ok=True)
+    low, high = drawn.lines[2][0].get_segments()[1][:, 1]
     assert (low, high) == (pytest.approx(49.0), pytest.approx(70.5))
     assert [text.get_text() for text in panel.get_xticklabels()] == ["10", "100", "500", "2,000", "5,500"]
     assert panel.get_xscale() == "log"

@@ -285,7 +285,7 @@ def test_numbers_on_a_full_disk_are_whole_lines_or_none(
     assert 1 <= kept < 399  # 399 lines of 55 bytes do not fit in one page
     assert steps == [*range(1, kept + 1), 400]
     assert text.endswith("}\n")
-    assert sum("numbers are missing" in record.message for record in caplog.records) == 1
+    assert sum("further numbers are not written" in record.message for record in caplog.records) == 1
 
 
 def test_a_server_that_is_asked(serve: Callable[[str], object], monkeypatch: pytest.MonkeyPatch) -> None:
