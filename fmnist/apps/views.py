@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fmnist.apps.cutout import Cutout, Invert, cut_out
 from fmnist.data.info import DataInfo
-from fmnist.data.photos import WORK_SIZE, as_rgb, decode, on_white, open_header, open_picture, why_unreadable
+from fmnist.data.photos import as_rgb, decode_rgb, on_white, open_picture, why_unreadable
 from fmnist.data.sources.decode import into_shape, open_for
 from fmnist.runtime.console import one_line
 from fmnist.runtime.hardware import keep_freed_memory
@@ -65,7 +65,7 @@ def decode_for(stream: BinaryIO, info: DataInfo) -> Image.Image:
         Exception: what Pillow raises on a damaged file or more than its limit of pixels.
     """
     if info.is_fashion_mnist:
-        return as_rgb(decode(open_header(stream), 2 * WORK_SIZE))
+        return decode_rgb(stream)
     return open_for(stream, info.shape, "pad" if info.fit == "pad" else "crop")
 
 

@@ -105,27 +105,6 @@ def is_ours(path: str) -> bool:
     return (name in DRAWN or name in TABLES) and bears(Path(path), MARKS[".png"])
 
 
-def open_picture(path: Path, read: Callable[[BinaryIO], Image.Image] | None = None) -> Image.Image:
-    """Decode a picture, upright as its EXIF says, at most WORK_SIZE on a side; of an animation, its first.
-
-    Args:
-        path: a file of one of FORMATS, whatever its name says.
-        read: decodes the open file in another way, to another size.
-
-    Returns:
-        An image of mode RGB or, with transparency, RGBA; or what `read` returns.
-
-    Raises:
-        ValueError: an empty or huge file, or no regular one.
-        Exception: what Pillow raises on a damaged file or more than its limit of pixels.
-    """
-    if not path.is_file():
-        raise ValueError("no such file" if not path.exists() else "a folder" if path.is_dir() else "not a regular file")
-    check_size(path.stat().st_size)
-    with path.open("rb") as stream:
-        return read(stream) if read else as_rgb(decode(open_header(stream), 2 * WORK_SIZE))
-
-
 def check_size(size: int) -> None:
     """Refuse an empty file, and one of more bytes than a picture has."""
     if not 0 < size <= MAX_FILE_BYTES:
@@ -168,6 +147,32 @@ def decode(image: Image.Image, shorter: int | None) -> Image.Image:
     with suppress(Exception):  # broken metadata does not make a broken picture
         ImageOps.exif_transpose(image, in_place=True)
     return image
+
+
+def decode_rgb(stream: BinaryIO) -> Image.Image:
+    """Decode an open picture as `as_rgb` has it, a JPEG at no less than twice that size."""
+    return as_rgb(decode(open_header(stream), 2 * WORK_SIZE))
+
+
+def open_picture(path: Path, read: Callable[[BinaryIO], Image.Image] = decode_rgb) -> Image.Image:
+    """Decode a picture, upright as its EXIF says, at most WORK_SIZE on a side; of an animation, its first.
+
+    Args:
+        path: a file of one of FORMATS, whatever its name says.
+        read: decodes the open file.
+
+    Returns:
+        An image of mode RGB or, with transparency, RGBA; or what `read` returns.
+
+    Raises:
+        ValueError: an empty or huge file, or no regular one.
+        Exception: what Pillow raises on a damaged file or more than its limit of pixels.
+    """
+    if not path.is_file():
+        raise ValueError("no such file" if not path.exists() else "a folder" if path.is_dir() else "not a regular file")
+    check_size(path.stat().st_size)
+    with path.open("rb") as stream:
+        return read(stream)
 
 
 def why_unreadable(error: Exception) -> str:
