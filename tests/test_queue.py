@@ -394,6 +394,8 @@ def test_the_projects_own_queue_is_valid_and_its_results_belong_to_it() -> None:
         assert len(f"{entry.name}_seed{entry.seeds[0]}") <= 64  # of a run directory
     left = Queue(entries, ROOT / "nowhere", ROOT / "nowhere").left
     assert sum(entry.minutes for entry, _ in left) <= 20 * 60 + 60  # ten hours of two cores, and what is done already
+    results = ROOT / "experiments" / "results" / "queue"
+    assert len(Queue(entries, results, ROOT / "nowhere").left) < len(left)  # ValueError where one is of other options
     names = {f"{entry.name}_seed{seed}" for entry in entries for seed in entry.seeds}
-    assert {path.stem for path in (ROOT / "experiments" / "results" / "queue").glob("*.json")} <= names
+    assert {path.stem for path in results.glob("*.json")} <= names
     assert table([Entry(name="none", config="c")], ROOT / "nowhere").endswith("| none | 0/1 | - | - | - |  |")
