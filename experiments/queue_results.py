@@ -110,12 +110,16 @@ def numbers(found: list[dict[str, Any]], key: str) -> list[float]:
 
 
 def table(entries: list[Entry], results: Path) -> str:
-    """Return one row per entry: seeds done, mean and standard deviation of accuracy, mean processor seconds."""
-    rows = ["| entry | seeds | val top1, % | test top1, % | processor s | note |", "|---|---|---|---|---|---|"]
+    """Return one row per entry: seeds done, mean and standard deviation of accuracy and processor seconds, days."""
+    rows = [
+        "| entry | seeds | val top1, % | test top1, % | processor s | day | note |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for entry in entries:
         found = read_results(entry, results)
         cells = [spread(numbers(found, f"{split}.top1"), scale=100) for split in ("val", "test")]
         cells.append(spread(numbers(found, "cpu_seconds"), digits=0))
+        cells.append(" to ".join(sorted({min(days), max(days)})) if (days := [each["date"] for each in found]) else "-")
         stopped = [f"stopped at epoch {epoch:g}" for epoch in numbers(found, "stopped_at_epoch")]
         note = "; ".join(part for part in (entry.note, *stopped) if part)
         rows.append(f"| {entry.name} | {len(found)}/{len(entry.seeds)} | {' | '.join(cells)} | {note} |")

@@ -17,6 +17,7 @@ from experiments.recipe_numbers import (
     Effect,
     Queued,
     amounts,
+    drawn_models,
     effects,
     learning_curve,
     timed,
@@ -30,9 +31,8 @@ PURPLE, SKY, BLACK = "#CC79A7", "#56B4E9", "#000000"
 STYLES = tuple(
     {"color": color, "marker": marker, "linestyle": line, "markersize": 5}
     for color, marker, line in (
-        *((BLUE, "o", "-"), (ORANGE, "s", "-"), (GREEN, "^", "-"), (BLACK, "D", "--")),
-        *((PURPLE, "v", "-."), (SKY, "P", "-"), (GREY, "X", ":"), (BLUE, "d", ":"), (ORANGE, "p", "--")),
-        *((GREEN, "*", "-."), (BLACK, "h", ":")),
+        *((BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", "-."), (BLACK, "D", ":")),
+        *((PURPLE, "v", "-"), (SKY, "P", "--"), (GREY, "X", "-."), (BLUE, "d", ":")),
     )
 )
 
@@ -128,7 +128,7 @@ def draw_curves(axes: Axes, found: Mapping[str, Curve | None], unit: str) -> Non
     """Draw validation top1 against epochs or minutes, a line a model, shaded from its lowest seed to its highest."""
     for (model, curve), style in zip(found.items(), STYLES[: len(found)], strict=True):
         if curve is not None and (x := getattr(curve, unit)) is not None:
-            axes.plot(x, curve.mean, label=model, **style)
+            axes.plot(x, curve.mean, label=model, markevery=max(1, len(x) // 12), **style)
             axes.fill_between(x, curve.low, curve.high, color=style["color"], alpha=0.15, linewidth=0)
     axes.set_xlabel({"epochs": "epochs", "minutes": "processor minutes, one thread"}[unit])
     axes.yaxis.set_major_formatter(PERCENT)
@@ -138,7 +138,7 @@ def draw_curves(axes: Axes, found: Mapping[str, Curve | None], unit: str) -> Non
 @by_default_style
 def plot_curves(queue: Queued, path: Path) -> None:
     """Draw the learning curves of all recipes against epochs and against processor time."""
-    found = {model: learning_curve(queue.of(name)) for model, name in FINAL.items()}
+    found = {model: learning_curve(queue.of(FINAL[model])) for model in drawn_models()}
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, unit in zip(panels, ("epochs", "minutes"), strict=True):
@@ -154,10 +154,13 @@ def plot_curves(queue: Queued, path: Path) -> None:
 
 def draw_costs(axes: Axes, found: Mapping[str, tuple[float, Accuracy]]) -> None:
     """Draw test top1 against processor minutes, with the best that each cost buys."""
+    middle = np.sqrt(np.prod([f(minutes for minutes, _ in found.values()) for f in (min, max)]))
     for (model, (minutes, top1)), style in zip(found.items(), STYLES[: len(found)], strict=True):
         bar = [[top1.mean - top1.low], [top1.high - top1.mean]]
         own = style | {"markersize": 8, "linestyle": "none", "label": model}
         axes.errorbar([minutes], [top1.mean], yerr=bar, capsize=3, **own)
+        side = {"xytext": (-9, 5), "ha": "right"} if minutes > middle else {"xytext": (9, 5)}
+        axes.annotate(model, (minutes, top1.mean), textcoords="offset points", fontsize="small", **side)
     points = sorted((minutes, top1.mean) for minutes, top1 in found.values())
     best = list(itertools.accumulate((top1 for _, top1 in points), max))
     axes.plot([minutes for minutes, _ in points], best, drawstyle="steps-post", color=GREY, zorder=0)
@@ -172,7 +175,6 @@ def plot_costs(queue: Queued, path: Path) -> None:
     """Draw accuracy against the time it takes."""
     figure = Figure(figsize=(7.5, 5.6), layout="constrained")
     draw_costs(figure.add_subplot(), timed(queue))
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     save_figure(path, figure)
 
 

@@ -18,12 +18,19 @@ from experiments.recipe_numbers import (
     accuracy,
     amounts,
     cost,
+    drawn_models,
     effects,
     timed,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_MEASURED = "not measured"
+# Recipes of which no run is in the queue.
+ON_A_GPU = {
+    "ConvNeXt-Tiny, ImageNet weights": "configs/convnext_tiny.yaml",
+    "WRN-16-8": "experiments/recipes/wide_resnet.yaml",
+    "CNN in seconds": "experiments/recipes/speedrun.yaml",
+}
 
 
 def queued() -> Queued:
@@ -38,7 +45,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def final_table(queue: Queued) -> str:
-    """Return the accuracy and cost of each recipe, mean and standard deviation over seeds."""
+    """Return the accuracy and cost of each recipe, mean and standard deviation over seeds, and their 95 % intervals."""
     rows = []
     for title, name in FINAL.items():
         found = queue.of(name)
@@ -47,7 +54,8 @@ def final_table(queue: Queued) -> str:
         if not found:
             rows.append([model, *["-"] * 3, NOT_MEASURED, NOT_MEASURED, f"0 of {seeds}"])
             continue
-        minutes = cost(found)
+        minutes, top1 = cost(found), accuracy(found)
+        interval = f" ({top1.low:.1f} to {top1.high:.1f})" if top1 else ""
         rows.append(
             [
                 model,
@@ -55,10 +63,14 @@ def final_table(queue: Queued) -> str:
                 f"{found[0]['epochs']:.3g}",
                 "-" if minutes is None else f"{minutes:.1f}",
                 spread(numbers(found, "val.top1"), scale=100),
-                f"**{spread(numbers(found, 'test.top1'), scale=100)}**",
+                f"**{spread(numbers(found, 'test.top1'), scale=100)}**{interval}",
                 f"{len(found)} of {seeds}",
             ]
         )
+    rows += [
+        [f"[{title}](../{config})", *["-"] * 3, NOT_MEASURED, f"{NOT_MEASURED}: for a GPU", "none"]
+        for title, config in ON_A_GPU.items()
+    ]
     head = ("model", "parameters", "epochs", "processor minutes", "val top1, %", "test top1, %", "seeds")
     return table(head, rows)
 
@@ -163,7 +175,10 @@ def drawable(queue: Queued) -> dict[str, str]:
     captions = {
         "ablation": (any(effects(queue, group, taken=False) for group in groups), "What each regulariser is worth"),
         "amount": (any(len(amounts(queue, model)) > 1 for model in AMOUNT), "Accuracy against images a class"),
-        "curves": (any(map(queue.of, FINAL.values())), "Learning curves against epochs and processor minutes"),
+        "curves": (
+            any(queue.of(FINAL[model]) for model in drawn_models()),
+            "Learning curves against epochs and processor minutes",
+        ),
         "cost": (len(timed(queue)) > 1, "Accuracy against processor minutes"),
         "search_mlp": (
             any(read_results(trial, queue.results) for trial in queue.members("search_mlp")),

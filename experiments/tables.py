@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import mirrored, prediction_sets, recipe_tables
-from experiments.queue_results import numbers, spread
+from experiments.queue_results import numbers, spread, table
 from fmnist.runtime.files import read_json, write_json
 from fmnist.runtime.provenance import measured_now, processor
 
@@ -140,6 +140,30 @@ def benchmark_table(mode: str, title: str, ratio: str) -> str:
     return "\n".join(lines)
 
 
+def accuracy_table() -> str:
+    """Return the times to accuracy, a row per recorded recipe and target, mean and standard deviation over its runs."""
+    lines = [
+        "| recipe, target on validation | runs that hold it | epochs | seconds | since step 0 | processor seconds "
+        "| test top1 at the end, % | on |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(RESULTS.glob("accuracy_*.json")):
+        result = read_json(path)
+        rows = result["rows"]
+        epochs, top1 = [row["epoch"] for row in rows], [row["test_top1"] for row in rows]
+        held = f"{len(rows)} of {len(rows) + len(result['missed'])}"
+        times = [
+            spread([row[key] for row in rows], digits=1)
+            for key in ("seconds", "seconds_from_step_0", "processor_seconds")
+        ]
+        lines.append(
+            f"| `{result['config']}`, {100 * result['target']:g} % | {held} | "
+            f"{spread(epochs, digits=1)} | {' | '.join(times)} | {spread(top1, scale=100)} | {machine(result)}, "
+            f"{result['hardware']['processor']}, {result['date']} |"
+        )
+    return "\n".join(lines)
+
+
 def programs_table() -> str:
     """Return the table of whole programs, a part per recorded machine and setting."""
     lines = [
@@ -181,6 +205,7 @@ def updated_pages() -> dict[Path, str]:
             "loaders": benchmark_table("data", "loaders alone", "ratio"),
             "training": benchmark_table("train", "training", "to synthetic"),
             "programs": programs_table(),
+            "accuracy": accuracy_table(),
         },
         "docs/trust.md": {
             "sets": prediction_sets.sets_table(),
@@ -188,7 +213,8 @@ def updated_pages() -> dict[Path, str]:
             "automation": prediction_sets.automation_table(),
         },
         "docs/augment.md": {"mirrored": mirrored.table()},
-        "docs/recipes.md": recipe_tables.marks(recipe_tables.queued()),
+        "docs/recipes.md": recipe_tables.marks(queue := recipe_tables.queued()),
+        "experiments/results/queue.md": {"queue": table(list(queue.entries), queue.results)},
     }
     pages = {}
     for name, marks in contents.items():

@@ -398,4 +398,4 @@ def test_the_projects_own_queue_is_valid_and_its_results_belong_to_it() -> None:
     assert len(Queue(entries, results, ROOT / "nowhere").left) < len(left)  # ValueError where one is of other options
     names = {f"{entry.name}_seed{seed}" for entry in entries for seed in entry.seeds}
     assert {path.stem for path in results.glob("*.json")} <= names
-    assert table([Entry(name="none", config="c")], ROOT / "nowhere").endswith("| none | 0/1 | - | - | - |  |")
+    assert table([Entry(name="none", config="c")], ROOT / "nowhere").endswith("| none | 0/1 | - | - | - | - |  |")

@@ -134,9 +134,16 @@ def test_amounts_are_found_by_images_a_class_and_drawn_there(write: Any, tmp_pat
 def test_a_curve_has_epochs_and_shares_of_the_processor_time() -> None:
     found = learning_curve([result(0.8), result(0.9, cpu_seconds=240.0)])
     assert found is not None and found.epochs == [1.0, 2.0]
-    # 30 of 90 seconds of steps are a third of 2 and of 4 minutes: 2/3 and 4/3, 1 on average.
-    assert found.minutes == [pytest.approx(1.0), pytest.approx(3.0)]
+    # 2 and 4 minutes, 3 on average; both epochs are of one image size, so half of it each.
+    assert found.minutes == pytest.approx([1.5, 3.0])
     assert found.mean == [50.0, pytest.approx(85.0)] and found.low[1] == pytest.approx(80.0)
+    # 4 and 2 minutes, 3 on average, in parts of 10, 10 and 2 * 20 seconds: one epoch was held up.
+    points = [{"epoch": epoch, "top1": 0.5, "loss": 1.0, "seconds": at} for epoch, at in ((1, 10), (2, 20), (4, 60))]
+    sizes = {"augment.size": {"0": 20, "2": 28}}
+    late = [point | {"seconds": point["seconds"] + 500 * (point["epoch"] > 1)} for point in points]
+    runs = [result(0.8, val=val, options=sizes, cpu_seconds=60.0 * each) for each, val in ((4, points), (2, late))]
+    grown = learning_curve(runs)
+    assert grown is not None and grown.minutes == pytest.approx([0.5, 1.0, 3.0])
     killed = learning_curve([result(0.8, cpu_seconds=None)])
     assert killed is not None and killed.minutes is None
     old = [{"epoch": 1.0, "top1": 0.5, "loss": 1}, {"epoch": 2.0, "top1": 0.8, "loss": 1}]
@@ -211,10 +218,15 @@ def test_every_figure_is_drawn_from_a_whole_queue_and_the_page_is_full(tmp_path:
         pixels = matplotlib.image.imread(path)[..., :3]
         assert pixels.shape[1] > 1000 and np.ptp(pixels, axis=2).max() > 0.02 and pixels.std() > 0.02
     page = recipe_tables.marks(queue)
-    for name in ("ablation", "final", "search_cnn", "search_mlp", "clip_art"):
+    for name in ("ablation", "search_cnn", "search_mlp", "clip_art"):
         assert recipe_tables.NOT_MEASURED not in page[name], name
+    unmeasured = [row for row in page["final"].splitlines() if recipe_tables.NOT_MEASURED in row]
+    assert len(unmeasured) == 3 and all("not measured: for a GPU" in row for row in unmeasured)
+    for config in recipe_tables.ON_A_GPU.values():
+        assert "not measured" in (ROOT / config).read_text().splitlines()[2]  # its header says the same
     assert page["amount"].count(recipe_tables.NOT_MEASURED) == 2  # all images: of one a file elsewhere, of one none
     assert page["final"].count("3 of 3") == len(FINAL) - 2 and "1 of 1" in page["final"]
+    assert page["final"].splitlines()[2].count(" to ") == 1  # an interval
     assert page["ablation"].count(" ± ") == 4 * 11 and "recipes_ablation.png" in page["ablation"]
     lines = sum(text.count("\n") for text in page.values())
     fixed = (ROOT / "docs" / "recipes.md").read_text().count("\n") - sum(
