@@ -57,6 +57,7 @@ def record(run: Path, name: str, command: str, note: str) -> Path:
         "note": note,
     }
     keys = "model parameters epochs steps seed val.top1 test.top1 test.loss test.num_images train_seconds"
+    keys += " images_per_second_overall share_outside_steps save_seconds"
     return write_result(result | {key: summary[key] for key in keys.split()})
 
 
@@ -104,17 +105,19 @@ def results_table() -> str:
     runs = sorted((result for result in results if "test.top1" in result), key=lambda result: result["test.top1"])
     queue = recipe_tables.queued()
     rows = [
-        "| what | command | hardware | epochs | training | images/s | test top1 |",
-        "|---|---|---|---|---|---|---|",
+        "| what | command | hardware | epochs | training | images/s | overall | test top1 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in runs:
         low, high = (100 * bound for bound in r["test.top1_interval"])
         seeds = numbers(queue.of(SEEDS[r["name"]]), "test.top1") if r["name"] in SEEDS else []
         several = f"**{spread(seeds, scale=100)} %** ({len(seeds)} seeds)"
         top1 = several if len(seeds) > 1 else f"**{100 * r['test.top1']:.2f} %** ({low:.2f} to {high:.2f})"
+        overall = r.get("images_per_second_overall")
         rows.append(
             f"| {r['note']}, {r['parameters'] / 1e6:.2f} M parameters | `{r['command']}` | {machine(r)} | "
-            f"{r['epochs']:g} | {r['train_seconds'] / 60:.1f} min | {r['images_per_second']['median']:,.0f} | {top1} |"
+            f"{r['epochs']:g} | {r['train_seconds'] / 60:.1f} min | {r['images_per_second']['median']:,.0f} | "
+            f"{'not measured' if overall is None else f'{overall:,.0f}'} | {top1} |"
         )
     return "\n".join(rows)
 
