@@ -1,6 +1,7 @@
 """A compiled model: one graph for each size, none with a symbol in it, and none for a short evaluation at the end."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,21 +26,33 @@ from fmnist.training.eager import eager_unless_long
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[Any]]]:
     """Shapes and numbers that each graph takes, as the compiler is given them; nothing is compiled further."""
     found: list[list[Any]] = []
-    real = nn.Module.compile
-
-    def note(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        found.append([number for each in inputs for number in getattr(each, "shape", [each])])
-        return graph.forward
-
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: real(self, backend=note, **options))
     torch._dynamo.reset()
     yield found
     torch._dynamo.reset()
 
 
-def test_two_sizes_in_training_and_evaluation_are_four_graphs_without_a_symbol(
-    graphs: list[list[Any]], train_images: Split, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def noted(graphs: list[list[Any]], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Have what is compiled from here on noted, with its own options but for those given."""
+    real = nn.Module.compile
+
+    def note(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append([number for each in inputs for number in getattr(each, "shape", [each])])
+        return graph.forward
+
+    def compile_noted(**changed: Any) -> None:
+        monkeypatch.setattr(
+            nn.Module, "compile", lambda self, **options: real(self, backend=note, **(options | changed))
+        )
+
+    return compile_noted
+
+
+def grow(graphs: list[list[Any]], train_images: Split) -> tuple[SimpleNamespace, list[int]]:
+    """Train three steps at 20 px and three at 28, each with a validation at its size, as a run does.
+
+    Return the parts, and how many graphs there were after each step.
+    """
     cfg = Config(
         augment=AugmentConfig(size={0: 20, 1: 28}),
         model=ModelConfig(name="cnn", options={"widths": [4, 8]}, precision="fp32", compile=True),
@@ -56,10 +69,19 @@ def test_two_sizes_in_training_and_evaluation_are_four_graphs_without_a_symbol(
     counts = []
     for step in range(6):  # three an epoch
         train_step(wrapped, optimizer, loader.micro_batches(step), augment, gradients, cfg.optim)
-        predict(model, held_out, augment, cfg.evaluation, compute)
+        predict(model, held_out, augment, replace(cfg.evaluation, size=augment.size(step // 3)), compute)
         counts.append(len(graphs))
-    # the first size; evaluation, always at the last size, in batches of 40, 40 and 20; the second size
-    assert counts == [3, 3, 3, 4, 4, 4]
+    return SimpleNamespace(cfg=cfg, compute=compute, model=model, augment=augment, held_out=held_out), counts
+
+
+def test_two_sizes_in_training_and_evaluation_are_six_graphs_without_a_symbol(
+    graphs: list[list[Any]], noted: Callable[..., None], train_images: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted()
+    parts, counts = grow(graphs, train_images)
+    cfg, compute, model, augment, held_out = vars(parts).values()
+    # at each size one for training, and two for the evaluation in batches of 40, 40 and 20
+    assert counts == [3, 3, 3, 6, 6, 6]
     assert all(type(number) is int for graph in graphs for number in graph)
     assert {32, 40, 20} <= {number for graph in graphs for number in graph}
 
@@ -74,7 +96,16 @@ def test_two_sizes_in_training_and_evaluation_are_four_graphs_without_a_symbol(
         monkeypatch.setattr("fmnist.training.eager.PAYS_FROM_S", pays_from)
         with eager_unless_long(training, cfg, run):  # type: ignore[arg-type]
             predict(model, held_out, augment, cfg.evaluation, compute)
-        assert (len(graphs), len(patience)) == (4 + more, more // 2)
+        assert (len(graphs), len(patience)) == (6 + more, more // 2)
+
+
+def test_as_the_compiler_would_by_itself_the_second_size_is_symbols(
+    graphs: list[list[Any]], noted: Callable[..., None], train_images: Split
+) -> None:
+    noted(dynamic=None)
+    grow(graphs, train_images)
+    symbolic = [any(type(number) is not int for number in graph) for graph in graphs]
+    assert not symbolic[0] and any(symbolic)
 
 
 PARTS = slice(0, 96), slice(96, 196)

@@ -4,16 +4,19 @@ import ast
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from fmnist.config.schema import AugmentConfig, ModelConfig, OptimConfig
 from fmnist.data.augment import Augment
-from fmnist.data.batches import Loader
+from fmnist.data.augment_table import _beta_table
+from fmnist.data.batches import Loader, MicroBatch
 from fmnist.data.fashion_mnist import MEAN, STD, load_split
 from fmnist.data.split import Split
 from fmnist.models import build_model
@@ -199,6 +202,43 @@ def test_the_source_never_waits_for_the_device(file: str) -> None:
     assert not names & {"item", "tolist", "cpu", "numpy", "nonzero", "print", "synchronize"} - {"numpy"}
     # The one numpy() is of a table made on the host before anything runs.
     assert "numpy" not in names or file == "data/augment_table"
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
+def test_a_step_reads_nothing_from_the_device(compute: Compute, train_images: Split, name: str) -> None:
+    """Its tensors have no numbers: whatever asks for one raises."""
+    loader = Loader(train_images, global_batch_size=32, micro_batch_size=16, seed=0)
+    cfg = AugmentConfig(size={0: 20, 1: 28}, flip=0.5, rotation=10, erase=0.5, mixup_alpha=0.4, cutmix_alpha=1.0)
+    augment = Augment(cfg, num_classes=10, mean=(MEAN,), std=(STD,))
+    optim = OptimConfig(name=name, ema_decay=0.9, grad_clip_norm=1.0, label_smoothing=0.1)
+    after = loader.steps_per_epoch
+    real = {step: loader.micro_batches(step) for step in (0, after - 1, after)}
+    model = Cnn(10, widths=[8, 16], drop_rate=0.2)
+    ema = WeightAverage(model, decay=0.9, use_warmup=True)
+    quantiles = _beta_table(0.4, torch.device("cpu"))  # made once for a device, on the host
+
+    def own(tensors: dict[str, Any]) -> list[tuple[str, Any]]:
+        return [(key, tensor) for key, tensor in tensors.items() if tensor is not None]
+
+    with FakeTensorMode() as fake, patch("fmnist.data.augment_table._beta_table") as beta_table:
+        beta_table.return_value = fake.from_tensor(quantiles)
+
+        def without_numbers(batch: MicroBatch) -> MicroBatch:
+            split = Split(images=fake.from_tensor(batch.split.images), labels=fake.from_tensor(batch.split.labels))
+            tensors = {key: fake.from_tensor(getattr(batch, key)) for key in ("indices", "partners", "uniforms")}
+            return replace(batch, split=split, **tensors)
+
+        for module in (*model.modules(), *ema.modules()):
+            module._parameters |= {key: nn.Parameter(torch.empty(p.shape)) for key, p in own(module._parameters)}
+            module._buffers |= {key: torch.empty(each.shape, dtype=each.dtype) for key, each in own(module._buffers)}
+        optimizer, gradients = build_optimizer(model, optim), AllReduce(model, compute.accelerator)
+        for batches in real.values():
+            micro_batches = [without_numbers(batch) for batch in batches]
+            metrics = train_step(model, optimizer, micro_batches, augment, gradients, optim, ema)
+        for number in metrics.values():
+            assert number.shape == () and number.dtype == torch.float32
+            with pytest.raises(DataDependentOutputException):
+                float(number)
 
 
 @pytest.mark.slow
