@@ -3,6 +3,7 @@
 #   check    facts; pytest -m gpu; the default run: repeated, killed and resumed, exact, compiled
 #   kernels  our depthwise kernels and CUDA graphs against what they replace, after their tests
 #   ladder   where a ConvNeXt step's time goes: eager, compiled, with our depthwise kernels
+#   large    the ladder's fastest rungs at batch 1024; a step by class of kernel, and the share of it that is idle
 #   data     the loaders' race at 28 and 224 px
 #   recipes  three seeds of the default and of the speedrun, ConvNeXt-Tiny from scratch at 128 and 224 px
 #   wide     the wide residual network
@@ -12,14 +13,16 @@
 # DRY=1 runs the same commands on a CPU, made tiny: to see that they are right before a GPU is at hand.
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit
-stage=${1:?check, kernels, ladder, data, recipes or wide} out=$(realpath -m "${2:?a folder for the results}")
+stage=${1:?check, kernels, ladder, large, data, recipes or wide} out=$(realpath -m "${2:?a folder for the results}")
 python=${PYTHON:-python3} work=$(mktemp -d)
 mkdir -p "$out"
 export PYTHONUNBUFFERED=1
 tiny=() cpu=() race=() tiles=() interpreted=() small=() narrow=() dry=()
+rungs=("compiled" "our depthwise kernel") model=(--models cnn@28 convnext_tiny@224 --variants eager compiled --loaders synthetic ours-triton --rounds 3 --seconds 1)
 if [ "${DRY:-}" ]; then
   export ACCELERATE_USE_CPU=true
   tiny=(--data.limit 300 --data.val_size 500 --batch.global_batch_size 50 --schedule.epochs 2 --augment.size 32 --evaluation.test false)
+  rungs=("eager") model=(--models cnn@28 --variants eager --loaders synthetic ours-eager --rounds 1 --seconds 0.05)
   cpu=(--device cpu --only eager --rounds 1 --steps 1) race=(--sizes 28 --loaders ours-eager --rounds 2 --seconds 0.05) tiles=(--tiny) interpreted=(env TRITON_INTERPRET=1)
   dry=(--dry) small=(--model.name convnext_atto --model.compile false) narrow=(--model.options '{depth: 10, width: 1}')
 fi
@@ -83,6 +86,11 @@ ladder() {
   LINES_SHOWN=60 run ladder 570 "$python" -m experiments.convnext_ladder --output "$out/ladder.json" ${cpu[@]+"${cpu[@]}"}
 }
 
+large() {
+  LINES_SHOWN=20 run ladder_1024 330 "$python" -m experiments.convnext_ladder --output "$out/ladder_1024.json" --batch 1024 --steps 8 --seconds 250 --only "${rungs[@]}" ${cpu[@]+"${cpu[@]}"}
+  LINES_SHOWN=40 run profile 240 "$python" -m fmnist benchmark train --profile --output "$out/profile" "${model[@]}"
+}
+
 data() {
   LINES_SHOWN=60 run data 400 "$python" -m fmnist benchmark data --output "$out/benchmark" ${race[@]+"${race[@]}"}
 }
@@ -90,7 +98,7 @@ data() {
 recipes() {
   for seed in 0 1 2; do train "cnn_$seed" 60 --seed "$seed"; done
   for seed in 0 1 2; do train "speedrun_$seed" 60 --config experiments/recipes/speedrun.yaml --seed "$seed"; done
-  train convnext_tiny 400 --config configs/convnext_tiny.yaml --model.pretrained false --model.depthwise triton ${small[@]+"${small[@]}"}
+  train convnext_tiny 400 --config configs/convnext_tiny.yaml --model.pretrained false --model.depthwise triton --optim.lr 0.002 --optim.layer_decay null --optim.head_lr_scale 1 ${small[@]+"${small[@]}"}
 }
 
 wide() {
@@ -98,6 +106,6 @@ wide() {
 }
 
 case $stage in
-  check | kernels | ladder | data | recipes | wide) "$stage" ;;
-  *) echo "$stage is no stage: check, kernels, ladder, data, recipes or wide" >&2 && exit 2 ;;
+  check | kernels | ladder | large | data | recipes | wide) "$stage" ;;
+  *) echo "$stage is no stage: check, kernels, ladder, large, data, recipes or wide" >&2 && exit 2 ;;
 esac

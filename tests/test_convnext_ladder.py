@@ -21,7 +21,9 @@ def test_a_dry_pass_on_a_cpu(
     )
     found = json.loads(output.read_text())
     assert {"command", "date", "hardware", "versions", "git_revision", "load"} <= found.keys()
-    assert list(found["rungs"]) == ["eager, timm's residual", "eager", "eager, channels_last"]
+    assert list(found["rungs"]) == [
+        "eager, timm's residual", "eager", "eager, channels_last", "eager, channels_last, cuDNN by trial",
+    ]  # fmt: skip
     for entry in found["rungs"].values():
         assert entry["rounds"] == 3 and 0 < entry["lowest"] <= entry["images_per_second"] <= entry["highest"]
         # 4 + 2 steps to warm up, then 3 + 2 a round, from the same weights on the same batch: ln 10 = 2.30 at first
@@ -35,12 +37,18 @@ def test_a_dry_pass_on_a_cpu(
 
 
 def test_timms_residual_is_raced_against_ours() -> None:
-    base = convnext_ladder.small_config()
+    base, cudnn = convnext_ladder.small_config(), torch.backends.cudnn
     with Compute(precision="bf16", device="cpu") as compute:
         for options, lean in (({}, True), ({convnext_ladder.STOCK: True}, False)):
             rung = convnext_ladder.build(options, base, compute, 2)
             assert any(isinstance(part, LeanBlock) for part in rung.trainer.model.modules()) == lean
+            seen: list[tuple[bool, bool]] = []
+            rung.trainer.model.register_forward_hook(
+                lambda *_, s=seen: s.append((cudnn.benchmark, cudnn.deterministic))
+            )
             assert rung.steps(3) == 6
+            assert seen == [(False, True) if lean else (True, False)] * 3
+            assert (cudnn.benchmark, cudnn.deterministic) == (False, True)
             images, labels = rung.batch.next()
             assert images.dtype == torch.bfloat16 and images.shape == (2, 1, 32, 32) and labels.shape == (2,)
 

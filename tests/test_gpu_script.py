@@ -14,7 +14,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize(
-    ("stage", "commands"), [("check", 9), ("kernels", 3), ("ladder", 1), ("data", 1), ("recipes", 7), ("wide", 1)]
+    ("stage", "commands"),
+    [("check", 9), ("kernels", 3), ("ladder", 1), ("large", 2), ("data", 1), ("recipes", 7), ("wide", 1)],
 )
 def test_a_stage_runs_dry(stage: str, commands: int, tmp_path: Path) -> None:
     environment = os.environ | {"DRY": "1", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
@@ -32,4 +33,7 @@ def test_a_stage_runs_dry(stage: str, commands: int, tmp_path: Path) -> None:
 
 def test_a_stage_that_is_none_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(["bash", ROOT / "experiments/gpu.sh", "all", tmp_path], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "all is no stage: check, kernels, ladder, data, recipes or wide\n"
+    assert (
+        done.returncode == 2
+        and done.stderr == "all is no stage: check, kernels, ladder, large, data, recipes or wide\n"
+    )

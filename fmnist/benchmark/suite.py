@@ -93,7 +93,9 @@ class Suite:
             names, optim = ["synthetic", *ours] if options.scaling else options.loaders, OptimConfig(lr=1e-4)
             for model, variant in itertools.product(options.models, options.variants):
                 name, _, size = model.partition("@")
-                network, augment = ModelConfig(name=name, compile=variant == "compiled"), AugmentConfig(size=int(size))
+                layout = name != "mlp"  # as the configs have it
+                network = ModelConfig(name=name, compile=variant == "compiled", channels_last=layout)
+                augment = AugmentConfig(size=int(size))
                 cfg = Config(model=network, augment=augment, optim=optim)
                 title = f"training {name}, {size} px, {variant}, batch {options.batch}"
                 yield title, names, setting(size=int(size), batch_size=options.batch), cfg
