@@ -26,9 +26,9 @@ recipes   --config configs/NAME.yaml, with NAME: {recipes}
 models    --model.name mlp, cnn, hybrid, wide_resnet, or any timm classifier, e.g. resnet18, convnext_tiny
           (all of them: python -c "import timm; print(*timm.list_models())")
 examples  accelerate launch train.py --config configs/mlp.yaml --optim.lr 0.002 --output_dir runs/mlp_lr2
-          accelerate launch train.py --model.name resnet18 --augment '{{size: 32, flip: 0}}' --dry_run
+          accelerate launch train.py --model.name resnet18 --augment '{{size: 32, flip: 0}}' --output_dir runs/resnet18
 
-The defaults below are those of {files}."""
+The defaults below are those of {files}; --config puts other files in its place."""
 
 
 def parse_config(argv: list[str] | None = None, prog: str | None = None, *, to_run: bool = True) -> Config:

@@ -209,7 +209,7 @@ def closing(directory: Path, val_top1: float | None, found: Findings | None, *, 
     report = "" if found is None else f"report and figures in evaluation/{found.outcome.split}/, "
     commands = {
         f"{command('evaluate')} {directory}": "report.html, calibration, speed",
-        f"{command('predict')} {directory} PHOTOS/": "your own pictures",
+        f"{command('predict')} {directory} NEW_PHOTOS/": "your own pictures",
         f"{command('evaluate')} {directory} OTHER_RUN": "compare two runs",
     }
     width = max(map(len, commands))
