@@ -34,6 +34,8 @@ RESULT = Path(__file__).parent / "results/dispatches.json"
 MODELS = {
     "mlp": (28, ModelConfig(name="mlp", precision="fp32"), None),
     "cnn": (28, ModelConfig(name="cnn", precision="fp32"), None),
+    "mlp, muon": (28, ModelConfig(name="mlp", precision="fp32"), None),
+    "cnn, muon": (28, ModelConfig(name="cnn", precision="fp32"), None),
     "convnext_tiny": (32, ModelConfig(name="convnext_tiny", precision="fp32", depthwise="conv"), 0.75),
 }
 
@@ -64,7 +66,7 @@ class Count(TorchDispatchMode):
 def count_step(name: str) -> dict[str, int]:
     """Return the operations of a model's third step, by part."""
     size, model_config, layer_decay = MODELS[name]
-    optim = OptimConfig(layer_decay=layer_decay)
+    optim = OptimConfig(name="muon" if name.endswith("muon") else "adamw", layer_decay=layer_decay)
     cfg = Config(augment=AugmentConfig(size=size, rotation=10), model=model_config, optim=optim)
     trainer = Trainer(cfg, Compute(precision="fp32"))
     optimizer, gradients = trainer.optimizer, trainer.gradients
