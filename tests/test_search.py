@@ -7,13 +7,16 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from small import NUM_TEST, NUM_TRAIN, VAL_SIZE, command, untrained, write_small_data
 
 from fmnist.apps.search.__main__ import main as search_main
@@ -129,7 +132,7 @@ def test_precision_by_hand() -> None:
 
 def test_an_index_holds_unit_float16_features_and_no_pickle(run_directory: Path, index: Path) -> None:
     assert {name: tensor.dtype for name, tensor in load_file(index).items()} == {
-        **{"features": torch.float16, "predictions": torch.int16, "images": torch.uint8},
+        **{"features": torch.float16, "predictions": torch.int32, "images": torch.uint8},
     }
     catalogue = load_catalogue(index, open_trained(run_directory, "cpu"))
     assert torch.equal(catalogue.images, load_split("test", None, VAL_SIZE)[0][:4])
@@ -137,6 +140,29 @@ def test_an_index_holds_unit_float16_features_and_no_pickle(run_directory: Path,
     assert catalogue.features.shape == (4, 32)  # the small CNN's last width
     assert torch.allclose(catalogue.features.float().norm(dim=1), torch.ones(4), atol=2e-3)
     assert catalogue.run == "run" and catalogue.source == str(index.parent / "shop")
+
+
+def test_an_index_of_40_000_classes_keeps_the_last_and_an_older_one_is_read(
+    run_directory: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, path = open_trained(run_directory, "cpu"), tmp_path / "index.safetensors"
+    made = features.compute_features(trained, load_split("test", None, VAL_SIZE)[0][:4])
+    wanted = [0, 32_767, 32_768, 39_999]  # int16 ends at 32,767
+    logits = F.one_hot(torch.tensor(wanted), 40_000).float()
+    monkeypatch.setattr("fmnist.apps.search.catalogue.compute_features", lambda *_: replace(made, logits=logits))
+    info = replace(trained.info, class_names=tuple(f"species {i}" for i in range(40_000)))
+    many: Any = SimpleNamespace(info=info, class_names=info.class_names, name="run", digest=trained.digest)
+    catalogue = folder_catalogue(many, index.parent / "shop")
+    save_catalogue(catalogue, path, many)
+    assert load_catalogue(path, many).predictions.tolist() == catalogue.predictions.tolist() == wanted
+    # what an older version wrote: right up to 32,768 classes
+    with safe_open(index, framework="pt") as file:
+        about = file.metadata()
+    tensors = load_file(index)
+    save_file(tensors | {"predictions": tensors["predictions"].short()}, path, metadata=about)
+    assert torch.equal(load_catalogue(path, trained).predictions, tensors["predictions"])
+    with pytest.raises(ValueError, match=r"is not an index of this version: its tensors are .*int16"):
+        load_catalogue(path, many)
 
 
 def test_query_by_split_and_by_file(run_directory: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ logger = logging.getLogger("fmnist")
 FORMAT = "2"
 UNKNOWN = -1  # the label of a picture from a folder
 Split = Literal["train", "val", "test"]
-TENSORS = {"features": torch.float16, "predictions": torch.int16, "images": torch.uint8}
+TENSORS = {"features": torch.float16, "predictions": torch.int32, "images": torch.uint8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Catalogue:
     Attributes:
         features: float16 [N, D], penultimate features, each of length 1 (to rounding).
         labels: int64 [N], the class, or UNKNOWN.
-        predictions: int16 [N], the predicted class.
+        predictions: int32 [N], the predicted class.
         names: N times `split:number`, the position in the data set's own file, or a path below its folder.
         images: uint8 [N, H, W] or [N, 3, H, W], what the model was given.
         class_names: in label order.
@@ -89,7 +89,7 @@ def split_catalogue(trained: Trained, source: Split | Literal["all"], root: str 
     return Catalogue(
         features=torch.cat([part.features for part in found]),
         labels=labels,
-        predictions=torch.cat([part.logits for part in found]).argmax(1).short(),
+        predictions=torch.cat([part.logits for part in found]).argmax(1).int(),
         names=[f"{split}:{index}" for split, index in zip(splits_of, indices.tolist(), strict=True)],
         images=images,
         class_names=trained.class_names,
@@ -124,7 +124,7 @@ def folder_catalogue(trained: Trained, folder: Path) -> Catalogue:
     return Catalogue(
         features=made.features,
         labels=torch.full((len(images),), UNKNOWN),
-        predictions=made.logits.argmax(1).short(),
+        predictions=made.logits.argmax(1).int(),
         names=names,
         images=images,
         class_names=trained.class_names,
@@ -158,6 +158,8 @@ def load_catalogue(path: Path, trained: Trained) -> Catalogue:
             about = file.metadata() or {}
             # Copied: a mapped file that shrinks would end the process.
             tensors = {name: file.get_tensor(name).clone() for name in TENSORS}
+        if tensors["predictions"].dtype == torch.int16 and len(trained.class_names) <= 1 << 15:  # an older index
+            tensors["predictions"] = tensors["predictions"].int()
         names, sha256 = json.loads(about["names"]), about["weights_sha256"]
         _check(tensors, names, about, trained)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
