@@ -15,7 +15,7 @@ from fmnist.evaluation.cost import Cost, Timing, sum_of_costs
 from fmnist.evaluation.numbers import summarize
 from fmnist.evaluation.outcome import Outcome, ensemble
 from fmnist.evaluation.ranking import check_comparable, comparison_rows, mcnemar, pareto_front, told_apart
-from fmnist.evaluation.seeds import repeated_seeds, seed_groups
+from fmnist.evaluation.seeds import repeated_seeds, seed_groups, unequal_lengths
 from fmnist.report.comparison import comparison_table
 from fmnist.report.comparison import write_comparison as write_rows
 from fmnist.report.comparison_figure import plot_comparison
@@ -65,7 +65,7 @@ def outcome(
     logits[errors.start : errors.stop] = logits[errors.start : errors.stop].roll(1, dims=1)
     trained = Trained(
         name=name, directory=Path(name), checkpoint="", weights=Path(name), cfg=cfg or Config(), info=INFO,
-        summary={} if val_top1 is None else {"val.top1": val_top1},
+        summary={"status": "finished", "steps": 100} | ({} if val_top1 is None else {"val.top1": val_top1}),
         device=torch.device("cpu"),
     )  # fmt: skip
     return Outcome(
@@ -155,12 +155,13 @@ def test_the_mean_of_seeds_has_what_all_of_them_have(tmp_path: Path) -> None:
         {"fingerprint": {"data.corrections": "b" * 64}},
         {"fingerprint": {"training images in data.root": "c" * 64}},
         {"checkpoint": "step_00000010"},  # not as far
-        {"summary": {"status": "stopped"}},
+        {"summary": {"status": "stopped", "steps": 100}},
+        {"summary": {"status": "finished", "steps": 60}},  # as of schedule.minutes on a slower machine
     ],
 )
 def test_runs_of_other_data_weights_or_length_are_no_seeds_of_one_recipe(change: dict[str, Any]) -> None:
     made_of = {"model.weights": "none", "data.corrections": "none", "training images in data.root": "d" * 64}
-    known = {"fingerprint": made_of, "summary": {"status": "finished"}}
+    known = {"fingerprint": made_of, "summary": {"status": "finished", "steps": 100}}
     runs = [outcome(f"s{seed}", range(seed), cfg=Config(seed=seed)) for seed in range(3)]
     runs = [replace(run, trained=replace(run.trained, **known)) for run in runs]
     assert seed_groups(runs) == [[0, 1, 2]]
@@ -169,6 +170,26 @@ def test_runs_of_other_data_weights_or_length_are_no_seeds_of_one_recipe(change:
     assert seed_groups([*runs[:2], other]) == [[0, 1]]
     old = replace(runs[2], trained=replace(runs[2].trained, fingerprint={}))  # from before there was one
     assert seed_groups([*runs[:2], old]) == [[0, 1, 2]]
+
+
+def test_runs_of_several_lengths_have_no_mean_and_it_is_said(tmp_path: Path) -> None:
+    def ended(name: str, seed: int, status: str, steps: int, checkpoint: str = "") -> Outcome:
+        one = outcome(name, range(seed), cfg=Config(seed=seed))
+        about = {"summary": {"status": status, "steps": steps}, "checkpoint": checkpoint}
+        return replace(one, trained=replace(one.trained, **about))
+
+    s0, s1, s2 = ended("s0", 0, "finished", 100), ended("s1", 1, "finished", 100), ended("s2", 2, "stopped", 60)
+    text = write_comparison([s0, s1, s2], results([s0, s1, s2]), tmp_path)
+    # no error of 200 and one: 100 and 99.5 %
+    assert "\nmean of 2 seeds (s0, s1)" in text and "99.75 %" in text
+    said = "A mean is over finished runs of one length: s0 (100 steps), s1 (100 steps), s2 (60 steps, unfinished).\n"
+    assert said in text
+    stopped = [ended("a", 0, "stopped", 60), ended("b", 1, "stopped", 60)]
+    assert seed_groups(stopped) == [] and len(unequal_lengths(stopped)) == 1
+    assert seed_groups([s0, ended("b", 1, "finished", 60)]) == []
+    early = [ended(f"s{seed} step 60", seed, "stopped", 70, "step_00000060") for seed in (0, 1)]  # named by their step
+    assert seed_groups([s0, s1, *early]) == [[0, 1], [2, 3]] and unequal_lengths([s0, s1, *early]) == []
+    assert unequal_lengths([s0, ended("s0 step 60", 0, "finished", 100, "step_00000060")]) == []  # one run
 
 
 def test_a_seed_that_is_there_twice_is_said(tmp_path: Path) -> None:

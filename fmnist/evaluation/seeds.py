@@ -7,9 +7,14 @@ from typing import Any
 from fmnist.config.same_run import changes, differences
 from fmnist.evaluation.outcome import Outcome
 
+UNFINISHED = "unfinished"
+
 
 def seed_groups(outcomes: Sequence[Outcome]) -> list[list[int]]:
-    """Return the positions of runs that differ by the seed only, for groups of two and more."""
+    """Return the positions of runs that differ by the seed only, for groups of two and more.
+
+    Averaged are finished runs of as many steps, and checkpoints of one step.
+    """
     # The same seed twice is two checkpoints of a run, or a copy: not a sample of seeds.
     return [group for group in _same_but_seed(outcomes) if len(group) > 1 and not _repeated(outcomes, group)]
 
@@ -23,13 +28,26 @@ def repeated_seeds(outcomes: Sequence[Outcome]) -> list[str]:
     ]
 
 
-def _same_but_seed(outcomes: Sequence[Outcome]) -> list[list[int]]:
+def unequal_lengths(outcomes: Sequence[Outcome]) -> list[str]:
+    """Name, a line each, the groups of seeds with a run that is in no mean: it is not finished, or not as long."""
+    lines, known = [], [*map(_length, outcomes)]
+    for group in _same_but_seed(outcomes, of_one_length=False):
+        lengths = [known[i] for i in group]
+        alone = [length for length in lengths if length.endswith(UNFINISHED) or lengths.count(length) == 1]
+        if alone and len({*_seeds(outcomes, group)}) > 1:
+            each = ", ".join(f"{outcomes[i].name} ({known[i]})" for i in group)
+            lines.append(f"A mean is over finished runs of one length: {each}.")
+    return lines
+
+
+def _same_but_seed(outcomes: Sequence[Outcome], *, of_one_length: bool = True) -> list[list[int]]:
     groups: list[list[int]] = []
     for i, outcome in enumerate(outcomes):
-        if outcome.trained is None:
+        if outcome.trained is None or (of_one_length and _length(outcome).endswith(UNFINISHED)):
             continue
         for group in groups:
-            if _differ_by_seed(outcomes[group[0]], outcome):
+            first = outcomes[group[0]]
+            if _differ_by_seed(first, outcome) and (not of_one_length or _length(first) == _length(outcome)):
                 group.append(i)
                 break
         else:
@@ -37,14 +55,22 @@ def _same_but_seed(outcomes: Sequence[Outcome]) -> list[list[int]]:
     return groups
 
 
+def _length(outcome: Outcome) -> str:
+    """Say how far a run is: the steps of a checkpoint or of a finished run, or that it is not finished."""
+    if (trained := outcome.trained) is None:
+        return ""
+    steps = int(trained.checkpoint[-8:]) if trained.checkpoint else trained.summary.get("steps", "unknown")
+    finished = trained.checkpoint or trained.summary.get("status") == "finished"
+    return f"{steps} steps" if finished else f"{steps} steps, {UNFINISHED}"
+
+
 def _differ_by_seed(one: Outcome, other: Outcome) -> bool:
-    """Say whether two runs have the same options but the seed, the same data and first weights, and are as far."""
+    """Say whether two runs have the same options but the seed, and the same data and first weights."""
     first, second = one.trained, other.trained
     assert first is not None and second is not None
     return (
         one.tta == other.tta
-        and first.checkpoint == second.checkpoint
-        and first.summary.get("status") == second.summary.get("status")
+        and bool(first.checkpoint) == bool(second.checkpoint)
         and all(line.startswith("seed was ") for line in differences(first.cfg, second.cfg))
         and not changes(first.fingerprint, second.fingerprint)
     )

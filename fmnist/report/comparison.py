@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fmnist.evaluation.outcome import Outcome
-from fmnist.evaluation.seeds import repeated_seeds, seed_rows
+from fmnist.evaluation.seeds import repeated_seeds, seed_rows, unequal_lengths
 from fmnist.report.comparison_figure import plot_comparison
 from fmnist.runtime.files import write_atomic, write_json
 
@@ -97,7 +97,7 @@ def write_comparison(
     lines = [comparison_table([*rows, *seeds]), ""]
     if seeds:
         lines.append("+-: the standard deviation over seeds.")
-    lines += repeated_seeds(outcomes)
+    lines += repeated_seeds(outcomes) + unequal_lengths(outcomes)
     lines.append(
         f"{rows[0]['num_images']:,} {outcomes[0].split} images, most accurate first. Against the next: images that "
         "only this row gets right : only the next row, McNemar's exact p."
