@@ -104,11 +104,12 @@ def test_what_becomes_of_the_learning_rate_is_said_in_one_line(
 ) -> None:
     cfg = replace(Config(), schedule=schedule)
     meta = {"config": recipe(replace(cfg, schedule=replace(schedule, epochs=10)))}
-    path = Checkpoints(tmp_path, 1, meta).save(TrainState(step=100, best_step=100), {MODEL: {}, OPTIMIZER: {}})
-    line = continuation(path, cfg, Schedule.from_config(cfg, 10), 100)
+    state = TrainState(step=100, best_step=100)
+    path = Checkpoints(tmp_path, 1, meta).save(state, {MODEL: {}, OPTIMIZER: {}})
+    line = continuation(path, cfg, Schedule.from_config(cfg, 10), state)
     assert line.startswith("continuing a run of 100 steps from step 100 to 200: ") and said in line
     same = replace(cfg, schedule=replace(schedule, epochs=10))
-    assert continuation(path, same, Schedule.from_config(same, 10), 100) == ""
+    assert continuation(path, same, Schedule.from_config(same, 10), state) == ""
 
 
 @pytest.mark.parametrize(
@@ -127,9 +128,33 @@ def test_a_constant_learning_rate_alone_does_not_make_it_one_long_run(
     schedule = ScheduleConfig(epochs=20, name="constant", warmup_epochs=warmup)
     cfg = Config(schedule=schedule, augment=AugmentConfig(size=size))
     meta = {"config": recipe(replace(cfg, schedule=replace(schedule, epochs=10)))}
-    path = Checkpoints(tmp_path, 1, meta).save(TrainState(step=100, best_step=100), {MODEL: {}, OPTIMIZER: {}})
-    line = continuation(path, cfg, Schedule.from_config(cfg, 10), 100)
+    state = TrainState(step=100, best_step=100)
+    path = Checkpoints(tmp_path, 1, meta).save(state, {MODEL: {}, OPTIMIZER: {}})
+    line = continuation(path, cfg, Schedule.from_config(cfg, 10), state)
     assert line.endswith("; the result differs from a single run of that length") == differs, line
+
+
+@pytest.mark.parametrize(
+    ("every", "best", "said"),
+    [
+        (30, 100, True),  # a run of 200 validates at 90 and 120; one of 100 at its end too
+        (30, 90, False),
+        (50, 100, False),  # as a run of 200 does
+    ],
+)
+def test_an_end_that_one_long_run_does_not_validate_may_stay_the_best(
+    every: int, best: int, said: bool, tmp_path: Path
+) -> None:
+    evaluation = replace(Config().evaluation, every_steps=every)
+    cfg = replace(Config(), schedule=ScheduleConfig(epochs=20, name="constant"), evaluation=evaluation)
+    meta = {"config": recipe(replace(cfg, schedule=replace(cfg.schedule, epochs=10)))}
+    state = TrainState(step=100, best_step=best, best_val={"top1": 0.9})
+    path = Checkpoints(tmp_path, 1, meta).save(state, {MODEL: {}, OPTIMIZER: {}})
+    line = continuation(path, cfg, Schedule.from_config(cfg, 10), state)
+    words = "; step 100, which a single run of that length does not validate, may stay the best"
+    assert line.endswith(words) == said and "differs from" not in line
+    # without validation images the newest step is the best, as in one long run
+    assert words not in continuation(path, cfg, Schedule.from_config(cfg, 10), replace(state, best_val={}))
 
 
 @pytest.fixture(scope="module")

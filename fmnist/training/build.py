@@ -87,7 +87,7 @@ def build(cfg: Config, run: Run, train_step: Callable[..., Any]) -> Training | N
     # resume: weights, optimizer and step of the newest checkpoint
     state = TrainState() if newest is None else restore(newest, asked, model, ema, optimizer, run.fingerprint)
     state.total_steps = schedule.total_steps if minutes else None
-    if newest is not None and not minutes and (said := continuation(newest, cfg, schedule, state.step)):
+    if newest is not None and not minutes and (said := continuation(newest, cfg, schedule, state)):
         logger.info("%s", said)
     if cfg.batch.micro_batch_size == "auto":
         found = state.micro_batch_size or micro_batch_size

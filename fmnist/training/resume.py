@@ -103,14 +103,14 @@ def _newest(cfg: Config, checkpoints: Checkpoints) -> Path | None:
         raise
 
 
-def continuation(path: Path, cfg: Config, schedule: Schedule, step: int) -> str:
+def continuation(path: Path, cfg: Config, schedule: Schedule, state: TrainState) -> str:
     """Say what a longer schedule means for a run that had come to its end; empty where it is not longer.
 
     Args:
         path: the checkpoint that it resumes from, which knows how long the run was.
         cfg: the run's config now.
         schedule: of it.
-        step: of the checkpoint.
+        state: of the checkpoint.
     """
     meta = read_meta(path)["config"]
     length = {key: meta.get(f"schedule.{key}", getattr(cfg.schedule, key)) for key in ("epochs", "steps")}
@@ -118,7 +118,8 @@ def continuation(path: Path, cfg: Config, schedule: Schedule, step: int) -> str:
     before = Schedule.from_config(shorter, schedule.steps_per_epoch)
     if before.total_steps == schedule.total_steps:
         return ""
-    old, new = before.lr(before.total_steps - 1), schedule.lr(step)
+    step, end = state.step, before.total_steps
+    old, new = before.lr(end - 1), schedule.lr(step)
     lr = f"the learning rate stays {new:.4g}"
     if old != new:
         lr = f"the learning rate jumps from {old:.4g} to {new:.4g}, its value there in a run of that length"
@@ -128,10 +129,10 @@ def continuation(path: Path, cfg: Config, schedule: Schedule, step: int) -> str:
         for each in (shorter, cfg)
     )
     same = before.shape == "constant" and before.warmup_steps == schedule.warmup_steps and had == would_have
-    return (
-        f"continuing a run of {before.total_steps:,} steps from step {step:,} to {schedule.total_steps:,}: {lr}"
-        f"{'' if same else '; the result differs from a single run of that length'}"
-    )
+    differs = "" if same else "; the result differs from a single run of that length"
+    if state.best_val and state.best_step == end and not schedule.validates(end):
+        differs += f"; step {end:,}, which a single run of that length does not validate, may stay the best"
+    return f"continuing a run of {end:,} steps from step {step:,} to {schedule.total_steps:,}: {lr}{differs}"
 
 
 def restore(
