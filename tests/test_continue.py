@@ -243,6 +243,28 @@ def test_no_validation_numbers_of_weights_that_were_lost_stand_in_the_summary(
     assert json.loads((tmp_path / "whole" / "summary.json").read_text())["val.top1"] > 0.1
 
 
+def test_no_report_of_other_weights_is_left_beside_those_of_a_continued_run(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, reports = tmp_path / "run", ("evaluation/test/report.txt", "evaluation/val-0123abcd/metrics.json")
+    kept = ("evaluation/step_00000003/test/report.txt", "evaluation/test/notes.txt", "outside/report.txt")
+    go(run, data, 1)
+    for name in (*reports, *kept):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("of step 3")
+    (run / "evaluation/train").symlink_to(run / "outside")
+    before = sha256_of(run / MODEL)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr("fmnist.checkpoint.store.write_atomic", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        Checkpoints(run / "checkpoints", 1, {}).export(3, run / MODEL)  # the same weights: all stays
+    assert all((run / name).is_file() for name in (*reports, *kept))
+    go(run, data, 2)  # without test images, see go
+    assert sha256_of(run / MODEL) != before and not any((run / name).exists() for name in reports)
+    assert all((run / name).is_file() for name in kept)
+    assert not (run / "evaluation/val-0123abcd").exists()
+    assert "model.safetensors is replaced: the evaluations of the weights before are deleted" in capsys.readouterr().err
+
+
 @pytest.mark.thorough
 def test_with_a_constant_learning_rate_it_ends_with_the_bits_of_one_long_run(data: Path, tmp_path: Path) -> None:
     parts, whole = tmp_path / "parts", tmp_path / "whole"

@@ -29,7 +29,8 @@ from fmnist.checkpoint.contents import (
 )
 from fmnist.checkpoint.tensors import write_tensors
 from fmnist.runtime.console import one_line
-from fmnist.runtime.files import Unreadable, cannot_read, open_regular, sync_path, write_atomic
+from fmnist.runtime.files import Unreadable, cannot_read, open_regular, sha256_of, sync_path, write_atomic
+from fmnist.runtime.ownership import delete_reports
 
 logger = logging.getLogger("fmnist")
 
@@ -147,7 +148,8 @@ class Checkpoints:
     def export(self, step: int, target: Path) -> tuple[str, int]:
         """Copy the weights to use of one checkpoint (the moving average where there is one) to a file.
 
-        A damaged or lost one is reported, and the newest valid one taken.
+        A damaged or lost one is reported, and the newest valid one taken. Where the file held other weights, reports of
+        those beside it are deleted, first: a kill leaves none of other weights.
 
         Returns:
             The sha256 of what was written, and the step that it is of.
@@ -165,8 +167,11 @@ class Checkpoints:
                 raise ValueError(f"{self.directory} holds no checkpoint") from None
             logger.warning("%s takes their place", newest)
             data, step = self._weights(newest), read_state(newest).step
+        digest = hashlib.sha256(data).hexdigest()
+        if target.is_file():
+            _delete_reports_of_others(target, digest)
         write_atomic(target, data)
-        return hashlib.sha256(data).hexdigest(), step
+        return digest, step
 
     def _weights(self, source: Path) -> bytes:
         """Read the weights to use, and check them; the optimizer's file, twice their size, is left alone."""
@@ -242,3 +247,12 @@ def newer_than_weights(run: Path, summary: Mapping[str, Any]) -> Path | None:
             return checkpoints.best_path(best[-1])
         raise ValueError(f"{run} holds no model.safetensors and no checkpoint: not a run directory of train.py")
     return newest if newest is None or not has_weights or read_state(newest).step > written else None
+
+
+def _delete_reports_of_others(weights: Path, digest: str) -> None:
+    """Delete the evaluations beside weights that others replace; where that fails it is said, and costs no weights."""
+    try:
+        if sha256_of(weights) != digest and delete_reports(weights.parent):
+            logger.info("%s is replaced: the evaluations of the weights before are deleted", weights)
+    except OSError as error:
+        logger.warning("the evaluations of the weights before could not be deleted: %s", error)

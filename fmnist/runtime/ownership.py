@@ -46,19 +46,16 @@ EVALUATION = {  # and what tells each file of an evaluation from somebody else's
 # the run's id behind its names.
 STEPS, HEX = tuple(f"{kind}_{'[0-9]' * 8}" for kind in ("step", "best")), "[0-9a-f]" * 8
 CHECKPOINT_FILES = ("manifest.json", "state.json", *(f"{name}.safetensors" for name in ("model", "optimizer", "ema")))
+REPORTS = tuple(
+    f"{split}{data}/{name}" for split in ("train", "val", "test") for data in ("", f"-{HEX}") for name in EVALUATION
+)
 FEATURES = ("train", "val", "test", "train_sample", "val_sample", "train_held_out_sample")
 INSIDE = (
     *(f"checkpoints/{step}/{name}" for step in STEPS for name in CHECKPOINT_FILES),
     *(f"checkpoints/.part_{old}{step}/**" for step in STEPS for old in ("", "old_")),
     *(f"features/{folder}{name}.safetensors" for folder in ("", *(f"{step}/" for step in STEPS)) for name in FEATURES),
     *("profile/table.txt", "profile/trace.json"),
-    *(
-        f"evaluation/{folder}{split}{data}/{name}"
-        for folder in ("", *(f"{step}/" for step in STEPS))
-        for split in ("train", "val", "test")
-        for data in ("", f"-{HEX}")
-        for name in EVALUATION
-    ),
+    *(f"evaluation/{folder}{report}" for folder in ("", *(f"{step}/" for step in STEPS)) for report in REPORTS),
     *("wandb/*run-*-{run_id}/**", "wandb/latest-run", "wandb/debug*.log"),
     *(f"{folders}.*.{HEX}.part" for folders in ("*/", "*/*/", "*/*/*/")),
 )
@@ -105,6 +102,18 @@ def delete_run_files(directory: Path) -> None:
             for folder, _, _ in os.walk(directory / name, topdown=False):
                 if not os.listdir(folder):
                     os.rmdir(folder)
+
+
+def delete_reports(directory: Path) -> bool:
+    """Delete the evaluations of the weights that a run uses, those of its checkpoints apart; say whether it had any."""
+    patterns = [f"evaluation/{report}" for report in REPORTS]
+    reports = [path for path, _ in _walk(directory) if _fits(path.relative_to(directory).parts, patterns)]
+    for path in reports:
+        path.unlink(missing_ok=True)
+    for folder in {path.parent for path in reports}:
+        if not os.listdir(folder):
+            folder.rmdir()
+    return bool(reports)
 
 
 def _walk(directory: Path) -> Iterator[tuple[Path, bool]]:
