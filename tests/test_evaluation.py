@@ -20,6 +20,7 @@ from fmnist.evaluation.numbers import summarize
 from fmnist.metrics import predict, score
 from fmnist.models.cnn import Cnn
 from fmnist.models.mlp import Mlp
+from fmnist.runtime.files import sha256_of
 
 WORLD_SIZES = (1, 2, 3, 4)
 
@@ -116,6 +117,7 @@ def test_what_two_processes_logged_is_what_evaluate_finds_with_one_or_two(tmp_pa
     alone = run_evaluate(run, "--batch_size", 333, "--quick")
     assert alone["confusion_matrix"] == in_training["confusion_matrix"]
     assert alone["top1"] == in_training["top1"] == test_line["top1"]
+    assert alone["weights_sha256"] == in_training["weights_sha256"] == sha256_of(run / "model.safetensors")
     assert alone["loss"] == pytest.approx(test_line["loss"], abs=1e-6)
     assert alone["num_images"] == test_line["num_images"] == 10_000
     two = run_evaluate(run, "--batch_size", 7777, processes=2)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import yaml
 from conftest import ROOT
 from other_sets import untrained_on, write_npz
+from safetensors.torch import load_file, save_file
 from small import VAL_SIZE, command, untrained, write_small_data
 
 from fmnist.apps.export import hub
@@ -71,6 +72,7 @@ def evaluated(run: Path, flip: bool = False) -> Path:
         labels=labels,
         logits=logits,
         class_names=trained.class_names,
+        weights_sha256=trained.digest,
     )
     write_evaluation(findings(outcome, quick=True))
     return run
@@ -276,6 +278,17 @@ def test_a_card_needs_figures_of_these_weights(cnn_run: Path, tmp_path: Path) ->
     assert "measured figures, and there is no" in export(run, "--to", "hub", status=2)
     shutil.copytree(cnn_run / "evaluation", run / "evaluation")  # those of another run
     assert "was evaluated with other weights; run: fmnist evaluate" in export(run, "--to", "hub", status=2)
+    # of weights that answer almost alike, too: a mean over many classes' probabilities cannot tell them apart
+    evaluated(run)
+    tensors = load_file(run / "model.safetensors")
+    bias = next(name for name in tensors if name.endswith("bias"))
+    save_file(tensors | {bias: tensors[bias] + 1e-6}, run / "model.safetensors")
+    assert "was evaluated with other weights; run: fmnist evaluate" in export(run, "--to", "hub", status=2)
+    path = run / "evaluation" / "test" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in metrics.items() if key != "weights_sha256"}))
+    said = "does not say which weights it is of, as of an older version; run: fmnist evaluate"
+    assert said in export(run, "--to", "hub", status=2)
     assert not (run / "export" / "hub").exists()
     assert list((run / "export").iterdir()) == [] if (run / "export").exists() else True
 

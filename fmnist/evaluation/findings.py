@@ -75,6 +75,7 @@ def findings(
     """
     metrics = summarize(outcome.logits, outcome.labels, outcome.class_names)
     metrics["data"] = {"name": outcome.data, "sha256": outcome.data_sha256}
+    metrics |= {"weights_sha256": outcome.weights_sha256, "tta": outcome.tta}
     scaled_bins = risk = None
     if not quick:
         calibration, temperature = None, 1.0

@@ -65,6 +65,7 @@ class Outcome:
         info: the data set that they are of.
         cost: none where quick.
         data, data_sha256: name of the data set, and digest of these images and labels.
+        weights_sha256: of the file of weights; empty for an ensemble.
         trained: the run; none for an ensemble.
         members: names of an ensemble's models.
         published, val_published: int64, the positions of these images, and of the validation images, in the data set's
@@ -87,6 +88,7 @@ class Outcome:
     cost: Cost | None = None
     data: str = "Fashion-MNIST"
     data_sha256: str = ""
+    weights_sha256: str = ""
     trained: Trained | None = None
     members: tuple[str, ...] = ()
     published: Tensor | None = None
@@ -173,6 +175,7 @@ def evaluate(trained: Trained, compute: Compute, request: Request) -> Outcome | 
         cost=cost,
         data=split.title(),
         data_sha256=split.digest,
+        weights_sha256=trained.digest,
         trained=trained,
         published=split.published,
         val_published=val_published,
@@ -220,5 +223,6 @@ def ensemble(outcomes: list[Outcome], folder: Path) -> Outcome:
         validation=(average_probabilities([pair[0] for pair in known]), known[0][1]) if shared else None,
         cost=sum_of_costs(costs) if len(costs) == len(outcomes) else None,
         trained=None,
+        weights_sha256="",
         members=tuple(outcome.name for outcome in outcomes),
     )

@@ -70,7 +70,7 @@ def write_evaluation(findings: Findings) -> None:
 
 
 def _has_these_results(directory: Path, metrics: Mapping[str, Any]) -> bool:
-    """Say whether all files of an evaluation lie there, of the same images and with the same results."""
+    """Say whether all files of an evaluation lie there, of the same images and weights, with the same results."""
     if not all((directory / name).is_file() for name in FILES):
         return False
     try:
@@ -78,6 +78,7 @@ def _has_these_results(directory: Path, metrics: Mapping[str, Any]) -> bool:
     except ValueError:
         return False
     same = all(kept.get(key) == metrics[key] for key in ("data", "confusion_matrix"))
+    same &= all(kept.get(key, metrics[key]) == metrics[key] for key in ("weights_sha256", "tta"))  # not in older ones
     return same and isinstance(kept.get("loss"), float) and abs(kept["loss"] - metrics["loss"]) < 1e-6
 
 

@@ -22,6 +22,7 @@ from fmnist.evaluation.outcome import Outcome
 from fmnist.metrics import predict
 from fmnist.run import Run
 from fmnist.runtime.console import counted
+from fmnist.runtime.files import sha256_of
 from fmnist.runtime.provenance import git_revision, versions
 from fmnist.tracking.metrics_file import METRICS_FILE
 from fmnist.training.eager import eager_unless_long
@@ -175,7 +176,7 @@ def evaluate_test(training: Training, cfg: Config, run: Run) -> Findings | None:
         published=split.published,
         files=tuple(map(split.file, range(len(split)))) if split.files else (),
     )
-    return run.on_main(findings, outcome, quick=True)
+    return run.on_main(lambda: findings(replace(outcome, weights_sha256=sha256_of(run.directory / MODEL)), quick=True))
 
 
 def write_report(found: Findings | None, run: Run) -> None:
