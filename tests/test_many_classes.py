@@ -7,16 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fmnist.data.fashion_mnist import INFO
 from fmnist.evaluation.findings import Findings, findings
 from fmnist.evaluation.misclassified import channels_last, confused_pairs, worst_by_f1, worst_classes
+from fmnist.evaluation.numbers import confusion_of, summarize
 from fmnist.evaluation.outcome import Outcome
 from fmnist.report import figures
 from fmnist.report.figures import MOST_CLASSES, WORST_CLASSES, plot_confusion_matrix, shown_classes
+from fmnist.report.matrix import matrix_rows
 from fmnist.report.page import context, render
 from fmnist.report.page_figures import picture
 from fmnist.report.write import report_text, write_evaluation
+from fmnist.runtime.files import MAX_JSON_BYTES
 from fmnist.training.batch_pictures import visible
 
 
@@ -67,6 +71,42 @@ def test_of_many_classes_the_report_lists_the_worst_and_their_pairs(tmp_path: Pa
     text = render(context(found))
     assert '<section id="pairs">' in text and text.count("<details>") == 1
     assert "<i>a name" not in text and "Most confused pairs" in text and "plants, CC0 licence." in text
+
+
+def test_of_more_than_a_thousand_classes_the_cells_that_hold_images_are_kept(tmp_path: Path) -> None:
+    names = [str(i) for i in range(40_000)]  # whose whole matrix has 1.6e9 cells
+    logits = torch.zeros(4, 40_000)
+    logits[range(4), [7, 39_999, 39_999, 3]] = 1.0
+    metrics = summarize(logits, torch.tensor([7, 5, 5, 39_998]), names)
+    assert (
+        metrics["confusion_cells"] == [[5, 39_999, 2], [7, 7, 1], [39_998, 3, 1]] and "confusion_matrix" not in metrics
+    )
+    assert len(json.dumps(metrics)) < MAX_JSON_BYTES / 10
+    confusion = confusion_of(metrics)
+    assert confused_pairs(confusion) == [(5, 39_999, 2, 0), (39_998, 3, 1, 0)]
+    assert worst_classes(confusion, 4) == [3, 5, 39_998, 39_999]
+    (row,) = (row for row in matrix_rows(confusion, names) if row["name"] == "5")
+    assert row["recall"] == 0 and sum(cell["count"] for cell in row["cells"]) == 2
+    # dense up to a thousand, and both are one matrix
+    few = replace(outcome_of(1000, tmp_path, per_class=1), directory=tmp_path)
+    dense = summarize(few.logits, few.labels, few.class_names)
+    assert len(dense["confusion_matrix"]) == 1000 and "confusion_cells" not in dense
+    more = summarize(F.pad(few.logits, (0, 1)), few.labels, [*few.class_names, "one more"])
+    assert np.array_equal(confusion_of(more).toarray()[:1000, :1000], dense["confusion_matrix"])
+
+
+def test_a_quick_evaluation_of_many_classes_keeps_the_full_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fmnist.evaluation.numbers.MOST_DENSE", 39)
+    outcome = outcome_of(40, tmp_path)
+    for quick in (False, True):
+        write_evaluation(findings(outcome, quick=quick))
+        assert (tmp_path / "report.html").is_file()
+    text, kept = report_text(findings(outcome)), json.loads((tmp_path / "metrics.json").read_text())
+    # four images of each class; those of 7 are all taken for 3
+    assert "species 7: <i>a name that goes on & on</i>" in text and [7, 3, 4] in kept["confusion_cells"]
+    assert sum(count for _, _, count in kept["confusion_cells"]) == 160
+    write_evaluation(findings(replace(outcome, logits=outcome.logits.roll(1, 1)), quick=True))
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_thirty_classes_are_drawn_whole_and_of_more_the_worst() -> None:

@@ -12,7 +12,14 @@ from fmnist.evaluation.exact_copies import ExactCopies
 from fmnist.evaluation.lookalikes import Lookalike, lookalikes
 from fmnist.evaluation.misclassified import Misclassified, confident_errors, confused_pairs
 from fmnist.evaluation.near_copies import NearCopies
-from fmnist.evaluation.numbers import ReliabilityBins, accuracy, reliability_bins, subset_accuracies, summarize
+from fmnist.evaluation.numbers import (
+    ReliabilityBins,
+    accuracy,
+    confusion_of,
+    reliability_bins,
+    subset_accuracies,
+    summarize,
+)
 from fmnist.evaluation.occlusion import explain_errors
 from fmnist.evaluation.outcome import Outcome
 from fmnist.evaluation.risk_coverage import RiskCoverage, risk_coverage, trust
@@ -105,7 +112,7 @@ def findings(
         bins=reliability_bins(outcome.logits.double().softmax(dim=1), outcome.labels),
         scaled_bins=scaled_bins,
         errors=errors,
-        pairs=confused_pairs(metrics["confusion_matrix"]),
+        pairs=confused_pairs(confusion_of(metrics)),
         nearest=lookalikes(outcome, shown, root),
         maps=maps,
         map_seconds=map_seconds,

@@ -1,14 +1,18 @@
 """The images that a model gets wrong, and the classes that it takes for each other."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from fmnist.evaluation.outcome import Outcome
+
+Confusion: TypeAlias = Sequence[Sequence[int]] | csr_array  # [C, C] counts; rows true class, columns predicted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,19 +80,19 @@ def worst_by_f1(per_class: Mapping[str, Mapping[str, Any]], limit: int = 30) -> 
     return dict(sorted(known, key=lambda pair: pair[1]["f1"])[:limit])
 
 
-def worst_classes(confusion: Sequence[Sequence[int]], limit: int) -> list[int]:
+def worst_classes(confusion: Confusion, limit: int) -> list[int]:
     """Return the classes with the most errors, as true and as predicted class; in label order.
 
     Args:
         confusion: [C, C] counts; rows true class, columns predicted.
         limit: how many at most.
     """
-    counts = np.asarray(confusion)
-    errors = counts.sum(0) + counts.sum(1) - 2 * np.diag(counts)
+    counts = csr_array(confusion)
+    errors = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
     return sorted(np.argsort(-errors, kind="stable")[:limit].tolist())
 
 
-def confused_pairs(confusion: Sequence[Sequence[int]]) -> list[tuple[int, int, int, int]]:
+def confused_pairs(confusion: Confusion) -> list[tuple[int, int, int, int]]:
     """Return pairs of classes that are taken for each other, the most confused first.
 
     Args:
@@ -97,9 +101,12 @@ def confused_pairs(confusion: Sequence[Sequence[int]]) -> list[tuple[int, int, i
     Returns:
         a, b, how many a were taken for b and how many b for a; the first is the larger. Pairs without any are left out.
     """
-    counts = np.asarray(confusion)
+    cells = csr_array(confusion).tocoo()
+    counts = Counter(
+        dict(zip(zip(cells.row.tolist(), cells.col.tolist(), strict=True), cells.data.tolist(), strict=True))
+    )
     pairs = []
-    for low, high in np.argwhere(np.triu(counts + counts.T, 1)).tolist():
+    for low, high in sorted({(min(cell), max(cell)) for cell in counts if cell[0] != cell[1]}):
         a, b = (low, high) if counts[low, high] >= counts[high, low] else (high, low)
-        pairs.append((a, b, int(counts[a, b]), int(counts[b, a])))
+        pairs.append((a, b, counts[a, b], counts[b, a]))
     return sorted(pairs, key=lambda pair: -(pair[2] + pair[3]))

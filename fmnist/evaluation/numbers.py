@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 from scipy.stats import binomtest
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor
 
 from fmnist.evaluation.near_copies import NEAR_COPY, SIMILAR, NearCopies
@@ -15,6 +16,7 @@ from fmnist.metrics import score
 
 NUM_BINS = 15
 SCORES = ("top1", "macro_f1", "balanced_accuracy", "top5")  # of all images; the last from 20 classes on
+MOST_DENSE = 1000  # classes of a confusion matrix that metrics.json holds whole; of more, the cells that hold images
 RATIOS = ("precision", "recall", "f1")
 
 
@@ -63,7 +65,8 @@ def summarize(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> dic
     Returns:
         A JSON-ready dict: what `metrics.score` returns (`top1`, `macro_f1`, `balanced_accuracy`, `top5` from 20 classes
         on, `loss`), `top1_interval` (95 %, Wilson), `ece` (top-label, 15 equal-width bins), `num_images`,
-        `confusion_matrix` (rows true, columns predicted), `per_class` (name -> precision, recall, f1, support; None
+        `confusion_matrix` (rows true, columns predicted; of more than MOST_DENSE classes `confusion_cells`, each
+        `[true, predicted, count]` that is not zero), `per_class` (name -> precision, recall, f1, support; None
         where the class has no images, else 0 where a ratio is 0/0), `macro_avg` (their means over the classes with
         images, whose number is `num_classes`).
 
@@ -86,13 +89,31 @@ def summarize(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> dic
         "top1_interval": wilson_interval(int((predictions == labels).sum()), num_images),
         "ece": calibration_error(logits.double().softmax(dim=1), labels),
         "num_images": num_images,
-        "confusion_matrix": confusion_matrix(*pair, labels=classes).tolist(),
+        **_confusion(labels, predictions, len(class_names)),
         "per_class": {
             name: dict(zip(RATIOS, row[:3] if row[3] else [None] * 3, strict=True)) | {"support": row[3]}
             for name, row in zip(class_names, rows, strict=True)
         },
         "macro_avg": dict(zip(RATIOS, present.mean(0).tolist(), strict=True)) | {"num_classes": len(present)},
     }
+
+
+def _confusion(labels: Tensor, predictions: Tensor, num_classes: int) -> dict[str, list[list[int]]]:
+    places, counts = (labels * num_classes + predictions).unique(return_counts=True)
+    cells = torch.stack([places // num_classes, places % num_classes, counts], dim=1)
+    if num_classes > MOST_DENSE:
+        return {"confusion_cells": cells.tolist()}
+    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    matrix[cells[:, 0], cells[:, 1]] = counts
+    return {"confusion_matrix": matrix.tolist()}
+
+
+def confusion_of(metrics: Mapping[str, Any]) -> csr_array:
+    """Return the confusion matrix in what metrics.json holds, int64 [C, C]: rows true class, columns predicted."""
+    if "confusion_matrix" in metrics:
+        return csr_array(np.array(metrics["confusion_matrix"], dtype=np.int64))
+    true, predicted, counts = np.array(metrics["confusion_cells"], dtype=np.int64).T
+    return csr_array((counts, (true, predicted)), shape=(len(metrics["per_class"]),) * 2)
 
 
 @dataclass(frozen=True, kw_only=True)

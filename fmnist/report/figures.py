@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
+from scipy.sparse import csr_array
 
-from fmnist.evaluation.misclassified import worst_classes
+from fmnist.evaluation.misclassified import Confusion, worst_classes
 from fmnist.evaluation.numbers import NUM_BINS, ReliabilityBins
 from fmnist.runtime.console import MAX_ERROR, one_line
 from fmnist.runtime.environment import hidden
@@ -53,9 +54,10 @@ def by_default_style(draw: Callable[P, T]) -> Callable[P, T]:
     return drawn
 
 
-def shown_classes(confusion: Sequence[Sequence[int]]) -> list[int]:
+def shown_classes(confusion: Confusion) -> list[int]:
     """Return the classes of a confusion matrix that can be read: all, or of many those with the most errors."""
-    return list(range(len(confusion))) if len(confusion) <= MOST_CLASSES else worst_classes(confusion, WORST_CLASSES)
+    num_classes = csr_array(confusion).shape[0]
+    return list(range(num_classes)) if num_classes <= MOST_CLASSES else worst_classes(confusion, WORST_CLASSES)
 
 
 def shorten(name: str, length: int = 24) -> str:
@@ -74,9 +76,7 @@ def save_figure(path: Path, figure: Figure) -> None:
 
 
 @by_default_style
-def plot_confusion_matrix(
-    confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str, path: Path
-) -> None:
+def plot_confusion_matrix(confusion: Confusion, class_names: Sequence[str], title: str, path: Path) -> None:
     """Draw counts and row percentages, with each class's recall on the right; of many classes those with most errors.
 
     Args:
@@ -85,9 +85,9 @@ def plot_confusion_matrix(
         title: Heading.
         path: The PNG to write.
     """
-    everything = np.asarray(confusion, dtype=np.int64)
+    everything = csr_array(confusion)
     shown = shown_classes(confusion)
-    counts, totals = everything[shown][:, shown], everything.sum(axis=1)[shown]
+    counts, totals = everything[shown][:, shown].toarray(), everything.sum(axis=1)[shown]
     names = [shorten(class_names[label]) for label in shown]
     columns = names
     if len(shown) < len(class_names):
@@ -125,7 +125,7 @@ def plot_confusion_matrix(
     axes.set_yticks(np.arange(0.5, num_classes - 1), minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="both", length=0)
-    top1 = 100 * np.trace(everything) / max(everything.sum(), 1)
+    top1 = 100 * everything.trace() / max(everything.sum(), 1)
     axes.set_title(f"{title}\ntop1 {top1:.2f} %", fontsize=14, pad=12, parse_math=False)
     save_figure(path, figure)
 

@@ -4,7 +4,10 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from scipy.sparse import csr_array
+
 from fmnist.evaluation.cells import MatrixCell, matrix_cells
+from fmnist.evaluation.misclassified import Confusion
 from fmnist.evaluation.outcome import Outcome
 from fmnist.report.figures import shorten, shown_classes
 from fmnist.report.page_figures import sheet
@@ -18,15 +21,15 @@ CHOICES = (
 SHEET_BYTES = 10_000_000  # of all sheets together, in base64: the page stays below 15 MB
 
 
-def matrix_rows(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> list[dict[str, Any]]:
+def matrix_rows(confusion: Confusion, class_names: Sequence[str]) -> list[dict[str, Any]]:
     """Return rows of cells with their colours: blue for right, orange for wrong, by the square root of the share.
 
     Of more than MOST_WHOLE classes those that `shown_classes` gives, and a last cell for all others.
     """
-    whole = len(confusion) <= MOST_WHOLE
-    rows, shown = [], list(range(len(confusion))) if whole else shown_classes(confusion)
-    for i in shown:
-        counts, total = confusion[i], max(1, sum(confusion[i]))
+    whole = len(class_names) <= MOST_WHOLE
+    rows, shown = [], list(range(len(class_names))) if whole else shown_classes(confusion)
+    for i, counts in zip(shown, csr_array(confusion)[shown].toarray().tolist(), strict=True):
+        total = max(1, sum(counts))
         places = [(j, counts[j]) for j in shown]
         places += [] if whole else [(-1, sum(counts) - sum(counts[j] for j in shown))]
         cells = []

@@ -13,6 +13,7 @@ from fmnist.evaluation.calibration import few_images
 from fmnist.evaluation.exact_copies import copies_line
 from fmnist.evaluation.findings import NUM_SHOWN, Findings
 from fmnist.evaluation.misclassified import Misclassified, worst_by_f1
+from fmnist.evaluation.numbers import confusion_of
 from fmnist.evaluation.outcome import Outcome
 from fmnist.report.curves import loss_note
 from fmnist.report.figures import MOST_CLASSES, OTHERS
@@ -87,7 +88,7 @@ def context(findings: Findings) -> dict[str, Any]:
     shown = findings.errors[:NUM_SHOWN]
     human = HUMAN_TOP1 if outcome.info.is_fashion_mnist and not outcome.other_data else None
     many = len(outcome.class_names) > MOST_CLASSES
-    matrix, worst_pairs = matrix_rows(metrics["confusion_matrix"], outcome.class_names), findings.pairs[:MOST_CLASSES]
+    matrix, worst_pairs = matrix_rows(confusion_of(metrics), outcome.class_names), findings.pairs[:MOST_CLASSES]
     opened = [(cell["label"], cell["prediction"]) for row in matrix for cell in row["cells"]]
     opened += [pair for a, b, _, _ in worst_pairs for pair in ((a, b), (b, a))]
     return {

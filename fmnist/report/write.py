@@ -11,7 +11,7 @@ from fmnist.evaluation.calibration import few_images
 from fmnist.evaluation.exact_copies import copies_line
 from fmnist.evaluation.findings import Findings
 from fmnist.evaluation.misclassified import worst_by_f1
-from fmnist.evaluation.numbers import RATIOS
+from fmnist.evaluation.numbers import RATIOS, confusion_of
 from fmnist.report.curves import loss_note, plot_learning_curves
 from fmnist.report.figures import MOST_CLASSES, plot_confusion_matrix, plot_reliability
 from fmnist.report.page import write_html
@@ -54,7 +54,7 @@ def write_evaluation(findings: Findings) -> None:
         (directory / name).unlink(missing_ok=True)
     write_atomic(directory / "report.txt", report_text(findings))
     write_atomic(directory / "predictions.csv", predictions_csv(findings))
-    plot_confusion_matrix(metrics["confusion_matrix"], names, outcome.title, directory / "confusion_matrix.png")
+    plot_confusion_matrix(confusion_of(metrics), names, outcome.title, directory / "confusion_matrix.png")
     plot_reliability(findings.bins, metrics["ece"], outcome.title, directory / "reliability.png")
     trained = outcome.trained
     inside = trained is not None and directory.resolve().is_relative_to(trained.directory.resolve())
@@ -77,7 +77,7 @@ def _has_these_results(directory: Path, metrics: Mapping[str, Any]) -> bool:
         kept = read_json(directory / METRICS)
     except ValueError:
         return False
-    same = all(kept.get(key) == metrics[key] for key in ("data", "confusion_matrix"))
+    same = all(kept.get(key) == metrics.get(key) for key in ("data", "confusion_matrix", "confusion_cells"))
     same &= all(kept.get(key, metrics[key]) == metrics[key] for key in ("weights_sha256", "tta"))  # not in older ones
     return same and isinstance(kept.get("loss"), float) and abs(kept["loss"] - metrics["loss"]) < 1e-6
 
