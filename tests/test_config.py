@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fmnist.config.parse import load_config, parse_config, update
-from fmnist.config.same_run import changes, differences
+from fmnist.config.same_run import changes, differences, run_yaml
 from fmnist.config.schema import OPTIONS, Config, flatten, meanings, to_yaml, unflatten
 from fmnist.models import REGISTRY
 from fmnist.optim import Schedule
@@ -309,6 +309,32 @@ def test_a_begun_run_and_any_name_of_timm_pass_the_first_look(tmp_path: Path, mo
     (tmp_path / "run/config.yaml").touch()
     gone = ["--output_dir", str(tmp_path / "run"), "--data.root", "/nonexistent"]
     assert parse_config(gone).data.root == "/nonexistent"  # the run may be finished
+
+
+def test_the_config_of_a_copied_or_moved_run_does_not_act_on_the_old_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = run_yaml(Config(output_dir="runs/first"))
+    for name in ("runs/first", "runs/copy"):
+        Path(name).mkdir(parents=True)
+        Path(name, "config.yaml").write_text(text)
+    copy = ["--config", "runs/copy/config.yaml"]
+    said = refuse(capsys, *copy, "--schedule.steps", "20")
+    assert "--config runs/copy/config.yaml is of a run whose output_dir is runs/first, but lies in runs/copy" in said
+    assert "Give --output_dir runs/copy to use the run here, or --output_dir runs/first to use that one" in said
+    for place in ("runs/copy", "runs/first", "runs/third"):  # what is asked for by name is done
+        assert parse_config([*copy, "--output_dir", place]).output_dir == place
+    assert parse_config(["--config", "runs/first/config.yaml"]).output_dir == "runs/first"
+    assert parse_config(["--config", str(tmp_path / "runs/first/config.yaml")]).output_dir == "runs/first"
+    assert parse_config(copy, to_run=False).output_dir == "runs/first"  # fmnist data looks at its data only
+    Path("runs/copy").rename("runs/moved")
+    assert "but lies in runs/moved" in refuse(capsys, "--config", "runs/moved/config.yaml", "--dry_run")
+    Path("other.yaml").write_text("{output_dir: runs/other}")
+    later = parse_config(["--config", "runs/moved/config.yaml", "--config", "other.yaml"])
+    assert later.output_dir == "runs/other"
+    Path("config.yaml").write_text(to_yaml(Config(output_dir="runs/first")))  # printed: a recipe, and no run's own
+    assert parse_config(["--config", "config.yaml"]).output_dir == "runs/first"
 
 
 def test_a_difference_is_said_in_the_words_of_yaml() -> None:

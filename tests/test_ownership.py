@@ -252,7 +252,7 @@ def test_other_options_or_other_data_are_another_command_and_begin_again(run: Pa
 def test_what_belongs_to_a_start_is_not_kept(run: Path) -> None:
     text = (run / "config.yaml").read_text()
     assert not any(line.startswith(OF_A_START) for line in text.splitlines())
-    cfg = parse_config(["--config", str(run / "config.yaml")])
+    cfg = parse_config(["--config", str(run / "config.yaml")], to_run=False)  # which is a copy
     assert (cfg.overwrite, cfg.resume, cfg.profile, cfg.dry_run, cfg.max_minutes) == (False, "auto", None, False, None)
     assert set(to_yaml(cfg).splitlines()) > set(text.splitlines())
 

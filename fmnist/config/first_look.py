@@ -6,7 +6,9 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
+from fmnist.config.same_run import OF_A_START, is_run_yaml
 from fmnist.config.schema import WEIGHTS, Config, check_name
 
 OURS = Path(__file__).resolve().parent.parent / "models" / "__init__.py"  # its REGISTRY names our own
@@ -44,6 +46,24 @@ def look(cfg: Config) -> None:
     if weights is not None and {path.resolve() for path in own} & {(at := Path(weights).resolve()), at.parent}:
         raise ValueError(f"model.weights: {weights} is of the run in output_dir itself: give another --output_dir")
     _look_for_model(cfg.model.name)
+
+
+def misplaced(file: Path, content: Any) -> str:
+    """Say that a run's own config.yaml lies elsewhere than in its output_dir; empty where it does not.
+
+    Args:
+        file: a config file.
+        content: of it; what --print_config prints has the options of a start, a run's own has none.
+    """
+    place = content.get("output_dir") if is_run_yaml(content) and not content.keys() & {*OF_A_START} else None
+    here = file.parent
+    if file.name != "config.yaml" or place is None or os.path.realpath(place) == os.path.realpath(here):
+        return ""
+    return (
+        f"--config {file} is of a run whose output_dir is {place}, but lies in {here}: the run was copied or moved, or "
+        f"began in another working directory. Give --output_dir {here} to use the run here, or --output_dir {place} "
+        "to use that one"
+    )
 
 
 def _look_for_model(name: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_origin
 
 from fmnist.config import strict_yaml
 from fmnist.config.conflicts import validate
-from fmnist.config.first_look import look
+from fmnist.config.first_look import look, misplaced
 from fmnist.config.schema import OPTIONS, SECTIONS, Config, convert, flatten, meanings, to_yaml, type_name, unflatten
 from fmnist.config.shipped import find_recipe, shipped
 
@@ -49,9 +49,12 @@ def parse_config(argv: list[str] | None = None, prog: str | None = None, *, to_r
         if unknown:
             raise ValueError(_unknown(unknown[0].partition("=")[0]))
         files = args.config or [str(DEFAULT_CONFIG)]
+        elsewhere = ""
         for file in files:
             with _origin(f"--config {file}"):
-                options = update(options, _read(strict_yaml.load_file(find_recipe(file))))
+                content = strict_yaml.load_file(find_recipe(file))
+                options = update(options, later := _read(content))
+                elsewhere = misplaced(Path(file), content) if "output_dir" in later else elsewhere
         if args.help:
             _parser(prog, options, " and ".join(files)).print_help()
             raise SystemExit(0)
@@ -66,6 +69,8 @@ def parse_config(argv: list[str] | None = None, prog: str | None = None, *, to_r
                 options[name] = os.path.expanduser(options[name])
         validate(cfg := unflatten(options), [name for name, _ in args.flags or []])
         if to_run and not args.print_config:
+            if elsewhere and "output_dir" not in flags:
+                raise ValueError(elsewhere)
             look(cfg)
     except (argparse.ArgumentError, ValueError) as error:
         sys.stderr.write(f"{parser.prog}: error: {' '.join(str(error).split())}\n")
