@@ -267,6 +267,17 @@ def test_print_config_prints_what_reads_back_equal(tmp_path: Path, capsys: pytes
         (["--data.root", ""], "data.root is ''; valid: 1 to 4096 printable characters"),
         (["--model.name", "null"], "model.name is None; expected text"),
         (["--tta", "flip"], "did you mean evaluation.tta?"),
+        (["--learning_rate", "0.1"], "did you mean optim.lr?"),
+        (["--optim.learning-rate", "0.1"], "did you mean optim.lr?"),
+        (["--batch_size", "64"], "did you mean batch.global_batch_size?"),
+        (["--batch.size", "64"], "did you mean batch.global_batch_size?"),
+        (["--epochs", "3"], "did you mean schedule.epochs?"),
+        (["--optim.epochs", "3"], "did you mean schedule.epochs?"),
+        (["--log.every_step", "3"], "did you mean log.every_steps?"),
+        (["--model", "mlp"], "expected options by name, e.g. optim: {lr: 0.001} (did you mean model.name?)"),
+        (["--config", "mlp"], "--config mlp: there is no such file (did you mean configs/mlp.yaml?)"),
+        (["--config", "config/mlp.yml"], "there is no such file (did you mean configs/mlp.yaml?)"),
+        (["--config", "configs/mlpp.yaml"], "--config configs/mlpp.yaml: there is no such file\n"),
     ],
 )  # fmt: skip
 def test_an_option_that_would_be_ignored_or_misread_is_refused(

@@ -17,6 +17,11 @@ from fmnist.config.schema import OPTIONS, SECTIONS, Config, convert, flatten, me
 from fmnist.config.shipped import find_recipe, shipped
 
 DEFAULT_CONFIG = shipped("configs/cnn.yaml")
+SYNONYMS = {  # what other programs call our options
+    "learning_rate": "optim.lr",
+    "batch_size": "batch.global_batch_size",
+    "batch.size": "batch.global_batch_size",
+}
 USAGE = """%(prog)s [--config FILE ...] [--SECTION.FIELD VALUE ...] [--dry_run]
        %(prog)s --help | --print_config [same options]"""
 DESCRIPTION = """\
@@ -52,7 +57,7 @@ def parse_config(argv: list[str] | None = None, prog: str | None = None, *, to_r
         elsewhere = ""
         for file in files:
             with _origin(f"--config {file}"):
-                content = strict_yaml.load_file(find_recipe(file))
+                content = _load(file)
                 options = update(options, later := _read(content))
                 elsewhere = misplaced(Path(file), content) if "output_dir" in later else elsewhere
         if args.help:
@@ -108,11 +113,20 @@ def _origin(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {error}") from None
 
 
+def _load(file: str) -> Any:
+    path, meant = find_recipe(file), f"configs/{Path(file).stem}.yaml"
+    if not os.path.exists(path) and os.path.isfile(find_recipe(meant)):
+        raise ValueError(f"there is no such file (did you mean {meant}?)")
+    return strict_yaml.load_file(path)
+
+
 def _read(content: Any, section: str = "") -> dict[str, Any]:
     """Return the options of {section: {field: value}, "section.field": value} by dotted name, each of its type."""
     if not isinstance(content, dict):
         found = f"{section} is {content!r:.100}; " if section else ""
-        raise ValueError(f"{found}expected options by name, e.g. optim: {{lr: 0.001}}")
+        named = isinstance(content, str) and f"{section}.name" in OPTIONS  # --model cnn
+        meant = f" (did you mean {section}.name?)" if named else ""
+        raise ValueError(f"{found}expected options by name, e.g. optim: {{lr: 0.001}}{meant}")
     options: dict[str, Any] = {}
     for key, value in content.items():
         name = f"{section}.{key}" if section else str(key)
@@ -134,12 +148,21 @@ def _flag_value(name: str, text: str) -> Any:
 
 
 def _unknown(name: str) -> str:
-    """Say that there is no such option, and which was meant: the same field elsewhere, else the most similar name."""
+    """Say that there is no such option, and which was meant.
+
+    That is what other programs call so, else a similar field of its section, the same one elsewhere, a similar name.
+    """
     if name.endswith((".yaml", ".yml")) and not name.startswith("-"):
         return f"{name!r:.100} is no option (did you mean --config {name:.100}?)"
-    names, meant = [*OPTIONS, *SECTIONS], name.lstrip("-")
-    elsewhere = [known for known in names if "." in known and known.partition(".")[2] == meant.rpartition(".")[2]]
-    near = difflib.get_close_matches(meant, elsewhere or names, n=1, cutoff=0.0 if elsewhere else 0.5)
+    names, meant = [*OPTIONS, *SECTIONS], name.lstrip("-").replace("-", "_")
+    section, _, field = meant.rpartition(".")
+    near = [SYNONYMS[called] for called in (meant, field) if called in SYNONYMS][:1]
+    if not near and section in SECTIONS:
+        fields = [known.partition(".")[2] for known in OPTIONS if known.startswith(f"{section}.")]
+        near = [f"{section}.{known}" for known in difflib.get_close_matches(field, fields, n=1)]
+    if not near:
+        elsewhere = [known for known in names if "." in known and known.partition(".")[2] == field]
+        near = difflib.get_close_matches(meant, elsewhere or names, n=1, cutoff=0.0 if elsewhere else 0.5)
     return f"option {name!r:.100} does not exist" + (f" (did you mean {near[0]}?)" if near else "")
 
 
