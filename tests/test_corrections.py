@@ -203,7 +203,7 @@ def test_a_bad_row_is_one_line_that_names_it(name: str, small: str, tmp_path: Pa
         (b"split,split,index,label,suggested,decision\n", "has no column split"),
         (b"\xff\xfe\x00s", "is no CSV file in UTF-8"),
         (HEADER.encode() + b'1,train,0,"T-shirt' + 200_000 * b"x", "line 2: "),
-        (None, "cannot be read: no such file or directory"),
+        (None, "file.csv; if it was moved, give its new place: --data.corrections FILE"),
     ],
 )
 def test_what_is_no_file_of_decisions(content: bytes | None, words: str, small: str, tmp_path: Path) -> None:

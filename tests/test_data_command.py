@@ -1,6 +1,7 @@
 """`fmnist data`: what a run would see, as numbers and sheets; the numbers by hand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from small import command
 
 from fmnist.apps.data.__main__ import main
 from fmnist.apps.data.show import COLUMNS, augmented, choose, samples
-from fmnist.config.parse import parse_config
-from fmnist.config.schema import DataConfig
+from fmnist.apps.duplicates import main as duplicates_main
+from fmnist.config.parse import load_config, parse_config
+from fmnist.config.schema import DataConfig, to_yaml
 from fmnist.data.named import flags_of
 from fmnist.data.split import Split
 
@@ -96,6 +98,18 @@ def test_a_data_set_is_named_by_its_name_its_files_or_a_run(tmp_path: Path, real
     assert parse_config(flags_of(str(run))).data == DataConfig(name="npz", root=str(npz), val_size=0)
     with pytest.raises(ValueError, match=r"'nothing' is no data set; valid: fashion_mnist"):
         flags_of("nothing")
+
+
+def test_a_run_whose_corrections_are_gone_says_the_way_out(tmp_path: Path) -> None:
+    run = untrained_on(write_npz(tmp_path / "set.npz", 5, (8, 8)), tmp_path / "run", size=8)
+    cfg = load_config(run / "config.yaml")
+    (run / "config.yaml").write_text(to_yaml(replace(cfg, data=replace(cfg.data, corrections="gone.csv"))))
+    as_given = ("--data.corrections", "null")
+    for program, args in ((main, ("--output", tmp_path / "sheets")), (duplicates_main, ("--exact",))):
+        said = command(program, run, *args, status=2)
+        assert "data.corrections: there is no gone.csv; if it was moved, give its new place: " in said
+        assert "--data.corrections FILE; with null the labels are used as given" in said
+        command(program, run, *args, *as_given, lines=None)
 
 
 @pytest.mark.parametrize(

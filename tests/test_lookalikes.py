@@ -74,6 +74,18 @@ def test_a_training_image_is_not_its_own_neighbour(outcome: Outcome) -> None:
         assert len(near) == 3 and int(published[position]) not in {each.index for each in near}
 
 
+def test_a_file_of_corrections_that_is_gone_leaves_the_labels_as_given(
+    outcome: Outcome, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert outcome.trained is not None
+    cfg = outcome.trained.cfg
+    gone = replace(cfg, data=replace(cfg.data, corrections=str(tmp_path / "gone.csv")))
+    other = replace(outcome, trained=replace(outcome.trained, cfg=gone))
+    found, expected = ([[e.index for e in near] for near in lookalikes(each, [3, 17])] for each in (other, outcome))
+    assert found == expected and list(map(len, found)) == [3, 3]
+    assert "gone.csv is gone: labels are used as given" in caplog.text
+
+
 def test_the_page_shows_them_under_the_errors(outcome: Outcome) -> None:
     found = findings(outcome)
     assert len(found.nearest) == NUM_SHOWN == 24

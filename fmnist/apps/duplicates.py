@@ -36,6 +36,7 @@ PARSER.add_argument(
 PARSER.add_argument("--output", type=Path, metavar="FILE", help="CSV to write (default: print it)")
 PARSER.add_force()
 PARSER.add_argument("--data.root", dest="root", help="folder with the data set")
+PARSER.add_argument("--data.corrections", dest="corrections", help="decisions about labels (default: a run's)")
 PARSER.add_device()
 
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         from fmnist.runtime.files import csv_bytes, write_atomic
 
         flags = flags_of(args.data)
-        given = {"root": args.root, "val_size": args.val_size}
+        given = {"root": args.root, "val_size": args.val_size, "corrections": args.corrections}
         flags += [f"--data.{name}={value}" for name, value in given.items() if value is not None]
         data = parse_config(flags, prog=PARSER.prog, to_run=False).data
         near = data.name == "fashion_mnist" and not args.exact

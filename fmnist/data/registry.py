@@ -87,6 +87,9 @@ def open_source(cfg: DataConfig, *, fetch: bool = False, processes: Processes | 
         read = hold_fold_out(source.read, cfg.folds, cfg.fold or 0, own_val=source.own_val)
         source = replace(source, read=read, unused={}, own_val=False)
     if cfg.corrections is not None:
+        if not os.path.lexists(os.path.expanduser(cfg.corrections)):
+            way_out = "give its new place: --data.corrections FILE; with null the labels are used as given"
+            raise ValueError(f"data.corrections: there is no {cfg.corrections}; if it was moved, {way_out}")
         parts = {name: source.read(name)[1:] for name in get_args(SplitName)}
         try:
             names, own_val = source.info.class_names, source.own_val

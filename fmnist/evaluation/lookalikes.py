@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,8 +48,7 @@ def lookalikes(outcome: Outcome, positions: Sequence[int], root: str | None = No
     trained = outcome.trained
     if trained is None or not positions:
         return []
-    data = replace(trained.cfg.data, root=root or trained.cfg.data.root)
-    training = Split.load("train", data, torch.device("cpu"))
+    training = Split.load("train", trained.data(root), torch.device("cpu"))
     own = trained.images_sha256("train") in (None, training.digest)
     features = kept_features(trained, "train", training.images) if own else None
     if features is None:
