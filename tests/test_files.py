@@ -59,6 +59,21 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) ->
     assert target.read_text() == "old" and names(tmp_path) == ["file"]
 
 
+def test_a_full_disk_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    def fails(error: OSError) -> OSError:
+        def fill(file: io.BufferedWriter) -> None:
+            raise error
+
+        with pytest.raises(OSError) as caught:
+            write_atomic(tmp_path / "file", fill)  # type: ignore[arg-type]
+        return caught.value
+
+    full = fails(OSError(errno.ENOSPC, "No space left on device"))
+    assert str(full) == f"[Errno 28] No space left on device: '{tmp_path / 'file'}'" and full.errno == errno.ENOSPC
+    for other in (OSError("broken data stream"), FileNotFoundError(errno.ENOENT, "No such file", "picture")):
+        assert fails(other) is other  # what has no number, or names its own file, is as it was
+
+
 def test_its_content_is_on_the_disk_before_its_name(tmp_path: Path) -> None:
     with installed(Disk(tmp_path)) as disk:
         write_atomic(tmp_path / "file", "short enough for a buffer")

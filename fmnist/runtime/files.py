@@ -77,8 +77,10 @@ def write_atomic(path: Path, content: bytes | str | Callable[[BinaryIO], object]
                 part.replace(path)  # while it is locked: nobody takes it for a leftover
         if fcntl is None:
             part.replace(path)  # Windows renames no open file
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)  # half a file would only take what room is left
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk names no file
         raise
     sync_path(path.parent)
 
