@@ -53,6 +53,7 @@ def test_any_start_and_any_process_count_give_the_same_images(train: ImageSet) -
     for step, (images, targets) in enumerate(whole):
         assert torch.equal(images, torch.cat([part[step][0] for part in parts]))
         assert torch.equal(targets, torch.cat([part[step][1] for part in parts]))
+    assert list(train.batches(100, epoch=1, start=10)) == []  # an epoch that is done
     other = next(train.batches(100, epoch=2, **OPTIONS))[0]
     assert not torch.equal(whole[0][0], other)
 
@@ -94,6 +95,8 @@ def test_mixed_targets_are_soft(train: ImageSet) -> None:
         ({"root": "/nowhere"}, "data.root"),
         ({"val_size": 2.5}, "data.val_size is 2.5; expected int"),
         ({"device": "nope"}, "device is nope"),
+        ({"sampling": "balanced"}, "sampling 'balanced' has no effect here"),
+        ({"where": "host"}, "where 'host' has no effect here; valid: auto, device"),
     ],
 )
 def test_a_mistake_in_load_is_one_line(arguments: dict[str, object], words: str) -> None:
@@ -113,6 +116,9 @@ def test_a_mistake_in_load_is_one_line(arguments: dict[str, object], words: str)
         ({"batch_size": "256"}, "batch_size is '256'"),
         ({"rank": 2, "world_size": 2}, "rank is 2; valid range: 0 to 1"),
         ({"start": -1}, "start is -1"),
+        ({"start": 11}, "start is 11; valid range: 0 to 10, the steps of an epoch"),  # 1000 / 100
+        ({"start": 4, "batch_size": 300}, "start is 4; valid range: 0 to 3"),  # the incomplete batch is dropped
+        ({"start": 5, "batch_size": 300, "shuffle": False}, "start is 5; valid range: 0 to 4"),  # and here it is not
         ({"epoch": 1.5}, "epoch is 1.5"),
         ({"std": 0.0}, "std 0.0"),
         ({"dtype": torch.uint8}, "dtype torch.uint8"),

@@ -16,6 +16,8 @@ from fmnist.data.registry import open_source
 from fmnist.data.split import Split
 from fmnist.runtime.hardware import find_device
 
+OF_TRAINING = {"sampling": ("uniform",), "where": ("auto", "device")}  # options of a run, and their values here
+
 
 def load(
     name: str = "fashion_mnist",
@@ -47,6 +49,9 @@ def load(
     given = {"name": name, "val_size": val_size} | ({} if root is None else {"root": str(root)}) | options
     if unknown := sorted(set(given) - {field.name for field in fields(DataConfig)}):
         raise ValueError(f"unknown option {unknown[0]!r} of a data set")
+    for key, usual in OF_TRAINING.items():
+        if given.get(key, usual[0]) not in usual:
+            raise ValueError(f"{key} {given[key]!r:.40} has no effect here; valid: {', '.join(usual)}")
     cfg = DataConfig(**{key: convert(f"data.{key}", value) for key, value in given.items()})
     check_values(Config(data=cfg))
     loaded = ImageSet.load(split, open_source(cfg, fetch=True), find_device(device))
@@ -124,8 +129,10 @@ class ImageSet(Split):
             device=self.images.device,
         )
         if not shuffle:
+            _check_start(start, math.ceil(len(self) / batch_size))
             return self._in_order(maker, batch_size, epoch, start, rank, world_size)
         loader = Loader(self, global_batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+        _check_start(start, loader.steps_per_epoch)
         first = epoch * loader.steps_per_epoch
         steps = range(first + start, first + loader.steps_per_epoch)
         return (maker(*loader.micro_batches(step)) for step in steps)
@@ -137,6 +144,11 @@ class ImageSet(Split):
             low, high = (first + batch_size * part // world_size for part in (rank, rank + 1))
             part = slice(low, high)
             yield maker.evaluation(self.images[part], maker.size(epoch)), self.labels[part]
+
+
+def _check_start(start: int, steps: int) -> None:
+    if start > steps:
+        raise ValueError(f"start is {start}; valid range: 0 to {steps}, the steps of an epoch")
 
 
 def _augment_config(augment: dict[str, Any], side: int, *, shuffle: bool) -> AugmentConfig:
