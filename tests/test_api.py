@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,16 @@ def test_paths_pictures_and_arrays_give_one_answer(run: fmnist.RunResults, tmp_p
     assert [answer[0][0] for answer in run.predict(mixed)] == [answer[0][0] for answer in answers]
     assert run.predict(str(tmp_path / "1.png"), top=1) == [[(answers[1][0][0], pytest.approx(answers[1][0][1]))]]
     assert run.predict([]) == []
+
+
+def test_an_array_that_is_read_only_is_predicted_without_a_warning(run: fmnist.RunResults) -> None:
+    image = load("test")[0][0].numpy()
+    locked = np.asarray(Image.fromarray(image))
+    assert not locked.flags.writeable
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        answers = run.predict([locked, image[:, ::-1]])
+    assert answers == run.predict([image, image[:, ::-1].copy()]) and not locked.flags.writeable
 
 
 def test_a_picture_that_pillow_opened_is_turned_upright_too(run: fmnist.RunResults, tmp_path: Path) -> None:

@@ -239,8 +239,10 @@ def _as_views(picture: Picture, info: DataInfo) -> Tensor:
     if kind != "uint8" or not fits or 0 in shape[1:] or 0 in shape[-2:]:
         valid = IN_COLOUR if in_colour else "[N, H, W] or [H, W]"
         raise ValueError(f"images are {kind} {shape}; expected uint8 {valid}, 0 to 255")
-    # torch takes no negative strides, as of a mirrored array
-    array = torch.from_numpy(np.ascontiguousarray(picture)) if isinstance(picture, np.ndarray) else picture.cpu()
+    if isinstance(picture, np.ndarray):
+        # torch takes no negative strides, as of a mirrored array, and warns of what is read-only, as PIL's is
+        picture = torch.from_numpy(np.require(picture, requirements=["C", "W"]))
+    array = picture.cpu()
     array = array.movedim(-1, -3) if last else array
     return array if array.ndim == 3 + in_colour else array[None]
 
