@@ -108,6 +108,19 @@ def test_the_window_remembers_the_first_bad_step_and_nothing_older(train_images:
     assert watch.first(13) is None  # steps 10 to 13: those before were looked at in their time
 
 
+def test_a_checkpoint_from_before_is_named_only_where_there_is_one(train_images: Split, tmp_path: Path) -> None:
+    augment = Augment(AugmentConfig(), num_classes=10, mean=(0.286,), std=(0.353,))
+    loader = Loader(train_images, global_batch_size=64, seed=0)
+    watch = NonFiniteWatch(Processes(0, 1), loader, augment, tmp_path, every_steps=4)
+    with pytest.raises(
+        FloatingPointError, match=r"^loss is nan at step 2; .*00000002\.png; no checkpoint was saved yet$"
+    ):
+        watch.check({"loss": float("nan")}, 2)
+    (tmp_path / "checkpoints/step_00000001").mkdir(parents=True)
+    with pytest.raises(FloatingPointError, match=r"\.png; the last checkpoint is from before$"):
+        watch.check({"loss": float("nan")}, 2)
+
+
 def test_the_picture_is_the_whole_global_batch_as_the_processes_saw_it(
     train_images: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from fmnist.checkpoint.store import Checkpoints
 from fmnist.data.augment import Augment
 from fmnist.data.batches import Loader
 from fmnist.runtime.processes import Processes
@@ -73,7 +74,8 @@ class NonFiniteWatch:
         picture = self.directory / f"non_finite_step_{first:08d}.png"
         batches = self.loader.for_main(first - 1)
         self.processes.on_main(write_batch, picture, batches, self.augment, first)
+        saved = Checkpoints(self.directory / "checkpoints", 1, {}).steps()
         raise FloatingPointError(
             f"{message} at step {step}{began}{where}; the batch is drawn in {picture}; "
-            "the last checkpoint is from before"
+            f"{'the last checkpoint is from before' if saved else 'no checkpoint was saved yet'}"
         )
