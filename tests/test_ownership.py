@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from fmnist.apps.export.__main__ import main as export_main
 from fmnist.apps.search.__main__ import main as search_main
 from fmnist.checkpoint.run_directory import open_directory
 from fmnist.config.parse import load_config, parse_config
-from fmnist.config.same_run import OF_A_START
+from fmnist.config.same_run import OF_A_START, run_yaml
 from fmnist.config.schema import Config, ModelConfig, to_yaml
 from fmnist.evaluation.options import parse_args
 from fmnist.report.figures import save_figure
@@ -392,6 +393,25 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_way_out(
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(ValueError, match="a/b cannot be written: read-only file system; --output names another place"):
         check_writable(tmp_path / "a" / "b")
+
+
+def test_a_new_run_is_refused_early_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = fill(tmp_path / "old", "notes.txt")
+    (old / "config.yaml").write_text(run_yaml(Config(output_dir=str(old))))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+
+    def refuse(self: Path) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    new = Config(output_dir=str(tmp_path / "new"))
+    said = "output_dir: .*new cannot be written: read-only file system; --output_dir names another place"
+    with pytest.raises(ValueError, match=said):
+        open_directory(new)
+    assert open_directory(replace(new, dry_run=True)) == tmp_path / "new"  # which writes nothing
+    assert open_directory(Config(output_dir=str(old))) == old  # a finished one is said to be finished
 
 
 def test_a_folder_is_listed_or_said_to_be_none(tmp_path: Path) -> None:

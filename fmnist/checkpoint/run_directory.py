@@ -15,7 +15,16 @@ from fmnist.config.parse import load_config
 from fmnist.config.same_run import changes, differences, is_run_yaml, lengthened, recipe
 from fmnist.config.schema import Config
 from fmnist.runtime.files import read_json
-from fmnist.runtime.ownership import CONFIG, RUN_FILES, check_place, foreign_file, listing, run_around, run_files
+from fmnist.runtime.ownership import (
+    CONFIG,
+    RUN_FILES,
+    check_place,
+    check_writable,
+    foreign_file,
+    listing,
+    run_around,
+    run_files,
+)
 
 logger = logging.getLogger("fmnist")
 SUMMARY = "summary.json"
@@ -27,12 +36,15 @@ def open_directory(cfg: Config) -> Path:
     """Check that the run directory may be used, before anything is built or written.
 
     Raises:
-        ValueError: it holds another run, files that a run would overwrite, or a link that would lead a run's files
-            out of it; with `overwrite`, anything that is not provably a run's.
+        ValueError: it cannot be written, holds another run, files that a run would overwrite, or a link that would
+            lead a run's files out of it; with `overwrite`, anything that is not provably a run's.
     """
     directory = Path(cfg.output_dir or "runs/run")
     try:
-        check_place(directory)
+        if cfg.dry_run or has_run(directory):  # which may be finished, on a read-only disk
+            check_place(directory)
+        else:
+            check_writable(directory, "--output_dir")
     except ValueError as error:
         raise ValueError(f"output_dir: {error}") from None
     names = listing(directory)

@@ -219,8 +219,12 @@ def check_place(folder: Path) -> Path:
     return place
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, option: str = "--output") -> None:
     """Refuse a folder that cannot be made or written, before anything is computed for it.
+
+    Args:
+        folder: to be written.
+        option: the flag that names another one.
 
     Raises:
         ValueError: one line naming it.
@@ -231,7 +235,7 @@ def check_writable(folder: Path) -> None:
             (place / ".probe").mkdir()  # to hear why
             (place / ".probe").rmdir()
     except OSError as error:
-        raise ValueError(f"{folder} cannot be written: {reason(error)}; --output names another place") from None
+        raise ValueError(f"{folder} cannot be written: {reason(error)}; {option} names another place") from None
 
 
 def remove_own(path: Path) -> None:
