@@ -154,6 +154,16 @@ def test_more_processes_than_gpus_are_refused_before_they_meet() -> None:
     check_gpus(1, {"LOCAL_RANK": "2"})  # left over of another run
 
 
+def test_processes_that_each_see_their_own_gpu_alone_are_not_refused() -> None:
+    environ = {"WORLD_SIZE": "4", "LOCAL_RANK": "3", "CUDA_VISIBLE_DEVICES": "3"}  # srun --gpus-per-task=1
+    check_gpus(1, environ)
+    check_gpus(1, environ | {"CUDA_VISIBLE_DEVICES": "GPU-5ebe9f43"})
+    several, one_for_all = {"CUDA_VISIBLE_DEVICES": "0,1"}, {"TORCHELASTIC_RUN_ID": "none"}
+    for found, change in ((2, several), (1, {"CUDA_VISIBLE_DEVICES": ""}), (1, one_for_all)):
+        with pytest.raises(ValueError, match=f"process 3 of this machine has no GPU of its own: torch sees {found}"):
+            check_gpus(found, environ | change)
+
+
 @pytest.mark.parametrize(("step_s", "voted"), [(0.01, [1, 2, 12, 22]), (0.5, list(range(1, 26)))])
 def test_quick_steps_vote_every_ten_and_long_ones_each_time(
     step_s: float, voted: list[int], monkeypatch: pytest.MonkeyPatch

@@ -151,6 +151,9 @@ def check_gpus(found: int, environ: Mapping[str, str] = ENVIRONMENT) -> None:
             f"torch sees no GPU, and this job has {given} on its node: install a torch that fits the driver "
             "(nvidia-smi names it), or train on the CPU with ACCELERATE_USE_CPU=true"
         )
+    visible = environ.get("CUDA_VISIBLE_DEVICES", "")
+    if found == 1 and visible and "," not in visible and "TORCHELASTIC_RUN_ID" not in environ:
+        return  # srun --gpus-per-task=1 gives each process its own; torchrun's share one environment
     local = integer("LOCAL_RANK", 0, environ) if integer("WORLD_SIZE", 1, environ) > 1 else 0
     if found and local >= found and not is_true("ACCELERATE_USE_CPU", environ):
         raise ValueError(
