@@ -329,6 +329,19 @@ def test_a_profile_that_the_run_ends_within_is_written_as_far_as_it_came(tmp_pat
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
+@pytest.mark.parametrize(("steps", "said"), [(SKIPPED - 1, "9 steps"), (1, "1 step"), (SKIPPED + 1, "")])
+def test_a_start_that_ends_before_the_traced_steps_says_that_nothing_is_written(
+    steps: int, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    profiler = StepProfiler(5, tmp_path / "profile", torch.device("cpu"))
+    for _ in range(steps):
+        profiler.step()
+    profiler.close()
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert lines == [f"profile: nothing is written: it traces after 10 steps; this start had {said}"] * bool(said)
+    assert (tmp_path / "profile").exists() == (not said)
+
+
 def test_a_refused_process_count_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FMNIST_EXPECTED_WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="1 process"):
