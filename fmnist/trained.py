@@ -19,7 +19,7 @@ from fmnist.checkpoint.store import Checkpoints, newer_than_weights
 from fmnist.checkpoint.tensors import load_strict, non_finite, read_tensors_and_digest
 from fmnist.config.conflicts import sizes_by_epoch
 from fmnist.config.parse import load_config
-from fmnist.config.same_run import changes, not_of
+from fmnist.config.same_run import changes, listed, not_of
 from fmnist.config.schema import Config, DataConfig
 from fmnist.data.augment import Augment
 from fmnist.data.info import DATA_FILE, DataInfo, SplitName, read_info
@@ -311,12 +311,12 @@ def _open(
         weights, sha256 = directory / MODEL, summary.get("weights_sha256")
         size = summary.get("val.size" if summary.get("val.top1") is not None else "weights_size")
         if changed := not_of(_newest_meta(directory).get("config", {}), cfg, kept):
-            changes_made = one_line("; ".join(changed[:3]))
+            changes_made = one_line(listed(changed))
             raise ValueError(f"{directory / 'config.yaml'} was changed after the training: {changes_made}")
     else:
         digests, state = verify(checkpoint), read_state(checkpoint)
         if changed := not_of(read_meta(checkpoint)["config"], cfg, kept):
-            raise ValueError(f"{checkpoint} is of another run: {one_line('; '.join(changed[:3]))}")
+            raise ValueError(f"{checkpoint} is of another run: {one_line(listed(changed))}")
         name += f" step {state.step}"
         weights = weights_to_use(checkpoint, digests)
         sha256 = digests[weights.name]

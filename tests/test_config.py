@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fmnist.config.parse import load_config, parse_config, update
-from fmnist.config.same_run import changes, differences, run_yaml
+from fmnist.config.same_run import changes, differences, listed, run_yaml
 from fmnist.config.schema import OPTIONS, Config, flatten, meanings, to_yaml, unflatten
 from fmnist.models import REGISTRY
 from fmnist.optim import Schedule
@@ -346,6 +346,20 @@ def test_the_config_of_a_copied_or_moved_run_does_not_act_on_the_old_place(
     assert later.output_dir == "runs/other"
     Path("config.yaml").write_text(to_yaml(Config(output_dir="runs/first")))  # printed: a recipe, and no run's own
     assert parse_config(["--config", "config.yaml"]).output_dir == "runs/first"
+
+
+def test_another_model_is_named_first_and_what_is_left_out_is_counted() -> None:
+    changed = ["data.limit was null, now 9", "batch.global_batch_size was 8, now 9", "augment.flip was 0, now 1"]
+    assert listed(changed) == "; ".join(changed) and listed(changed[:1]) == changed[0]
+    changed += ["model.name was cnn, now mlp", "seed was 0, now 1"]
+    assert listed(changed) == f"{changed[3]}; {changed[0]}; {changed[1]} and 2 more"  # 5 - 3
+    old = Config()
+    other = replace(old, seed=1, data=replace(old.data, name="mnist", limit=9), model=replace(old.model, name="mlp"))
+    said = listed(differences(old, other))
+    assert (
+        said
+        == "data.name was fashion_mnist, now mnist; model.name was cnn, now mlp; data.limit was null, now 9 and 1 more"
+    )
 
 
 def test_a_difference_is_said_in_the_words_of_yaml() -> None:

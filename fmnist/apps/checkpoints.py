@@ -53,7 +53,7 @@ def inspect(run: Path) -> tuple[list[Checked], list[str]]:
     from fmnist.checkpoint.store import Checkpoints
     from fmnist.checkpoint.tensors import non_finite, read_tensors
     from fmnist.config.parse import load_config
-    from fmnist.config.same_run import not_of
+    from fmnist.config.same_run import listed, not_of
     from fmnist.runtime.files import sha256_of
 
     cfg = load_config(run / "config.yaml")
@@ -74,7 +74,7 @@ def inspect(run: Path) -> tuple[list[Checked], list[str]]:
             if bad := [f"{name}: {key}" for name in files for key in non_finite(read_tensors(path / name))]:
                 raise ValueError(f"{path} holds non-finite values in {', '.join(bad[:3])}")
             if differing := not_of(meta.pop("config"), cfg):
-                raise ValueError(f"{path} is of another config: {'; '.join(differing[:3])}")
+                raise ValueError(f"{path} is of another config: {listed(differing)}")
         except ValueError as error:
             if not os.path.lexists(path):  # dropped meanwhile, by a run that goes on
                 found.remove(checked)

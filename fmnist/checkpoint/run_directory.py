@@ -12,7 +12,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from fmnist.config import strict_yaml
 from fmnist.config.parse import load_config
-from fmnist.config.same_run import changes, differences, is_run_yaml, lengthened, recipe
+from fmnist.config.same_run import changes, differences, is_run_yaml, lengthened, listed, recipe
 from fmnist.config.schema import Config
 from fmnist.runtime.files import read_json
 from fmnist.runtime.ownership import (
@@ -74,7 +74,7 @@ def open_directory(cfg: Config) -> Path:
                 way_out = (
                     "Only a finished run can be extended: finish it with its original command, then raise the length"
                 )
-            raise ValueError(f"{directory} holds a run with another config: {'; '.join(changed[:3])}. {way_out}")
+            raise ValueError(f"{directory} holds a run with another config: {listed(changed)}. {way_out}")
     return directory
 
 

@@ -1,7 +1,7 @@
 """The options that decide a run's result, and which of them differ between two configs."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -64,6 +64,12 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Name the options of both that differ, with both values."""
     differ = [key for key in before if key in after and before[key] != after[key]]
     return [f"{key} was {yaml_value(before[key])}, now {yaml_value(after[key])}" for key in differ]
+
+
+def listed(changed: Sequence[str]) -> str:
+    """Return what `changes` names as one line: another model or data set first, three in all, and how many more."""
+    first = sorted(changed, key=lambda line: not line.startswith(("model.name was ", "data.name was ")))
+    return "; ".join(first[:3]) + (f" and {len(first) - 3} more" if len(first) > 3 else "")
 
 
 def lengthened(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
