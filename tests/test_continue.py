@@ -28,6 +28,7 @@ def directory_of(run: Path, cfg: Config, **summary: Any) -> Path:
     run.mkdir()
     (run / "config.yaml").write_text(run_yaml(cfg))
     (run / "summary.json").write_text(json.dumps(summary))
+    (run / MODEL).touch()
     return run
 
 
@@ -85,6 +86,9 @@ def test_a_run_that_came_to_an_earlier_end_is_not_finished(tmp_path: Path, caplo
     assert not is_finished(run, test=False, total_steps=101)
     (run / "summary.json").write_text(json.dumps({"status": "finished"}))  # a run from before it named its steps
     assert is_finished(run, test=False, total_steps=101)
+    (run / MODEL).unlink()
+    assert not is_finished(run, test=False, total_steps=101)
+    assert caplog.messages[-1] == f"{run / MODEL} is lost: it is made again from the checkpoints"
 
 
 @pytest.mark.parametrize(

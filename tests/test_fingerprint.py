@@ -226,6 +226,21 @@ def test_a_digest_is_of_images_labels_and_shapes(data: Path) -> None:
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
+def test_the_weights_that_a_finished_run_has_lost_are_made_again(finished: Path, data: Path) -> None:
+    before, kept = sha256_of(finished / MODEL), json.loads((finished / "summary.json").read_text())
+    (finished / MODEL).unlink()
+    said = command(checkpoint_main, finished, status=1, lines=None)
+    assert f"{finished / MODEL} is lost: the command that trained the run makes it again" in said
+    go(finished, data)
+    after = json.loads((finished / "summary.json").read_text())
+    assert sha256_of(finished / MODEL) == before == after["weights_sha256"]
+    same = ("status", "steps", "weights_step", "val.top1", "temperature")
+    assert [after[name] for name in same] == [kept[name] for name in same]
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["prefix"] == "train"] == list(range(1, STEPS + 1))  # none anew
+    command(checkpoint_main, finished, lines=None)
+
+
 def test_flipped_bits_of_a_finished_runs_weights_are_found_by_every_command(finished: Path) -> None:
     assert json.loads((finished / "summary.json").read_text())["weights_sha256"] == sha256_of(finished / MODEL)
     content = bytearray((finished / MODEL).read_bytes())

@@ -292,6 +292,7 @@ def test_the_doctor_looks_at_the_data_set_that_is_named(colour: Path, tmp_path: 
 def test_a_run_without_test_images_is_finished(tmp_path: Path) -> None:
     summary = {"status": "finished", "val.top1": 0.5, "test.num_images": 0}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "model.safetensors").touch()
     assert is_finished(tmp_path, test=True, total_steps=1)
     (tmp_path / "summary.json").write_text(json.dumps({"status": "finished", "val.top1": 0.5}))
     assert not is_finished(tmp_path, test=True, total_steps=1)

@@ -94,6 +94,8 @@ def inspect(run: Path) -> tuple[list[Checked], list[str]]:
     finished = summary.get("status") == "finished"
     if weights is not None and summary.get("weights_sha256", weights) != weights:
         problems.append(f"{run / MODEL} does not have the hash in summary.json: it was changed afterwards")
+    if finished and weights is None:
+        problems.append(f"{run / MODEL} is lost: the command that trained the run makes it again")
     if finished and weights is not None and not any("weights" in checked.roles for checked in found):
         problems.append(f"{run / MODEL} is not a copy of any valid checkpoint here: its own is gone, or it is damaged")
     if not any(checked.full for checked in found):

@@ -10,6 +10,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
+from fmnist.checkpoint.contents import MODEL
 from fmnist.config import strict_yaml
 from fmnist.config.parse import load_config
 from fmnist.config.same_run import changes, differences, is_run_yaml, lengthened, listed, recipe
@@ -167,7 +168,7 @@ def read_summary(directory: Path) -> dict[str, Any]:
 
 
 def is_finished(directory: Path, *, test: bool, total_steps: int, length: str | None = "schedule.epochs") -> bool:
-    """Say whether the run in this directory has reached its end, and tell people so.
+    """Say whether the run in this directory has reached its end and has its weights, and tell people so.
 
     Args:
         directory: of the run.
@@ -181,6 +182,9 @@ def is_finished(directory: Path, *, test: bool, total_steps: int, length: str | 
     if summary.get("status") != "finished" or (test and top1 is None and not no_test):
         return False
     if isinstance(steps, int) and steps < total_steps:
+        return False
+    if not (directory / MODEL).is_file():
+        logger.warning("%s is lost: it is made again from the checkpoints", directory / MODEL)
         return False
     evaluated = "the test images were not evaluated" if top1 is None else "summary.json has no valid test accuracy"
     evaluated = "its data set has no test images" if no_test else evaluated
