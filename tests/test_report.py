@@ -24,6 +24,7 @@ from fmnist.evaluation.numbers import summarize
 from fmnist.evaluation.outcome import Outcome
 from fmnist.report.curves import draw_top1, loss_note, of_last_size, plot_learning_curves, series
 from fmnist.report.figures import Figure, plot_confusion_matrix
+from fmnist.report.page_figures import learning_curves
 from fmnist.report.write import class_table, write_evaluation
 from fmnist.tracking.metrics_file import read_metrics
 
@@ -242,6 +243,27 @@ def test_learning_curves_tolerate_broken_lines(tmp_path: Path, with_val: bool) -
     width, height = check_png(tmp_path / "curves.png", 1000, 500)
     # 5.2 inches at 150 dpi for each panel: loss, top1 where there is validation, learning rate.
     assert (width, height) == (780 * (3 if with_val else 2), 660)
+
+
+def test_a_run_that_logged_once_shows_its_point_and_panels_share_a_span(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, drawn = tmp_path / "metrics.jsonl", []
+    monkeypatch.setattr("fmnist.report.curves.save_figure", lambda _, figure: drawn.extend(figure.axes))
+    monkeypatch.setattr("fmnist.report.page_figures._svg", lambda _, axes: drawn.append(axes) or "")
+    for num_logged, marked in ((1, "o"), (10, "o"), (11, "")):
+        lines = [{"step": 4 * n, "prefix": "train", "loss": 1.0, "lr": 0.1} for n in range(1, num_logged + 1)]
+        lines += [{"step": 40, "prefix": "val", "loss": 1.0, "top1": 0.5}]
+        path.write_text("\n".join(map(json.dumps, lines)))
+        drawn.clear()
+        plot_learning_curves(path, tmp_path / "curves.png", "run")
+        learning_curves(path)
+        assert len(drawn) == 6  # loss, top1 and learning rate, in the figure and on the page
+        last = max(40, 4 * num_logged)
+        assert {axes.get_xlim() for axes in drawn} == {(-0.02 * last, 1.02 * last)}
+        for loss, _, lr in (drawn[:3], drawn[3:]):
+            assert loss.get_lines()[1].get_label() == "train"
+            assert loss.get_lines()[1].get_marker() == lr.get_lines()[0].get_marker() == marked
 
 
 def test_a_step_logged_twice_counts_once(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Learning curves of a run, from its metrics.jsonl."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from scipy.ndimage import uniform_filter1d
 from fmnist.config.schema import Config
 from fmnist.report.figures import BLUE, GREEN, ORANGE, Axes, Figure, by_default_style, save_figure
 from fmnist.tracking.metrics_file import read_metrics
+
+FEW_POINTS = 10  # up to so many are marked: a line of one point shows nothing
 
 
 def series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -31,6 +33,11 @@ def of_last_size(val: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [line for line in val if line.get("size") == val[-1].get("size")]
 
 
+def marker(steps: np.ndarray) -> str:
+    """Return how the points of a line are marked: not at all where they are many."""
+    return "o" if len(steps) <= FEW_POINTS else ""
+
+
 def draw_loss(axes: Axes, train: Sequence[Mapping[str, Any]], val: Sequence[Mapping[str, Any]]) -> None:
     """Draw training loss, as logged and smoothed, and validation loss."""
     steps, loss = series(train, "loss")
@@ -38,7 +45,7 @@ def draw_loss(axes: Axes, train: Sequence[Mapping[str, Any]], val: Sequence[Mapp
         # A centred mean over a fiftieth of the run: unlike an exponential one it does not lag.
         smooth = uniform_filter1d(loss, size=max(1, len(loss) // 50), mode="nearest")
         axes.plot(steps, loss, color=BLUE, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, smooth, color=BLUE, linewidth=1.8, label="train")
+        axes.plot(steps, smooth, color=BLUE, linewidth=1.8, marker=marker(steps), markersize=4, label="train")
     steps, loss = series(val, "loss")
     if len(steps):
         axes.plot(steps, loss, "o-", color=ORANGE, markersize=4, linewidth=1.2, label="val")
@@ -59,6 +66,24 @@ def draw_top1(axes: Axes, val: Sequence[Mapping[str, Any]]) -> None:
     axes.plot(steps[best], 100 * top1[best], "*", color=GREEN, markersize=14, label=label)
     axes.set_ylabel("validation top1 (%)")
     axes.legend(loc="lower right")
+
+
+def draw_lr(axes: Axes, train: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the learning rate as logged."""
+    steps, lr = series(train, "lr")
+    axes.plot(steps, lr, color=BLUE, linewidth=1.8, marker=marker(steps), markersize=4)
+    axes.set_ylabel("learning rate")
+    axes.yaxis.set_major_formatter("{x:.3g}")  # an offset text would sit on the epoch axis
+
+
+def span_steps(panels: Iterable[Axes], lines: Iterable[Mapping[str, Any]]) -> None:
+    """Give every panel the whole run as its x axis: one that starts at the first evaluation would mislead the eye."""
+    last_step = max((line["step"] for line in lines), default=0)
+    for axes in panels:
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        if last_step > 0:
+            axes.set_xlim(-0.02 * last_step, 1.02 * last_step)
 
 
 def loss_note(cfg: Config) -> str:
@@ -100,8 +125,7 @@ def plot_learning_curves(metrics_path: Path, path: Path, title: str, note: str =
     """
     lines = read_metrics(metrics_path)
     train, val = lines.get("train", []), lines.get("val", [])
-    lr_steps, lr = series(train, "lr")
-    has_top1, has_lr = len(series(val, "top1")[0]) > 0, len(lr_steps) > 0
+    has_top1, has_lr = len(series(val, "top1")[0]) > 0, len(series(train, "lr")[0]) > 0
     num_panels = 1 + has_top1 + has_lr
     figure = Figure(figsize=(5.2 * num_panels, 4.4), layout="constrained")
     panels = list(figure.subplots(1, num_panels, squeeze=False)[0])
@@ -109,20 +133,13 @@ def plot_learning_curves(metrics_path: Path, path: Path, title: str, note: str =
     if has_top1:
         draw_top1(panels[1], val)
     if has_lr:
-        panels[-1].plot(lr_steps, lr, color=BLUE, linewidth=1.8)
-        panels[-1].set_ylabel("learning rate")
-        panels[-1].yaxis.set_major_formatter("{x:.3g}")  # an offset text would sit on the epoch axis
+        draw_lr(panels[-1], train)
 
     steps, epochs = series(train + val, "epoch")
     steps_per_epoch = steps[epochs.argmax()] / epochs.max() if len(epochs) and epochs.max() > 0 else 0.0
-    last_step = max((line["step"] for line in train + val), default=0)
+    span_steps(panels, train + val)
     for axes in panels:
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(alpha=0.25)
-        if last_step > 0:
-            # The same span in every panel: one that starts at the first evaluation would mislead the eye.
-            axes.set_xlim(-0.02 * last_step, 1.02 * last_step)
         if steps_per_epoch > 0:
             scale = (lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch)
             axes.secondary_xaxis("top", functions=scale).set_xlabel("epoch")

@@ -10,7 +10,7 @@ from torch import Tensor
 from fmnist.evaluation.misclassified import channels_last
 from fmnist.evaluation.numbers import NUM_BINS, ReliabilityBins
 from fmnist.evaluation.risk_coverage import RiskCoverage
-from fmnist.report.curves import draw_loss, draw_top1, series
+from fmnist.report.curves import draw_loss, draw_lr, draw_top1, series, span_steps
 from fmnist.report.figures import BLUE, ORANGE, PERCENT, Axes, Figure, by_default_style
 from fmnist.tracking.metrics_file import read_metrics
 
@@ -102,16 +102,12 @@ def learning_curves(metrics_path: Path) -> list[tuple[str, str]]:
         figure, axes = _panel()
         draw_top1(axes, val)
         panels.append(("Validation accuracy by step", figure, axes))
-    steps, lr = series(train, "lr")
-    if len(steps):
+    if len(series(train, "lr")[0]):
         figure, axes = _panel()
-        axes.plot(steps, lr, color=BLUE, linewidth=1.8)
-        axes.set_ylabel("learning rate")
-        axes.yaxis.set_major_formatter("{x:.3g}")
+        draw_lr(axes, train)
         panels.append(("Learning rate by step", figure, axes))
+    span_steps((axes for _, _, axes in panels), train + val)
     for _, _, axes in panels:
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.locator_params(axis="x", nbins=5, integer=True)
     return [(words, _svg(figure, axes)) for words, figure, axes in panels]
 
