@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from fmnist.evaluation.calibration import ENOUGH_IMAGES, average_probabilities, calibrate, few_images, fit_temperature
+from fmnist.evaluation.calibration import (
+    ENOUGH_IMAGES,
+    average_probabilities,
+    calibrate,
+    few_images,
+    fit_temperature,
+    usable_temperature,
+)
 
 
 def calibrated(num_images: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,12 +46,29 @@ def test_temperature_of_two_images_by_hand() -> None:
 
 def test_too_few_images_are_said_at_the_number_where_ten_percent_begins() -> None:
     assert few_images(200) == few_images(5000) == ""
-    rest = "with fewer than 200 it is uncertain by 10 % and more, and may make confidences worse"
-    assert few_images(199) == f"temperature fitted on 199 validation images: {rest}"
-    assert few_images(1) == f"temperature fitted on 1 validation image: {rest}"
+    rest = "with fewer than 200 a temperature may make them worse"
+    assert few_images(199) == f"confidences are not calibrated on 199 validation images: {rest}"
+    assert few_images(1) == f"confidences are not calibrated on 1 validation image: {rest}"
     # The reason for the number: 40 fits, each on 200 labels that follow the probabilities, spread by about 10 %.
     fits = torch.tensor([math.log(fit_temperature(*calibrated(ENOUGH_IMAGES, seed))) for seed in range(40)])
     assert 0.07 < float(fits.std()) < 0.13
+
+
+def test_few_images_and_a_fit_at_a_limit_leave_the_temperature_at_one() -> None:
+    # 12 images, all right: the colder the lower the loss, down to the limit of the search. The images that
+    # are evaluated have errors too, and their loss would rise.
+    sure = 4 * torch.eye(3)
+    val, labels = sure.repeat(4, 1), torch.arange(3).repeat(4)
+    assert fit_temperature(val, labels) < 0.1  # from there on the loss is 0 in float64
+    few = calibrate(sure, torch.tensor([0, 1, 1]), (val, labels), same_images=False)
+    assert (few.temperature, few.why_not, few.num_images) == (1.0, few_images(12), 12)
+    assert (few.ece_before, few.loss_before) == (few.ece_after, few.loss_after)
+
+    at_limit = "confidences are not calibrated: the temperature ends at {}, a limit of its search"
+    assert usable_temperature(sure.repeat(100, 1), labels.repeat(25)) == (1.0, at_limit.format(0.05))
+    assert usable_temperature(sure.repeat(100, 1), labels.roll(1).repeat(25)) == (1.0, at_limit.format(20))
+    logits, labels = calibrated(ENOUGH_IMAGES, 0)
+    assert usable_temperature(logits, labels) == (fit_temperature(logits, labels), "")
 
 
 def test_averaged_probabilities_by_hand() -> None:

@@ -182,14 +182,17 @@ def test_names_are_escaped_and_a_page_without_validation_images_says_so(train_im
 
 
 @pytest.mark.parametrize("num_images", [199, 200])
-def test_a_temperature_from_few_images_is_said_in_text_and_page(
+def test_few_images_leave_confidences_as_they_are_which_text_and_page_say(
     train_images: Split, tmp_path: Path, num_images: int
 ) -> None:
     outcome = small_outcome(train_images, tmp_path)
     written(replace(outcome, validation=(outcome.logits[:num_images], outcome.labels[:num_images])))
     for name in ("report.txt", "report.html"):
-        said = "temperature fitted on 199 validation images: with fewer than 200" in (tmp_path / name).read_text()
-        assert said == (num_images == 199)
+        text = (tmp_path / name).read_text()
+        few = num_images == 199
+        assert text.count("onfidences are not calibrated on 199 validation images: with fewer than 200") == few
+        assert ("fitted on 200 validation images" in text) != few and "fitted on 199" not in text
+    assert ("After temperature scaling" in text) != few and ("&rarr;" in text) != few
 
 
 def test_no_two_labels_of_a_panel_touch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

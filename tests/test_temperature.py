@@ -65,13 +65,14 @@ def test_predictions_use_it_and_can_leave_it_out(run: fmnist.RunResults) -> None
 
 
 @pytest.mark.thorough
-def test_one_fitted_on_few_images_is_said_by_the_run_and_by_predict(tmp_path: Path) -> None:
+def test_few_images_leave_it_at_one_and_run_and_predict_say_so(tmp_path: Path) -> None:
     (tmp_path / "small.yaml").write_text(SMALL_RUN)
     few = fmnist.train(
         tmp_path / "small.yaml", output_dir=str(tmp_path / "run"), data={"val_size": 20}, evaluation={"test": False}
     )
     said = few_images(20)
-    assert "temperature fitted on 20 validation images: with fewer than 200" in said
+    assert "not calibrated on 20 validation images: with fewer than 200" in said
+    assert few.summary["temperature"] == 1
     assert (few.directory / "train.log").read_text().count(said) == 1
     Image.fromarray(load("test")[0][0].numpy()).save(tmp_path / "a.png")
     asked = (few.directory, tmp_path / "a.png", "--output", tmp_path / "out")
@@ -79,7 +80,7 @@ def test_one_fitted_on_few_images_is_said_by_the_run_and_by_predict(tmp_path: Pa
 
 
 def test_one_fitted_on_many_is_not_remarked(run: fmnist.RunResults) -> None:
-    assert "temperature fitted" not in (run.directory / "train.log").read_text()  # 1,000 images
+    assert "calibrated" not in (run.directory / "train.log").read_text()  # 1,000 images
 
 
 def test_onnx_has_it_inside_and_says_so(run: fmnist.RunResults, tmp_path: Path) -> None:

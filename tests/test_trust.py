@@ -263,7 +263,7 @@ def test_the_report_says_what_can_be_automated(tmp_path: Path) -> None:
             in text
         )
     assert "Ankle boot" in held["sets"][0]["in_every_set"] and "90 %: Ankle boot has too few validation images" in text
-    assert "temperature fitted on" not in render(context(found))  # of 900 images
+    assert "not calibrated" not in render(context(found))  # of 900 images
     without = render(context(findings(an_outcome(tmp_path, None))))
     assert "There are no validation images to choose a confidence on" in without and "--max_error" not in without
 

@@ -90,7 +90,7 @@ def findings(
             same_images = outcome.split == "val"
             calibration = calibrate(outcome.logits, outcome.labels, outcome.validation, same_images=same_images)
             scaled = (outcome.logits.double() / calibration.temperature).softmax(dim=1)
-            scaled_bins = reliability_bins(scaled, outcome.labels)
+            scaled_bins = None if calibration.why_not else reliability_bins(scaled, outcome.labels)
             # as `predict` has it, so that its thresholds are those of the report
             temperature = outcome.trained.temperature if outcome.trained else calibration.temperature
         confidence, predictions = (outcome.logits.double() / temperature).softmax(dim=1).max(dim=1)

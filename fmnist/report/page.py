@@ -9,7 +9,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fmnist.config.schema import to_yaml
-from fmnist.evaluation.calibration import few_images
 from fmnist.evaluation.exact_copies import copies_line
 from fmnist.evaluation.findings import NUM_SHOWN, Findings
 from fmnist.evaluation.misclassified import Misclassified, worst_by_f1
@@ -118,7 +117,6 @@ def context(findings: Findings) -> dict[str, Any]:
         "risk": risk_against_coverage(findings.risk) if findings.risk else None,
         "before": reliability(findings.bins),
         "after": reliability(findings.scaled_bins) if findings.scaled_bins else None,
-        "few_images": few_images(metrics["calibration"]["num_images"]) if metrics["calibration"] else "",
         "retrieval": metrics["retrieval"],
         "config": to_yaml(trained.cfg) if trained else None,
         "summary": trained.summary if trained else {},

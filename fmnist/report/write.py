@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from fmnist.config.schema import flatten
-from fmnist.evaluation.calibration import few_images
 from fmnist.evaluation.exact_copies import copies_line
 from fmnist.evaluation.findings import Findings
 from fmnist.evaluation.misclassified import worst_by_f1
@@ -146,6 +145,8 @@ def _notes(metrics: Mapping[str, Any]) -> str:
         lines.append(f"{text:<68} {entry['num_images']:>7,} {100 * entry['top1']:6.2f} % ({low:.2f} to {high:.2f})")
     if (calibration := metrics["calibration"]) is None:
         lines.append("\nno validation images: no temperature is fitted")
+    elif calibration["why_not"]:
+        lines.append(f"\n{calibration['why_not']}")
     else:
         these = calibration["same_images"]
         lines.append(
@@ -154,7 +155,6 @@ def _notes(metrics: Mapping[str, Any]) -> str:
             f"ECE {calibration['ece_before']:.4f} -> {calibration['ece_after']:.4f}, "
             f"loss {calibration['loss_before']:.4f} -> {calibration['loss_after']:.4f}"
         )
-        lines += [few] if (few := few_images(calibration["num_images"])) else []
     if metrics["duplicates"]:
         lines.append("\n" + copies_line(metrics["duplicates"]))
     if metrics["retrieval"] is not None:

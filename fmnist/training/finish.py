@@ -15,7 +15,7 @@ from fmnist.config.shipped import command
 from fmnist.data.corrections import DROPPED
 from fmnist.data.info import SplitName
 from fmnist.data.split import Split
-from fmnist.evaluation.calibration import few_images, fit_temperature
+from fmnist.evaluation.calibration import usable_temperature
 from fmnist.evaluation.findings import Findings, findings
 from fmnist.evaluation.numbers import SCORES, calibration_error
 from fmnist.evaluation.outcome import Outcome
@@ -109,14 +109,15 @@ def use_best_weights(training: Training, run: Run) -> None:
 
 
 def fit_on_validation(training: Training, cfg: Config, run: Run) -> float | None:
-    """Fit the temperature that makes confidences mean what they say; None without validation images."""
+    """Fit the temperature that makes confidences mean what they say, on the main process; None without images."""
     split = training.val_split
     if not len(split):
         return None
-    if run.is_main and (few := few_images(len(split))):  # a warning of every process would be shown
-        logger.warning("%s", few)
     logits = predict(training.model, split, training.augment, replace(cfg.evaluation, tta="none"), run)
-    return run.on_main(fit_temperature, logits.cpu(), split.labels.cpu())
+    temperature, why_not = run.on_main(usable_temperature, logits.cpu(), split.labels.cpu()) or (None, "")
+    if why_not:
+        logger.warning("%s", why_not)
+    return temperature
 
 
 def scores_corrected(name: str, logits: Tensor, split: Split) -> dict[str, float]:

@@ -87,8 +87,8 @@ def predict(found: Sequence[tuple[str, str]], args: argparse.Namespace, left_out
             print(line)
         if args.calibrate and trained.temperature != 1:
             print(f"confidences are calibrated, at temperature {trained.temperature:.3f}; --no-calibrate leaves it out")
-            if few := few_images(trained.info.num_val):
-                print(few)
+        elif args.calibrate and (few := few_images(trained.info.num_val)):
+            print(few)
         print(f"written to {args.output}")
     return 0 if counts["predicted"] and not any(error in MISSING for _, error in found) else 1
 
