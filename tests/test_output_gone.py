@@ -131,7 +131,7 @@ def predictions(count: int) -> Iterator[Prediction]:
 
 
 def test_predict_keeps_the_rows_that_are_done(tmp_path: Path) -> None:
-    args = argparse.Namespace(output=tmp_path, top=2, sheet=0)
+    args = argparse.Namespace(output=tmp_path, top=2, sheet=0, json=False)
     with pytest.raises(KeyboardInterrupt, match=r"predictions.csv holds the 4 pictures that are done"):
         write_predictions(predictions(4), args, "title")
     lines = (tmp_path / "predictions.csv").read_text().splitlines()

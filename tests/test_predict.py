@@ -137,13 +137,17 @@ def test_a_folder_with_good_and_bad_files(run_directory: Path, tmp_path: Path) -
     (tmp_path / "nothing").mkdir()
     done = predict(run_directory, "photos", "=1+1.png", "nothing", "no*.jpg", "--output", "out", cwd=tmp_path)
     assert done.returncode == 1, done.stderr  # a pattern matches no file
-    assert re.match(r"13 predicted: \d+ flagged as unfamiliar, \d+ used uncropped; 4 errors\n", done.stdout)
+    told, summary = done.stdout.splitlines()[:10], done.stdout.splitlines()[10]
+    assert re.fullmatch(r"13 predicted: \d+ flagged as unfamiliar, \d+ used uncropped; 4 errors", summary)
 
     with (tmp_path / "out" / "predictions.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert list(rows[0]) == header(3) and len(rows) == 12 + 2 + 1 + 2
     good = [line for line in rows if not line["error"]]
     expected = open_trained(run_directory, "cpu")(images)[0].argmax(1)
+    for line, said in zip(good, told, strict=False):  # of the first ten of 13
+        percent = f"{100 * float(line['confidence']):.0f} %" + ", unfamiliar" * (line["unfamiliar"] == "yes")
+        assert said == f"{line['file']}  {line['prediction']} {percent}"
     names = [CLASS_NAMES[label] for label in expected]
     agree = sum(line["prediction"] == name for line, name in zip(good, names, strict=False))
     assert agree >= 10, agree  # of 12 drawn at 600 px with noise: as the pictures they were drawn from

@@ -24,6 +24,7 @@ from fmnist.runtime.ownership import remove_own
 from fmnist.trained import Trained, open_trained
 
 logger = logging.getLogger("fmnist")
+SAID = 10  # pictures whose prediction is printed; the CSV has all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +167,13 @@ def row(item: Prediction, num_top: int, each_class: Sequence[str] = ()) -> list[
     return [name, *cells, "yes" if item.unfamiliar else "no", f"{item.score:.6f}", cropped, *item.trust, "", *chances]
 
 
+def prediction_line(item: Prediction) -> str:
+    """Say what a picture is, on one line."""
+    label, probability = item.top[0]
+    flag = ", unfamiliar" * item.unfamiliar
+    return f"{one_line(item.photo.name)}  {one_line(label)} {100 * probability:.0f} %{flag}"
+
+
 def sheet_cell(item: Prediction, columns: Sequence[str] = ()) -> Cell:
     """Return the cell of the sheet for one picture; `columns` are those of `Trust`, told as the CSV has them."""
     lines = [(os.path.basename(item.photo.name) or item.photo.name, GREY)]
@@ -206,6 +214,8 @@ def write_predictions(
             counts["predicted" if item.top else "errors"] += 1
             if not item.top and counts["errors"] <= NAMED and not args.json:
                 logger.warning("%s: %s", one_line(item.photo.name), item.photo.error)
+            if item.top and counts["predicted"] <= SAID and not args.json:
+                print(prediction_line(item))
             counts["unfamiliar"] += item.unfamiliar
             counts["uncropped"] += item.photo.cutout is not None and item.photo.cutout.box is None
             if len(shown) < args.sheet:  # pictures are kept for the sheet only
