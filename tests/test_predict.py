@@ -22,7 +22,7 @@ from fmnist.apps.cutout import Cutout
 from fmnist.apps.novelty import open_reference
 from fmnist.apps.predict.__main__ import PARSER, main
 from fmnist.apps.predict.photo_sheet import GREY, MARGIN, ORANGE, Cell, draw_sheet
-from fmnist.apps.predict.predictions import Prediction, header, predict_pictures, row, sheet_cell
+from fmnist.apps.predict.predictions import Prediction, captions, header, predict_pictures, row, sheet_cell
 from fmnist.apps.views import CHUNK, Photo
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
 from fmnist.runtime.files import csv_bytes
@@ -98,6 +98,13 @@ def test_a_caption_says_what_was_asked_and_stays_in_its_cell() -> None:
     captions = pixels[112:]
     assert (captions[:, MARGIN + 228 :] == 255).all() and (captions[:, MARGIN : MARGIN + 228] < 255).any()
     assert len(captions) == 2 * 16 + 2 * MARGIN  # a row for each line
+
+
+def test_files_of_one_name_are_told_apart_by_their_folder() -> None:
+    names = ["set/circle/0.jpg", "set/square/0.jpg", "set/circle/1.jpg", "0.jpg"]
+    assert captions(names) == ["circle/0.jpg", "square/0.jpg", "1.jpg", "0.jpg"]
+    photo = Photo(name="set/square/0.jpg", error="an empty file")
+    assert sheet_cell(Prediction(photo=photo), (), "square/0.jpg").lines[0] == ("square/0.jpg", GREY)
 
 
 READ = """

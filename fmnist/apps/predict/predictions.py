@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -174,9 +175,25 @@ def prediction_line(item: Prediction) -> str:
     return f"{one_line(item.photo.name)}  {one_line(label)} {100 * probability:.0f} %{flag}"
 
 
-def sheet_cell(item: Prediction, columns: Sequence[str] = ()) -> Cell:
-    """Return the cell of the sheet for one picture; `columns` are those of `Trust`, told as the CSV has them."""
-    lines = [(os.path.basename(item.photo.name) or item.photo.name, GREY)]
+def captions(names: Sequence[str]) -> list[str]:
+    """Return what the sheet calls each file: by its name, with its folder where another has the same."""
+    files = [os.path.basename(name) or name for name in names]
+    seen = Counter(files)
+    return [
+        file if seen[file] == 1 else os.path.join(*Path(name).parts[-2:])
+        for name, file in zip(names, files, strict=True)
+    ]
+
+
+def sheet_cell(item: Prediction, columns: Sequence[str] = (), caption: str = "") -> Cell:
+    """Return the cell of the sheet for one picture.
+
+    Args:
+        item: the picture.
+        columns: those of `Trust`, told as the CSV has them.
+        caption: see `captions`; empty: of this file alone.
+    """
+    lines = [(caption or captions([item.photo.name])[0], GREY)]
     asked = [pair for pair in zip(columns, item.trust, strict=True) if pair[1]]
     trust = [(f"{name}: {said}", ORANGE if (name, said) == ("decision", PERSON) else GREY) for name, said in asked]
     if item.photo.cutout is None:
@@ -227,7 +244,8 @@ def write_predictions(
         raise KeyboardInterrupt(f"{path} holds the {len(rows):,} pictures that are done" if rows else "")
     if shown:
         part = f", the first {len(shown)} of {len(rows):,}" if len(rows) > len(shown) else ""
-        cells = [sheet_cell(item, columns) for item in shown]
+        called = captions([item.photo.name for item in shown])
+        cells = [sheet_cell(item, columns, caption) for item, caption in zip(shown, called, strict=True)]
         write_atomic(args.output / "predictions.png", draw_sheet(cells, title + part))
     else:
         remove_own(args.output / "predictions.png")  # of other pictures
