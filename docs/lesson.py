@@ -2,8 +2,9 @@
 # # A lesson: from images to a trusted model
 #
 # You look at the data, train on it, kill the training, resume it and compare the bits, read what the model confuses,
-# and find images whose label is wrong. It takes a few minutes on two CPU cores: `python docs/lesson.py`, or
-# docs/lesson.ipynb cell by cell. Page and notebook are made from this file by `python -m experiments.lesson_pages`.
+# and find images whose label is wrong. It takes a few minutes on two CPU cores: `python docs/lesson.py`, which leaves
+# its pictures in runs/lesson, or docs/lesson.ipynb cell by cell. Page and notebook are made from this file by
+# `python -m experiments.lesson_pages`.
 
 # %% [markdown]
 # ## See the data
@@ -31,14 +32,15 @@ import fmnist.data
 
 RUNS = Path("runs/lesson")
 shutil.rmtree(RUNS, ignore_errors=True)  # of an earlier lesson
+RUNS.mkdir(parents=True)
 
 train = fmnist.data.load("fashion_mnist", "train", device="cpu")
 print(train.images.shape, train.images.dtype, len(train.class_names), "classes")
 print(torch.bincount(train.labels).tolist(), "images a class")
 
 
-def show(images, titles, columns=8):
-    """Return a figure of images [N, H, W] under their titles."""
+def show(name, images, titles, columns=8):
+    """Draw images [N, H, W] under their titles; save and return the figure, which a notebook shows."""
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(1.2 * columns, 1.4 * rows), layout="constrained")
     for axes in figure.subplots(rows, columns).flat:
@@ -46,10 +48,12 @@ def show(images, titles, columns=8):
     for axes, image, title in zip(figure.axes, images, titles, strict=True):
         axes.imshow(image, cmap="gray")
         axes.set_title(title, fontsize=7)
+    figure.savefig(RUNS / f"{name}.png")
+    print("see", RUNS / f"{name}.png")
     return figure
 
 
-show(train.images[:16], [train.class_names[label] for label in train.labels[:16]])
+show("data", train.images[:16], [train.class_names[label] for label in train.labels[:16]])
 
 # %% [markdown]
 # ## See it augmented
@@ -61,7 +65,7 @@ show(train.images[:16], [train.class_names[label] for label in train.labels[:16]
 images, labels = next(train.batches(16, seed=0, epoch=0, flip=0.5, rotation=15, shift=0.1))
 again, _ = next(train.batches(16, seed=0, epoch=0, flip=0.5, rotation=15, shift=0.1))
 assert torch.equal(images, again)
-show(images[:, 0], [train.class_names[label] for label in labels])
+show("augmented", images[:, 0], [train.class_names[label] for label in labels])
 
 # %% [markdown]
 # ## Train
@@ -126,7 +130,7 @@ titles = [
     for index in suspects.tolist()
 ]
 print("\n".join(title.replace("\n", ", ") for title in titles[:5]))
-show(train.images[suspects], titles)
+show("suspects", train.images[suspects], titles)
 
 # %% [markdown]
 # ## Use it
@@ -136,4 +140,6 @@ show(train.images[suspects], titles)
 
 # %%
 images = fmnist.data.load("fashion_mnist", "test", device="cpu").images
-fmnist.open_run(RUNS / "whole").predict(images[:2], top=2)
+answers = fmnist.open_run(RUNS / "whole").predict(images[:2], top=2)
+for answer in answers:
+    print(", ".join(f"{name} {100 * probability:.1f} %" for name, probability in answer))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, environment
+from PIL import Image
 
 from experiments.lesson_pages import cells, notebook, page
 
@@ -31,7 +32,6 @@ def test_it_runs_as_a_notebook_does(tmp_path: Path) -> None:
     book = json.loads((ROOT / "docs" / "lesson.ipynb").read_text())
     code = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
     assert len(code) == 7
-    code[-1] = f"answers = {code[-1].splitlines()[-1]}".join(("\n".join(code[-1].splitlines()[:-1]) + "\n", "\n"))
     code.append("print('answers', [answer[0][0] for answer in answers])")
     (tmp_path / "lesson.py").write_text("\n".join(code))
     env = environment() | {"PYTHONPATH": str(ROOT)}
@@ -42,5 +42,10 @@ def test_it_runs_as_a_notebook_does(tmp_path: Path) -> None:
     assert "killed: True\nthe same bits: True" in done.stdout
     # The first test images of each label are known by sight: an ankle boot, a pullover.
     assert "answers ['Ankle boot', 'Pullover']" in done.stdout
+    assert done.stdout.splitlines()[-3].startswith("Ankle boot ")  # printed by the lesson itself
+    for name in ("data", "augmented", "suspects"):
+        assert f"see runs/lesson/{name}.png\n" in done.stdout
+        with Image.open(tmp_path / f"runs/lesson/{name}.png") as picture:
+            assert picture.width > 900
     accuracy = next(line for line in done.stdout.splitlines() if line.endswith("% of 10,000 test images"))
     assert float(accuracy.split()[0]) > 85
