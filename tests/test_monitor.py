@@ -1,22 +1,26 @@
 """The monitor raises false alarms at its stated rate, and alarms for batches that differ."""
 
+import argparse
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from idx_files import write_small
 from pictures import digits, learned_run
 from PIL import Image
 from small import command
 
 from fmnist.apps.monitor.__main__ import main
-from fmnist.apps.monitor.batch import read_batch
-from fmnist.apps.monitor.drift import BatchSums, describe, drift_test
+from fmnist.apps.monitor.batch import read_batch, report
+from fmnist.apps.monitor.drift import BatchSums, DriftTest, describe, drift_test
 from fmnist.apps.novelty import NoveltyReference, open_reference
-from fmnist.data.fashion_mnist import INFO, load_split
+from fmnist.data.fashion_mnist import CLASS_NAMES, INFO, load_split
 from fmnist.trained import Trained, open_trained
 
 
@@ -148,3 +152,16 @@ def test_the_command_says_it_in_a_line_a_json_and_a_status(trained: Trained, tmp
     assert "holds other validation images or labels than run was made with" in other  # which would say what is usual
     rate = command(main, run, tmp_path / "few.npy", "--false_alarms", 0.0001, status=2)
     assert "--false_alarms: '0.0001' is not valid; valid range: 0.005 to 0.5" in rate
+
+
+def test_the_lines_of_the_page_are_those_it_prints() -> None:
+    page, means = (ROOT / "docs/photos.md").read_text().splitlines(), np.zeros((2, 12))
+    means[:, [0, 10, 11]] = (0.4, 0.5031, 0.996), (0.104, 0.9436, 0.05)  # T-shirt/top, confidence, unfamiliar
+    alert = DriftTest(
+        values=np.array([0, 0, 0, 0.314]), limits=np.array([0, 0, 0, 0.00141]), p=np.zeros(4), joint_p=0.51,
+        alarms=np.array([True] * 4), usual=means[1],
+    )  # fmt: skip
+    asked = argparse.Namespace(run="run", batch="batch", false_alarms=0.01)
+    for number, tested in ((1797, alert), (400, replace(alert, alarms=np.array([False] * 4)))):
+        batch = SimpleNamespace(num_images=number, mean=means[0])
+        assert report(batch, tested, Counter(), Counter(), CLASS_NAMES, asked)["line"] in page  # type: ignore[arg-type]
