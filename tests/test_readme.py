@@ -2,9 +2,9 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
 from experiments import tables
 from fmnist.checkpoint.run_directory import RUN_FILES
@@ -42,19 +42,13 @@ def test_it_is_a_door_and_no_manual() -> None:
 
 def test_the_data_path_in_your_own_loop_runs() -> None:
     page = (ROOT / "docs" / "data.md").read_text()
-    block = re.search(r"```python\n(import fmnist\.data\n.*?)```", page, re.S)
+    block = re.search(r"```python\n(import torch\n.*?import fmnist\.data\n.*?)```", page, re.S)
     assert block is not None
-    seen: list[torch.Tensor] = []
-
-    def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        seen.append(logits)
-        if len(seen) == 2:
-            raise StopIteration
-        return logits.mean() + labels.float().mean()
-
-    with pytest.raises(StopIteration):
-        exec(block[1].replace('"cuda"', '"cpu"'), {"loss_of": loss_of, "model": lambda images: images})
-    assert seen[0].shape == (256, 1, 224, 224) and not torch.equal(seen[0], seen[1])
+    names: dict[str, Any] = {}
+    exec(block[1].replace('"train"', '"test"'), names)  # 10,000 images: a sixth of the time
+    assert names["images"].shape == (256, 1, 28, 28) and names["images"].device.type == "cpu"
+    # ln 10 = 2.30 before the first step; a linear classifier of Fashion-MNIST comes to about 0.45 in many epochs
+    assert 0.3 < names["loss"].item() < 1.8, names["loss"]
 
 
 def test_it_shows_the_loop_of_train_py() -> None:
