@@ -50,6 +50,20 @@ def test_of_many_classes_the_largest_and_the_smallest_are_listed(tmp_path: Path)
     assert "101.0 times as many training images" in table[-1]
 
 
+def test_a_small_folder_is_named_once_and_told_the_batch_that_a_training_needs(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / f"photos/{number % 2}").mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"photos/{number % 2}/{number}.png")
+    args = (tmp_path / "photos", "--output", tmp_path / "out", "--augment.size", 8)
+    said = command(main, *args)
+    assert f"data      {tmp_path / 'photos'}\nimages    32 train, 4 val, 4 test\n" in said  # a tenth held out, twice
+    # without --config a training takes configs/cnn.yaml, 256 images a step; 32 / 4 = 8
+    assert "fewer training images than a batch of 256: train with --batch.global_batch_size 8\n" in said
+    (tmp_path / "own.yaml").write_text("batch: {global_batch_size: 32}")
+    assert "fewer" not in command(main, *args, "--config", tmp_path / "own.yaml")
+
+
 def test_what_is_erased_has_the_mean_of_these_images(tmp_path: Path) -> None:
     """As in training; Fashion-MNIST's own mean would be darker."""
     images = np.full((20, 8, 8), 200, np.uint8)

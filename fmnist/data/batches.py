@@ -113,6 +113,11 @@ def draw_uniforms(num_images: int, seed: int, epoch: int) -> Tensor:
     return torch.cat([first, *more], dim=1)
 
 
+def batch_size_for(num_images: int) -> int:
+    """Return a global batch size for so few training images: a quarter of them, so that an epoch has a few steps."""
+    return max(1, min(32, num_images // 4))
+
+
 class Loader:
     """Cut each epoch's order into global batches, and each of those into this process's micro-batches.
 
@@ -151,7 +156,7 @@ class Loader:
         if global_batch_size > len(split):
             raise ValueError(
                 f"batch.global_batch_size is {global_batch_size} but there are {len(split)} training images; valid: "
-                f"at most {len(split)}, e.g. --batch.global_batch_size {max(1, min(32, len(split) // 4))}"
+                f"at most {len(split)}, e.g. --batch.global_batch_size {batch_size_for(len(split))}"
             )
         micro = micro_batch_size or max(1, global_batch_size // world_size)
         if global_batch_size % (micro * world_size):

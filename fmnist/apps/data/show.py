@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fmnist.config.schema import Config
 from fmnist.data.augment import Augment, with_channels
-from fmnist.data.batches import Loader
+from fmnist.data.batches import Loader, batch_size_for
 from fmnist.data.info import SplitName
 from fmnist.data.registry import open_source
 from fmnist.data.split import Split
@@ -48,7 +48,8 @@ def show(cfg: Config, args: argparse.Namespace) -> None:
     for name, images in sheets.items():
         draw_grid(args.output / name, images, titles, one_line(heads[name], 100), columns=COLUMNS)
     facts["sheets"] = [str(args.output / name) for name in sheets]
-    print(json.dumps(facts, indent=2, allow_nan=False) if args.json else text_of(facts))
+    batch = cfg.batch.global_batch_size
+    print(json.dumps(facts, indent=2, allow_nan=False) if args.json else text_of(facts, batch))
 
 
 def facts_of(splits: dict[SplitName, Split], location: str | Path) -> dict[str, Any]:
@@ -81,21 +82,22 @@ def facts_of(splits: dict[SplitName, Split], location: str | Path) -> dict[str, 
     }
 
 
-def text_of(facts: dict[str, Any]) -> str:
-    """Lay the numbers out for people."""
+def text_of(facts: dict[str, Any], batch_size: int) -> str:
+    """Lay the numbers out for people; `batch_size` is that of a training by the same options."""
     channels, height, width = facts["shape"]
     mean, std = (", ".join(f"{value:.4f}" for value in facts[name]) for name in ("mean", "std"))
-    about = [one_line(facts[name], 200) for name in ("source", "licence") if facts[name]]
+    title, location = one_line(facts["title"]), one_line(facts["location"], MAX_ERROR)
+    about = [one_line(facts[name], 200) for name in ("source", "licence") if facts[name] not in (None, "", title)]
     rows = {
-        "data": f"{one_line(facts['title'])} in {one_line(facts['location'], MAX_ERROR)}",
-        "from": ", ".join(about) or "not known",
+        "data": location if Path(location).name == title else f"{title} in {location}",
+        "from": ", ".join(about) or ("" if facts["source"] else "not known"),
         "images": ", ".join(f"{count:,} {name}" for name, count in facts["images"].items()),
         "each": f"{'grey' if channels == 1 else 'colour'}, {height} x {width} pixels; mean {mean}, std {std}",
         "memory": f"{facts['bytes_on_device'] / 2**20:,.1f} MiB on the device",
         "copies": copies_line(facts["duplicates"]).removeprefix("exact copies: "),
         "sheets": ", ".join(facts["sheets"]),
     }
-    lines = [f"{name:<8}  {text}" for name, text in rows.items()]
+    lines = [f"{name:<8}  {text}" for name, text in rows.items() if text]
     classes = sorted(facts["classes"].items(), key=lambda pair: -pair[1]["train"])
     if len(classes) <= MOST_CLASSES:
         shown = list(facts["classes"].items())
@@ -109,6 +111,9 @@ def text_of(facts: dict[str, Any]) -> str:
     most, least = classes[0][1]["train"], classes[-1][1]["train"]
     if most > 2 * least:
         lines.append(f"the largest class has {most / max(least, 1):.1f} times as many training images as the smallest")
+    if (num_train := facts["images"]["train"]) < batch_size:
+        smaller = f"--batch.global_batch_size {batch_size_for(num_train)}"
+        lines.append(f"fewer training images than a batch of {batch_size}: train with {smaller}")
     return "\n".join(lines)
 
 
