@@ -93,6 +93,10 @@ def test_the_page_shows_them_under_the_errors(outcome: Outcome) -> None:
     assert [len(shown["nearest"]) for shown in values["errors"]] == [3] * NUM_SHOWN
     text = render(values)
     assert text.count('class="near"') == 3 * NUM_SHOWN and "the three training images nearest to it" in text
+    # in the order of the page: the map under the picture, its drop in the caption, the neighbours below
+    assert len(found.maps) == NUM_SHOWN
+    assert text.index("Under each, what it looked at") < text.index("Last, the three training images nearest")
+    assert text.index('class="px why') < text.index("<br>covered: down by ") < text.index('class="near"')
     first = found.nearest[0][0]
     assert f'title="training image {first.index}"' in text and f"<small>{first.distance:.3f}</small>" in text
     assert findings(outcome, quick=True).nearest == []

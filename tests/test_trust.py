@@ -262,10 +262,23 @@ def test_the_report_says_what_can_be_automated(tmp_path: Path) -> None:
             f"<td>{100 * row['coverage']:.1f}</td><td>{row['worst_class']} {100 * row['worst_coverage']:.1f}</td>"
             in text
         )
-    assert "Ankle boot" in held["sets"][0]["in_every_set"] and "90 %: Ankle boot has too few validation images" in text
+    assert "Ankle boot" in held["sets"][0]["in_every_set"] and "Ankle boot has too few validation images" in text
+    assert "no confidence is sure" not in text
     assert "not calibrated" not in render(context(found))  # of 900 images
     without = render(context(findings(an_outcome(tmp_path, None))))
     assert "There are no validation images to choose a confidence on" in without and "--max_error" not in without
+
+
+def test_the_report_of_few_validation_images_says_each_thing_once(tmp_path: Path) -> None:
+    probabilities, labels = drawn(6, 10, 6, sharpness=9.0)
+    found = findings(an_outcome(tmp_path, (probabilities.log().float(), labels)))
+    text = re.sub(r"\s+", " ", render(context(found)).split('<section id="automation">')[1].split("</section>")[0])
+    assert "<th>from confidence</th>" not in text and "--max_error" not in text
+    # 0.95 ** 58 = 0.0510, 0.95 ** 59 = 0.0485, the first below 0.05, half of one case of ten
+    assert "Nothing, even where 5 % of errors are allowed: on 6 validation images" in text and "It takes 59 of" in text
+    assert text.count("too few validation images") == 1
+    said = "90 %, 95 %, 99 %: T-shirt/top, Trouser, Pullover and 7 more have too few validation images"
+    assert said in text
 
 
 # The command

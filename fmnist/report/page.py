@@ -14,6 +14,7 @@ from fmnist.evaluation.findings import NUM_SHOWN, Findings
 from fmnist.evaluation.misclassified import Misclassified, worst_by_f1
 from fmnist.evaluation.numbers import confusion_of
 from fmnist.evaluation.outcome import Outcome
+from fmnist.evaluation.risk_coverage import MAX_ERRORS, least_answers
 from fmnist.report.curves import loss_note
 from fmnist.report.figures import MOST_CLASSES, OTHERS
 from fmnist.report.matrix import MOST_WHOLE, cell_images, matrix_rows
@@ -114,6 +115,9 @@ def context(findings: Findings) -> dict[str, Any]:
         "num_maps": len(findings.maps),
         "map_ms": 1000 * findings.map_seconds,
         "legend": LEGEND,
+        "automatic": metrics["trust"] is not None
+        and any(row["threshold"] is not None for row in metrics["trust"]["automation"]),
+        "least_answers": least_answers(max(MAX_ERRORS)),
         "risk": risk_against_coverage(findings.risk) if findings.risk else None,
         "before": reliability(findings.bins),
         "after": reliability(findings.scaled_bins) if findings.scaled_bins else None,
