@@ -64,10 +64,11 @@ def score(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         images), `top5` (fraction) from 20 classes on, and `loss` (mean cross-entropy, nats, no class weights).
     """
     predictions = logits.argmax(-1)
-    hits, support, predicted = (
-        in_float64(torch.bincount(each, minlength=logits.shape[-1]))
-        for each in (labels[predictions == labels], labels, predictions)
-    )
+
+    def by_class(chosen: Tensor) -> Tensor:
+        return in_float64(torch.bincount(chosen, minlength=logits.shape[-1]))
+
+    support, predicted, hits = by_class(labels), by_class(predictions), by_class(labels[predictions == labels])
     present = support > 0  # a class without images has no recall to average
     scores = {
         "top1": in_float64(predictions == labels).mean(),
@@ -76,7 +77,8 @@ def score(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     }
     if logits.shape[-1] >= TOP5_FROM:
         scores["top5"] = in_float64((logits.topk(5).indices == labels[:, None]).any(-1)).mean()
-    return scores | {"loss": F.cross_entropy(wide := in_float64(logits), labels.to(wide.device))}
+    wide = in_float64(logits)
+    return scores | {"loss": F.cross_entropy(wide, labels.to(wide.device))}
 
 
 def validate(

@@ -76,10 +76,11 @@ class Schedule:
         """Return the learning rate of the update that follows `step` completed ones."""
         if step < self.warmup_steps:
             return self.peak_lr * (step + 1) / self.warmup_steps
+        if self.shape == "constant":
+            return self.peak_lr
         done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        remaining = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[self.shape]
-        low = self.peak_lr if self.shape == "constant" else self.min_lr
-        return low + (self.peak_lr - low) * remaining
+        remaining = 1 - done if self.shape == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return self.min_lr + (self.peak_lr - self.min_lr) * remaining
 
     def logs(self, step: int) -> bool:
         """Say whether a line is logged after this many updates."""

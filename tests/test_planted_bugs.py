@@ -118,7 +118,7 @@ BUGS = (
     Bug(
         name="mixup's partner comes from another batch",
         function="fmnist.data.batches.Loader.micro_batches",
-        old="partners=mirrored[part]",
+        old="partners=reverse[part]",
         new="partners=order.flip(0)[part]",
         test="test_batches.py",
         select="partners_mirror",

@@ -235,8 +235,8 @@ class Loader:
         epoch, position = divmod(step, self.steps_per_epoch)
         batch = self._order(epoch)[position * self.global_batch_size :][: self.global_batch_size]
         parts = [self._part(accumulation, rank) for rank in range(self.world_size)]
-        mirrored = batch.flip(0)
-        return [torch.cat((batch[part], mirrored[part])) if self.mixes else batch[part] for part in parts]
+        reverse = batch.flip(0)
+        return [torch.cat((batch[part], reverse[part])) if self.mixes else batch[part] for part in parts]
 
     def _part(self, accumulation: int, rank: int) -> slice:
         first = (accumulation * self.world_size + rank) * self.micro_batch_size
@@ -276,7 +276,7 @@ class Loader:
             self._drawing.start(self._draw, epoch + 1)
         start = position * self.global_batch_size
         batch = order[start : start + self.global_batch_size]
-        mirrored = batch.flip(0)  # the first is mixed with the last, and so on, whichever process holds them
+        reverse = batch.flip(0)  # the first is mixed with the last, and so on, whichever process holds them
         draws = None
         if self.sampling == "balanced":
             draws = self._draws[start : start + self.global_batch_size]
@@ -294,7 +294,7 @@ class Loader:
                 MicroBatch(
                     split=self.split,
                     indices=batch[part],
-                    partners=mirrored[part],
+                    partners=reverse[part],
                     uniforms=uniforms,
                     epoch=epoch,
                     key=(self.seed, step, part.start),
