@@ -29,6 +29,7 @@ from fmnist.data.batches import Loader
 from fmnist.data.split import Split
 from fmnist.models.depthwise import axes, depthwise_matmul
 from fmnist.models.matmul_layers import describe_matmul
+from fmnist.models.residual import use_lean_residual
 from fmnist.runtime.compute import Compute
 from fmnist.runtime.files import write_json
 from fmnist.runtime.provenance import measured_now, processor
@@ -86,7 +87,10 @@ def layer_steps(
 
 
 def model_steps(cfg: Config, compute: Compute) -> tuple[dict[str, Step], str]:
-    """Return an optimizer step with convolutions and one as `auto` chooses, and what the start line says of that."""
+    """Return an optimizer step with convolutions, one as `auto` chooses, and one that has bf16's residual stream too.
+
+    With them comes what the start line says of `auto`.
+    """
     batch, side = cfg.batch.global_batch_size, 28
     images = torch.randint(0, 256, (2 * batch, side, side), dtype=torch.uint8)  # the pixels do not change the time
     loader = Loader(
@@ -96,12 +100,14 @@ def model_steps(cfg: Config, compute: Compute) -> tuple[dict[str, Step], str]:
         seed=0,
     )
     batches = loader.micro_batches(0)
-    choices: tuple[Literal["conv", "auto"], ...] = ("conv", "auto")
+    choices: dict[str, Literal["conv", "auto"]] = {"conv": "conv", "auto": "auto", "lean": "auto"}
     steps: dict[str, Step] = {}
     said = ""
-    for choice in choices:
+    for name, choice in choices.items():
         trainer = Trainer(replace(cfg, model=replace(cfg.model, depthwise=choice, pretrained=False)), compute)
-        steps[choice] = lambda trainer=trainer: trainer.train(batches, trainer.augment)  # type: ignore[misc]
+        if name == "lean":
+            use_lean_residual(trainer.model)
+        steps[name] = lambda trainer=trainer: trainer.train(batches, trainer.augment)  # type: ignore[misc]
         said = describe_matmul(trainer.model, len(trainer.augment.mean), [trainer.augment.final_size])
     return steps, said
 
@@ -119,8 +125,8 @@ def race_cpu(rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
     steps: dict[str, Any] = {}
     with Compute(precision="fp32", threads=torch.get_num_threads()) as compute:
         for name, cfg in recipes.items():
-            pair, said = model_steps(cfg, compute)
-            seconds = interleaved(pair, rounds, clock)
+            variants, said = model_steps(cfg, compute)
+            seconds = interleaved(variants, rounds, clock)
             rate = {choice: cfg.batch.global_batch_size / value for choice, value in seconds.items()}
             steps[name] = {f"{choice}_images_per_second": round(value, 1) for choice, value in rate.items()}
             steps[name] |= {"ratio": round(rate["auto"] / rate["conv"], 2), "auto": said or "convolutions"}

@@ -8,9 +8,11 @@ is not measured: `exact` gathers V copies of the gradients where DDP sums one.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 
@@ -19,12 +21,16 @@ from fmnist.config.schema import AugmentConfig, Config, ModelConfig
 from fmnist.data.batches import Loader
 from fmnist.data.split import Split
 from fmnist.runtime.compute import Compute
+from fmnist.runtime.files import write_json
+from fmnist.runtime.provenance import measured_now
 
 GLOBAL_BATCH_SIZE = 128
 
 
-def make_step(name: str, micro_batch_size: int, split: Split, compute: Compute) -> Callable[[], None]:
-    """Return a function that does one optimizer step, exact where `compute` is."""
+def make_step(
+    name: str, micro_batch_size: int, split: Split, compute: Compute, fill: bool = False
+) -> Callable[[], None]:
+    """Return a function that does one optimizer step, exact where `compute` is; fresh memory is filled, or not."""
     network = ModelConfig(name=name, precision="fp32")
     cfg = Config(model=network, augment=AugmentConfig(flip=0.5, shift=0.1), exact=compute.shards)
     trainer = Trainer(cfg, compute)
@@ -34,13 +40,14 @@ def make_step(name: str, micro_batch_size: int, split: Split, compute: Compute) 
     def step() -> None:
         # the setting is the process's own; here both kinds of run share one
         torch.use_deterministic_algorithms(compute.shards is not None)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
         trainer.train(micro_batches, trainer.augment)
 
     return step
 
 
 def measure(name: str, shards: list[int], rounds: int, steps: int) -> dict[tuple[str, int], float]:
-    """Return processor seconds of one step: the lowest of the rounds, by kind (plain, parts, exact) and V."""
+    """Return processor seconds of one step: the lowest of the rounds, by kind (plain, parts, exact, filled) and V."""
     images = torch.randint(0, 256, (1024, 28, 28), dtype=torch.uint8)  # the pixels do not change the time
     split = Split(images=images, labels=torch.randint(0, 10, (1024,)))
     with ExitStack() as stack:
@@ -50,6 +57,7 @@ def measure(name: str, shards: list[int], rounds: int, steps: int) -> dict[tuple
             exact = stack.enter_context(Compute(precision="fp32", shards=count))
             variants["parts", count] = make_step(name, GLOBAL_BATCH_SIZE // count, split, plain)
             variants["exact", count] = make_step(name, GLOBAL_BATCH_SIZE // count, split, exact)
+            variants["filled", count] = make_step(name, GLOBAL_BATCH_SIZE // count, split, exact, fill=True)
         best = dict.fromkeys(variants, float("inf"))
         for step in variants.values():
             step()
@@ -67,17 +75,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5, help="steps of one timing")
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/exact_cost.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print("| model | V | plain, 1 x 128, ms | plain, V micro-batches, ms | exact, ms | of plain | of V micro-batches |")
-    print("|---|---|---|---|---|---|---|")
+    rows = []
     for name in ("mlp", "cnn"):
         best = measure(name, args.shards, args.rounds, args.steps)
-        plain = best["plain", 1]
         for shards in args.shards:
-            parts, exact = best["parts", shards], best["exact", shards]
-            times = " | ".join(f"{1e3 * seconds:.1f}" for seconds in (plain, parts, exact))
-            print(f"| {name} | {shards} | {times} | {exact / plain:.2f} | {exact / parts:.2f} |")
+            seconds = {kind: best[kind, shards] for kind in ("parts", "exact", "filled")}
+            rows.append({"model": name, "shards": shards, "plain": best["plain", 1], **seconds})
+            print(rows[-1], flush=True)
+    command = " ".join(["python -m experiments.exact_cost", *sys.argv[1:]])
+    write_json(args.output, {"command": command, **measured_now(), "processor_seconds": rows})
 
 
 if __name__ == "__main__":

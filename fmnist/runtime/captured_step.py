@@ -2,7 +2,8 @@
 
 A step of a small model is hundreds of kernels of microseconds, and the host takes longer to launch them than the device
 to run them. A graph holds everything from the augmentation to the clipped gradients. The update follows it as ever, in
-a few launches: so the learning rate, the optimizer's counts and the average's warm-up are no constants of the graph.
+launches of its own (by AdamW a few, by Muon some twenty a matrix): so the learning rate, the optimizer's counts and the
+average's warm-up are no constants of the graph.
 """
 
 import logging
