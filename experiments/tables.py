@@ -184,6 +184,50 @@ def programs_table() -> str:
     return "\n".join(lines)
 
 
+def waits_table() -> str:
+    """Return what steps and saves cost before and after their waits were taken away, a row a measurement."""
+    dispatches, saves = read_json(RESULTS / "dispatches.json"), read_json(RESULTS / "save_speed.json")["medians"]
+    update = ("gradient norm", "optimizer", "moving average")
+    rows = []
+    for model in ("mlp", "cnn", "convnext_tiny"):
+        before, after = (
+            sum(dispatches[label]["operations"][model][part] for part in update) for label in ("before", "after")
+        )
+        what = f"operations that a step launches for norm, AdamW and moving average, `{model}`"
+        rows.append((what, f"{before}", f"{after}", "dispatches"))
+    waited, beside = (saves[name] for name in ("waited for", "beside the steps"))
+    shown = [f"{each['save_seconds']:.1f} s, {100 * each['share_outside_steps']:.1f} %" for each in (waited, beside)]
+    megabytes = waited["checkpoint_bytes"] / 1e6
+    what = f"four saves of {megabytes:.0f} MB in 40 steps: what steps wait for them, share of time outside steps"
+    rows.append((what, *shown, "save_speed"))
+    for row in read_json(RESULTS / "exact_cost.json")["processor_seconds"]:
+        if row["shards"] == 1:
+            times = (f"{1e3 * row[kind]:.2f} ms" for kind in ("filled", "exact"))
+            rows.append((f"a step of `{row['model']}` with `--exact 1`, memory filled or not", *times, "exact_cost"))
+    for name in ("depthwise_speed", "depthwise_speed_amd"):
+        found = read_json(RESULTS / f"{name}.json")["cpu"]
+        for model in ("convnext_atto, 32 px, batch 256", "configs/efficientnet_lite0.yaml"):
+            rates = [f"{found['steps'][model][f'{kind}_images_per_second']:,.0f} images/s" for kind in ("conv", "auto")]
+            what = f"{model}, convolutions or matrix products, {found['hardware']['device']}"
+            rows.append((what, *rates, name))
+    lines = [f"| {what} | {before} | {after} | `{file}.json` |" for what, before, after, file in rows]
+    return "\n".join(["| what | before | after | from |", "|---|---|---|---|", *lines])
+
+
+def exact_table() -> str:
+    """Return what `--exact` costs a step, in milliseconds of processor time."""
+    lines = [
+        "| model | V | one batch of 128, ms | V micro-batches, ms | `--exact V`, ms | with memory filled, ms "
+        "| of one batch | of V micro-batches |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in read_json(RESULTS / "exact_cost.json")["processor_seconds"]:
+        times = " | ".join(f"{1e3 * row[kind]:.1f}" for kind in ("plain", "parts", "exact", "filled"))
+        ratios = f"{row['exact'] / row['plain']:.2f} | {row['exact'] / row['parts']:.2f}"
+        lines.append(f"| {row['model']} | {row['shards']} | {times} | {ratios} |")
+    return "\n".join(lines)
+
+
 def machine(result: dict[str, Any]) -> str:
     """Return what a command ran on, in a few words."""
     hardware = result["hardware"]
@@ -209,12 +253,14 @@ def updated_pages() -> dict[Path, str]:
             "training": benchmark_table("train", "training", "to synthetic"),
             "programs": programs_table(),
             "accuracy": accuracy_table(),
+            "waits": waits_table(),
         },
         "docs/trust.md": {
             "sets": prediction_sets.sets_table(),
             "classes": prediction_sets.classes_table(),
             "automation": prediction_sets.automation_table(),
         },
+        "docs/exact.md": {"cost": exact_table()},
         "docs/augment.md": {"mirrored": mirrored.table()},
         "docs/recipes.md": recipe_tables.marks(queue := recipe_tables.queued()),
         "experiments/results/queue.md": {"queue": table(list(queue.entries), queue.results)},
