@@ -46,8 +46,9 @@ def test_of_many_classes_the_largest_and_the_smallest_are_listed(tmp_path: Path)
     )
     said = command(main, npz, "--output", tmp_path / "out", "--data.val_size", 0, "--augment.size", 8)
     table = said[said.index("50 classes") :].splitlines()
-    assert len(table) == 1 + 10 + 1 + 10 + 1 and table[1].split() == ["kind", "000", "101", "0", "4"]
-    assert "101.0 times as many training images" in table[-1]
+    assert len(table) == 1 + 10 + 1 + 10 + 2 and table[1].split() == ["kind", "000", "101", "0", "4"]
+    assert "101.0 times as many training images" in table[-2]
+    assert table[-1] == "fewer training images than a batch of 256: train with --batch.global_batch_size 32"
 
 
 def test_a_small_folder_is_named_once_and_told_the_batch_that_a_training_needs(tmp_path: Path) -> None:

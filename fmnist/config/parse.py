@@ -33,7 +33,7 @@ models    --model.name mlp, cnn, hybrid, wide_resnet, or any timm classifier, e.
 examples  accelerate launch train.py --config configs/mlp.yaml --optim.lr 0.002 --output_dir runs/mlp_lr2
           accelerate launch train.py --model.name resnet18 --augment '{{size: 32, flip: 0}}' --output_dir runs/resnet18
 
-The defaults below are those of {files}; --config puts other files in its place."""
+The defaults below are those of {files}. Another --config takes its place."""
 
 
 def parse_config(argv: list[str] | None = None, prog: str | None = None, *, to_run: bool = True) -> Config:
