@@ -296,6 +296,7 @@ def test_a_real_trial_that_lags_is_stopped_and_the_search_is_drawn(small_config:
     for other in others:  # those are done
         points = [{"epoch": 0.001, "top1": 0.3, "loss": 2.0}, {"epoch": 0.2, "top1": 0.8, "loss": 1.0}]
         content = {"options": resolved(other, 0), "val": points, "val.top1": 0.8, "cpu_seconds": 9.0}
+        content["date"] = "2026-11-28"
         (tmp_path / "r" / f"{other.name}_seed0.json").write_text(json.dumps(content))
     places = [
         f"--{name}={tmp_path / file}" for name, file in (("queue", "queue.yaml"), ("results", "r"), ("runs", "s"))
@@ -312,7 +313,7 @@ def test_a_real_trial_that_lags_is_stopped_and_the_search_is_drawn(small_config:
     assert drawn.stdout.split() == [str(tmp_path / "figures" / "rates.png")]
     assert (tmp_path / "figures" / "rates.png").stat().st_size > 10_000
     rows = call(command, "--table", "--only", "rates_lr_0.002").stdout.splitlines()
-    assert len(rows) == 3 and rows[2] == "| rates_lr_0.002 | 1/1 | 80.00 | - | 9 |  |"
+    assert len(rows) == 3 and rows[2] == "| rates_lr_0.002 | 1/1 | 80.00 | - | 9 | 2026-11-28 |  |"
 
 
 @pytest.mark.thorough
