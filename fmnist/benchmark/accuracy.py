@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 
 from fmnist.benchmark.programs import last_line, run
 from fmnist.config.parse import DEFAULT_CONFIG, load_config, parse_config
-from fmnist.config.same_run import changes
+from fmnist.config.same_run import changes, listed
 from fmnist.config.schema import Config, flatten
 from fmnist.config.shipped import shipped
 from fmnist.runtime.arguments import CommandLine, number
@@ -107,7 +107,7 @@ def check_same_options(cfg: Config, directory: Path, seed: int) -> None:
         raise ValueError(f"{error}: give another --output") from None
     before["output_dir"] = after["output_dir"]  # the folder may have been moved
     if changed := changes(before, after):
-        said = "; ".join(changed[:3])
+        said = listed(changed)
         raise ValueError(f"{directory} holds a run with another config: {said}: give another --output")
 
 

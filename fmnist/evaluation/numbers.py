@@ -99,13 +99,13 @@ def summarize(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> dic
 
 
 def _confusion(labels: Tensor, predictions: Tensor, num_classes: int) -> dict[str, list[list[int]]]:
-    places, counts = (labels * num_classes + predictions).unique(return_counts=True)
-    cells = torch.stack([places // num_classes, places % num_classes, counts], dim=1)
-    if num_classes > MOST_DENSE:
-        return {"confusion_cells": cells.tolist()}
-    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-    matrix[cells[:, 0], cells[:, 1]] = counts
-    return {"confusion_matrix": matrix.tolist()}
+    ones = np.ones(len(labels), dtype=np.int64)
+    matrix = csr_array((ones, (labels.numpy(), predictions.numpy())), shape=(num_classes, num_classes))
+    matrix.sum_duplicates()
+    if num_classes <= MOST_DENSE:
+        return {"confusion_matrix": matrix.toarray().tolist()}
+    cells = matrix.tocoo()
+    return {"confusion_cells": np.stack([cells.row, cells.col, cells.data], axis=1).tolist()}
 
 
 def confusion_of(metrics: Mapping[str, Any]) -> csr_array:

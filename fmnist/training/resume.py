@@ -17,7 +17,7 @@ from fmnist.checkpoint.run_directory import has_run, is_finished, read_summary, 
 from fmnist.checkpoint.store import Checkpoints
 from fmnist.checkpoint.tensors import load_optimizer_tensors, load_strict, read_tensors
 from fmnist.config.conflicts import sizes_by_epoch
-from fmnist.config.same_run import not_of
+from fmnist.config.same_run import listed, not_of
 from fmnist.config.schema import Config
 from fmnist.data.info import DATA_FILE
 from fmnist.optim import Schedule
@@ -150,7 +150,7 @@ def restore(
     """
     state, meta = read_state(path), read_meta(path)
     if changed := not_of(meta["config"], cfg, fingerprint):
-        raise ValueError(f"{path / STATE} is of another config: {'; '.join(changed[:3])}")
+        raise ValueError(f"{path / STATE} is of another config: {listed(changed)}")
     load_strict(model, read_tensors(path / MODEL), path / MODEL)
     moments = path / OPTIMIZER
     load_optimizer_tensors(model, optimizer, read_tensors(moments), moments)
