@@ -49,7 +49,9 @@ def log_ticks(axes: Axes) -> None:
 
 def draw_ablation(axes: Axes, added: Mapping[str, Effect], taken: Mapping[str, Effect]) -> None:
     """Draw what each factor is worth in points, the most useful beside the others at the top; right of 0 it helps."""
-    labels = sorted({*added, *taken}, key=lambda label: (taken or added).get(label, Effect(0, None, 0)).points)
+    labels = sorted(
+        dict.fromkeys([*added, *taken]), key=lambda label: (taken or added).get(label, Effect(0, None, 0)).points
+    )
     axes.axvline(0, color="black", linewidth=1)
     for shift, found, name, color, marker in (
         (0.16, added, "added to nothing", BLUE, "o"),

@@ -100,9 +100,9 @@ def comparison_table() -> str:
 
 
 def results_table() -> str:
-    """Return the table of accuracies, a row per recorded run, over its seeds where there are several; best last."""
+    """Return the table of accuracies, a row per recorded run, over its seeds where there are several; best first."""
     results = [read_json(path) for path in sorted(RESULTS.glob("*.json"))]
-    runs = sorted((result for result in results if "test.top1" in result), key=lambda result: result["test.top1"])
+    runs = sorted((each for each in results if "test.top1" in each), key=lambda each: each["test.top1"], reverse=True)
     queue = recipe_tables.queued()
     rows = [
         "| what | command | hardware | epochs | training | images/s | overall | test top1 |",

@@ -96,6 +96,13 @@ def test_the_ablation_draws_each_factor_where_its_numbers_are() -> None:
     assert list(second.lines[0].get_xdata()) == [0.25] and list(second.lines[0].get_ydata()) == [0.84]
 
 
+def test_factors_of_one_effect_are_drawn_in_the_order_of_the_queue() -> None:
+    panel = axes()
+    names = ["scale", "flip", "ema", "mixup", "shift"]
+    draw_ablation(panel, {name: Effect(0.5, None, 1) for name in names}, {})
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["scale", "flip", "EMA", "mixup", "shift"]
+
+
 def test_accuracy_spans_the_intervals_of_all_seeds(write: Any) -> None:
     assert accuracy([]) is None and accuracy([result(0.9)]) is None  # a search has no test number
     found = accuracy([result(0.9, test=0.90, options={"optim.lr": 0.02}), result(0.9, test=0.92)])
