@@ -273,18 +273,39 @@ def test_an_ensemble_averages_and_costs_the_sum(tmp_path: Path) -> None:
 def test_runs_of_different_images_are_refused(tmp_path: Path) -> None:
     one, two = outcome("a", range(1)), outcome("b", range(1))
     two = replace(two, labels=two.labels.roll(1))
-    with pytest.raises(ValueError, match="different images"):
+    with pytest.raises(ValueError, match="a and b were evaluated on different test images"):
         write_comparison([one, two], results([one, one]), tmp_path)
     # two folds of a data set that is sorted by class: other images, the same labels
     folds = [replace(one, split="val", published=torch.arange(fold, 1000, 5)) for fold in (0, 1)]
-    with pytest.raises(ValueError, match="the runs have different val images: compare runs of the same data options"):
+    with pytest.raises(
+        ValueError, match="a and a were evaluated on different val images: compare runs of the same data"
+    ):
         write_comparison(folds, results(folds), tmp_path)
+    # two files of one layout: the same labels and positions, other pixels, which nothing but their digest tells
+    arrays = [replace(one, data_sha256="1"), replace(one, name="b", data_sha256="2")]
+    with pytest.raises(ValueError, match="a and b were evaluated on different test images"):
+        write_comparison(arrays, results(arrays), tmp_path)
+    for apart in ([one, two], folds, arrays, [one, replace(two, labels=two.labels[:9], logits=two.logits[:9])]):
+        with pytest.raises(ValueError, match="were evaluated on different"):
+            ensemble(apart, tmp_path)
+    smaller = replace(arrays[1], info=replace(INFO, shape=(1, 14, 14)))  # the same pictures, stored smaller
+    write_comparison([arrays[0], smaller], results([one, one]), tmp_path)
+    assert ensemble([arrays[0], smaller], tmp_path).correct.sum() == 199
+
+
+def test_what_counts_is_how_many_images_were_held_out() -> None:
+    # data.holdout decides for a folder, nothing does for images in a file of their own: data.val_size may differ there
     config = Config()
-    smaller = replace(config, data=replace(config.data, val_size=100))
-    opened = [outcome("a", range(1), cfg=config).trained, outcome("b", range(1), cfg=smaller).trained]
-    check_comparable([item for item in opened if item], "test")
-    with pytest.raises(ValueError, match=r"data\.val_size 100, 5000"):
-        check_comparable([item for item in opened if item], "val")
+    other = replace(config, data=replace(config.data, val_size=100))
+    opened = [trained for cfg in (config, other) if (trained := outcome("a", range(1), cfg=cfg).trained)]
+    for split in ("test", "val", "train"):
+        check_comparable(opened, split)
+    opened = [
+        replace(trained, info=replace(INFO, num_val=held)) for trained, held in zip(opened, (5000, 9), strict=True)
+    ]
+    check_comparable(opened, "test")
+    with pytest.raises(ValueError, match=r"different val images \(9 and 5,000 held out\): compare with --split test"):
+        check_comparable(opened, "val")
 
 
 ROWS = [

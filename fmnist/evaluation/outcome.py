@@ -1,7 +1,7 @@
 """Evaluate a trained model on a split, or several together: logits, and what it costs."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -197,13 +197,39 @@ def same_places(one: Tensor | None, other: Tensor | None) -> bool:
     return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
+def check_same_images(outcomes: Sequence[Outcome]) -> None:
+    """Refuse outcomes of different images or labels.
+
+    The same pictures stored at another size, or padded, have another digest: labels and positions tell them apart.
+
+    Raises:
+        ValueError: one line with the first two that differ.
+    """
+    first = outcomes[0]
+    for other in outcomes[1:]:
+        as_stored = (other.info.shape, other.info.fit) == (first.info.shape, first.info.fit)
+        if (
+            not torch.equal(other.labels, first.labels)
+            or not same_places(other.published, first.published)
+            or (as_stored and other.data_sha256 != first.data_sha256)
+        ):
+            raise ValueError(
+                f"{first.name} and {other.name} were evaluated on different {first.split} images: compare runs of the "
+                "same data options, or give one --data.root for all"
+            )
+
+
 def ensemble(outcomes: list[Outcome], folder: Path) -> Outcome:
     """Average the probabilities of several models on the same images.
 
     Args:
         outcomes: two and more, of the same images.
         folder: its evaluation goes to `<folder>/ensemble/<split>/`.
+
+    Raises:
+        ValueError: the images differ.
     """
+    check_same_images(outcomes)
     first = outcomes[0]
     pairs = [outcome.validation for outcome in outcomes]
     known = [pair for pair in pairs if pair is not None]

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from fmnist.config.same_run import recipe
 from fmnist.config.schema import Config
 from fmnist.data.info import SplitName
 from fmnist.evaluation.numbers import SCORES
-from fmnist.evaluation.outcome import Outcome, same_places
+from fmnist.evaluation.outcome import Outcome, check_same_images
 from fmnist.runtime.console import one_line
 from fmnist.trained import Trained
 
@@ -41,10 +40,10 @@ def check_comparable(opened: Sequence[Trained], split: str) -> None:
     if len(classes) > 1:
         listed = ", ".join(f"{one.name}: {one.info.title}, {len(names)} classes" for names, one in classes.items())
         raise ValueError(f"the runs are of different data sets ({listed}): compare runs of one")
-    sizes = {trained.cfg.data.val_size for trained in opened}
-    if split != "test" and len(sizes) > 1:
-        listed = ", ".join(map(str, sorted(sizes)))
-        raise ValueError(f"the runs have different {split} images (data.val_size {listed}): compare with --split test")
+    held_out = {trained.info.num_val for trained in opened}  # by whichever option, or in a file of their own
+    if split != "test" and len(held_out) > 1:
+        listed = " and ".join(f"{count:,}" for count in sorted(held_out))
+        raise ValueError(f"the runs have different {split} images ({listed} held out): compare with --split test")
 
 
 def mcnemar(first: Tensor, second: Tensor) -> tuple[int, int, float]:
@@ -76,11 +75,7 @@ def comparison_rows(outcomes: Sequence[Outcome], results: Sequence[Mapping[str, 
     Raises:
         ValueError: the images differ.
     """
-    first = outcomes[0]
-    if any(not torch.equal(outcome.labels, first.labels) for outcome in outcomes):
-        raise ValueError("the runs were evaluated on different images: give one --data.root for all")
-    if any(not same_places(outcome.published, first.published) for outcome in outcomes):
-        raise ValueError(f"the runs have different {first.split} images: compare runs of the same data options")
+    check_same_images(outcomes)
     order = sorted(range(len(outcomes)), key=lambda i: -results[i]["top1"])
     own = own_options([outcome.trained.cfg if outcome.trained else None for outcome in outcomes])
     val = [_validated(outcome, "top1") for outcome in outcomes]
