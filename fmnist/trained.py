@@ -135,7 +135,7 @@ class Trained:
             differ = class_changes(self.class_names, split.class_names)
             raise ValueError(f"{split.location} does not hold the classes of {self.name}: {differ}")
         if not len(split) and name == "val":
-            raise ValueError(f"{self.name} was trained with data.val_size 0: it has no validation images")
+            raise ValueError(f"{self.name} was trained without validation images")
         if not len(split):
             raise ValueError(f"{split.info.title} has no {name} images; {self.name} has {', '.join(self.splits)}")
         return split

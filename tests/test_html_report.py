@@ -201,13 +201,14 @@ def test_no_two_labels_of_a_panel_touch(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(page_figures, "_svg", lambda figure, axes: drawn.append(figure) or finish(figure, axes))
     torch.manual_seed(0)
     confidence = torch.rand(2000).double()
-    for chance in (0.0, 0.02, 0.5):  # no errors at all, few, and every second answer
+    for chance in (0.0, 0.02, 0.5, 0.9):  # no errors at all, few, every second answer, nearly all of them
         page_figures.risk_against_coverage(risk_coverage(confidence, torch.rand(2000) >= chance))
     page_figures.reliability(reliability_bins(torch.randn(500, 10).softmax(1), torch.arange(500) % 10))
     lines = [{"step": n, "epoch": n / 9, "prefix": "train", "loss": 1 / n, "lr": 0.01 / n} for n in range(1, 99)]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     page_figures.learning_curves(tmp_path / "metrics.jsonl")
-    assert len(drawn) == 6
+    assert len(drawn) == 7
+    assert drawn[3].axes[0].get_ylim() == (0, 102)  # of a share: no tick at 120 %
     for figure in drawn:
         renderer = FigureCanvasAgg(figure).get_renderer()
         (axes,) = figure.axes

@@ -249,7 +249,7 @@ def test_captions_stay_in_their_cells(tmp_path: Path, monkeypatch: pytest.Monkey
     for row in range(3):  # each text lies in the figure, and beside that of the next cell
         boxes = [axes.texts[0].get_window_extent() for axes in figure.axes[5 * row : 5 * row + 5]]
         assert boxes[0].x0 >= 0 and boxes[-1].x1 <= figure.bbox.x1
-        assert all(left.x1 <= right.x0 for left, right in itertools.pairwise(boxes))
+        assert all(left.x1 + 3 <= right.x0 for left, right in itertools.pairwise(boxes))  # pixels
     assert cells[4][0] == "Bag" and "..." in cells[2][0] and "..." in cells[3][0]
 
 

@@ -134,7 +134,8 @@ def risk_against_coverage(curve: RiskCoverage) -> str:
     axes.fill_between(coverage, low, high, color=BLUE, alpha=0.18, linewidth=0)
     axes.plot(coverage, risk, color=BLUE, linewidth=1.8)
     # The interval of the first few answers reaches far up; the curve is what is looked for.
-    axes.set(xlim=(0, 100), ylim=(0, max(0.5, 1.3 * float(high[len(high) // 10 :].max()))))
+    top = min(102.0, max(0.5, 1.3 * float(high[len(high) // 10 :].max())))
+    axes.set(xlim=(0, 100), ylim=(0, top))
     axes.set(xlabel="images answered", ylabel="errors among them")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PERCENT)

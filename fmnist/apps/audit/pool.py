@@ -179,7 +179,7 @@ def _division(trained: Trained, first: Trained, given: _Given, root: str | None)
             raise ValueError(f"{first.name} and {trained.name} were trained on different data sets")
         in_val = other.in_val
     if mine.folds is None and not torch.equal(in_val, given.in_val):
-        raise ValueError(f"{first.name} and {trained.name} held out different images; valid: the same data.val_size")
+        raise ValueError(f"{first.name} and {trained.name} held out different images; valid: the same data options")
     held = Split(images=given.images[in_val], labels=given.labels[in_val], info=trained.info)
     if trained.images_sha256("val") not in (None, held.digest):
         said = f"{trained.name} was trained on other images or labels than those that are there now"

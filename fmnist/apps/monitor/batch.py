@@ -36,7 +36,7 @@ def monitor(args: argparse.Namespace) -> int:
     if len(reference.val) < MIN_CALIBRATION:
         raise ValueError(
             f"{trained.name} has {len(reference.val)} validation images: too few to say what is usual; valid: "
-            f"data.val_size {MIN_CALIBRATION} and more"
+            f"{MIN_CALIBRATION} and more (data.val_size, or data.holdout of a folder without parts)"
         )
     batch = BatchSums(reference)
     errors, left_out = Counter[str](), Counter[str]()
