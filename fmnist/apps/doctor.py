@@ -58,7 +58,7 @@ def check_device(name: str | None) -> Iterator[Line]:
     device = open_device(name)
     count = torch.accelerator.device_count() if device.type != "cpu" else 0
     others = f", {count} of them" if count > 1 else ""
-    yield Line("device", "ok" if count else "note", describe_device(device) + (others or "" if count else "; no GPU"))
+    yield Line("device", "ok" if count else "note", describe_device(device) + (others if count else "; no GPU"))
     precision = resolve_precision("auto", device)
     yield Line("bf16", "ok" if precision == "bf16" else "note", f"--model.precision auto means {precision} here")
 

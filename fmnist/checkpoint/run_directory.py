@@ -69,7 +69,9 @@ def open_directory(cfg: Config) -> Path:
             raise ValueError(f"output_dir {directory} holds {present[0]} but no config.yaml: no run to resume")
         before, after = recipe(_run_config(directory)), recipe(cfg)
         only_longer = not changes(lengthened(before, after), after)
-        if (changed := changes(before, after)) and not (only_longer and _status(directory) == "finished"):
+        if (changed := changes(before, after)) and not (
+            only_longer and read_summary(directory).get("status") == "finished"
+        ):
             way_out = "Give another --output_dir, or --resume never --overwrite true"
             if only_longer:
                 way_out = (
@@ -77,10 +79,6 @@ def open_directory(cfg: Config) -> Path:
                 )
             raise ValueError(f"{directory} holds a run with another config: {listed(changed)}. {way_out}")
     return directory
-
-
-def _status(directory: Path) -> Any:
-    return read_summary(directory).get("status")
 
 
 def _run_config(directory: Path) -> Config:

@@ -34,8 +34,6 @@ MAY_CHANGE_ROUNDING = (
     "model.channels_last",
     "model.depthwise",
 )
-
-
 # All that may differ between the processes of one start: where each finds the same thing, and its share of the machine.
 MAY_DIFFER_BETWEEN_RANKS = ("output_dir", "data.root", "data.corrections", "model.weights", "threads")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fmnist.data.fetch import PUBLISHED, find_file
 from fmnist.data.find import locate
 from fmnist.data.idx import read_idx
-from fmnist.data.info import DataInfo
+from fmnist.data.info import DataInfo, SplitName
 from fmnist.runtime.console import one_line
 
 logger = logging.getLogger("fmnist")
@@ -79,7 +79,7 @@ def load(split: Literal["train", "test"], root: str | None = None, *, fetch: boo
     return images, labels.long()
 
 
-def name_of(split: Literal["train", "val", "test"], root: str | None = None) -> str:
+def name_of(split: SplitName, root: str | None) -> str:
     """Name the data set of a split: Fashion-MNIST where its files are the published ones, else its folder.
 
     Args:
@@ -140,16 +140,13 @@ def stratified_split(labels: Tensor, val_size: int, num_classes: int = NUM_CLASS
     return torch.nonzero(~in_val).flatten(), torch.nonzero(in_val).flatten()
 
 
-def load_indexed(
-    name: Literal["train", "val", "test"], root: str | None, val_size: int, *, fetch: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+def load_indexed(name: SplitName, root: str | None, val_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Load one of the three splits; train and val partition the 60,000.
 
     Args:
         name: "train", "val" or "test".
         root: See `locate`.
         val_size: See `stratified_split`.
-        fetch: See `locate`.
 
     Returns:
         Images, uint8 [N, H, W], labels, int64 [N], and their positions in the data set's own file, int64 [N], by which
@@ -161,14 +158,14 @@ def load_indexed(
     if name not in ("train", "val", "test"):
         raise ValueError(f"split {name!r}: expected train, val or test")
     if name == "test":
-        images, labels = load("test", root, fetch=fetch)
+        images, labels = load("test", root)
         return images, labels, torch.arange(len(labels))
-    images, labels = load("train", root, fetch=fetch)
+    images, labels = load("train", root)
     train, val = stratified_split(labels, val_size)
     indices = train if name == "train" else val
     return images[indices], labels[indices], indices
 
 
-def load_split(name: Literal["train", "val", "test"], root: str | None, val_size: int) -> tuple[Tensor, Tensor]:
+def load_split(name: SplitName, root: str | None, val_size: int) -> tuple[Tensor, Tensor]:
     """Load images and labels of a split: `load_indexed` without the positions."""
     return load_indexed(name, root, val_size)[:2]

@@ -43,7 +43,7 @@ def hold_fold_out(
         ValueError: there are fewer training images than folds.
     """
 
-    def read_split(name: "SplitName") -> "Part":
+    def read_split(name: SplitName) -> Part:
         if name == "test":
             return read(name)
         images, labels, published = read("train")

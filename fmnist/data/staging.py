@@ -44,7 +44,6 @@ class Staging:
         exchange: brings them, on its thread.
         wanted: of a micro-batch, counted over all steps and accumulations: the int64 positions on the CPU that each
             process asks for; the same on every process, and equally many for each.
-
     """
 
     def __init__(self, split: Split, exchange: Exchange, wanted: Callable[[int], Sequence[Tensor]]) -> None:

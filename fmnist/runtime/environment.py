@@ -65,13 +65,13 @@ def unset_empty(name: str) -> None:
         os.environ.pop(name, None)
 
 
-def is_true(name: str, environ: Mapping[str, str] | None = None) -> bool:
+def is_true(name: str, environ: Mapping[str, str] = ENVIRONMENT) -> bool:
     """Read a variable that is true or false.
 
     Raises:
         ValueError: it is neither.
     """
-    value = (ENVIRONMENT if environ is None else environ).get(name, "").strip().lower()
+    value = environ.get(name, "").strip().lower()
     if value not in _TRUE + _FALSE:
         raise ValueError(f"{name} is {value!r}; valid: true or false")
     return value in _TRUE

@@ -15,9 +15,7 @@ logger = logging.getLogger("fmnist")
 EXPECTED_WORLD_SIZE = "FMNIST_EXPECTED_WORLD_SIZE"
 MIN_SHUTDOWN_TIMEOUT_S = 60
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
-PRCTL = (
-    ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-)  # found early: a forked child should look up little
+PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # found early: a forked child looks up little
 # What asks Accelerate for another way to train than DDP.
 OTHER_WAYS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
 INTEGERS = {"RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}  # and their minimum

@@ -17,8 +17,6 @@ from fmnist.runtime.heartbeat import PATIENCE, Heartbeat
 logger = logging.getLogger("fmnist")
 # Those that this system has; SIGHUP comes from a closed terminal.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP") if hasattr(signal, name)]
-
-
 # Between two votes of several processes, where all of them make their steps within STEP_S; else each step has one.
 VOTE_STEPS, STEP_S = 10, 0.1
 TIME_LIMIT, FAILURE = 1000, 2000  # votes for max_minutes and by `give_up`; one for a signal is its number

@@ -4,7 +4,7 @@ import logging
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -78,12 +78,12 @@ def fixed_steps(
         ValueError: not one step fits.
     """
     mine, micro_batch_size = measure(cfg, run, loader, info, splits, train_step)
-    columns = list(zip(*(_flat(costs) for costs in run.gather(mine)), strict=True))
-    *steps, epoch, evaluation, save, end = map(max, columns)
-    costs = Costs(steps=tuple(steps), epoch=epoch, evaluation=evaluation, save=save, end=end)
+    of_all = run.gather(mine)
+    others = {name: max(getattr(each, name) for each in of_all) for name in ("epoch", "evaluation", "save", "end")}
+    costs = Costs(steps=tuple(map(max, zip(*(each.steps for each in of_all), strict=True))), **others)
     used = max(run.gather(run.clock() - run.began))
     minutes = cfg.schedule.minutes or 0.0
-    left = 60 * minutes - used - end - REPORT_S
+    left = 60 * minutes - used - costs.end - REPORT_S
     total = largest_within(left, lambda count: seconds(cfg, count, costs, loader), cheaper_from(cfg, loader))
     if not total:
         least = (60 * minutes - left + seconds(cfg, 1, costs, loader)) / 60
@@ -95,8 +95,8 @@ def fixed_steps(
     )
     logger.info(
         f"schedule.minutes {minutes:g}: {total:,} steps, {total / loader.steps_per_epoch:.4g} epochs; {by_size}, "
-        f"{evaluation:.3g} s per evaluation, {save:.2g} s per checkpoint; {used:.0f} s used, {end + REPORT_S:.0f} s "
-        "reserved for the end"
+        f"{costs.evaluation:.3g} s per evaluation, {costs.save:.2g} s per checkpoint; {used:.0f} s used, "
+        f"{costs.end + REPORT_S:.0f} s reserved for the end"
     )
     return total, micro_batch_size
 
@@ -105,11 +105,6 @@ def no_less(number: float) -> str:
     """Return a number above 0 in two digits, rounded up."""
     unit = 10.0 ** (math.floor(math.log10(number)) - 1)
     return f"{math.ceil(number / unit) * unit:g}"
-
-
-def _flat(costs: Costs) -> tuple[float, ...]:
-    steps, *rest = astuple(costs)
-    return (*steps, *rest)
 
 
 def sizes(cfg: Config) -> list[int]:

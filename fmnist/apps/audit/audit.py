@@ -46,7 +46,7 @@ def audit(paths: Sequence[Path], args: argparse.Namespace) -> str:
     kept = f"; {counted(len(decided), 'decision')} kept" if decided else ""
     return (
         f"{counted(len(rows), 'training image')} ranked, from {origin}; "
-        f"{counted(len(copies.pairs), 'pair')} of similar images{kept}\n"
+        f"{counted(len(copies), 'pair')} of similar images{kept}\n"
         f"written to {output}: {PAGE_NAME}, {CSV_NAME}\n"
         f"after deciding: {command('train')} --config {runs[0].directory}/config.yaml --data.corrections {table} "
         f"--output_dir {runs[0].directory}_corrected"

@@ -5,7 +5,6 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from fmnist.apps.audit.pool import Pool
-from fmnist.apps.audit.table import HEADER, Row, table_bytes
+from fmnist.apps.audit.table import HEADER, Row, cells
+from fmnist.evaluation.misclassified import channels_last
 from fmnist.evaluation.near_copies import MAX_PAIRS, NEAR_COPY, SIMILAR, find_pairs
 from fmnist.evaluation.neighbours import Neighbours
 from fmnist.evaluation.suspects import confident_joint
@@ -24,19 +24,9 @@ from fmnist.runtime.files import csv_bytes
 NEAR = 3  # training images shown beside a suspect
 SIDE, NEAR_SIDE = 96, 48  # pixels at most, of a suspect and of its neighbours: 500 of them in colour make 5 MB
 CONFLICTS_SHOWN, COPIES_SHOWN, PAIRS_SHOWN = 90, 18, 12
-
-
-@dataclass(frozen=True, kw_only=True)
-class Copies:
-    """Similar images among training and test images, most alike first.
-
-    Attributes:
-        pairs: of positions: those of the pool, then those of the test images.
-        correlations: of their pixels.
-    """
-
-    pairs: list[tuple[int, int]]
-    correlations: list[float]
+# Positions of two similar images, those of the pool, then of the test images, and the correlation of their pixels; the
+# most alike first.
+Copies = list[tuple[int, int, float]]
 
 
 def find_copies(pool: Pool, device: torch.device) -> Copies:
@@ -44,13 +34,12 @@ def find_copies(pool: Pool, device: torch.device) -> Copies:
     test = pool.test.images
     images = torch.cat((pool.images, test)) if test.shape[1:] == pool.images.shape[1:] else pool.images
     pairs, correlations = find_pairs(images.to(device), SIMILAR)
-    return Copies(pairs=[(a, b) for a, b in pairs.tolist()], correlations=correlations.tolist())
+    return [(a, b, value) for (a, b), value in zip(pairs.tolist(), correlations.tolist(), strict=True)]
 
 
 def thumbnail(image: Tensor, side: int) -> str:
-    """Return a uint8 [H, W] or [C, H, W] image as a URI, made smaller where it is larger than `side` pixels."""
-    array = (image if image.ndim == 2 else image.movedim(0, -1).squeeze(-1)).contiguous().numpy()
-    drawn, buffer = Image.fromarray(array), io.BytesIO()
+    """Return a uint8 [H, W] or [3, H, W] image as a URI, made smaller where it is larger than `side` pixels."""
+    drawn, buffer = Image.fromarray(channels_last(image)), io.BytesIO()
     small = max(drawn.size) <= min(side, 32)
     drawn.thumbnail((side, side))
     kind = "png" if small else "jpeg"
@@ -82,7 +71,7 @@ def audit_page(pool: Pool, rows: Sequence[Row], copies: Copies, origin: str, sho
         "num_suspects": int(wrong.sum()),
         "cards": _cards(pool, front, device),
         "header": ",".join(HEADER),
-        "elsewhere": [_line(row, pool) for row in rows[len(front) :] if row.decision],
+        "elsewhere": [_csv(*cells(row, pool)) for row in rows[len(front) :] if row.decision],
         "classes": [[name, _csv(name)] for name in pool.class_names],
         "store": f"fmnist audit {state[:16]}",
         **_noise(pool, wrong),
@@ -91,12 +80,8 @@ def audit_page(pool: Pool, rows: Sequence[Row], copies: Copies, origin: str, sho
     return render(values, "audit.html").encode()
 
 
-def _csv(*cells: object) -> str:
-    return csv_bytes([], [cells]).decode().split("\n", 1)[1].removesuffix("\n")
-
-
-def _line(row: Row, pool: Pool) -> str:
-    return table_bytes([row], pool).decode().splitlines()[1]
+def _csv(*row: object) -> str:
+    return csv_bytes([], [row]).decode().split("\n", 1)[1].removesuffix("\n")
 
 
 def _cards(pool: Pool, rows: Sequence[Row], device: torch.device) -> list[dict[str, Any]]:
@@ -152,7 +137,7 @@ def _noise(pool: Pool, wrong: Tensor) -> dict[str, Any]:
     return {"by_class": sorted(by_class, key=lambda row: -row["share"]), "by_pair": by_pair}
 
 
-def _copies(pool: Pool, copies: Copies) -> dict[str, Any]:
+def _copies(pool: Pool, alike: Copies) -> dict[str, Any]:
     labels = torch.cat((pool.labels, pool.test.labels)).tolist()
     names = [*map(pool.name, range(len(pool))), *(f"test:{pool.test.position(at)}" for at in range(len(pool.test)))]
 
@@ -171,7 +156,6 @@ def _copies(pool: Pool, copies: Copies) -> dict[str, Any]:
         ]
         return {"sides": sides, "differ": labels[a] != labels[b], "correlation": correlation}
 
-    alike = [(*found, value) for found, value in zip(copies.pairs, copies.correlations, strict=True)]
     conflicts = [item for item in alike if labels[item[0]] != labels[item[1]]]
     near = [item[:2] for item in alike if item[2] > NEAR_COPY]
     agreeing = [item for item in alike if labels[item[0]] == labels[item[1]]][:COPIES_SHOWN]

@@ -22,13 +22,13 @@ from fmnist.runtime.files import temporary_folder, write_atomic
 from fmnist.trained import Trained, open_trained
 
 LARGEST_DIFFERENCE = 1e-5  # of any logit; where logits exceed 10, in proportion: fp32 rounds so
-# The files of the folder, and what tells an earlier export's from somebody else's.
 # Of timm's description of a model: where its own weights come from, and what is said of those.
 OF_THE_SOURCE = {
     *("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "tag"),
     *("label_names", "label_descriptions", "label_offset", "notes", "min_input_size"),
     *("test_input_size", "test_pool_size", "test_crop_pct"),
 }
+# The files of the folder, and what tells an earlier export's from somebody else's.
 FILES = {
     "config.json": b'"label_names"',
     "model.safetensors": b'"made_by":"fmnist"',

@@ -20,7 +20,7 @@ from fmnist.data.photos import MISSING
 from fmnist.evaluation.calibration import few_images
 from fmnist.evaluation.occlusion import occlusion_map
 from fmnist.runtime.console import keep_at_interrupt, one_line
-from fmnist.runtime.files import csv_bytes, write_atomic
+from fmnist.runtime.files import FORMULA, csv_bytes, write_atomic
 from fmnist.runtime.ownership import remove_own
 from fmnist.trained import Trained, open_trained
 
@@ -158,7 +158,7 @@ def row(item: Prediction, num_top: int, each_class: Sequence[str] = ()) -> list[
     """Return the cells of one picture, in the order of `header`."""
     name = item.photo.name
     # A spreadsheet runs a cell that starts like a formula; "./" before a relative path names the same file.
-    name = os.path.join(".", name) if name[:1] in ("=", "+", "-", "@", "\t", "\r") else name
+    name = os.path.join(".", name) if name.startswith(FORMULA) else name
     if not item.top or item.photo.cutout is None:
         return [name, *[""] * (2 + 2 * num_top), "", "", "", *item.trust, item.photo.error, *("" for _ in each_class)]
     best = [item.top[0], *item.top]

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fmnist.apps.views import count_kinds, read_photos
+from fmnist.data.info import SplitName
 from fmnist.data.photos import find_pictures
 from fmnist.evaluation.features import compute_features, features_of
 from fmnist.runtime.console import one_line
@@ -23,7 +24,6 @@ from fmnist.trained import Trained
 logger = logging.getLogger("fmnist")
 FORMAT = "2"
 UNKNOWN = -1  # the label of a picture from a folder
-Split = Literal["train", "val", "test"]
 TENSORS = {"features": torch.float16, "predictions": torch.int32, "images": torch.uint8}
 
 
@@ -57,7 +57,7 @@ class Catalogue:
         return len(self.names)
 
 
-def read_split(trained: Trained, split: Split, root: str | None) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
+def read_split(trained: Trained, split: SplitName, root: str | None) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
     """Read a split as the run divides the images; with positions in the data set's file, or of a folder also the files.
 
     Raises:
@@ -69,7 +69,7 @@ def read_split(trained: Trained, split: Split, root: str | None) -> tuple[Tensor
     return found.images, found.labels, found.published, files
 
 
-def split_catalogue(trained: Trained, source: Split | Literal["all"], root: str | None = None) -> Catalogue:
+def split_catalogue(trained: Trained, source: SplitName | Literal["all"], root: str | None = None) -> Catalogue:
     """Make a catalogue of a split, or of all three; the features are kept beside the run.
 
     Args:
@@ -80,7 +80,7 @@ def split_catalogue(trained: Trained, source: Split | Literal["all"], root: str 
     Raises:
         ValueError: images that cannot be had, or weights that give features that are not finite.
     """
-    splits: tuple[Split, ...] = (source,) if source != "all" else trained.splits
+    splits: tuple[SplitName, ...] = (source,) if source != "all" else trained.splits
     loaded = {split: read_split(trained, split, root) for split in splits}
     found = [features_of(trained, split, images) for split, (images, *_) in loaded.items()]
     *columns, files = zip(*loaded.values(), strict=True)
