@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Forks
 from warm import run_program
 
 from fmnist.data.fashion_mnist import load_split
@@ -111,6 +112,39 @@ def no_data_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
     yield
     monkeypatch.undo()
     shutil.rmtree(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with the first images of train and test."""
+    from small import write_small_data  # late: timm takes seconds
+
+    return write_small_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def small_data(data: Path) -> Iterator[Path]:
+    """The same, as $FMNIST_DATA of a whole file of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FMNIST_DATA", str(data))
+        yield data
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    """Trainings in forks of a process that has imported everything."""
+    started = Forks()
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Let torch compute with one: how a sum is cut among threads is part of its bits, and small layers only wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
 """Small things that several tests build: part of the real images, a run that was never trained, a command run here."""
 
+import csv
 import io
 import json
 import logging
+import shutil
 import struct
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -51,6 +53,25 @@ def untrained(folder: Path, model: ModelConfig, size: int) -> Path:
     (folder / DATA_FILE).write_text(json.dumps(published(VAL_SIZE).to_json()))
     save_file(apart(built.state_dict()), folder / "model.safetensors")
     return folder
+
+
+def kill(run: Path) -> None:
+    """Leave of a finished run of 4 steps what kill -9 leaves after step 2."""
+    for step in (3, 4):
+        shutil.rmtree(run / f"checkpoints/step_{step:08d}")
+    for name in ("summary.json", "model.safetensors"):
+        (run / name).unlink()
+
+
+def newest(run: Path) -> Path:
+    """Return a run's newest full checkpoint."""
+    return max((run / "checkpoints").glob("step_*"))
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """Read a CSV file."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def command(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from idx_files import TRAIN_LABELS, to_idx
-from small import NUM_TRAIN, command, write_small_data
+from small import NUM_TRAIN, command, rows_of, write_small_data
 from test_html_report import browse, console
 
 import fmnist
@@ -65,21 +65,16 @@ def folds(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
     return [go(folder / f"fold{fold}", data | {"fold": fold}) for fold in range(FOLDS)]
 
 
-def rows_of(folder: Path) -> list[dict[str, str]]:
-    with (folder / "audit.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_folds_that_trained_on_few_images_judge_all_that_they_held_out(planted: Path, tmp_path: Path) -> None:
     data, short = {"root": str(planted), "folds": 2, "limit": 200}, {"schedule": {"steps": 2, "warmup_epochs": 0.0}}
     runs = [go(tmp_path / f"fold{fold}", data | {"fold": fold}, **short) for fold in (0, 1)]
     command(audit_main, *runs, "--output", tmp_path / "all")
-    assert sorted(int(row["index"]) for row in rows_of(tmp_path / "all")) == list(range(NUM_TRAIN))
+    assert sorted(int(row["index"]) for row in rows_of(tmp_path / "all" / "audit.csv")) == list(range(NUM_TRAIN))
 
 
 def test_planted_errors_come_first_from_one_run(run: Path, planted: Path) -> None:
     said = command(audit_main, run, "--suspects", 60)
-    rows = rows_of(run / "audit")
+    rows = rows_of(run / "audit" / "audit.csv")
     assert list(rows[0]) == list(HEADER) and len(rows) == NUM_TRAIN
     assert "2,000 training images ranked" in said and "after deciding: " in said
     assert [row["rank"] for row in rows] == [str(rank) for rank in range(1, NUM_TRAIN + 1)]
@@ -97,7 +92,7 @@ def test_planted_errors_come_first_from_one_run(run: Path, planted: Path) -> Non
 @pytest.mark.thorough
 def test_folds_judge_what_they_held_out(folds: list[Path], planted: Path, tmp_path: Path) -> None:
     said = command(audit_main, *folds, "--output", tmp_path / "all", "--suspects", 5)
-    rows = rows_of(tmp_path / "all")
+    rows = rows_of(tmp_path / "all" / "audit.csv")
     assert "2 folds of 2 (fold0, fold1), each judging the images that it was not trained on" in said
     assert {row["split"] for row in rows} == {"train"} and len(rows) == NUM_TRAIN
     assert sum(int(row["index"]) in PLANTED for row in rows[:100]) >= 35
@@ -112,7 +107,7 @@ def test_folds_judge_what_they_held_out(folds: list[Path], planted: Path, tmp_pa
         own = float(probabilities[position, held.labels[position]])
         assert float(by_index[held.position(position)]["own_probability"]) == pytest.approx(own, rel=1e-3)
     said = command(audit_main, folds[1], "--output", tmp_path / "half", "--suspects", 5)
-    assert len(rows_of(tmp_path / "half")) == len(held) == 1000
+    assert len(rows_of(tmp_path / "half" / "audit.csv")) == len(held) == 1000
     assert "1,000 training images of 2,000 in no fold that was given: not ranked" in said
 
 
@@ -121,7 +116,7 @@ def test_several_runs_are_averaged(run: Path, planted: Path, tmp_path: Path) -> 
     other = go(tmp_path / "other", {"root": str(planted), "val_size": 500}, seed=1)
     said = command(audit_main, run, other, "--output", tmp_path / "both", "--suspects", 5)
     assert "2 runs, averaged (run, other), trained on these very labels" in said
-    by_index = {int(row["index"]): row for row in rows_of(tmp_path / "both")}
+    by_index = {int(row["index"]): row for row in rows_of(tmp_path / "both" / "audit.csv")}
     both = [fmnist.open_run(path).trained for path in (run, other)]
     for name in ("train", "val"):
         split = both[0].split(name)  # type: ignore[arg-type]
@@ -154,7 +149,7 @@ def test_runs_that_do_not_belong_together_are_refused(
 def test_decisions_survive_the_next_audit_and_foreign_files_stay(run: Path, tmp_path: Path) -> None:
     output = tmp_path / "audit"
     command(audit_main, run, "--output", output, "--suspects", 3)
-    rows = rows_of(output)
+    rows = rows_of(output / "audit.csv")
     rows[0]["decision"], rows[0]["suggested"] = (
         "relabel",
         next(name for name in CLASS_NAMES if name not in (rows[0]["label"], rows[0]["suggested"])),
@@ -162,7 +157,7 @@ def test_decisions_survive_the_next_audit_and_foreign_files_stay(run: Path, tmp_
     rows[1]["decision"], rows[500]["decision"] = "drop", "keep"
     write(output / "audit.csv", rows)
     assert "3 decisions kept" in command(audit_main, run, "--output", output, "--suspects", 3)
-    assert rows_of(output) == rows
+    assert rows_of(output / "audit.csv") == rows
     decisions = [row for row in read_decisions(output / "audit.csv", CLASS_NAMES) if row.decision]
     assert [(row.line, row.decision) for row in decisions] == [(2, "relabel"), (3, "drop"), (502, "keep")]
 
@@ -317,7 +312,7 @@ def test_colours_and_classes_of_ones_own(tmp_path: Path) -> None:
     data = {"name": "npz", "root": str(tmp_path / "set.npz"), "val_size": 12}
     run = go(tmp_path / "run", data, schedule={"steps": 4, "warmup_epochs": 0.0}, augment={"size": 32})
     command(audit_main, run)
-    rows = rows_of(run / "audit")
+    rows = rows_of(run / "audit" / "audit.csv")
     assert len(rows) == 90 and rows[0]["label"] in {'\'=cmd()|"x"', "a, b", names[2]}
     page = (run / "audit/audit.html").read_text()
     assert "<script>alert" not in page and "data:image/jpeg" in page
@@ -360,7 +355,7 @@ document.documentElement.dataset.said = encodeURIComponent(JSON.stringify(said))
 def test_the_page_is_decided_by_hand_and_remembers(run: Path, tmp_path: Path) -> None:
     output = tmp_path / "audit"
     command(audit_main, run, "--output", output, "--suspects", 20)
-    rows = rows_of(output)
+    rows = rows_of(output / "audit.csv")
     rows[30]["decision"] = "drop"  # not on the page
     write(output / "audit.csv", rows)
     command(audit_main, run, "--output", output, "--suspects", 20)

@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import ROOT
 from conftest import warm_train as train
-from small import write_small_data
 
 import fmnist
 from fmnist.apps.checkpoints import inspect
@@ -223,11 +222,6 @@ def test_the_minutes_begin_with_the_program(monkeypatch: pytest.MonkeyPatch) -> 
     first = interrupts.began
     interrupts.end_at_interrupt()  # `fmnist train` runs train.py, which calls it again
     assert first is not None and interrupts.began == first
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_data(tmp_path_factory.mktemp("data"))
 
 
 def go(run: Path, data: Path, **schedule: Any) -> fmnist.RunResults:

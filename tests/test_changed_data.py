@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 from idx_files import to_idx
 from PIL import Image
+from small import kill
 
 import fmnist
 from fmnist.checkpoint.contents import MODEL
@@ -95,14 +96,6 @@ def go(run: Path, name: str, place: Path, steps: int = 4) -> fmnist.RunResults:
         checkpoint={"every_steps": 1, "keep_last": 4},
         log={"every_steps": 1, "wandb": "disabled"},
     )
-
-
-def kill(run: Path) -> None:
-    """Leave what kill -9 leaves after step 2 of 4."""
-    for step in (3, 4):
-        shutil.rmtree(run / f"checkpoints/step_{step:08d}")
-    for name in ("summary.json", MODEL):
-        (run / name).unlink()
 
 
 @pytest.fixture(scope="module")

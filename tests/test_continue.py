@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small import write_small_data
 
 import fmnist
 from fmnist.apps.checkpoints import inspect
@@ -159,11 +158,6 @@ def test_an_end_that_one_long_run_does_not_validate_may_stay_the_best(
     assert line.endswith(words) == said and "differs from" not in line
     # without validation images the newest step is the best, as in one long run
     assert words not in continuation(path, cfg, Schedule.from_config(cfg, 10), replace(state, best_val={}))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_data(tmp_path_factory.mktemp("data"))
 
 
 def go(run: Path, data: Path, epochs: float, name: str = "constant", **more: Any) -> fmnist.RunResults:

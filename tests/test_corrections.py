@@ -12,7 +12,6 @@ import torch
 from conftest import ROOT
 from conftest import warm_train as train
 from idx_files import write_small
-from small import write_small_data
 
 import fmnist
 from fmnist.checkpoint.fingerprint import CORRECTIONS, IMAGES, kept_fingerprint
@@ -265,11 +264,6 @@ def go(run: Path, root: Path, **data: Any) -> fmnist.RunResults:
         checkpoint={"every_steps": 2},
         log={"wandb": "disabled"},
     )
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_data(tmp_path_factory.mktemp("data"))
 
 
 def test_a_run_stands_by_its_corrections(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,7 +3,6 @@
 import copy
 import json
 import pickle
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,13 +48,6 @@ CONVS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {  # options of a con
     "dilated same": ({"kernel_size": (4, 3), "padding": "same", "dilation": 3}, (7, 5)),
     "1x1": ({"kernel_size": 1}, (3, 2)),
 }
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    started = Forks()
-    yield started
-    started.close()
 
 
 def formats(images: Tensor) -> dict[str, Tensor]:

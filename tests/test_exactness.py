@@ -126,13 +126,6 @@ def all_pairs() -> Iterator[tuple[tuple[str, Any], ...]]:
 COVER = pairwise_cover()
 
 
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    started = Forks()
-    yield started
-    started.close()
-
-
 def strikes(offset: int) -> list[tuple[int, str]]:
     """Every step, the moments taking turns; besides, two evaluations, their saves, and what follows the last."""
     turns = [(step, MOMENTS[(step + offset) % 4]) for step in range(1, STEPS + 1)]

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import yaml
 from conftest import ROOT
 from other_sets import untrained_on, write_npz
 from safetensors.torch import load_file, save_file
-from small import VAL_SIZE, command, untrained, write_small_data
+from small import VAL_SIZE, command, untrained
 
 from fmnist.apps.export import hub
 from fmnist.apps.export.__main__ import main as export_main
@@ -41,11 +40,7 @@ TINY_CONVNEXT = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "patch_size": 2
 TINY_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FMNIST_DATA", str(write_small_data(tmp_path_factory.mktemp("data"))))
-        yield
+pytestmark = pytest.mark.usefixtures("small_data")
 
 
 @pytest.fixture(scope="module")

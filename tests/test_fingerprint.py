@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, environment
 from forks import free_socket
 from safetensors.torch import save_file
-from small import command, write_small_data
+from small import command, kill, newest
 
 import fmnist
 from fmnist.apps.checkpoints import main as checkpoint_main
@@ -36,11 +36,6 @@ from fmnist.trained import open_trained
 CNN = {"name": "cnn", "options": {"widths": [4, 8]}, "precision": "fp32"}
 ATTO = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "patch_size": 2, "conv_mlp": False}
 STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_data(tmp_path_factory.mktemp("data"))
 
 
 def go(run: Path, data: Path, **options: Any) -> fmnist.RunResults:
@@ -73,11 +68,7 @@ def finished(template: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def killed(finished: Path) -> Path:
-    """As kill -9 after step 2 leaves it."""
-    for step in (3, 4):
-        shutil.rmtree(finished / f"checkpoints/step_{step:08d}")
-    for name in ("summary.json", MODEL):
-        (finished / name).unlink()
+    kill(finished)
     return finished
 
 
@@ -96,10 +87,6 @@ def other_labels(data: Path, folder: Path, prefix: str = "train") -> Path:
     labels[0] = (labels[0] + 1) % 10
     path.write_bytes(struct.pack(">II", 0x801, len(labels)) + labels.numpy().tobytes())
     return folder
-
-
-def newest(run: Path) -> Path:
-    return max((run / "checkpoints").glob("step_*"))
 
 
 # --- what a run was made of ------------------------------------------------------------------------------------------

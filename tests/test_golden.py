@@ -6,7 +6,6 @@ say in the commit why.
 
 import json
 import platform
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +96,6 @@ def machine() -> dict[str, str]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "processor": ", ".join(f"{field} {first.get(field, '?')}" for field in fields) + f", {platform.machine()}",
     }
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """How a sum is cut among threads is part of its bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", MODELS)

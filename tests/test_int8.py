@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import ROOT
-from small import VAL_SIZE, command, untrained, write_small_data
+from small import VAL_SIZE, command, untrained
 
 import fmnist
 from fmnist.apps.export import int8
@@ -25,9 +25,8 @@ TINY = {"cnn": {"widths": [8, 16, 32]}, "mlp": {"width": 64}}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def quick(small_data: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FMNIST_DATA", str(write_small_data(tmp_path_factory.mktemp("data"))))
         patch.setattr("fmnist.evaluation.cost.SECONDS", 0.05)
         traced: dict[str, Any] = {}
         real = int8.float_graph

@@ -2,13 +2,12 @@
 
 import logging
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from small import NUM_TRAIN, VAL_SIZE, untrained, write_small_data
+from small import NUM_TRAIN, VAL_SIZE, untrained
 
 from fmnist.config.schema import ModelConfig
 from fmnist.data.fashion_mnist import CLASS_NAMES, load, load_indexed
@@ -21,15 +20,7 @@ from fmnist.trained import open_trained
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        folder = write_small_data(tmp_path_factory.mktemp("data"))
-        patch.setenv("FMNIST_DATA", str(folder))
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return untrained(tmp_path_factory.mktemp("near") / "run", ModelConfig(name="cnn", options={"widths": [4, 8]}), 28)
 
 

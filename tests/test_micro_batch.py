@@ -15,7 +15,6 @@ import pytest
 import torch
 from conftest import ROOT
 from conftest import warm_train as train
-from small import write_small_data
 from torch import Tensor, nn
 
 import fmnist
@@ -243,11 +242,6 @@ def test_a_wrong_option_is_one_line(flags: list[str], message: str, capsys: pyte
         parse_config(flags)
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_data(tmp_path_factory.mktemp("data"))
 
 
 LAST = "checkpoints/step_00000004"

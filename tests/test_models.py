@@ -23,6 +23,7 @@ from fmnist.models.stem import to_one_channel
 
 LITE0 = "tf_efficientnet_lite0.safetensors"
 LITE0_SHA256 = "2b4a5f7e9a1870e2c41efd811c5b04f7e5843b32900a338e3f181204a324f9c6"
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(name: str, size: int = 32, **settings):
@@ -43,14 +44,6 @@ def error_of(name: str, size: int = 32, **settings) -> str:
 
 def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

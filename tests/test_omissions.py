@@ -1,6 +1,5 @@
 """Nothing is left out, and no setting is without effect, in silence."""
 
-import csv
 import json
 import struct
 import zlib
@@ -14,7 +13,7 @@ import torch
 from conftest import ROOT
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
-from small import command, untrained
+from small import command, rows_of, untrained
 from torch import nn
 
 from fmnist.apps.duplicates import main as duplicates
@@ -71,11 +70,6 @@ def shoe(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         image.save(folder / name)
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 # Settings

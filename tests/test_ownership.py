@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from small import command, untrained, write_small_data
+from small import command, untrained
 from test_fingerprint import go, other_labels
 
 import fmnist
@@ -46,11 +46,6 @@ def fill(folder: Path, *names: str) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("mine")
     return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import copy
 import functools
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +48,6 @@ CASES: dict[str, dict[str, Any]] = {
     "RMSNorm": {"norm_layer": "rmsnorm"},
     "overlapping stem": {"stem_type": "overlap_act"},
 }
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    started = Forks()
-    yield started
-    started.close()
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """On a busy machine two threads wait for each other longer than these small layers take."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def convnext(**options: Any) -> nn.Module:

@@ -1,10 +1,8 @@
 """Neighbours are those of float64 to float32 rounding, precision is checked by hand, the command does what it says."""
 
-import csv
 import itertools
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small import NUM_TEST, NUM_TRAIN, VAL_SIZE, command, untrained, write_small_data
+from small import NUM_TEST, NUM_TRAIN, VAL_SIZE, command, rows_of, untrained
 
 from fmnist.apps.search.__main__ import main as search_main
 from fmnist.apps.search.catalogue import UNKNOWN, Catalogue, folder_catalogue, load_catalogue, save_catalogue
@@ -38,11 +36,7 @@ from fmnist.trained import open_trained
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FMNIST_DATA", str(write_small_data(tmp_path_factory.mktemp("data"))))
-        yield
+pytestmark = pytest.mark.usefixtures("small_data")
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +60,6 @@ def index(run_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def search(*args: object, status: int = 0) -> str:
     return command(search_main, *args, status=status)
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-4], ids=["apart", "close", "closer than float32 tells"])

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from small import write_small_data
+from small import newest
 
 import fmnist
 from fmnist.apps.export.model_card import _training
@@ -36,11 +36,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "timm": {"name": "convnext_atto", "options": ATTO},
     "pretrained": {"name": "convnext_atto", "options": ATTO},  # its first layer and statistics are those of RGB weights
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_data(tmp_path_factory.mktemp("data"))
 
 
 def go(run: Path, data: Path, model: dict[str, Any], lr: float = 0.01, **options: Any) -> fmnist.RunResults:
@@ -97,10 +92,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path, rgb: Path) -> 
     folder = tmp_path_factory.mktemp("trained")
     began: dict[str, dict[str, Any]] = {"cnn": {}, "pretrained": {"weights": str(rgb)}}
     return {kind: go(folder / kind, data, MODELS[kind] | more).directory for kind, more in began.items()}
-
-
-def newest(run: Path) -> Path:
-    return max((run / "checkpoints").glob("step_*"))
 
 
 def own(kind: str, weights: Path) -> dict[str, Any]:

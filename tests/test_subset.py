@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import write_small_data
 
 from fmnist.config.conflicts import sizes_by_epoch
 from fmnist.config.parse import parse_config
@@ -15,11 +14,6 @@ from fmnist.data.split import Split
 from fmnist.data.subset import subset
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_data(tmp_path_factory.mktemp("data"))
 
 
 def test_a_part_begins_with_every_smaller_part(real_folder: Path) -> None:

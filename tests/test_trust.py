@@ -1,7 +1,6 @@
 """Prediction sets and automatic answers: exact thresholds, the promise kept by simulation, predict's columns."""
 
 import copy
-import csv
 import json
 import math
 import re
@@ -15,7 +14,7 @@ from other_sets import untrained_on, write_npz
 from pictures import learned_run
 from PIL import Image
 from scipy.stats import beta
-from small import command, write_small_data
+from small import command, rows_of, write_small_data
 from torch import Tensor
 
 import fmnist
@@ -298,15 +297,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def rows_of(output: Path) -> list[dict[str, str]]:
-    with (output / "predictions.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
 def test_predict_gives_sets_and_decisions(learned: Path, pictures: Path, tmp_path: Path) -> None:
     asked = ("--coverage", 0.9, "--max_error", 0.05, "--sheet", 0, "--top", 10)
     said = command(predict, learned, pictures, *asked, "--output", tmp_path)
-    *rows, bad = rows_of(tmp_path)
+    *rows, bad = rows_of(tmp_path / "predictions.csv")
     assert list(bad)[-3:] == ["set", "decision", "error"] and (bad["set"], bad["decision"]) == ("", "person")
 
     trained = open_trained(learned, "cpu")
@@ -349,7 +343,7 @@ def test_python_gives_the_sets_and_decisions_of_the_command(learned: Path, pictu
     for asked in ({"coverage": 0.99}, {"coverage": 0.9, "max_error": 0.05, "calibrate": False}):
         flags = ["--no-calibrate" if name == "calibrate" else f"--{name}={value}" for name, value in asked.items()]
         command(predict, learned, *files, *flags, "--sheet", 0, "--output", tmp_path, "--force")
-        answers, rows = run.predict(files, **asked), rows_of(tmp_path)
+        answers, rows = run.predict(files, **asked), rows_of(tmp_path / "predictions.csv")
         assert len(answers) == len(rows) == 40
         for answer, row in zip(answers, rows, strict=True):
             assert (row.get("set"), row.get("decision")) == (answer.set and " | ".join(answer.set), answer.decision)
@@ -386,7 +380,7 @@ def test_the_sheet_says_what_the_table_says(
     # the run's own threshold may flag none of these, on some processors
     monkeypatch.setattr(NoveltyReference, "threshold", 0.4)
     command(predict, learned, pictures, "--coverage", 0.9, "--max_error", 0.05, "--output", tmp_path)
-    for row, cell in zip(rows_of(tmp_path), cells, strict=False):
+    for row, cell in zip(rows_of(tmp_path / "predictions.csv"), cells, strict=False):
         assert [line for line, _ in cell.lines][3:5] == [f"set: {row['set']}", f"decision: {row['decision']}"]
         assert len(cell.lines) == 5 + (row["unfamiliar"] == "yes")
     assert len(cells) == 120 and {len(cell.lines) for cell in cells} == {5, 6}  # some are unfamiliar
@@ -398,7 +392,7 @@ def test_too_few_validation_images_are_said(learned: Path, pictures: Path, tmp_p
     always = "fewer than 999 validation images, too few for 99.9 %: in every set"
     assert f"T-shirt/top, Trouser, Pullover and 7 more: {always}" in said
     assert "at most 0.05 % errors: none of 2,000 validation images automatic; at least 5,990, all answered" in said
-    (row,) = rows_of(tmp_path)
+    (row,) = rows_of(tmp_path / "predictions.csv")
     assert sorted(row["set"].split(" | ")) == sorted(CLASS_NAMES) and row["decision"] == "person"
 
 
@@ -407,7 +401,7 @@ def test_other_classes_and_names(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((12, 12), np.uint8)).save(tmp_path / "a.png")
     said = command(predict, run, tmp_path / "a.png", "--coverage", 0.99, "--output", tmp_path / "out")
     assert "kind 000, kind 001, Chrysanthemum" in said and "and 2 more: fewer than 99 validation images" in said
-    (row,) = rows_of(tmp_path / "out")
+    (row,) = rows_of(tmp_path / "out" / "predictions.csv")
     assert "<b>bold</b> & $x^2$" in row["set"].split(" | ") and "decision" not in row
 
 
