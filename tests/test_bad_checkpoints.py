@@ -149,9 +149,8 @@ def damage(run: Path, kind: str, file: str) -> None:
     ],
 )
 def test_a_damaged_file_is_named_and_the_older_checkpoint_used(
-    kind: str, file: str, run: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    kind: str, file: str, run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("fmnist"), "propagate", True)
     damage(run, kind, file)
     state, model = resume(run)
     assert state.step == 2
@@ -242,9 +241,8 @@ def test_a_missing_optimizer_tensor_is_refused(run: Path) -> None:
 
 
 def test_another_process_count_and_torch_version_are_no_fault_but_the_version_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("fmnist"), "propagate", True)
     run = make_run(tmp_path / "run", world_size=8, versions={"torch": "1.0"})
     assert resume(run)[0].step == 3
     assert "written with torch 1.0" in caplog.text
@@ -321,9 +319,8 @@ def test_a_malicious_pickle_in_the_run_directory_is_never_executed(file: str, ru
 
 
 def test_the_best_one_damaged_or_lost_is_said_and_the_newest_exported(
-    run: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("fmnist"), "propagate", True)
     checkpoints = Checkpoints(run / "checkpoints", 3, {})
     damaged = run / "checkpoints/step_00000002" / EMA
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")

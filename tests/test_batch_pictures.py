@@ -1,6 +1,5 @@
 """train_batch.png: what the model trains on, as it is made for the training."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ def test_it_shows_the_first_step_and_the_last_size(
 
 
 def test_it_is_drawn_once_and_a_failure_is_a_warning(
-    train_images: Split, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    train_images: Split, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     loader, augment, schedule = parts(train_images, 28)
     write_train_batch(tmp_path, loader, augment, schedule, Processes(0, 1))
@@ -68,6 +67,5 @@ def test_it_is_drawn_once_and_a_failure_is_a_warning(
     path.write_bytes(b"kept")
     write_train_batch(tmp_path, loader, augment, schedule, Processes(0, 1))
     assert path.read_bytes() == b"kept"
-    monkeypatch.setattr(logging.getLogger("fmnist"), "propagate", True)
     write_train_batch(tmp_path / "absent" / "\0", loader, augment, schedule, Processes(0, 1))
     assert "is not drawn" in caplog.text

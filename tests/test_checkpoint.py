@@ -225,7 +225,7 @@ def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name(
     ["truncate_0", "truncate_1", "truncate_half", "truncate_last", "flip", "missing", "no_manifest", "format"],
 )
 def test_a_damaged_newest_one_is_passed_over_with_a_warning(
-    damage: str, checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    damage: str, checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture
 ) -> None:
     good, bad = save(checkpoints, 1), save(checkpoints, 2)
     weights, manifest = bad / MODEL, bad / "manifest.json"
@@ -241,7 +241,6 @@ def test_a_damaged_newest_one_is_passed_over_with_a_warning(
         manifest.unlink()
     else:
         manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT}', f'"format": {FORMAT + 1}'))
-    monkeypatch.setattr(logging.getLogger("fmnist"), "propagate", True)
     with caplog.at_level(logging.WARNING, logger="fmnist"):
         assert checkpoints.newest_good() == good
     assert len(caplog.records) == 1

@@ -94,9 +94,8 @@ def test_the_page_shows_them_under_the_errors(outcome: Outcome) -> None:
 
 
 def test_where_they_are_not_at_hand_they_are_left_out_in_one_line(
-    outcome: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    outcome: Outcome, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("fmnist"), "propagate", True)
     caplog.set_level(logging.INFO, "fmnist")
     assert lookalikes(replace(outcome, trained=None), [3]) == lookalikes(outcome, []) == []
     assert caplog.messages == []  # an ensemble has no features, and without errors there is nothing to show

@@ -277,9 +277,7 @@ def test_evaluate_prints_a_table_and_writes_json(run_directory: Path, tmp_path: 
 
 
 @pytest.mark.thorough
-def test_a_report_measures_it_where_that_is_quick(
-    run_directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_report_measures_it_where_that_is_quick(run_directory: Path, caplog: pytest.LogCaptureFixture) -> None:
     trained = open_trained(run_directory)
     trained = replace(trained, info=replace(trained.info, num_train=NUM_TRAIN - VAL_SIZE))
     with Compute() as compute:
@@ -290,7 +288,6 @@ def test_a_report_measures_it_where_that_is_quick(
     # 1,500 training and 1,100 test images at one a second: 43 minutes.
     timing = replace(outcome.cost.timings[-1], images_per_second=1.0)
     slow = replace(outcome, cost=replace(outcome.cost, timings=(timing,)))
-    monkeypatch.setattr(logging.getLogger("fmnist"), "propagate", True)
     with caplog.at_level(logging.INFO, "fmnist"):
         assert retrieval_of(trained, slow) is None
     assert "2,600 images take about 43 minutes here" in caplog.text

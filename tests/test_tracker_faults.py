@@ -3,7 +3,6 @@
 import gzip
 import http.server
 import json
-import logging
 import os
 import re
 import shutil
@@ -267,10 +266,7 @@ def test_offline_and_resumed(disabled: tuple[Path, Path], tmp_path: Path) -> Non
     assert {file.name for file in files} == {f"run-{run_id.strip()}.wandb"}
 
 
-def test_numbers_on_a_full_disk_are_whole_lines_or_none(
-    small_disk: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("fmnist"), "propagate", True)
+def test_numbers_on_a_full_disk_are_whole_lines_or_none(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = Tracker(small_disk, LogConfig(wandb="disabled"), {}, progress(0))
     tracker.log("train", {"loss": 1.0}, 1, 0.1)
     fill(small_disk)
