@@ -13,6 +13,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image
 
+from experiments.markdown import markdown_table
 from fmnist.apps.export.__main__ import main as export
 from fmnist.apps.predict.__main__ import main as predict
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
@@ -60,8 +61,8 @@ def rows(run: str, num_images: int = NUM_IMAGES) -> list[tuple[str, float, float
 
 def table(run: str) -> str:
     """Return the table of the page."""
-    lines = [f"| {name} | {100 * before:.2f} % | {100 * after:.2f} % |" for name, before, after in rows(run)]
-    return "\n".join(["| | without the temperature | with it |", "|---|---|---|", *lines])
+    shown = [(name, f"{100 * before:.2f} %", f"{100 * after:.2f} %") for name, before, after in rows(run)]
+    return markdown_table(("", "without the temperature", "with it"), shown)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from experiments.markdown import markdown_table
 from fmnist.runtime.files import write_json
 from fmnist.runtime.provenance import measured_now
 from fmnist.trained import Trained, open_trained
@@ -50,16 +51,13 @@ def measure(directory: Path) -> dict[str, Any]:
 
 def table() -> str:
     """Return the recorded rows as a Markdown table."""
-    lines = [
-        "| model | flips in training | val top1, % | mirrored, % | mirrored ankle boots, % |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for row in json.loads(OUT.read_text())["rows"]:
         flips = "in turn, every second epoch" if row["augment.flip_in_turn"] else f"{100 * row['augment.flip']:g} %"
         values = row["val.top1"], row["mirrored.top1"], row["mirrored.top1_by_class"]["Ankle boot"]
-        shown = " | ".join(f"{100 * value:.2f}" for value in values)
-        lines.append(f"| {row['model']} | {flips} | {shown} |")
-    return "\n".join(lines)
+        rows.append([row["model"], flips, *(f"{100 * value:.2f}" for value in values)])
+    head = ("model", "flips in training", "val top1, %", "mirrored, %", "mirrored ankle boots, %")
+    return markdown_table(head, rows)
 
 
 def main() -> None:

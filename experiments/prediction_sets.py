@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from scipy.stats import binom
 
+from experiments.markdown import markdown_table
 from fmnist.apps import trust
 from fmnist.runtime.console import log_to_console, one_line_errors
 from fmnist.runtime.files import read_json, write_atomic
@@ -107,39 +108,28 @@ def measure(runs: list[Path]) -> dict[str, Any]:
 
 def sets_table() -> str:
     """Return the table of coverage and sizes of the sets."""
-    lines = [
-        "| model | asked | reached | worst class | expected of it | classes a set |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, run in read_json(RESULT)["runs"].items():
         for row in run["sets"]:
             low, worst = row["per_class"][row["worst_class"]]["expected"][0], 100 * row["worst_coverage"]
-            lines.append(
-                f"| {name} | {100 * row['asked']:g} % | {100 * row['coverage']:.1f} % | {row['worst_class']} "
-                f"{worst:.1f} % | {100 * low:.1f} % or more | {row['mean_size']:.2f} |"
-            )
-    return "\n".join(lines)
+            shares = f"{100 * row['asked']:g} %", f"{100 * row['coverage']:.1f} %"
+            of_class = f"{row['worst_class']} {worst:.1f} %", f"{100 * low:.1f} % or more"
+            rows.append((name, *shares, *of_class, f"{row['mean_size']:.2f}"))
+    return markdown_table(("model", "asked", "reached", "worst class", "expected of it", "classes a set"), rows)
 
 
 def classes_table() -> str:
     """Return the table of each class's coverage, in percent."""
     runs = read_json(RESULT)["runs"]
     heads = [f"{name}, {100 * row['asked']:g} %" for name, run in runs.items() for row in run["sets"]]
-    lines = [f"| class | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
-    rows = [row["per_class"] for run in runs.values() for row in run["sets"]]
-    for name in rows[0]:
-        cells = [f"{100 * row[name]['coverage']:.1f}" for row in rows]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    sets = [row["per_class"] for run in runs.values() for row in run["sets"]]
+    rows = [(name, *(f"{100 * row[name]['coverage']:.1f}" for row in sets)) for name in sets[0]]
+    return markdown_table(("class", *heads), rows)
 
 
 def automation_table() -> str:
     """Return the table of what is automatic, and how often each rule lets more errors through."""
-    lines = [
-        "| model | errors allowed | from confidence | automatic | errors (95 % interval) | more than allowed: in use "
-        "| lowest that passes | plain share |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, run in read_json(RESULT)["runs"].items():
         for row in run["automation"]:
             cells = ["-", "none", "-"]
@@ -148,8 +138,9 @@ def automation_table() -> str:
                 errors = f"{100 * row['errors']:.2f} % ({low:.2f} to {high:.2f})"
                 cells = [f"{row['threshold']:.4f}", f"{100 * row['automatic']:.1f} %", errors]
             cells += [f"{100 * run['splits'][rule][str(row['max_error'])]['more_errors']:.1f} %" for rule in RULES]
-            lines.append(f"| {name} | {100 * row['max_error']:g} % | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append((name, f"{100 * row['max_error']:g} %", *cells))
+    of_answers = ("from confidence", "automatic", "errors (95 % interval)")
+    return markdown_table(("model", "errors allowed", *of_answers, f"more than allowed: {RULES[0]}", *RULES[1:]), rows)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.markdown import markdown_table
 from experiments.queue_entries import Entry
 from experiments.queue_file import read_queue
 from experiments.queue_results import numbers, read_results, spread
@@ -38,12 +39,6 @@ def queued() -> Queued:
     return Queued(read_queue(ROOT / "experiments" / "queue.yaml"), ROOT / "experiments" / "results" / "queue")
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
-
-
 def final_table(queue: Queued) -> str:
     """Return the accuracy and cost of each recipe, mean and standard deviation over seeds, and their 95 % intervals."""
     rows = []
@@ -72,7 +67,7 @@ def final_table(queue: Queued) -> str:
         for title, config in ON_A_GPU.items()
     ]
     head = ("model", "parameters", "epochs", "processor minutes", "val top1, %", "test top1, %", "seeds")
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def ablation_table(queue: Queued) -> str:
@@ -82,7 +77,7 @@ def ablation_table(queue: Queued) -> str:
     head = ["factor", *(f"{model}, {how}" for model in ABLATED for how in ("added", "taken"))]
     labels = [entry.label for entry in queue.members(groups[0]) if entry.label != "none"]
     rows = [[factor_name(label), *(shown(found[group].get(label)) for group in groups)] for label in labels]
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def factor_name(label: str) -> str:
@@ -105,7 +100,7 @@ def amount_table(queue: Queued) -> str:
     for model in AMOUNT:
         found = amounts(queue, model)
         rows.append([model, *(amount_cell(found.get(count), count) for count in columns)])
-    return table(["test top1, %, images a class", *map("{:,}".format, columns[:-1]), "all 5,500"], rows)
+    return markdown_table(["test top1, %, images a class", *map("{:,}".format, columns[:-1]), "all 5,500"], rows)
 
 
 def amount_cell(found: Accuracy | None, count: int) -> str:
@@ -134,7 +129,7 @@ def search_table(entries: Sequence[Entry], results: Path, most: int | None = Non
             rows.append((result["val.top1"], [*cells, "-" if seconds is None else f"{seconds / 60:.1f}"]))
     head = ("trial", "epochs", "val top1, best, %", "last, %", "processor minutes")
     rows.sort(key=lambda row: -row[0])
-    return table(head, [cells for _, cells in rows[:most]]) if rows else NOT_MEASURED
+    return markdown_table(head, [cells for _, cells in rows[:most]]) if rows else NOT_MEASURED
 
 
 def trial_name(entry: Entry) -> str:
@@ -166,7 +161,7 @@ def clip_art_table(queue: Queued) -> str:
             f1 = f"{100 * found[0]['test.macro_f1']:.1f} ({low:.1f} to {high:.1f})"
             shown_top1 = f"**{top1.mean:.1f}** ({top1.low:.1f} to {top1.high:.1f})"
             rows.append([entry.note, f"{found[0]['epochs']:g}", shown_top1, f1])
-    return table(("EfficientNet-Lite0, 96 px", "epochs", "test top1, %", "macro F1, %"), rows)
+    return markdown_table(("EfficientNet-Lite0, 96 px", "epochs", "test top1, %", "macro F1, %"), rows)
 
 
 def drawable(queue: Queued) -> dict[str, str]:

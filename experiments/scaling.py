@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from experiments.markdown import markdown_table
 from fmnist.data.mapped import Mapped
 from fmnist.data.placement import place, place_of
 from fmnist.data.split import Split
@@ -202,18 +203,16 @@ def measure_planning(micro_batch: int, counts: tuple[int, ...], repeats: int = 2
 
 def table(case: Case) -> str:
     """Return the rows of a case as Markdown."""
-    lines = [
-        "| GPUs | images on each | arithmetic | exchange by NVLink or PCIe, and InfiniBand | message | all-reduce |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for gpus in GPUS:
         found = row(case, gpus)
         t = {name.removesuffix("_s"): _unit(value, TIMES) for name, value in found.items() if name.endswith("_s")}
         held, message = (_unit(found[name], SIZES) for name in ("bytes", "message_bytes"))
         exchange = f"{t['exchange_nvlink']} or {t['exchange_pcie']}, and {t['exchange_infiniband']}"
         reduce = f"{t['allreduce_nvlink']} or {t['allreduce_pcie']}"
-        lines.append(f"| {gpus} | {held} | {t['compute']} | {exchange} | {message} | {reduce} |")
-    return "\n".join(lines)
+        rows.append((gpus, held, t["compute"], exchange, message, reduce))
+    exchanged = "exchange by NVLink or PCIe, and InfiniBand"
+    return markdown_table(("GPUs", "images on each", "arithmetic", exchanged, "message", "all-reduce"), rows)
 
 
 TIMES = ((1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))

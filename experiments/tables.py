@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import mirrored, prediction_sets, recipe_tables
+from experiments.markdown import markdown_table
 from experiments.queue_results import numbers, spread, table
 from fmnist.runtime.files import read_json, write_json
 from fmnist.runtime.provenance import measured_now, processor
@@ -82,21 +83,17 @@ def write_result(result: dict[str, Any]) -> Path:
 def comparison_table() -> str:
     """Return the table of the recorded comparison, most accurate first."""
     result = read_json(RESULTS / "comparison.json")
-    lines = [
-        "| model | parameters | MFLOPs per image | top1 (95 % interval) | images/s at batch 256 | ms at batch 1 "
-        "| only this model right : only the next model right (McNemar p) |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for row in result["rows"]:
         low, high = (100 * bound for bound in row["top1_interval"])
         next_row = row.get("mcnemar")
         test = f"{next_row[0]} : {next_row[1]} ({next_row[2]:.2g})" if next_row else "-"
-        lines.append(
-            f"| {row['run']} | {row['parameters']:,} | {row['flops_per_image'] / 1e6:,.1f} | "
-            f"**{100 * row['top1']:.2f} %** ({low:.2f} to {high:.2f}) | {row['images_per_second_256']:,.0f} | "
-            f"{row['latency_ms_1']:.3g} | {test} |"
-        )
-    return "\n".join(lines)
+        top1 = f"**{100 * row['top1']:.2f} %** ({low:.2f} to {high:.2f})"
+        costs = f"{row['parameters']:,}", f"{row['flops_per_image'] / 1e6:,.1f}"
+        speed = f"{row['images_per_second_256']:,.0f}", f"{row['latency_ms_1']:.3g}"
+        rows.append((row["run"], *costs, top1, *speed, test))
+    head = ["model", "parameters", "MFLOPs per image", "top1 (95 % interval)", "images/s at batch 256", "ms at batch 1"]
+    return markdown_table([*head, "only this model right : only the next model right (McNemar p)"], rows)
 
 
 def results_table() -> str:
@@ -104,22 +101,19 @@ def results_table() -> str:
     results = [read_json(path) for path in sorted(RESULTS.glob("*.json"))]
     runs = sorted((each for each in results if "test.top1" in each), key=lambda each: each["test.top1"], reverse=True)
     queue = recipe_tables.queued()
-    rows = [
-        "| what | command | hardware | epochs | training | images/s | overall | test top1 |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for r in runs:
         low, high = (100 * bound for bound in r["test.top1_interval"])
         seeds = numbers(queue.of(SEEDS[r["name"]]), "test.top1") if r["name"] in SEEDS else []
         several = f"**{spread(seeds, scale=100)} %** ({len(seeds)} seeds)"
         top1 = several if len(seeds) > 1 else f"**{100 * r['test.top1']:.2f} %** ({low:.2f} to {high:.2f})"
         overall = r.get("images_per_second_overall")
-        rows.append(
-            f"| {r['note']}, {r['parameters'] / 1e6:.2f} M parameters | `{r['command']}` | {machine(r)} | "
-            f"{r['epochs']:g} | {r['train_seconds'] / 60:.1f} min | {r['images_per_second']['median']:,.0f} | "
-            f"{'not measured' if overall is None else f'{overall:,.0f}'} | {top1} |"
-        )
-    return "\n".join(rows)
+        what = f"{r['note']}, {r['parameters'] / 1e6:.2f} M parameters"
+        times = f"{r['train_seconds'] / 60:.1f} min", f"{r['images_per_second']['median']:,.0f}"
+        shown = "not measured" if overall is None else f"{overall:,.0f}"
+        rows.append((what, f"`{r['command']}`", machine(r), f"{r['epochs']:g}", *times, shown, top1))
+    head = ("what", "command", "hardware", "epochs", "training", "images/s", "overall", "test top1")
+    return markdown_table(head, rows)
 
 
 def benchmark_table(mode: str, title: str, ratio: str) -> str:
@@ -130,26 +124,25 @@ def benchmark_table(mode: str, title: str, ratio: str) -> str:
         title: what the parts' titles begin with; the first column's head.
         ratio: the last column's head.
     """
-    lines = [f"| {title} | images/s, median (lowest to highest) | {ratio} |", "|---|---|---|"]
+    rows = []
     for path in sorted(RESULTS.glob(f"benchmark_*_{mode}.json")):
         result = read_json(path)
         for part in result["tables"]:
-            lines.append(f"| **{part['title'].removeprefix(title).lstrip(', ')}, {machine(result)}** | | |")
+            rows.append((f"**{part['title'].removeprefix(title).lstrip(', ')}, {machine(result)}**", "", ""))
             for row in (row for row in part["rows"] if "failed" not in row):
-                rate = row["images_per_second"]
-                spread = f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})"
                 against = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
-                lines.append(f"| {row['description']} | {spread} | {against} |")
-    return "\n".join(lines)
+                rows.append((row["description"], rates(row["images_per_second"]), against))
+    return markdown_table((title, "images/s, median (lowest to highest)", ratio), rows)
+
+
+def rates(found: dict[str, Any]) -> str:
+    """Return the median of some rounds with the lowest and the highest."""
+    return f"{found['median']:,.0f} ({found['min']:,.0f} to {found['max']:,.0f})"
 
 
 def accuracy_table() -> str:
     """Return the times to accuracy, a row per recorded recipe and target, mean and standard deviation over its runs."""
-    lines = [
-        "| recipe, target on validation | runs that hold it | epochs | seconds | since step 0 | processor seconds "
-        "| test top1 at the end, % | on |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for path in sorted(RESULTS.glob("accuracy_*.json")):
         result = read_json(path)
         rows = result["rows"]
@@ -159,29 +152,25 @@ def accuracy_table() -> str:
             spread([row[key] for row in rows], digits=1)
             for key in ("seconds", "seconds_from_step_0", "processor_seconds")
         ]
-        lines.append(
-            f"| `{result['config']}`, {100 * result['target']:g} % | {held} | "
-            f"{spread(epochs, digits=1)} | {' | '.join(times)} | {spread(top1, scale=100)} | {machine(result)}, "
-            f"{result['hardware']['processor']}, {result['date']} |"
-        )
-    return "\n".join(lines)
+        recipe = f"`{result['config']}`, {100 * result['target']:g} %"
+        where = f"{machine(result)}, {result['hardware']['processor']}, {result['date']}"
+        lines.append((recipe, held, spread(epochs, digits=1), *times, spread(top1, scale=100), where))
+    head = ["recipe, target on validation", "runs that hold it", "epochs", "seconds", "since step 0"]
+    return markdown_table([*head, "processor seconds", "test top1 at the end, %", "on"], lines)
 
 
 def programs_table() -> str:
     """Return the table of whole programs, a part per recorded machine and setting."""
-    lines = [
-        "| program | images/s, median (lowest to highest) | ratio | seconds of the whole process |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for path in sorted(RESULTS.glob("benchmark_*_programs*.json")):
         result = read_json(path)
         setting = f"{result['model']}, {result['size']} px, batch {result['batch_size']}, {result['precision']}"
         setting += ", compiled" * result["compiled"]
-        lines.append(f"| **{setting}, {machine(result)}, timm {result['timm_sources']}** | | | |")
+        rows.append((f"**{setting}, {machine(result)}, timm {result['timm_sources']}**", "", "", ""))
         for row in (row for row in result["rows"] if "failed" not in row):
-            rate = f"{row['median']:,.0f} ({row['min']:,.0f} to {row['max']:,.0f})"
-            lines.append(f"| {row['name']} | {rate} | {row.get('ratio', math.nan):.2f} | {row['seconds']:.0f} |")
-    return "\n".join(lines)
+            rows.append((row["name"], rates(row), f"{row.get('ratio', math.nan):.2f}", f"{row['seconds']:.0f}"))
+    head = ("program", "images/s, median (lowest to highest)", "ratio", "seconds of the whole process")
+    return markdown_table(head, rows)
 
 
 def waits_table() -> str:
@@ -207,25 +196,21 @@ def waits_table() -> str:
     for name in ("depthwise_speed", "depthwise_speed_amd"):
         found = read_json(RESULTS / f"{name}.json")["cpu"]
         for model in ("convnext_atto, 32 px, batch 256", "configs/efficientnet_lite0.yaml"):
-            rates = [f"{found['steps'][model][f'{kind}_images_per_second']:,.0f} images/s" for kind in ("conv", "auto")]
+            shown = [f"{found['steps'][model][f'{kind}_images_per_second']:,.0f} images/s" for kind in ("conv", "auto")]
             what = f"{model}, convolutions or matrix products, {found['hardware']['device']}"
-            rows.append((what, *rates, name))
-    lines = [f"| {what} | {before} | {after} | `{file}.json` |" for what, before, after, file in rows]
-    return "\n".join(["| what | before | after | from |", "|---|---|---|---|", *lines])
+            rows.append((what, *shown, name))
+    return markdown_table(("what", "before", "after", "from"), [(*cells, f"`{file}.json`") for *cells, file in rows])
 
 
 def exact_table() -> str:
     """Return what `--exact` costs a step, in milliseconds of processor time."""
-    lines = [
-        "| model | V | one batch of 128, ms | V micro-batches, ms | `--exact V`, ms | with memory filled, ms "
-        "| of one batch | of V micro-batches |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for row in read_json(RESULTS / "exact_cost.json")["processor_seconds"]:
-        times = " | ".join(f"{1e3 * row[kind]:.1f}" for kind in ("plain", "parts", "exact", "filled"))
-        ratios = f"{row['exact'] / row['plain']:.2f} | {row['exact'] / row['parts']:.2f}"
-        lines.append(f"| {row['model']} | {row['shards']} | {times} | {ratios} |")
-    return "\n".join(lines)
+        times = [f"{1e3 * row[kind]:.1f}" for kind in ("plain", "parts", "exact", "filled")]
+        ratios = [f"{row['exact'] / row[kind]:.2f}" for kind in ("plain", "parts")]
+        rows.append((row["model"], row["shards"], *times, *ratios))
+    columns = ("one batch of 128, ms", "V micro-batches, ms", "`--exact V`, ms", "with memory filled, ms")
+    return markdown_table(("model", "V", *columns, "of one batch", "of V micro-batches"), rows)
 
 
 def machine(result: dict[str, Any]) -> str:
