@@ -1,19 +1,14 @@
 """Data sets that are not Fashion-MNIST, as .npz files, and runs on them that were never trained."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors.torch import save_file
+from small import keep_untrained
 
-from fmnist.checkpoint.tensors import apart
-from fmnist.config.schema import AugmentConfig, BatchConfig, Config, DataConfig, ModelConfig, to_yaml
-from fmnist.data.info import DATA_FILE
+from fmnist.config.schema import AugmentConfig, BatchConfig, Config, DataConfig, ModelConfig
 from fmnist.data.registry import open_source
-from fmnist.models import build_model
 
 SIZES = {"train": 240, "val": 120, "test": 160}
 
@@ -63,17 +58,4 @@ def untrained_on(npz: Path, folder: Path, size: int = 16, model: ModelConfig = S
     )  # fmt: skip
     source = open_source(data)
     counts = {f"num_{part}": len(source.read(part)[1]) for part in ("train", "val", "test")}  # type: ignore[arg-type]
-    info = replace(source.info, **counts)
-    torch.manual_seed(0)
-    built, _ = build_model(
-        model, num_classes=len(info.class_names), mean=info.mean, std=info.std, image_size=size, load_weights=False
-    )
-    with torch.no_grad():
-        for tensor in (*built.parameters(), *built.buffers()):
-            if tensor.is_floating_point():
-                tensor += 0.03 * torch.randn_like(tensor)
-    folder.mkdir()
-    (folder / "config.yaml").write_text(to_yaml(cfg))
-    (folder / DATA_FILE).write_text(json.dumps(info.to_json()))
-    save_file(apart(built.state_dict()), folder / "model.safetensors")
-    return folder
+    return keep_untrained(folder, cfg, replace(source.info, **counts), size)

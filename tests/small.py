@@ -10,13 +10,15 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from fmnist.checkpoint.tensors import apart
+from fmnist.config.parse import parse_config
 from fmnist.config.schema import AugmentConfig, BatchConfig, Config, DataConfig, ModelConfig, to_yaml
-from fmnist.data.fashion_mnist import MEAN, STD, load, published
-from fmnist.data.info import DATA_FILE
+from fmnist.data.fashion_mnist import load, published
+from fmnist.data.info import DATA_FILE, DataInfo
 from fmnist.models import build_model
 
 NUM_TRAIN, NUM_TEST, VAL_SIZE = 2000, 1100, 500
@@ -42,17 +44,34 @@ def untrained(folder: Path, model: ModelConfig, size: int) -> Path:
         augment=AugmentConfig(size=size),
         output_dir=str(folder),
     )
+    return keep_untrained(folder, cfg, published(VAL_SIZE), size)
+
+
+def keep_untrained(folder: Path, cfg: Config, info: DataInfo, size: int) -> Path:
+    """Make a run directory of a config's model as it was drawn, moved off its first symmetric state."""
+    shape = {"num_classes": len(info.class_names), "mean": info.mean, "std": info.std, "image_size": size}
     torch.manual_seed(0)
-    built, _ = build_model(model, num_classes=10, mean=(MEAN,), std=(STD,), image_size=size, load_weights=False)
+    built, _ = build_model(cfg.model, **shape, load_weights=False)  # type: ignore[arg-type]
     with torch.no_grad():
         for tensor in (*built.parameters(), *built.buffers()):
             if tensor.is_floating_point():
                 tensor += 0.03 * torch.randn_like(tensor)  # norms, running statistics and zero-initialised heads too
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(cfg))
-    (folder / DATA_FILE).write_text(json.dumps(published(VAL_SIZE).to_json()))
+    (folder / DATA_FILE).write_text(json.dumps(info.to_json()))
     save_file(apart(built.state_dict()), folder / "model.safetensors")
     return folder
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Parse flags of train.py that are wrong, and return the one line that says so."""
+    with pytest.raises(SystemExit) as caught:
+        parse_config(list(argv), prog="train.py")
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    assert err.startswith("train.py: error: ")
+    return err
 
 
 def kill(run: Path) -> None:

@@ -332,24 +332,23 @@ def test_the_best_changes_only_for_a_better_top1() -> None:
     assert without.best_step == 9
 
 
-def test_the_best_of_a_smaller_image_size_gives_way_to_the_first_of_a_larger_one() -> None:
-    state = TrainState()
-    vals = [{"top1": 0.9, "size": 20.0}, {"top1": 0.8, "size": 20.0}, {"top1": 0.7}, {"top1": 0.6}, {"top1": 0.7}]
-    best = []
+def best_steps(vals: list[dict[str, float]]) -> tuple[list[int], dict[str, float]]:
+    """Return the best step after each of some validations, and the numbers of the last."""
+    state, best = TrainState(), []
     for state.step, val in enumerate(vals, start=1):
         state.update_best(val)
         best.append(state.best_step)
-    assert best == [1, 1, 3, 3, 3] and state.best_val == {"top1": 0.7}
+    return best, state.best_val
+
+
+def test_the_best_of_a_smaller_image_size_gives_way_to_the_first_of_a_larger_one() -> None:
+    vals = [{"top1": 0.9, "size": 20.0}, {"top1": 0.8, "size": 20.0}, {"top1": 0.7}, {"top1": 0.6}, {"top1": 0.7}]
+    assert best_steps(vals) == ([1, 1, 3, 3, 3], {"top1": 0.7})
 
 
 def test_a_run_continued_at_smaller_images_keeps_its_best_until_they_are_as_large_again() -> None:
-    state = TrainState()
     vals = [{"top1": 0.8}, {"top1": 0.9, "size": 20.0}, {"top1": 0.95, "size": 24.0}, {"top1": 0.79}, {"top1": 0.81}]
-    best = []
-    for state.step, val in enumerate(vals, start=1):
-        state.update_best(val)
-        best.append(state.best_step)
-    assert best == [1, 1, 1, 1, 5] and state.best_val == {"top1": 0.81}
+    assert best_steps(vals) == ([1, 1, 1, 1, 5], {"top1": 0.81})
 
 
 @pytest.mark.parametrize(("by", "best_step"), [("top1", 2), ("macro_f1", 3), ("loss", 1)])

@@ -60,6 +60,16 @@ def run(template: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(template, tmp_path / "run"))
 
 
+def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every disk refuse a new folder."""
+
+    def refuse(self: Path) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+
+
 # --- overwrite -------------------------------------------------------------------------------------------------------
 
 
@@ -380,12 +390,7 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_way_out(
     fill(tmp_path, "file")
     with pytest.raises(ValueError, match="file/b cannot be made: .*file is not a folder"):
         check_writable(tmp_path / "file" / "b")
-    monkeypatch.setattr(os, "access", lambda *_: False)
-
-    def refuse(self: Path) -> None:
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(Path, "mkdir", refuse)
+    read_only(monkeypatch)
     with pytest.raises(ValueError, match="a/b cannot be written: read-only file system; --output names another place"):
         check_writable(tmp_path / "a" / "b")
 
@@ -395,12 +400,7 @@ def test_a_new_run_is_refused_early_where_nothing_can_be_written(
 ) -> None:
     old = fill(tmp_path / "old", "notes.txt")
     (old / "config.yaml").write_text(run_yaml(Config(output_dir=str(old))))
-    monkeypatch.setattr(os, "access", lambda *_: False)
-
-    def refuse(self: Path) -> None:
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(Path, "mkdir", refuse)
+    read_only(monkeypatch)
     new = Config(output_dir=str(tmp_path / "new"))
     said = "output_dir: .*new cannot be written: read-only file system; --output_dir names another place"
     with pytest.raises(ValueError, match=said):
