@@ -94,11 +94,7 @@ def main() -> None:
     label = parser.parse_args().label
     found = {name: count_step(name) for name in MODELS}
     kept = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    kept[label] = {
-        "command": f"python -m experiments.dispatches {label}",
-        **measured_now(),
-        "operations": found,
-    }
+    kept[label] = {"command": f"python -m experiments.dispatches {label}", **measured_now(), "operations": found}
     write_json(RESULT, kept)
     for name, parts in found.items():
         print(name, ", ".join(f"{part} {number}" for part, number in parts.items()))

@@ -37,10 +37,7 @@ RESULT = Path(__file__).parent / "results" / "label_audit.json"
 SHARE, FOLDS, DECIDED = 0.02, 5, 2400
 CHOSEN_ON = 0  # the seed that the ranking's two numbers were chosen on; the others confirm them
 # Recipes and epochs; the CNN at 28 px throughout (experiments/LOG.md).
-RECIPES = {
-    "mlp": ("experiments/recipes/mlp_adamw.yaml", 10),
-    "cnn": ("experiments/recipes/cnn_8_epochs.yaml", 5),
-}
+RECIPES = {"mlp": ("experiments/recipes/mlp_adamw.yaml", 10), "cnn": ("experiments/recipes/cnn_8_epochs.yaml", 5)}
 # A class that each is often taken for: by an MLP's validation images the most frequent one, but for Dress and Bag.
 LIKELY = torch.tensor([6, 3, 4, 6, 2, 7, 0, 9, 6, 7])
 

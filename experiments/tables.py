@@ -64,12 +64,7 @@ def record(run: Path, name: str, command: str, note: str) -> Path:
 
 def record_comparison(path: Path, command: str, name: str) -> Path:
     """Write experiments/results/NAME.json from what `evaluate.py RUN RUN ...` wrote."""
-    result = {
-        "name": name,
-        "command": command,
-        **measured_now(),
-        **read_json(path),
-    }
+    result = {"name": name, "command": command, **measured_now(), **read_json(path)}
     return write_result(result)
 
 

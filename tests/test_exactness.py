@@ -69,10 +69,7 @@ def make_config(choice: Choice) -> dict[str, Any]:
     if choice["model"] == "convnext":
         model["drop_path_rate"] = 0.2 * choice["drop"]
     return {
-        "batch": {
-            "global_batch_size": 32,
-            "micro_batch_size": 8 if choice["parts"] == "accumulated" else None,
-        },
+        "batch": {"global_batch_size": 32, "micro_batch_size": 8 if choice["parts"] == "accumulated" else None},
         "exact": 4 if choice["parts"] == "exact" else None,
         "augment": {
             "size": {"0": size, "1": size + 8} if choice["sizes"] == "growing" else size,

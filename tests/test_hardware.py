@@ -11,13 +11,7 @@ from conftest import ROOT
 
 from fmnist.runtime import provenance
 from fmnist.runtime.console import counted
-from fmnist.runtime.hardware import (
-    describe_device,
-    make_deterministic,
-    resolve_precision,
-    seed_generators,
-    set_threads,
-)
+from fmnist.runtime.hardware import describe_device, make_deterministic, resolve_precision, seed_generators, set_threads
 from fmnist.runtime.provenance import processor
 
 FAULTS = """

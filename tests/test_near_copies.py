@@ -57,10 +57,7 @@ def test_the_command_lists_the_89_and_counts_the_682(tmp_path: Path) -> None:
         index, partner = int(row["index"]), int(row["train_index"])
         pair = images[index].flatten(), training[partner].flatten()
         assert np.corrcoef(*pair)[0, 1] == pytest.approx(float(row["correlation"]), abs=1e-6)
-        assert (row["label"], row["train_label"]) == (
-            CLASS_NAMES[labels[index]],
-            CLASS_NAMES[training_labels[partner]],
-        )
+        assert (row["label"], row["train_label"]) == (CLASS_NAMES[labels[index]], CLASS_NAMES[training_labels[partner]])
 
 
 def test_a_run_of_few_images_is_compared_with_its_own() -> None:

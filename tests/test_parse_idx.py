@@ -150,18 +150,12 @@ BAD_FILES = {
     "float type": (replace(TRAIN_IMAGES, b"\0\0\x0d" + to_idx((20, 28, 28), PIXELS)[3:]), "0x00000d03"),
     "no dimensions": (replace(TRAIN_IMAGES, b"\0\0\x08\0"), "0x00000800"),
     "too few dimensions": (replace(TRAIN_IMAGES, to_idx((20, 784), PIXELS)), "2 dimensions, expected 3"),
-    "too many dimensions": (
-        replace(TRAIN_IMAGES, to_idx((20, 1, 28, 28), PIXELS)),
-        "4 dimensions, expected 3",
-    ),
+    "too many dimensions": (replace(TRAIN_IMAGES, to_idx((20, 1, 28, 28), PIXELS)), "4 dimensions, expected 3"),
     "zero images": (replace(TRAIN_IMAGES, to_idx((0, 28, 28), b"")), "0 x 28 x 28"),
     "huge dimensions": (replace(TRAIN_IMAGES, to_idx((2**32 - 1,) * 3, PIXELS)), "4294967295 x 4294967295"),
     "header cut": (replace(TRAIN_IMAGES, to_idx((20, 28, 28), b"")[:10]), "expected a header of 16"),
     # 16 + 20 x 784 = 15,696
-    "one byte short": (
-        replace(TRAIN_IMAGES, to_idx((20, 28, 28), PIXELS[1:])),
-        "15,695 bytes, expected 15,696",
-    ),
+    "one byte short": (replace(TRAIN_IMAGES, to_idx((20, 28, 28), PIXELS[1:])), "15,695 bytes, expected 15,696"),
     "one byte long": (replace(TRAIN_IMAGES, to_idx((20, 28, 28), PIXELS + b"\0")), "more, expected 15,696"),
     "labels one short": (replace(TRAIN_LABELS, to_idx((20,), bytes(19))), "27 bytes, expected 28"),
     "empty": (replace(TRAIN_IMAGES, b""), "0 bytes"),
@@ -176,14 +170,8 @@ BAD_FILES = {
     "gzip length": (repack(lambda data: data[:-4] + bytes(4)), "Incorrect length"),
     "gzip garbage inside": (repack(lambda data: data[:30] + b"\xff" * 9 + data[39:]), "cannot be read"),
     "gzip garbage after": (repack(lambda data: data + b"garbage"), "Not a gzipped file"),
-    "gzip bomb": (
-        replace(TRAIN_IMAGES, gzip.compress(BOMB, compresslevel=1), ".gz"),
-        "more, expected 15,696",
-    ),
-    "label 10": (
-        replace(TRAIN_LABELS, to_idx((20,), bytes(13) + b"\x0a" + bytes(6))),
-        "label 10 at position 13",
-    ),
+    "gzip bomb": (replace(TRAIN_IMAGES, gzip.compress(BOMB, compresslevel=1), ".gz"), "more, expected 15,696"),
+    "label 10": (replace(TRAIN_LABELS, to_idx((20,), bytes(13) + b"\x0a" + bytes(6))), "label 10 at position 13"),
     "counts differ": (replace(TRAIN_LABELS, to_idx((19,), bytes(19))), "20 images, but"),
     "images and labels swapped": (swap(TRAIN_IMAGES, TRAIN_LABELS), "1 dimensions, expected 3"),
     "train and test swapped": (swap(TRAIN_IMAGES, TEST_IMAGES), "10 images, but"),

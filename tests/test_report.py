@@ -19,6 +19,7 @@ from sklearn.metrics import (
 from torch import Tensor
 
 from fmnist.config.schema import AugmentConfig, Config, ModelConfig, OptimConfig
+from fmnist.data.fashion_mnist import CLASS_NAMES
 from fmnist.evaluation.findings import Findings, findings
 from fmnist.evaluation.numbers import summarize
 from fmnist.evaluation.outcome import Outcome
@@ -28,18 +29,7 @@ from fmnist.report.page_figures import learning_curves
 from fmnist.report.write import class_table, write_evaluation
 from fmnist.tracking.metrics_file import read_metrics
 
-NAMES = [
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-]
+NAMES = list(CLASS_NAMES)
 TINY_NAMES = ["a", "b", "c"]
 # Logits are logarithms, so softmax gives back exactly these probabilities.
 TINY_PROBABILITIES = [[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.125, 0.75, 0.125], [0.125, 0.125, 0.75]]

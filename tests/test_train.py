@@ -367,11 +367,5 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     # ConvNeXt-Tiny: 28.6 M parameters with 1000 classes and three channels: 990 x 769 fewer in the head (27.83 M);
     # 8.89 GF forward (4.45 G multiply-adds) and three times that with backward, less the stem's image gradient.
-    for part in (
-        "27,8",
-        "8.89 G",
-        "26.66 G",
-        "256 = 32 images x 1 process x 8 accumulation steps",
-        "55,000 training",
-    ):
+    for part in ("27,8", "8.89 G", "26.66 G", "256 = 32 images x 1 process x 8 accumulation steps", "55,000 training"):
         assert part in done.stdout, done.stdout

@@ -26,13 +26,7 @@ from fmnist.apps.predict.photo_sheet import Cell
 from fmnist.apps.trust import RANGES
 from fmnist.data.fashion_mnist import CLASS_NAMES, load_split
 from fmnist.evaluation import risk_coverage as selective
-from fmnist.evaluation.conformal import (
-    class_thresholds,
-    expected_coverage,
-    least_images,
-    prediction_sets,
-    set_coverage,
-)
+from fmnist.evaluation.conformal import class_thresholds, expected_coverage, least_images, prediction_sets, set_coverage
 from fmnist.evaluation.findings import findings
 from fmnist.evaluation.outcome import Outcome
 from fmnist.evaluation.risk_coverage import automation, confidence_threshold, least_answers, risk_coverage

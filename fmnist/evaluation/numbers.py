@@ -180,10 +180,7 @@ def subset_accuracies(
         flip averaging and with `correlation` and `removed`.
     """
     plain = by_tta["none"]
-    sets = {
-        "all": accuracy(plain, labels),
-        "flip_averaging": accuracy(by_tta["flip"], labels),
-    }
+    sets = {"all": accuracy(plain, labels), "flip_averaging": accuracy(by_tta["flip"], labels)}
     if copies is None:
         return sets
     for key, correlation in (("without_near_copies", NEAR_COPY), ("without_similar", SIMILAR)):

@@ -5,17 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fmnist.report.figures import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PERCENT,
-    Axes,
-    Figure,
-    by_default_style,
-    save_figure,
-)
+from fmnist.report.figures import BLUE, GREEN, GREY, ORANGE, PERCENT, Axes, Figure, by_default_style, save_figure
 
 
 @by_default_style

@@ -57,11 +57,7 @@ def micro_batch_sizes(loader: Loader, below: int | None = None) -> list[int]:
 
 
 def fitting_micro_batch(
-    model: nn.Module,
-    optimizer: Optimizer,
-    augment: Augment,
-    loader: Loader,
-    sizes: Sequence[int],
+    model: nn.Module, optimizer: Optimizer, augment: Augment, loader: Loader, sizes: Sequence[int]
 ) -> int | None:
     """Return the largest micro-batch whose forward and backward fit beside all that stays; None if none does.
 
