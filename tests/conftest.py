@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,14 @@ def environment() -> dict[str, str]:
     }
 
 
+def execute(
+    *words: object, env: Mapping[str, str] | None = None, timeout: float | None = 300, **kwargs: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, in a child's environment where no other is given, and keep what it prints."""
+    env = environment() if env is None else env
+    return subprocess.run([*map(str, words)], capture_output=True, text=True, env=env, timeout=timeout, **kwargs)
+
+
 def train(
     *args: object,
     processes: int = 1,
@@ -176,14 +184,8 @@ def train(
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [*launcher, str(script), *map(str, args)],
-        capture_output=True,
-        text=True,
-        env=environment() | {"ACCELERATE_USE_CPU": str(on_cpu).lower()},
-        timeout=300,
-        **kwargs,
-    )
+    env = environment() | {"ACCELERATE_USE_CPU": str(on_cpu).lower()}
+    done = execute(*launcher, script, *args, env=env, **kwargs)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 

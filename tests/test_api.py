@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, environment
+from conftest import ROOT, SMALL_RUN, execute
 from PIL import Image
 
 import fmnist
@@ -53,7 +53,7 @@ def state() -> tuple[Any, ...]:
 
 def test_importing_it_imports_no_torch() -> None:
     code = "import fmnist, sys; print('torch' in sys.modules, fmnist.__all__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
+    done = execute(sys.executable, "-c", code, timeout=60)
     assert done.stdout == "False ['RunResults', 'open_run', 'train']\n", done.stderr
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment, warm_train
+from conftest import ROOT, environment, execute, warm_train
 from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -506,7 +506,6 @@ def test_the_command_answers_a_bad_path_with_one_line_and_status_2(
         assert caught.value.code == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and str(path) in err and expected in err
-    command = [sys.executable, "-m", "fmnist", "checkpoint", str(run)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    done = execute(sys.executable, "-m", "fmnist", "checkpoint", run, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert "step        3" in done.stdout

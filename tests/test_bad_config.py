@@ -5,7 +5,6 @@ import difflib
 import math
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, environment
+from conftest import ROOT, execute
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -374,10 +373,7 @@ def test_a_mistake_costs_no_import_no_network_and_no_disk(
         (tmp_path / "bad.yaml").write_text(text)
     before = sorted(tmp_path.iterdir())
     start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-B", "-c", WATCHED, str(ROOT / "train.py"), *argv],
-        capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=60,
-    )  # fmt: skip
+    done = execute(sys.executable, "-B", "-c", WATCHED, ROOT / "train.py", *argv, cwd=tmp_path, timeout=60)
     assert time.monotonic() - start < 5
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1, done.stderr

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import ROOT, environment, execute
 from torch import Tensor
 
 from fmnist import step
@@ -415,8 +415,7 @@ def test_help_and_a_misspelt_option_answer_before_torch_is_imported() -> None:
         "finally: print('torch' in sys.modules, 'numpy' in sys.modules)"
     )
     for argument, status in (("--help", 0), ("--rouns", 2)):
-        command = [sys.executable, "-c", script, "all", argument]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT)
+        done = execute(sys.executable, "-c", script, "all", argument, cwd=ROOT)
         assert done.returncode == status
         assert done.stdout.splitlines()[-1] == "False False"
         assert (len(done.stderr.splitlines()) == 1) == (status == 2)
@@ -433,8 +432,7 @@ def test_help_describes_every_loader(capsys: Any) -> None:
 
 
 def benchmark(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fmnist.benchmark", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, cwd=ROOT)
+    return execute(sys.executable, "-m", "fmnist.benchmark", *args, cwd=ROOT)
 
 
 @pytest.mark.thorough
@@ -755,7 +753,7 @@ def test_a_loader_that_fails_on_one_process_fails_on_all(mode: str, tmp_path: Pa
     quick += ["--large_batch", "0", "--loaders", "torchvision-v2-batch", "ours-eager"]
     command += [str(tmp_path / "race.py"), mode, *quick, "--output", str(tmp_path / "two")]
     env = environment()
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200, cwd=ROOT)
+    done = execute(*command, env=env, cwd=ROOT)
     assert done.returncode == 1, done.stderr[-3000:]
     assert "no disk on this machine" in done.stdout + done.stderr
     if mode == "train":  # the other process waits inside the step: there is no row to be had

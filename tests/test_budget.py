@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, execute
 from conftest import warm_train as train
 
 import fmnist
@@ -285,8 +284,7 @@ def test_a_jobs_limit_becomes_minutes(tmp_path: Path) -> None:
 
     def submitted(limit: str, *flags: str) -> tuple[int, str, list[str]]:
         asked.unlink(missing_ok=True)
-        line = ["bash", "slurm/train.sbatch", "configs/mlp.yaml", *flags]
-        done = subprocess.run(line, env=env | {"LIMIT": limit}, cwd=ROOT, capture_output=True, text=True)
+        done = execute("bash", "slurm/train.sbatch", "configs/mlp.yaml", *flags, env=env | {"LIMIT": limit}, cwd=ROOT)
         return done.returncode, done.stderr, asked.read_text().splitlines()[5:] if asked.exists() else []
 
     for limit, minutes in (("1:00:00", "57"), ("10:00", "7"), ("1-00:00:00", "1437"), ("4:30", "1.5")):  # 3 less

@@ -7,7 +7,6 @@ before a power loss that keeps no more than what was fsynced. Real SIGKILLs and 
 import json
 import resource
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment, progress, train, warm_train
+from conftest import ROOT, execute, progress, train, warm_train
 from disk import LOSSES, Disk, Killed, audited, installed, left_after, read_tree, replay, write_tree
 
 import fmnist.checkpoint.store
@@ -252,8 +251,7 @@ def test_single_files_are_the_old_or_the_new_one_whatever_happens(
 
 
 def sigkills(tmp_path: Path, kills: int) -> None:
-    script = [sys.executable, str(ROOT / "tests/kill_saves.py"), str(tmp_path / "checkpoints"), str(kills)]
-    done = subprocess.run(script, capture_output=True, text=True, env=environment(), timeout=550)
+    done = execute(sys.executable, ROOT / "tests/kill_saves.py", tmp_path / "checkpoints", kills, timeout=550)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert len(result["steps"]) == kills

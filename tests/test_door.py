@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, environment, execute
 from small import NUM_TEST, command, untrained, write_small_data
 
 from fmnist.__main__ import COMMANDS
@@ -37,14 +37,7 @@ def ask(*args: object, cwd: Path = ROOT) -> tuple[int, str, float]:
         "import sys, runpy, atexit; atexit.register(lambda: print('heavy:', *"
         f"sorted(set({HEAVY}) & set(sys.modules)), file=sys.stderr)); runpy.run_module('fmnist', run_name='__main__')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=120,
-        cwd=cwd,
-    )
+    done = execute(sys.executable, "-c", code, *args, cwd=cwd, timeout=120)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     *said, heavy = (done.stdout + done.stderr).splitlines()
@@ -170,8 +163,7 @@ def test_commands_that_share_their_work_may_be_one_of_several(tmp_path: Path, mo
 @pytest.mark.thorough
 def test_two_processes_of_a_launcher_are_refused_in_one_line(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "-m", "fmnist", "data", "fashion_mnist", "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=200)
+    done = execute(*launcher, "-m", "fmnist", "data", "fashion_mnist", "--output", tmp_path / "out")
     ours = [line for line in done.stderr.splitlines() if line.startswith("fmnist data: ")]
     assert done.returncode == 1 and len(ours) == 1 and ours[0].startswith("fmnist data: error: WORLD_SIZE is 2, and ")
     assert not (tmp_path / "out").exists()
@@ -224,13 +216,7 @@ def test_doctor_sums_over_the_processes_it_is_launched_with(tmp_path: Path) -> N
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environ = environment()
     del environ["ACCELERATE_USE_CPU"]  # as a user would launch it
-    done = subprocess.run(
-        [*launcher, "-m", "fmnist", "doctor", "--device", "cpu", "--json", "--output", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=environ,
-        timeout=200,
-    )
+    done = execute(*launcher, "-m", "fmnist", "doctor", "--device", "cpu", "--json", "--output", tmp_path, env=environ)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["all-reduce"] == {"state": "ok", "text": "gloo over 2 processes on 1 node: sum 2"}
 
@@ -241,14 +227,7 @@ def test_evaluate_goes_where_it_is_told_and_says_what_it_does(tmp_path: Path) ->
     data = write_small_data(tmp_path / "data")
     run = untrained(tmp_path / "run", ModelConfig(name="mlp", options={"width": 16}), 28)
     flags = ["--quick", "--output", "out", "--device", "cpu", "--batch_size", "1000", "--data.root", str(data)]
-    done = subprocess.run(
-        [sys.executable, "-m", "fmnist", "evaluate", str(run), *flags],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=200,
-        cwd=tmp_path,
-    )
+    done = execute(sys.executable, "-m", "fmnist", "evaluate", run, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "run (1 of 1): test images" in done.stderr and "written to out" in done.stdout
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["num_images"] == NUM_TEST
@@ -284,14 +263,7 @@ def test_a_wheel_has_everything_and_trains(tmp_path: Path) -> None:
     environ = environment() | {"PYTHONPATH": str(tmp_path / "site")}
     flags = ["--config", "configs/mlp.yaml", "--schedule.steps", "2", "--schedule.warmup_epochs", "0"]
     start = [sys.executable, "-c", "import sys; from fmnist.__main__ import main; sys.exit(main())"]
-    done = subprocess.run(
-        [*start, "train", *flags, "--log.wandb", "disabled"],
-        capture_output=True,
-        text=True,
-        env=environ,
-        timeout=200,
-        cwd=empty,
-    )
+    done = execute(*start, "train", *flags, "--log.wandb", "disabled", env=environ, cwd=empty)
     assert done.returncode == 0, done.stderr
     assert json.loads((empty / "runs" / "mlp" / "summary.json").read_text())["steps"] == 2
     assert os.listdir(empty) == ["runs"]

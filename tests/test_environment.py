@@ -16,7 +16,7 @@ import matplotlib
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, environment, progress, train
+from conftest import ROOT, environment, execute, progress, train
 from small import untrained
 from test_tracker_faults import KEY, Server
 from torch import nn
@@ -97,9 +97,7 @@ def test_the_page_says_what_each_variable_does() -> None:
 def test_a_clone_needs_its_folder_on_the_path_of_modules() -> None:
     for folder, status in (None, 1), (ROOT, 0):  # the second as after `pip install .`
         found = environment() | {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(folder or "")}
-        done = subprocess.run(
-            [sys.executable, "train.py", "--help"], cwd=ROOT, env=found, capture_output=True, text=True
-        )
+        done = execute(sys.executable, "train.py", "--help", env=found, cwd=ROOT)
         assert done.returncode == status, done.stderr
         assert ("No module named 'fmnist'" in done.stderr) == bool(status)
 
@@ -181,14 +179,7 @@ def test_the_whole_program_with_everything_that_is_inherited(tmp_path: Path) -> 
         "FORK_LAUNCHED": "1",
     }
     command = [sys.executable, ROOT / "train.py", *flags, "--output_dir", tmp_path / "inherited"]
-    done = subprocess.run(
-        list(map(str, command)),
-        env=environment() | inherited,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = execute(*command, env=environment() | inherited, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     plain, found = tmp_path / "plain", tmp_path / "inherited"
     assert (found / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
@@ -389,7 +380,7 @@ def test_the_users_thread_is_told_from_the_launchers(users: str | None, tmp_path
     del environ["OMP_NUM_THREADS"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     environ |= {"OMP_NUM_THREADS": users} if users else {}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+    done = execute(*command, env=environ, timeout=120)
     assert done.stdout.count(f"threads {1 if users else 3} 1") == 2, done.stdout + done.stderr
 
 
@@ -487,9 +478,7 @@ def test_wandb_is_silent_without_a_home(tmp_path: Path) -> None:
     )
     (tmp_path / "run").mkdir()
     environ = {name: value for name, value in environment().items() if name not in ("HOME", "XDG_CACHE_HOME")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
+    done = execute(sys.executable, "-c", code, env=environ, cwd=tmp_path, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.glob("run/wandb/offline-run-*/run-*.wandb"))
 
@@ -530,8 +519,7 @@ def test_figures_are_those_of_matplotlibs_defaults(tmp_path: Path) -> None:
         "MATPLOTLIBRC": str(tmp_path / "here" / "matplotlibrc"),
         "MPLCONFIGDIR": str(tmp_path / "config"),
     }
-    command = [sys.executable, "-c", DRAW, str(tmp_path / "found.png")]
-    done = subprocess.run(command, env=environ, cwd=tmp_path / "here", capture_output=True, text=True, timeout=60)
+    done = execute(sys.executable, "-c", DRAW, tmp_path / "found.png", env=environ, cwd=tmp_path / "here", timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "found.png").read_bytes() == expected
 
@@ -614,7 +602,7 @@ def test_a_value_that_a_library_cannot_read_is_named(
 @pytest.mark.parametrize("name", ["TORCH_LOGS", "PYTORCH_CUDA_ALLOC_CONF"])
 def test_the_whole_program_with_a_value_that_torch_cannot_read(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), "--output_dir", str(tmp_path / "run")]
-    done = subprocess.run(command, env=environment() | {name: "nonsense"}, capture_output=True, text=True)
+    done = execute(*command, env=environment() | {name: "nonsense"})
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert re.match(f"train.py: error: {name} is 'nonsense'[:;] ", done.stderr)
 

@@ -2,13 +2,12 @@
 
 import gzip
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, execute
 from idx_files import NAMES, TEST_LABELS, TRAIN_IMAGES, assert_one_line, write_small
 
 from fmnist.config.schema import DataConfig
@@ -190,11 +189,5 @@ def test_only_a_caller_that_says_so_fetches(tmp_path: Path, monkeypatch: pytest.
 def test_the_folder_is_looked_for_before_torch_is_imported(tmp_path: Path) -> None:
     code = "import sys; from fmnist.data.find import locate; print(locate(sys.argv[1]), 'torch' in sys.modules)"
     folder = write_small(tmp_path / "named")
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = execute(sys.executable, "-c", code, folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
     assert done.stdout.split() == [str(folder), "False"]

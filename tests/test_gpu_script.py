@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, execute
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -19,9 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 )
 def test_a_stage_runs_dry(stage: str, commands: int, tmp_path: Path) -> None:
     environment = os.environ | {"DRY": "1", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        ["bash", ROOT / "experiments/gpu.sh", stage, tmp_path], env=environment, capture_output=True, text=True
-    )
+    done = execute("bash", ROOT / "experiments/gpu.sh", stage, tmp_path, env=environment, timeout=None)
     found = re.findall(r"^=== (\w+): exit status (\d+),", done.stdout, re.M)
     assert [name for name, status in found if status != "0"] == [], done.stdout[-3000:]
     assert len(found) == commands

@@ -1,13 +1,12 @@
 """The data path in somebody else's loop: fmnist.data.load(...).batches(...)."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import environment
+from conftest import execute
 
 import fmnist.data
 from fmnist.config.schema import AugmentConfig
@@ -134,5 +133,5 @@ def test_a_mistake_in_batches_is_one_line(train: ImageSet, arguments: dict[str, 
 
 def test_importing_the_room_imports_no_torch() -> None:
     code = "import fmnist.data, sys; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
+    done = execute(sys.executable, "-c", code, timeout=60)
     assert done.stdout == "False\n", done.stderr

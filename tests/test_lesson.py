@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, environment, execute
 from PIL import Image
 
 from experiments.lesson_pages import cells, notebook, page
@@ -35,9 +34,7 @@ def test_it_runs_as_a_notebook_does(tmp_path: Path) -> None:
     code.append("print('answers', [answer[0][0] for answer in answers])")
     (tmp_path / "lesson.py").write_text("\n".join(code))
     env = environment() | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "lesson.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=550
-    )
+    done = execute(sys.executable, "lesson.py", env=env, cwd=tmp_path, timeout=550)
     assert done.returncode == 0, done.stderr
     assert "killed: True\nthe same bits: True" in done.stdout
     # The first test images of each label are known by sight: an ankle boot, a pullover.

@@ -1,14 +1,13 @@
 """Near copies: by hand on few images, against a plain product on real ones, and the command."""
 
 import csv
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import environment
+from conftest import execute
 from small import command
 
 from fmnist.apps.duplicates import NEAR_COPY, SIMILAR, main
@@ -83,7 +82,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 pairs, found = find_pairs(images)
 print(len(pairs), len(found), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024 < 400)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=120)
+    done = execute(sys.executable, "-c", code, timeout=120)
     assert done.stdout.split() == ["28680", "28680", "True"], done.stderr
 
 

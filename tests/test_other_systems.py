@@ -2,13 +2,12 @@
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import ROOT, execute
 
 from fmnist.metrics import score
 from fmnist.runtime import hardware
@@ -44,8 +43,7 @@ print("trained", run.evaluate("val")["num_images"])
 
 @pytest.mark.thorough
 def test_a_run_needs_no_name_that_another_system_lacks(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", ABSENT + TRAIN, str(tmp_path / "run")]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = execute(sys.executable, "-c", ABSENT + TRAIN, tmp_path / "run", cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "trained 5000"
 
@@ -54,7 +52,7 @@ def test_importing_the_package_and_its_door_needs_none_of_them() -> None:
     light = ABSENT.replace("import accelerate", "pass #").replace("import timm", "pass #")
     code = light + "import fmnist.__main__ as door\nfrom fmnist.runtime.console import open_door\n"
     code += "open_door('x')\nprint(door.usage())"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True)
+    done = execute(sys.executable, "-c", code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: fmnist")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL_RUN, environment, metrics, train
+from conftest import ROOT, SMALL_RUN, environment, execute, metrics, train
 from PIL import Image
 
 from fmnist.apps.cutout import Cutout
@@ -24,14 +24,7 @@ DOOR = "import os, signal, sys, time\nfrom fmnist.runtime.console import *\nopen
 
 def shell(command: str, cwd: Path = ROOT, timeout: float = 60) -> subprocess.CompletedProcess[str]:
     """Run a command line in bash, where $PYTHON is this Python."""
-    return subprocess.run(
-        ["bash", "-c", command],
-        env=environment() | {"PYTHON": sys.executable},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    return execute("bash", "-c", command, env=environment() | {"PYTHON": sys.executable}, cwd=cwd, timeout=timeout)
 
 
 def program(folder: Path, code: str) -> Path:
@@ -91,9 +84,7 @@ def test_any_name_can_be_printed(tmp_path: Path) -> None:
     ],
 )
 def test_an_interrupt_is_one_line(code: str, status: int, said: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", DOOR + code], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=30
-    )
+    done = execute(sys.executable, "-c", DOOR + code, cwd=ROOT, timeout=30)
     assert (done.returncode, done.stderr) == (status, said)
 
 
@@ -184,16 +175,14 @@ else:
 @pytest.mark.parametrize("program", ["train.py", "evaluate.py", "fmnist", "script"])
 @pytest.mark.parametrize("module", ["fmnist.runtime.console", "hashlib", "argparse"])
 def test_ctrl_c_during_the_first_imports_is_no_traceback(program: str, module: str) -> None:
-    command = [sys.executable, "-c", INTERRUPTED, module, program]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = execute(sys.executable, "-c", INTERRUPTED, module, program, cwd=ROOT, timeout=60)
     assert done.returncode == -signal.SIGINT, (done.stdout, done.stderr)
     assert done.stderr in ("", f"{program}: interrupted\n")
 
 
 def test_a_job_in_the_background_ignores_ctrl_c_from_the_start() -> None:
     ignored = f"import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n{INTERRUPTED}"
-    command = [sys.executable, "-c", ignored, "fmnist.runtime.console", "fmnist", "--help"]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = execute(sys.executable, "-c", ignored, "fmnist.runtime.console", "fmnist", "--help", cwd=ROOT, timeout=60)
     assert done.returncode == 0 and "usage: fmnist" in done.stdout, done.stderr
 
 

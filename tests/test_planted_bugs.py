@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, environment, execute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,13 +256,8 @@ def copy_of_the_source(folder: Path) -> Path:
 def run_tests(source: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     # The loop with one process is tested through forks in the copy, never with this tree's modules.
     env = environment() | {"PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-m", "not gpu", *arguments],
-        cwd=source,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
+    return execute(
+        sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-m", "not gpu", *arguments, env=env, cwd=source
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, execute
 from other_sets import untrained_on
 from pictures import learned_run
 from PIL import Image
@@ -30,8 +30,7 @@ from fmnist.trained import open_trained
 
 
 def predict(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fmnist", "predict", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, cwd=cwd)
+    return execute(sys.executable, "-m", "fmnist", "predict", *args, cwd=cwd)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, execute
 
 from experiments import queue as running
 from experiments import queue_job
@@ -45,7 +45,7 @@ def queue(small_config: Path) -> list[str]:
 
 def call(command: list[str], *more: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *more], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return execute(*command, *more, env=environment, cwd=ROOT)
 
 
 # A trainer of some milliseconds: validations whose top1 comes to the learning rate, and train.py's files.
