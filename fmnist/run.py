@@ -10,7 +10,14 @@ from typing import Any
 from filelock import BaseFileLock
 
 from fmnist.checkpoint.fingerprint import keep_fingerprint
-from fmnist.checkpoint.run_directory import SUMMARY, has_run, lock_directory, read_summary
+from fmnist.checkpoint.run_directory import (
+    SUMMARY,
+    check_still_held,
+    has_run,
+    holder,
+    lock_directory,
+    read_summary,
+)
 from fmnist.config.same_run import run_yaml
 from fmnist.config.schema import Config, flatten
 from fmnist.runtime import interrupts
@@ -59,6 +66,7 @@ class Run(Compute):
         self.tracker: NullTracker = NullTracker()
         self.steps_per_epoch = 1
         self._lock: BaseFileLock | None = None
+        self._holder: str | None = None
         self._log: logging.Handler | None = None
 
     def claim(self) -> None:
@@ -72,6 +80,7 @@ class Run(Compute):
     def _claim(self) -> None:
         if self._lock is None and self.directory.is_dir():
             self._lock = lock_directory(self.directory)
+            self._holder = holder(self.directory)
             if has_run(self.directory) and not self.cfg.overwrite:
                 self._open_log()  # now: what it resumes from stands there too
 
@@ -111,6 +120,20 @@ class Run(Compute):
             logger.info("%s", line)
         announce()
         self.tracker = Tracker(self.directory, self.cfg.log, flatten(self.cfg), progress)
+
+    def wait_for_save(self) -> None:
+        """Wait until the last checkpoint is on the disk and the directory is still the run's; all processes call it.
+
+        Raises:
+            OSError: on the main process: it could not be written, or the directory is gone; the others end with it.
+        """
+        self.on_main(self._wait_for_save)
+
+    def _wait_for_save(self) -> None:
+        try:
+            self.writing.wait()
+        finally:  # where the directory is gone, that is why nothing could be written
+            check_still_held(self.directory, self._holder)
 
     def log(self, prefix: str, scalars: Mapping[str, float], step: int) -> None:
         """Hand scalars to the tracker, with the time spent so far; silent on all processes but the main one."""

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from fmnist.data.fashion_mnist import INFO
 from fmnist.data.info import DATA_FILE
 from fmnist.network import build_network
 from fmnist.optim import build_optimizer
+from fmnist.run import Run
 from fmnist.trained import open_trained
 from fmnist.training.resume import restore
 
@@ -372,6 +374,53 @@ def test_a_lock_is_held_by_one_process_and_ends_with_it(run: Path, monkeypatch: 
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
     lock_directory(run).release()  # the kernel let go of it
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_run_whose_directory_goes_ends_and_writes_no_other(
+    replaced: bool, small_config: Path, tmp_path: Path
+) -> None:
+    """It once made the directory anew without config.yaml or metrics, or wrote into another run's, and ended with 0."""
+    run, away, others = tmp_path / "run", tmp_path / "away", {".lock": "host elsewhere, process 7\n", "config.yaml": ""}
+
+    def move() -> None:
+        deadline = time.monotonic() + 200
+        while not (run / "checkpoints/step_00000004").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        run.rename(away)
+        if replaced:
+            begun.rename(run)
+
+    begun = tmp_path / "begun"  # a run that somebody began meanwhile
+    begun.mkdir()
+    for name, text in others.items():
+        (begun / name).write_text(text)
+    mover = threading.Thread(target=move)
+    mover.start()
+    flags = ["--schedule.steps", "2000", "--checkpoint.every_steps", "2", "--evaluation.every_steps", "50000"]
+    done = warm_train("--config", small_config, "--output_dir", run, *flags, check=False)
+    mover.join()
+    assert done.returncode == 1
+    said = last_of(done.stderr)
+    assert said.startswith(f"train.py: error: {run} was {'' if replaced else 'moved or deleted'}"), said
+    assert said.endswith(" while this run wrote to it: nothing more is saved there")
+    assert {path.name: path.read_text() for path in run.glob("*")} == (others if replaced else {})
+    assert Checkpoints(away / "checkpoints", 2, {}).newest_good() is not None
+
+
+def test_a_run_goes_on_without_its_lock_and_in_a_directory_that_is_moved_and_linked(run: Path) -> None:
+    with Run(CFG, run) as training:
+        training.claim()
+        training.wait_for_save()
+        run.rename(run.with_name("moved"))
+        run.symlink_to(run.with_name("moved"))
+        training.wait_for_save()
+        (run / ".lock").unlink()
+        training.wait_for_save()
+
+
+def last_of(text: str) -> str:
+    return text.strip().splitlines()[-1]
 
 
 @pytest.mark.thorough

@@ -154,6 +154,31 @@ def lock_directory(directory: Path) -> BaseFileLock:
     return lock
 
 
+def holder(directory: Path) -> str | None:
+    """Return what the lock of a directory says of the process that holds it; None where that cannot be read."""
+    try:
+        return (directory / LOCK).read_text(errors="replace")
+    except OSError:
+        return None
+
+
+def check_still_held(directory: Path, was: str | None) -> None:
+    """Refuse to write on in a directory that is not the one that was locked: another may be training there by now.
+
+    Args:
+        directory: of the run.
+        was: its `holder`, right after it was locked.
+
+    Raises:
+        OSError: it was moved, deleted or replaced.
+    """
+    now = holder(directory)
+    if now == was or (now is None and has_run(directory)):  # the lock alone was deleted
+        return
+    what = "was moved or deleted" if now is None else f"was replaced, and is in use by another process ({now.strip()})"
+    raise OSError(f"{directory} {what} while this run wrote to it: nothing more is saved there")
+
+
 def read_summary(directory: Path) -> dict[str, Any]:
     """Return what summary.json holds; empty where there is none, or, with a warning, where it is no summary."""
     if not os.path.lexists(directory / SUMMARY):

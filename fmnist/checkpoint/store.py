@@ -84,7 +84,7 @@ class Checkpoints:
         final = self.path(state.step) if OPTIMIZER in groups else self.best_path(state.step)
         self._clear_leftovers()
         if not self.directory.is_dir():
-            self.directory.mkdir(parents=True)
+            self.directory.mkdir()  # in a run directory that is there: one that was deleted is not made anew
             sync_path(self.directory.parent)
         part = self.directory / f".part_{final.name}"
         try:

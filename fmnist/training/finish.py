@@ -27,7 +27,6 @@ from fmnist.runtime.provenance import git_revision, versions
 from fmnist.tracking.metrics_file import METRICS_FILE
 from fmnist.training.eager import eager_unless_long
 from fmnist.training.parts import Training
-from fmnist.training.save import wait_for_save
 
 logger = logging.getLogger("fmnist")
 
@@ -36,7 +35,7 @@ def finish(training: Training, cfg: Config, run: Run) -> None:
     """Write the weights to use and the summary; after the last step also evaluate the test images, once, if wanted."""
     state = training.state
     with training.clock.saving():
-        wait_for_save(run)
+        run.wait_for_save()
     finished = state.step == training.schedule.total_steps
     summary: dict[str, Any] = {
         "model": cfg.model.name,

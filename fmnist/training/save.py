@@ -24,10 +24,11 @@ def save(training: Training, run: Run, *, full: bool = True) -> None:
 
     Raises:
         FloatingPointError: on every process, naming the tensors; nothing is written.
-        OSError: on the main process, where the save before could not be written; the others end with it.
+        OSError: on the main process, where the save before could not be written, or the run directory is gone; the
+            others end with it.
     """
     with training.clock.saving():
-        wait_for_save(run)
+        run.wait_for_save()
         files: dict[str, Mapping[str, Tensor]] = {
             MODEL: training.model.state_dict(),
             OPTIMIZER: optimizer_tensors(training.model, training.optimizer),
@@ -47,15 +48,6 @@ def save(training: Training, run: Run, *, full: bool = True) -> None:
         training.state.train_seconds = training.clock.total_seconds
         training.state.size = training.size_at(training.state.step)
         run.on_main(_begin, training, run, files)
-
-
-def wait_for_save(run: Run) -> None:
-    """Wait until the last checkpoint is on the disk; all processes call this.
-
-    Raises:
-        OSError: on the main process, which could not write it; the others end with it.
-    """
-    run.on_main(run.writing.wait)
 
 
 def _begin(training: Training, run: Run, files: Mapping[str, Mapping[str, Tensor]]) -> None:
