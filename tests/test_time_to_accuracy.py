@@ -79,6 +79,8 @@ def test_a_run_that_misses_says_why(tmp_path: Path) -> None:
         (LINES, {"test.top1": ...}, "holds no test.top1"),
         (LINES, {"startup_seconds": ...}, "holds no startup_seconds"),
         ([{"step": 1, "epoch": 1.0, "prefix": "val", "top1": 0.95}], {}, "holds no elapsed_seconds"),
+        # stopped after step 50 and resumed by hand: 9 s is the second start's clock, 12 + 9 s it took
+        ([LINES[0], LINES[2] | {"elapsed_seconds": 9.0}], {}, "was trained in several starts, so its times are lost"),
     ],
 )
 def test_a_run_without_the_numbers_is_one_line(
@@ -256,6 +258,8 @@ def test_a_run_ends_with_the_process_that_started_it(number: signal.Signals, tmp
         (["--target", "0.9", "--config", "absent.yaml"], "absent.yaml"),
         (["--target", "0.9", "--", "--seed", "3"], "--seed after --"),
         (["--target", "0.9", "--", "--output_dir=x"], "--output_dir after --"),
+        (["--target", "0.9", "--", "--config", "configs/mlp.yaml"], "--config after --: give it before"),
+        (["--target", "0.9", "--", "--config=configs/mlp.yaml"], "--config after --: give it before"),
         (["--target", "0.9", "--", "--optim.lrr", "1"], "did you mean optim.lr"),
         (["--target", "0.9", "--", "--evaluation.test", "false"], "evaluation.test is false"),
         (["--target", "0.9", "--", "--max_minutes", "3"], "max_minutes is 3"),

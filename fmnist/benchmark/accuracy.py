@@ -47,6 +47,8 @@ def main(argv: list[str]) -> int:
     for option in options:
         if (name := option.partition("=")[0]) in ("--seed", "--output_dir"):
             parser.error(f"{name} after --: this command gives each run its own")
+        if name == "--config":  # it would win over this command's own, which the result names
+            parser.error("--config after --: give it before")
     folder = args.output or Path("runs") / f"accuracy_{Path(args.config).stem}"
     recipe = ["--config", args.config, *options]
     cfg = parse_config([*recipe, "--output_dir", str(folder)], prog=PROGRAM)
