@@ -40,7 +40,11 @@ class Entry:
     def arguments(self, seed: int, directory: Path) -> list[str]:
         """Return what train.py is called with."""
         flags = {**self.flags, **self.varied, **({"evaluation.test": False} if self.search else {}), "seed": seed}
-        given = [part for key, value in flags.items() for part in (f"--{key}", json.dumps(value).strip('"'))]
+        given = [
+            part
+            for key, value in flags.items()
+            for part in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
+        ]
         return ["--config", self.config, *given, "--output_dir", str(directory)]
 
 

@@ -55,6 +55,8 @@ def read_queue(path: Path) -> list[Entry]:
             name = f"{item.get('name', f'entry {content.index(item) + 1}')}: "
             raise ValueError(f"{path}: {name}{said.removeprefix(name)}") from None
     names = [entry.name for entry in entries]
+    if folders := [name for name in names if "/" in name]:
+        raise ValueError(f"{path}: {folders[0]}: a name is part of file names and holds no /")
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"{path}: {', '.join(sorted(twice))} is there twice")
     return entries
@@ -116,6 +118,14 @@ def written(
 
 def _check(entry: Entry, variants: Any, grid: Any, minutes: Any) -> None:
     """Refuse what an entry cannot mean."""
+    for key, kind, what in (
+        ("name", str, "text"),
+        ("config", str, "text"),
+        ("note", str, "text"),
+        ("search", bool, "true or false"),
+    ):
+        if not isinstance(given := getattr(entry, key), kind):
+            raise ValueError(f"{entry.name}: {key} is {given!r:.100}; expected {what}")
     seeds = entry.seeds
     if not (isinstance(seeds, list) and seeds and {*map(type, seeds)} == {int} and len({*seeds}) == len(seeds)):
         raise ValueError(f"{entry.name}: seeds is {seeds!r:.100}; expected different whole numbers, at least one")

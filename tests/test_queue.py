@@ -347,6 +347,12 @@ def test_an_entry_keeps_its_meaning(queue: list[str], tmp_path: Path) -> None:
     )
 
 
+def test_text_reaches_train_py_as_it_was_written() -> None:
+    entry = Entry(name="a", config="c", flags={"data.root": "/für/a\\b", "optim.lr": 0.1, "model.weights": None})
+    given = entry.arguments(1, Path("run"))[2:-4]
+    assert given == ["--data.root", "/für/a\\b", "--optim.lr", "0.1", "--model.weights", "null"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -365,6 +371,12 @@ def test_an_entry_keeps_its_meaning(queue: list[str], tmp_path: Path) -> None:
         ("- {name: a, config: c, seeds: []}", r"a: seeds is \[\]; expected different whole numbers"),
         ("- {name: a, config: c, seeds: [1, 1]}", r"a: seeds is \[1, 1\]; expected different whole numbers"),
         ("- {name: a, config: c, seeds: 3}", "a: seeds is 3; expected different whole numbers"),
+        ("- {name: 5, config: c}", "5: name is 5; expected text"),
+        ("- {name: a, config: [c]}", r"a: config is \['c'\]; expected text"),
+        ("- {name: a, config: c, note: 5}", "a: note is 5; expected text"),  # once a traceback of --table
+        ("- {name: a, config: c, search: maybe}", "a: search is 'maybe'; expected true or false"),  # once it was true
+        ("- {name: a/b, config: c}", "a/b: a name is part of file names and holds no /"),  # once trained, then lost
+        ("- {name: a, config: c, variants: {x/y: {}}}", "a_x/y: a name is part of file names and holds no /"),
         ("- {name: a, config: c, flags: 3}", "a: flags is 3; expected values by option"),
         ("- {name: a, config: c, flags: null}", "a: flags is None; expected values by option"),
         ("- {name: a, config: c, minutes: five}", "a: minutes is 'five'; expected a number"),
