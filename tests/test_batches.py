@@ -67,7 +67,7 @@ def test_epochs_and_seeds_differ_and_partners_mirror_the_global_batch(train_imag
 @pytest.mark.parametrize(
     ("batch", "micro", "world", "message"),
     [
-        (64, 24, 1, "64 is not a multiple of micro_batch_size 24 x 1 processes = 24"),
+        (64, 24, 1, "64 is not a multiple of micro_batch_size 24 x 1 process = 24"),
         (64, 32, 3, "64 is not a multiple of micro_batch_size 32 x 3 processes = 96"),
         (65, None, 2, "65 is not a multiple of micro_batch_size 32 x 2 processes = 64"),
         (2001, None, 1, "2001 but there are 2000 training images"),

@@ -316,7 +316,7 @@ def test_damaged_data_is_one_line_and_nothing_is_written(
     ("more", "expected"),
     [
         (["--optim.lrr", "3"], "did you mean optim.lr?"),
-        (["--batch.micro_batch_size", "24"], "32 is not a multiple of micro_batch_size 24 x 1 processes = 24"),
+        (["--batch.micro_batch_size", "24"], "32 is not a multiple of micro_batch_size 24 x 1 process = 24"),
         (["--model.name", "cnnn"], "cnn"),
     ],
 )

@@ -16,6 +16,7 @@ from fmnist.data.balance import balanced_order, class_members, own_draws
 from fmnist.data.split import Split
 from fmnist.data.staging import Staged, Staging
 from fmnist.runtime.background import Background
+from fmnist.runtime.console import counted
 from fmnist.runtime.exchange import Exchange
 from fmnist.runtime.hardware import to_device
 
@@ -162,7 +163,7 @@ class Loader:
         if global_batch_size % (micro * world_size):
             raise ValueError(
                 f"batch.global_batch_size {global_batch_size} is not a multiple of "
-                f"micro_batch_size {micro} x {world_size} processes = {micro * world_size}"
+                f"micro_batch_size {micro} x {counted(world_size, 'process', 'processes')} = {micro * world_size}"
             )
         self.split, self.seed, self.rank, self.world_size = split, seed, rank, world_size
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro
