@@ -11,7 +11,6 @@ from scipy.stats import t as student
 
 from experiments.queue_entries import Entry
 from experiments.queue_results import numbers, read_results
-from fmnist.runtime.files import read_json
 
 # Model -> entry of its final runs.
 FINAL = {
@@ -31,15 +30,14 @@ FINAL = {
 REPLACED = ("MLP by AdamW", "CNN, 11 epochs", "small ConvNeXt by AdamW")
 AMOUNTS = (100, 1_000, 5_000, 20_000)  # training images, of ten classes
 ALL_IMAGES = 55_000
-# Model -> group of its amounts, and what holds the result of all images: an entry, or a file beside the queue's folder.
-# None where there is no such run.
+# Model -> group of its amounts, and the entry of all images; None where there is no such run.
 AMOUNT: dict[str, tuple[str, str | None]] = {
     "MLP by AdamW": ("amount_mlp", "final_mlp"),
     "CNN": ("amount_cnn", "cnn_10_epochs"),
     "small ConvNeXt": ("amount_convnext", "convnext_muon"),
     "small ConvNeXt, from its own pretraining": ("amount_convnext_rotations", None),
     "EfficientNet-Lite0, ImageNet weights": ("amount_lite0_pretrained", "final_lite0"),
-    "EfficientNet-Lite0, from scratch": ("amount_lite0_scratch", "efficientnet_lite0_scratch.json"),
+    "EfficientNet-Lite0, from scratch": ("amount_lite0_scratch", "final_lite0_scratch"),
 }
 ABLATED = {"CNN": "ablation_cnn", "small ConvNeXt": "ablation_convnext"}
 
@@ -122,10 +120,7 @@ def amounts(queued: Queued, model: str) -> dict[int, Accuracy]:
     """Return the test accuracy of a model by images a class."""
     group, whole = AMOUNT[model]
     found = {amount // 10: accuracy(queued.of(f"{group}_{amount}")) for amount in AMOUNTS}
-    if whole and whole.endswith(".json"):
-        path = queued.results.parent / whole
-        found[ALL_IMAGES // 10] = accuracy([read_json(path)] if path.is_file() else [])
-    elif whole:
+    if whole:
         found[ALL_IMAGES // 10] = accuracy(queued.of(whole))
     return {amount: value for amount, value in found.items() if value is not None}
 
