@@ -146,7 +146,7 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.Mo
     (without / "config.yaml").write_text(text.replace(f"val_size: {VAL_SIZE}", "val_size: 0"))
     (without / DATA_FILE).write_text(json.dumps(published(0).to_json()))
     (without / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes())
-    assert "it has no validation images" in export(without, "--int8", status=2)
+    assert "without validation images" in export(without, "--int8", status=2)
 
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no such\nthing")

@@ -112,12 +112,13 @@ def test_accuracy_spans_the_intervals_of_all_seeds(write: Any) -> None:
     assert alone is not None and alone.lr == 0.001  # the default is not among a result's options
 
 
-def test_amounts_are_found_by_images_a_class_and_drawn_there(write: Any, tmp_path: Path) -> None:
+def test_amounts_are_found_by_images_a_class_and_drawn_there(write: Any) -> None:
     model = "EfficientNet-Lite0, from scratch"
     group, whole = AMOUNT[model]
     hundred = [result(0.5, test=0.5, options={"optim.lr": 0.005}), result(0.5, test=0.7)]
     queue = write(group, **{"1000": hundred, "5000": [result(0.5)]})
-    (tmp_path / whole).write_text(json.dumps(result(0.9, test=0.9)))
+    assert whole == "final_lite0_scratch"
+    queue = Queued([*queue.entries, *write("final", lite0_scratch=[result(0.9, test=0.9)]).entries], queue.results)
     found = amounts(queue, model)
     assert list(found) == [100, 5_500]  # 1,000 and 55,000 images; 5,000 has no test number, the others nothing
     panel = axes()

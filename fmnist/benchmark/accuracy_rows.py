@@ -2,16 +2,14 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from fmnist.report.comparison import Columns, text_table
-from fmnist.report.curves import evaluations, of_last_size
+from fmnist.report.curves import evaluations, of_last_size, of_one_start
 from fmnist.runtime.console import counted
 from fmnist.runtime.files import read_json
 from fmnist.runtime.provenance import measured_now
-from fmnist.tracking.metrics_file import METRICS_FILE, read_metrics
 
 SECONDS = ("seconds", "processor_seconds", "seconds_from_step_0", "processor_seconds_from_step_0")
 COLUMNS: Columns = {
@@ -42,13 +40,12 @@ def measured(directory: Path, target: float) -> dict[str, Any]:
     Raises:
         ValueError: the run's files lack these numbers.
     """
-    summary, lines = read_json(directory / "summary.json"), of_last_size(evaluations(directory / METRICS_FILE))
+    summary, metrics = read_json(directory / "summary.json"), directory / "metrics.jsonl"
+    lines = of_last_size(evaluations(metrics))
     top1s = [line.get("top1") or 0.0 for line in lines]
     if not top1s:
         raise ValueError(f"{directory} evaluated no validation images: there are none to hold the target on")
-    every = [line for part in read_metrics(directory / METRICS_FILE).values() for line in part]
-    times = sorted((line["step"], line["elapsed_seconds"]) for line in every if "elapsed_seconds" in line)
-    if any(later < earlier for (_, earlier), (_, later) in pairwise(times)):  # each start has a clock of its own
+    if not of_one_start(metrics):  # each start has a clock of its own
         raise ValueError(f"{directory} was trained in several starts, so its times are lost: give another --output")
     try:
         row: dict[str, Any] = {"test_top1": summary["test.top1"]}

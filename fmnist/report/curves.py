@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ def series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np
 def evaluations(metrics_path: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics.jsonl that hold validation numbers, in step order."""
     return read_metrics(metrics_path).get("val", [])
+
+
+def of_one_start(metrics_path: Path) -> bool:
+    """Tell whether the clock that a run's metrics.jsonl holds never goes back: a run that is resumed has a new one."""
+    every = [line for lines in read_metrics(metrics_path).values() for line in lines]
+    times = sorted((line["step"], line["elapsed_seconds"]) for line in every if "elapsed_seconds" in line)
+    return all(earlier <= later for (_, earlier), (_, later) in pairwise(times))
 
 
 def of_last_size(val: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
