@@ -417,6 +417,9 @@ def test_a_run_goes_on_without_its_lock_and_in_a_directory_that_is_moved_and_lin
         training.wait_for_save()
         (run / ".lock").unlink()
         training.wait_for_save()
+        run.unlink()
+        with pytest.raises(OSError, match="run was moved or deleted while this run wrote to it"):
+            training.wait_for_save()
 
 
 def last_of(text: str) -> str:
